@@ -1,0 +1,196 @@
+"""The record schema: what a shard holds, and the metadata.json that describes the shards.
+
+This is the only file that names features. A record is a `tf.train.Example` with `id` (bytes),
+`input_ids` (int64 list with [CLS] and [SEP], never padded) and `labels` (int64 list, sorted,
+unique). Multi-hot is made at read time: storing it dense is waste at 4,000 labels.
+"""
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from trainer.config import from_dict
+from trainer.errors import UserError
+
+SCHEMA_VERSION = 1
+METADATA_FILE = "metadata.json"
+TOKENIZER_FOLDER = "tokenizer"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One TFRecord file: its name inside the data folder, documents, bytes, CRC-32C (hex)."""
+
+    name: str
+    documents: int
+    bytes: int
+    checksum: str
+
+
+@dataclass(frozen=True)
+class Split:
+    """One split. `length_histogram[i]` is the documents of i tokens, [CLS] and [SEP] included."""
+
+    documents: int
+    tokens: int
+    truncated: int
+    rejected: int
+    label_counts: tuple[int, ...]
+    length_histogram: tuple[int, ...]
+    shards: tuple[Shard, ...]
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """Everything that a reader of the shards has to know; written last, atomically."""
+
+    labels: tuple[str, ...]
+    max_seq_length: int
+    vocab_size: int
+    tokenizer_fingerprint: str
+    splits: dict[str, Split]
+    source: dict[str, Any]
+    dropped_labels: dict[str, int]
+    schema_version: int = SCHEMA_VERSION
+
+    def split(self, name: str) -> Split:
+        """The split of that name.
+
+        Raises:
+          UserError: if the folder has none.
+        """
+        if name not in self.splits:
+            raise UserError(
+                f"{METADATA_FILE}: no split {name!r}; found {', '.join(sorted(self.splits))}; "
+                f"add it with `multihot prepare --split={name}`"
+            )
+        return self.splits[name]
+
+    def save(self, data_dir: str) -> None:
+        """Writes metadata.json into `data_dir`, atomically."""
+        path = os.path.join(data_dir, METADATA_FILE)
+        with open(path + ".tmp", "w", encoding="utf-8") as file:
+            json.dump(dataclasses.asdict(self), file, indent=1, ensure_ascii=False)
+            file.write("\n")
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(path + ".tmp", path)
+
+
+def load_metadata(data_dir: str) -> Metadata:
+    """Reads metadata.json of a data folder.
+
+    Raises:
+      UserError: if there is none, or it is not one that this version understands.
+    """
+    path = os.path.join(data_dir, METADATA_FILE)
+    try:
+        with open(path, encoding="utf-8") as file:
+            values = json.load(file)
+    except FileNotFoundError:
+        raise UserError(
+            f"{data_dir}: no {METADATA_FILE}; expected a folder that `multihot prepare` finished"
+        ) from None
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid JSON ({error}); run `multihot prepare` again") from None
+    if not isinstance(values, dict) or values.get("schema_version") != SCHEMA_VERSION:
+        found = values.get("schema_version") if isinstance(values, dict) else type(values).__name__
+        raise UserError(
+            f"{path}: schema version {found}, expected {SCHEMA_VERSION}; "
+            "run this version's `multihot prepare` again"
+        )
+    try:
+        splits = {
+            name: from_dict(
+                Split, split | {"shards": [from_dict(Shard, shard) for shard in split["shards"]]}
+            )
+            for name, split in values["splits"].items()
+        }
+        return from_dict(Metadata, values | {"splits": splits})
+    except (KeyError, TypeError, UserError) as error:
+        raise UserError(f"{path}: damaged ({error}); run `multihot prepare` again") from None
+
+
+def checksum(path: str) -> str:
+    """CRC-32C of a file as eight hex digits (hardware-accelerated, several GB/s)."""
+    import google_crc32c
+
+    crc = google_crc32c.Checksum()
+    with open(path, "rb") as file:
+        while block := file.read(1 << 22):
+            crc.update(block)
+    return crc.hexdigest().decode()
+
+
+def verify_shards(data_dir: str, metadata: Metadata, split_name: str) -> list[str]:
+    """Checks every shard of a split against metadata.json; returns their paths in order.
+
+    Raises:
+      UserError: naming the first shard that is missing, of another size, or of another checksum.
+    """
+    paths = []
+    for shard in metadata.split(split_name).shards:
+        path = os.path.join(data_dir, shard.name)
+        remedy = "restore it or run `multihot prepare` again"
+        if not os.path.exists(path):
+            raise UserError(f"{path}: missing, but {METADATA_FILE} lists it; {remedy}")
+        size = os.path.getsize(path)
+        if size != shard.bytes:
+            raise UserError(
+                f"{path}: {size} bytes, but {METADATA_FILE} says {shard.bytes}; cut short or "
+                f"replaced; {remedy}"
+            )
+        if checksum(path) != shard.checksum:
+            raise UserError(
+                f"{path}: its CRC-32C differs from the {shard.checksum} in {METADATA_FILE}; "
+                f"damaged or replaced; {remedy}"
+            )
+        paths.append(path)
+    return paths
+
+
+def encode_record(document_id: str, input_ids: list[int], labels: list[int]) -> bytes:
+    """One document as a serialised `tf.train.Example`.
+
+    Args:
+      document_id: any text.
+      input_ids: token ids with [CLS] and [SEP], not padded.
+      labels: label indices, sorted and unique.
+    """
+    from tensorflow.core.example.example_pb2 import Example
+
+    example = Example()
+    feature = example.features.feature
+    feature["id"].bytes_list.value.append(document_id.encode("utf-8", "replace"))
+    feature["input_ids"].int64_list.value.extend(input_ids)
+    # Touching the list makes the feature exist even where a document has no label.
+    feature["labels"].int64_list.value.extend(labels)
+    return example.SerializeToString(deterministic=True)
+
+
+def parse_records(serialized: Any) -> tuple[Any, Any, Any]:
+    """Parses a batch of records, in graph mode.
+
+    Args:
+      serialized: string tensor [N].
+
+    Returns:
+      ids (string [N]), input_ids (int32 ragged [N, None]), labels (int32 ragged [N, None]).
+    """
+    import tensorflow as tf
+
+    parsed = tf.io.parse_example(
+        serialized,
+        {
+            "id": tf.io.FixedLenFeature([], tf.string),
+            "input_ids": tf.io.RaggedFeature(tf.int64, row_splits_dtype=tf.int64),
+            "labels": tf.io.RaggedFeature(tf.int64, row_splits_dtype=tf.int64),
+        },
+    )
+    return (
+        parsed["id"],
+        tf.cast(parsed["input_ids"], tf.int32),
+        tf.cast(parsed["labels"], tf.int32),
+    )
