@@ -1,0 +1,58 @@
+"""The package: its commands, its bounded dependencies and one extra for each environment.
+
+`requirements/*.txt` are resolved from this file, fully pinned and with hashes: `make lock`.
+"""
+
+import re
+from pathlib import Path
+
+from setuptools import setup
+
+ROOT = Path(__file__).parent
+VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "trainer/__init__.py").read_text())[1]
+
+CORE = [
+    "absl-py>=2.1,<3",
+    "google-cloud-storage>=2.18,<4",
+    "google-crc32c>=1.5,<2",
+    "keras>=3.12,<4",
+    "numpy>=1.26,<3",
+    "pyarrow>=17,<27",
+    "safetensors>=0.4.3,<1",
+    "tensorboard>=2.20,<2.22",
+    "tensorflow-datasets>=4.9.7,<5",
+    "tokenizers>=0.22,<0.24",
+    "tqdm>=4.66,<5",
+    "transformers>=5,<6",
+]
+EXTRAS = {
+    # Three distributions of the same import, tensorflow: install one of them.
+    "cpu": ["tensorflow-cpu>=2.20,<2.22"],
+    "gpu": ["tensorflow[and-cuda]>=2.20,<2.22"],
+    "tpu": ["tensorflow-tpu>=2.20,<2.21", "libtpu>=0.0.14,<0.0.32"],
+    # What benchmarks and tests compare against, beside torch itself.
+    "peers": ["torch==2.13.0", "accelerate>=1.10,<2", "scikit-learn>=1.5,<2"],
+    "dev": [
+        "hypothesis>=6.100,<7",
+        "mypy>=1.15,<3",
+        "pytest>=8,<10",
+        "ruff>=0.12,<0.18",
+        "scikit-learn>=1.5,<2",
+        "uv>=0.8,<0.14",
+    ],
+}
+
+setup(
+    name="multihot",
+    version=VERSION,
+    description="Multi-label BERT training and scoring, from a laptop to a TPU pod",
+    long_description=(ROOT / "README.md").read_text(encoding="utf-8"),
+    long_description_content_type="text/markdown",
+    license="Apache-2.0",
+    license_files=["LICENSE"],
+    python_requires=">=3.11,<3.14",
+    packages=["trainer"],
+    install_requires=CORE,
+    extras_require=EXTRAS,
+    entry_points={"console_scripts": ["multihot=trainer.cli:main"]},
+)

@@ -1,0 +1,133 @@
+"""`multihot COMMAND --flag=value …`: finds the command's module, imports it, and runs it.
+
+Imports nothing heavy itself, so that help answers at once. Exit codes: 0 done, 2 something that
+the user can fix (one line on standard error), 130 interrupted; anything else is a fault of ours
+and shows its traceback.
+"""
+
+import difflib
+import importlib
+import os
+import sys
+from collections.abc import Sequence
+from typing import Any
+
+from trainer import config
+from trainer.errors import UserError
+from trainer.flags import describe_flags, parse_flags
+
+# In the order in which a user meets them. Each is the module trainer.<name> with a run(config).
+COMMANDS: dict[str, type] = {
+    "sample": config.SampleConfig,
+    "prepare": config.PrepareConfig,
+    "train": config.TrainConfig,
+    "evaluate": config.EvaluateConfig,
+    "export": config.ExportConfig,
+    "score": config.ScoreConfig,
+}
+
+USER_FAULT = 2
+INTERRUPTED = 130
+
+
+def summarize(command: str) -> str:
+    """One line on a command: the first line of its config's docstring."""
+    return (COMMANDS[command].__doc__ or "").splitlines()[0].partition(": ")[2]
+
+
+def main(argv: Sequence[str] | None = None) -> None:
+    """Runs one command.
+
+    Args:
+      argv: the command and its flags; default: those of this process.
+
+    Raises:
+      SystemExit: with a non-zero code unless the command succeeds.
+    """
+    arguments = list(sys.argv[1:] if argv is None else argv)
+    if not arguments or arguments[0] in ("-h", "--help", "-help", "help"):
+        print(_overview())
+        return
+    if arguments[0] == "--version":
+        print(f"multihot {importlib.import_module('trainer').__version__}")
+        return
+    command, *arguments = arguments
+    if command not in COMMANDS:
+        close = difflib.get_close_matches(command, COMMANDS, n=1)
+        hint = f"did you mean {close[0]}?" if close else f"expected one of {', '.join(COMMANDS)}"
+        _fail("multihot", f"{command}: no such command; {hint}", USER_FAULT)
+    if any(argument in ("-h", "--help", "-help") for argument in arguments):
+        print(_usage(command))
+        return
+    _run(command, arguments)
+
+
+def _run(command: str, arguments: Sequence[str]) -> None:
+    name = f"multihot {command}"
+    # TensorFlow reads this when it is imported; a user who wants its chatter sets it.
+    os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    try:
+        parsed: Any = parse_flags(COMMANDS[command], arguments)
+        importlib.import_module(f"trainer.{command}").run(parsed)
+    except UserError as error:
+        _fail(name, str(error), USER_FAULT)
+    except KeyboardInterrupt:
+        _fail(name, "interrupted", INTERRUPTED)
+    except OSError as error:
+        _fail(name, _describe_os_error(error), USER_FAULT)
+    except Exception as error:
+        if not _is_file_system_error(error):
+            raise
+        _fail(name, str(error), USER_FAULT)
+
+
+def _describe_os_error(error: OSError) -> str:
+    """What went wrong with which file: permission, read-only, no space, not a folder."""
+    if error.strerror is None:
+        return str(error)
+    place = f"{error.filename}: " if error.filename is not None else ""
+    return f"{place}{error.strerror.lower()}"
+
+
+def _is_file_system_error(error: Exception) -> bool:
+    """Whether TensorFlow reports a file that it cannot create, write or find room for."""
+    tensorflow = sys.modules.get("tensorflow")
+    if tensorflow is None:
+        return False
+    kinds = tensorflow.errors
+    if isinstance(error, kinds.ResourceExhaustedError):  # Also said of memory, which is no file.
+        return "No space left" in str(error)
+    return isinstance(error, kinds.PermissionDeniedError | kinds.FailedPreconditionError) and (
+        error.op is None
+    )
+
+
+def _fail(name: str, message: str, code: int) -> None:
+    print(f"{name}: error: {' '.join(message.split())}", file=sys.stderr)
+    sys.exit(code)
+
+
+def _overview() -> str:
+    width = max(map(len, COMMANDS))
+    lines = [f"  {command:<{width}}  {summarize(command)}" for command in COMMANDS]
+    return "\n".join(
+        ["Usage: multihot COMMAND --flag=value ...", "", "Commands:", *lines, ""]
+        + ["`multihot COMMAND --help` lists the flags of a command."]
+    )
+
+
+def _usage(command: str) -> str:
+    return "\n".join(
+        [
+            f"Usage: multihot {command} --flag=value ...",
+            "",
+            f"{summarize(command)}",
+            "",
+            "Flags:",
+            describe_flags(COMMANDS[command]),
+        ]
+    )
+
+
+if __name__ == "__main__":
+    main()
