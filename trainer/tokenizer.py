@@ -1,0 +1,238 @@
+"""Text to WordPiece ids through the Rust `tokenizers`, and the fingerprint that pins them.
+
+Everything here works on the backend of a Hugging Face tokenizer: `transformers` serves only to
+find and convert one. Padding and truncation of its own are switched off; documents are cut here,
+the same way in `prepare` and in `score`.
+"""
+
+import hashlib
+import json
+import os
+from collections import Counter
+from collections.abc import Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import tokenizers
+from tokenizers import Tokenizer as Backend
+
+from trainer.errors import UserError
+
+SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+_TOKENIZER_FILE = "tokenizer.json"
+_CONFIG_FILE = "tokenizer_config.json"
+_CONTINUATION = "##"
+_MIN_PAIR_COUNT = 2
+_MAX_ALPHABET = 1000
+_TOKEN_NAMES = ("unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A tokenizer of single documents: [CLS], WordPieces, [SEP].
+
+    Attributes:
+      backend: the Rust tokenizer, its padding and truncation off; pickles.
+      cls_id, sep_id, pad_id: ids of the special tokens.
+      config: contents of tokenizer_config.json, for `transformers`.
+      fingerprint: SHA-256 (hex) of the backend's definition; equal ids need equal fingerprints.
+    """
+
+    backend: Backend
+    cls_id: int
+    sep_id: int
+    pad_id: int
+    config: dict[str, Any]
+    fingerprint: str
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id, added tokens included: the rows that embeddings need."""
+        return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    def encode_batch(
+        self, texts: list[str], max_seq_length: int
+    ) -> tuple[list[list[int]], list[bool]]:
+        """Tokenises documents.
+
+        Args:
+          texts: N documents.
+          max_seq_length: longest result in tokens, [CLS] and [SEP] included.
+
+        Returns:
+          N lists of ids, each [CLS] ... [SEP]; N flags, true where the document was cut.
+        """
+        ids = [
+            encoding.ids
+            for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=True)
+        ]
+        truncated = [len(document) > max_seq_length for document in ids]
+        for index, is_cut in enumerate(truncated):
+            if is_cut:
+                ids[index] = [*ids[index][: max_seq_length - 1], self.sep_id]
+        return ids, truncated
+
+    def save(self, folder: str, model_max_length: int | None = None) -> None:
+        """Writes the files from which `transformers.AutoTokenizer` makes the same tokenizer.
+
+        Args:
+          folder: made if it does not exist.
+          model_max_length: tokens that the model takes, told to `transformers` for its truncation.
+        """
+        os.makedirs(folder, exist_ok=True)
+        self.backend.save(os.path.join(folder, _TOKENIZER_FILE))
+        config = dict(self.config)
+        if model_max_length is not None:
+            config["model_max_length"] = model_max_length
+        _write(os.path.join(folder, _CONFIG_FILE), json.dumps(config, indent=2, sort_keys=True))
+        tokens = {name: config[name] for name in _TOKEN_NAMES if name in config}
+        _write(os.path.join(folder, "special_tokens_map.json"), json.dumps(tokens, indent=2))
+        if isinstance(self.backend.model, tokenizers.models.WordPiece):
+            vocabulary = self.backend.get_vocab(with_added_tokens=False)
+            lines = "".join(
+                f"{token}\n" for token in sorted(vocabulary, key=vocabulary.__getitem__)
+            )
+            _write(os.path.join(folder, "vocab.txt"), lines.removesuffix("\n"))
+
+
+def _write(path: str, text: str) -> None:
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        file.write(text + "\n")
+
+
+def _wrap(backend: Backend, config: dict[str, Any], name: str) -> Tokenizer:
+    """A `Tokenizer` around a backend, checked to give [CLS] ... [SEP].
+
+    Raises:
+      UserError: if the tokenizer is not of BERT's kind.
+    """
+    backend.no_padding()
+    backend.no_truncation()
+    tokens = {key: _content(config.get(key)) for key in ("cls_token", "sep_token", "pad_token")}
+    ids = {key: backend.token_to_id(token) if token else None for key, token in tokens.items()}
+    missing = [key for key, value in ids.items() if value is None]
+    frame = backend.encode("a", add_special_tokens=True).ids
+    if missing or frame[:1] != [ids["cls_token"]] or frame[-1:] != [ids["sep_token"]]:
+        raise UserError(
+            f"--tokenizer={name}: expected a BERT tokenizer, one with [CLS], [SEP] and [PAD] that "
+            f"frames a text by the first two; found {tokens}; name another one or `train`"
+        )
+    definition = json.dumps(json.loads(backend.to_str()), sort_keys=True)
+    return Tokenizer(
+        backend=backend,
+        cls_id=ids["cls_token"],
+        sep_id=ids["sep_token"],
+        pad_id=ids["pad_token"],
+        config=config,
+        fingerprint=hashlib.sha256(definition.encode()).hexdigest(),
+    )
+
+
+def _content(token: Any) -> str | None:
+    """A special token's text: configs hold it bare or as a dictionary."""
+    return token["content"] if isinstance(token, dict) else token
+
+
+def load_tokenizer(name_or_folder: str) -> Tokenizer:
+    """Loads a tokenizer by hub id, or from a folder that `save` or `save_pretrained` wrote.
+
+    Raises:
+      UserError: if there is none of that name, or it is not of BERT's kind.
+    """
+    config_path = os.path.join(name_or_folder, _CONFIG_FILE)
+    tokenizer_path = os.path.join(name_or_folder, _TOKENIZER_FILE)
+    if os.path.exists(config_path) and os.path.exists(tokenizer_path):
+        try:
+            with open(config_path, encoding="utf-8") as file:
+                config = json.load(file)
+            backend = Backend.from_file(tokenizer_path)
+        except Exception as error:  # `tokenizers` raises bare Exception.
+            raise UserError(f"{name_or_folder}: not a readable tokenizer ({error})") from None
+        return _wrap(backend, config, name_or_folder)
+    if name_or_folder.startswith((".", os.path.sep)) and not os.path.isdir(name_or_folder):
+        raise UserError(f"--tokenizer={name_or_folder}: no such folder; check the path")
+    return _convert(name_or_folder)
+
+
+def _convert(name: str) -> Tokenizer:
+    """A tokenizer through `transformers`, which knows the hub and the older file layouts."""
+    import transformers
+
+    try:
+        slow_or_fast = transformers.AutoTokenizer.from_pretrained(name)
+        backend = Backend.from_str(slow_or_fast.backend_tokenizer.to_str())
+    except (OSError, ValueError, AttributeError, ImportError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"--tokenizer={name}: cannot be loaded ({reason}); expected a folder with "
+            f"{_TOKENIZER_FILE} or vocab.txt, a hub id, or `train`"
+        ) from None
+    config = {key: str(getattr(slow_or_fast, key)) for key in _TOKEN_NAMES}
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    return _wrap(backend, config, name)
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Trains BERT's lower-case WordPiece; the same texts always give the same vocabulary.
+
+    Args:
+      texts: documents; iterated twice, so not a generator.
+      vocab_size: most WordPieces, the special tokens and the alphabet included.
+    """
+    backend = Backend(tokenizers.models.WordPiece(unk_token="[UNK]"))
+    backend.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=True)
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    counts: Counter[str] = Counter()
+    for text in texts:
+        counts.update(backend.normalizer.normalize_str(text))
+    alphabet, rest = _choose_alphabet(counts, (vocab_size - len(SPECIAL_TOKENS)) // 4)
+    # The trainer numbers the letters in the order of a randomly seeded hash map, and its choice
+    # between equally frequent pairs follows those numbers. Letters that are named beforehand have
+    # fixed numbers, and so the vocabulary does not depend on luck.
+    letters = [*alphabet, *(_CONTINUATION + letter for letter in alphabet)]
+    trainer = tokenizers.trainers.WordPieceTrainer(
+        vocab_size=vocab_size,
+        min_frequency=_MIN_PAIR_COUNT,
+        special_tokens=[*SPECIAL_TOKENS, *letters],
+        show_progress=False,
+    )
+    without_rest = str.maketrans(dict.fromkeys(rest, " "))
+    normalize = backend.normalizer.normalize_str
+    backend.train_from_iterator(
+        (normalize(text).translate(without_rest) for text in texts), trainer
+    )
+    return _from_vocabulary(backend.get_vocab(with_added_tokens=True))
+
+
+def _choose_alphabet(counts: Counter[str], most: int) -> tuple[list[str], list[str]]:
+    """The commonest letters, sorted, and the ones left out."""
+    letters = sorted(
+        (letter for letter in counts if not letter.isspace()),
+        key=lambda letter: (-counts[letter], letter),
+    )
+    most = min(most, _MAX_ALPHABET)
+    return sorted(letters[:most]), letters[most:]
+
+
+def _from_vocabulary(vocabulary: dict[str, int]) -> Tokenizer:
+    """BERT's lower-case tokenizer with this vocabulary, its special tokens marked as such."""
+    backend = Backend(tokenizers.models.WordPiece(vocabulary, unk_token="[UNK]"))
+    backend.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=True)
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    backend.decoder = tokenizers.decoders.WordPiece(prefix=_CONTINUATION)
+    backend.add_special_tokens(list(SPECIAL_TOKENS))
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+        single="[CLS]:0 $A:0 [SEP]:0",
+        pair="[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1",
+        special_tokens=[(token, vocabulary[token]) for token in ("[CLS]", "[SEP]")],
+    )
+    config = {
+        "tokenizer_class": "BertTokenizer",
+        "do_lower_case": True,
+        "unk_token": "[UNK]",
+        "sep_token": "[SEP]",
+        "pad_token": "[PAD]",
+        "cls_token": "[CLS]",
+        "mask_token": "[MASK]",
+    }
+    return _wrap(backend, config, "train")
