@@ -1,0 +1,158 @@
+"""The loss as (sum, weight), the weights of positives, and the bias that the head starts from."""
+
+import json
+import logging
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import tensorflow as tf
+
+from trainer.errors import UserError
+
+POSITIVE_WEIGHT_KINDS = ("none", "balanced", "sqrt", "effective")
+
+# Cui et al. 2019, section 5: past about 1 / (1 - beta) documents a label counts as well covered.
+EFFECTIVE_NUMBER_BETA = 0.999
+
+# Half a document on each side keeps the log-odds of labels that all or none have finite.
+LOG_ODDS_SMOOTHING = 0.5
+
+_logger = logging.getLogger(__name__)
+
+
+def positive_weights(
+    kind: str, label_counts: Sequence[int], num_documents: int, cap: float, labels: Sequence[str]
+) -> np.ndarray:
+    """The weight of each label's positives against its negatives.
+
+    Args:
+      kind: `none` (1 for all), `balanced` (negatives / positives), `sqrt` (its root), `effective`
+        (ratio of the effective numbers (1 - beta^n) / (1 - beta) of negatives and positives; Cui
+        et al. 2019, "Class-Balanced Loss Based on Effective Number of Samples"), or the path of a
+        JSON file of {label: weight}, in which labels that are not named have weight 1.
+      label_counts: positives of each of the L labels in the training split.
+      num_documents: documents of the training split.
+      cap: largest weight; 1 / cap is the smallest.
+      labels: the L label names.
+
+    Returns:
+      float32 [L]. A label without positives or without negatives has weight 1 in the counted kinds
+      and is warned about.
+
+    Raises:
+      UserError: if the file is missing or not a JSON object of positive numbers by label name.
+    """
+    positives = np.asarray(label_counts, np.float64)
+    negatives = num_documents - positives
+    assert positives.shape == (len(labels),) and np.all(negatives >= 0), (positives, num_documents)
+    _warn_one_sided("positives", [labels[i] for i in np.flatnonzero(positives == 0)])
+    _warn_one_sided("negatives", [labels[i] for i in np.flatnonzero(negatives == 0)])
+    if kind == "none":
+        return np.ones(len(labels), np.float32)
+    if kind not in POSITIVE_WEIGHT_KINDS:
+        weights = _read_weights(kind, labels)
+    else:
+        if kind == "effective":
+            negatives, positives = _effective_number(negatives), _effective_number(positives)
+        two_sided = (positives > 0) & (negatives > 0)
+        weights = np.divide(negatives, positives, out=np.ones_like(positives), where=two_sided)
+        if kind == "sqrt":
+            weights = np.sqrt(weights)
+    return np.clip(weights, 1 / cap, cap).astype(np.float32)
+
+
+def _effective_number(count: np.ndarray) -> np.ndarray:
+    return -np.expm1(count * math.log(EFFECTIVE_NUMBER_BETA)) / (1 - EFFECTIVE_NUMBER_BETA)
+
+
+def _warn_one_sided(side: str, names: list[str]) -> None:
+    if names:
+        shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+        _logger.warning(
+            "%d labels have no %s in the training split and cannot be learned: %s",
+            len(names),
+            side,
+            shown,
+        )
+
+
+def _read_weights(path: str, labels: Sequence[str]) -> np.ndarray:
+    kinds = ", ".join(POSITIVE_WEIGHT_KINDS)
+    try:
+        with open(path, encoding="utf-8") as file:
+            weights = json.load(file)
+    except OSError as error:
+        raise UserError(
+            f"--pos_weight={path}: cannot be read ({error.strerror}); expected one of {kinds}, "
+            "or a JSON file of {label: weight}"
+        ) from None
+    except ValueError as error:
+        raise UserError(f"--pos_weight={path}: not valid JSON ({error})") from None
+    if not isinstance(weights, dict):
+        raise UserError(f"--pos_weight={path}: expected a JSON object of {{label: weight}}")
+    unknown = sorted(set(weights) - set(labels))
+    if unknown:
+        raise UserError(
+            f"--pos_weight={path}: {len(unknown)} names are no labels of the data, "
+            f"first {unknown[0]!r}; remove or correct them"
+        )
+    for name, weight in weights.items():
+        is_number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
+        if not is_number or not 0 < weight < math.inf:
+            raise UserError(
+                f"--pos_weight={path}: weight {weight!r} of {name!r}; expected a positive number"
+            )
+    return np.array([weights.get(name, 1.0) for name in labels], np.float64)
+
+
+def initial_bias(
+    label_counts: Sequence[int], num_documents: int, pos_weights: np.ndarray
+) -> np.ndarray:
+    """The head's bias before training: each label's log-odds, shifted by its positive weight.
+
+    Starting from the prior (Lin et al. 2017, "Focal Loss for Dense Object Detection", section 3.3)
+    spares the encoder from learning a constant that stands in for the bias. Weight w moves the
+    logit that minimises weighted cross-entropy by log w, so the start moves with it.
+
+    Args:
+      label_counts: positives of each of the L labels in the training split.
+      num_documents: documents of the training split.
+      pos_weights: [L] as `positive_weights` gives them.
+
+    Returns:
+      float32 [L].
+    """
+    positives = np.asarray(label_counts, np.float64)
+    odds = (positives + LOG_ODDS_SMOOTHING) / (num_documents - positives + LOG_ODDS_SMOOTHING)
+    return (np.log(odds) + np.log(np.asarray(pos_weights, np.float64))).astype(np.float32)
+
+
+def weighted_bce(
+    logits: tf.Tensor, labels: tf.Tensor, document_mask: tf.Tensor, pos_weights: tf.Tensor
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Sigmoid cross-entropy whose positives weigh `pos_weights`, as a sum and its weight.
+
+    A document's loss is the mean over labels of -w y log s(z) - (1 - y) log(1 - s(z)), which is
+    what torch's BCEWithLogitsLoss(pos_weight=w) averages.
+
+    Args:
+      logits: [D, L], any float dtype; the loss is computed in float32.
+      labels: multi-hot [D, L].
+      document_mask: float [D], 1 for a real document, 0 for an empty slot, whose logits may be
+        anything, NaN included.
+      pos_weights: float [L].
+
+    Returns:
+      (sum over real documents, number of real documents), float32 scalars; (0, 0) if all slots
+      are empty.
+    """
+    mask = tf.cast(document_mask, tf.float32)
+    # Selecting before the loss, not only multiplying after it, keeps 0 x NaN out of the gradient.
+    logits = tf.where(mask[:, None] > 0, tf.cast(logits, tf.float32), 0.0)
+    labels = tf.cast(labels, tf.float32)
+    # tf.nn.weighted_cross_entropy_with_logits has the wrong gradient at logit 0 (0 and 1 instead
+    # of -w / 2 and 1 / 2), and cancels for confident negatives, most of a rare label's documents.
+    positive_loss = tf.cast(pos_weights, tf.float32) * tf.nn.softplus(-logits)
+    per_label = labels * positive_loss + (1 - labels) * tf.nn.softplus(logits)
+    return tf.reduce_sum(tf.reduce_mean(per_label, axis=-1) * mask), tf.reduce_sum(mask)
