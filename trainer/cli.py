@@ -73,6 +73,11 @@ def _run(command: str, arguments: Sequence[str]) -> None:
         _fail(name, str(error), USER_FAULT)
     except KeyboardInterrupt:
         _fail(name, "interrupted", INTERRUPTED)
+    except ModuleNotFoundError as error:
+        if error.name != "tensorflow":
+            raise
+        remedy = "install one of multihot[cpu], multihot[gpu], multihot[tpu] with pip"
+        _fail(name, f"TensorFlow is not installed; {remedy}", USER_FAULT)
     except OSError as error:
         _fail(name, _describe_os_error(error), USER_FAULT)
     except Exception as error:
