@@ -1,0 +1,298 @@
+"""`sample:docstrings`: the docstrings of installed packages as a labelled corpus.
+
+Every install has these packages, so every install has real text to train on, without a download.
+Sources are parsed, never imported. The labels come from the code around a docstring, not from the
+docstring. Which documents are taken depends on the packages' versions, the seed and the number
+asked for, and on nothing else; the versions and a fingerprint of the result are recorded.
+"""
+
+import ast
+import gzip
+import hashlib
+import importlib.metadata
+import json
+import os
+import sys
+import warnings
+from collections.abc import Iterator
+from dataclasses import asdict, dataclass
+from typing import BinaryIO, cast
+
+from trainer.config import SampleConfig
+from trainer.errors import UserError
+from trainer.workers import process_pool
+
+PREFIX = "sample:docstrings"
+MIN_WORDS, MAX_WORDS = 8, 550
+# Label of the package, and the distributions that may hold it: the first one installed is read.
+PACKAGES = {
+    "tensorflow": ("tensorflow", "tensorflow-cpu", "tensorflow-tpu"),
+    "transformers": ("transformers",),
+    "keras": ("keras",),
+    "numpy": ("numpy",),
+    "tensorflow_datasets": ("tensorflow-datasets",),
+    "google_cloud_storage": ("google-cloud-storage",),
+    "huggingface_hub": ("huggingface-hub",),
+    "google_auth": ("google-auth",),
+    "google_api_core": ("google-api-core",),
+    "tensorboard": ("tensorboard",),
+    "werkzeug": ("werkzeug",),
+    "grpc": ("grpcio",),
+    "fsspec": ("fsspec",),
+    "protobuf": ("protobuf",),
+    "absl": ("absl-py",),
+    "h5py": ("h5py",),
+    "pyarrow": ("pyarrow",),
+    "tqdm": ("tqdm",),
+    "tokenizers": ("tokenizers",),
+    "safetensors": ("safetensors",),
+}
+_FILES_A_TASK = 8
+
+
+@dataclass(frozen=True)
+class SampleSummary:
+    """What a sample is made of. `fingerprint` is the SHA-256 (hex) of its lines."""
+
+    documents: int
+    seed: int
+    versions: dict[str, str]
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """A Python file: where it lies, its name inside the installation, its package's label."""
+
+    path: str
+    name: str
+    package: str
+
+
+def list_source_files(seed: int) -> tuple[list[SourceFile], dict[str, str]]:
+    """The packages' Python files in the order of a seeded hash of their names, and the versions.
+
+    Raises:
+      UserError: if none of the packages is installed.
+    """
+    files, versions = [], {}
+    for package, candidates in PACKAGES.items():
+        for distribution_name in candidates:
+            try:
+                distribution = importlib.metadata.distribution(distribution_name)
+            except importlib.metadata.PackageNotFoundError:
+                continue
+            versions[distribution_name] = distribution.version
+            for entry in distribution.files or []:
+                if entry.suffix == ".py":
+                    path = str(distribution.locate_file(entry))
+                    files.append(SourceFile(path, entry.as_posix(), package))
+            break
+    if not files:
+        raise UserError(f"{PREFIX}: none of {', '.join(PACKAGES)} is installed with its sources")
+    files.sort(key=lambda file: (hash_name(seed, file.name), file.name))
+    return files, versions
+
+
+def hash_name(seed: int, name: str) -> bytes:
+    """A hash that orders names the same way on every machine."""
+    return hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
+
+
+def read_documents(files: list[SourceFile]) -> list[list[dict]]:
+    """For each file its documents in order: dictionaries of id, text and labels."""
+    warnings.simplefilter("ignore")  # Other people's invalid escapes are not news here.
+    return [list(_documents_of_file(file)) for file in files]
+
+
+def _documents_of_file(file: SourceFile) -> Iterator[dict]:
+    try:
+        with open(file.path, "rb") as source:
+            tree = ast.parse(source.read())
+    except (OSError, SyntaxError, ValueError, RecursionError):
+        return
+    for node, parents in _definitions(tree, ()):
+        text = ast.get_docstring(node)
+        if text is None or not MIN_WORDS <= len(text.split()) <= MAX_WORDS:
+            continue
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            continue
+        name = ".".join(parent.name for parent in (*parents, node))
+        labels = [f"package:{file.package}", *describe(node, parents)]
+        yield {"id": f"{file.name}:{node.lineno}:{name}", "text": text, "labels": labels}
+
+
+Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
+
+
+def _definitions(
+    node: ast.AST, parents: tuple[Definition, ...]
+) -> Iterator[tuple[Definition, tuple[Definition, ...]]]:
+    """Every class and function below a node, in source order, with those it lies in."""
+    for child in ast.iter_child_nodes(node):
+        if isinstance(child, Definition):
+            yield child, parents
+            yield from _definitions(child, (*parents, child))
+        elif not isinstance(child, ast.expr):
+            yield from _definitions(child, parents)
+
+
+def describe(node: Definition, parents: tuple[Definition, ...]) -> list[str]:
+    """The labels of a class or function, from its code alone."""
+    decorators = {_last_name(decorator) for decorator in node.decorator_list}
+    own = list(_own_nodes(node))
+    calls = [item for item in own if isinstance(item, ast.Call)]
+    is_class = isinstance(node, ast.ClassDef)
+    facts = {
+        "private": node.name.startswith("_") and not node.name.endswith("__"),
+        "deprecated": any("deprecat" in name.lower() for name in decorators)
+        or any("DeprecationWarning" in _names(call) for call in calls),
+        "warns": any(_last_name(call) in ("warn", "warning", "warn_explicit") for call in calls),
+    }
+    facts |= _class_facts(node) if is_class else _function_facts(node, parents, decorators, own)
+    return [label for label, holds in facts.items() if holds]
+
+
+def _class_facts(node: ast.ClassDef) -> dict[str, bool]:
+    bases = {_last_name(base) for base in node.bases}
+    bases |= {_last_name(keyword.value) for keyword in node.keywords}
+    methods = [item for item in node.body if isinstance(item, Definition)]
+    names = {method.name for method in methods}
+    return {
+        "class": True,
+        "abstract": bool(bases & {"ABC", "ABCMeta"}) or any(map(_is_abstract, methods)),
+        "context_manager": "__enter__" in names or "__aenter__" in names,
+        "exception": any(base.endswith(("Error", "Exception", "Warning")) for base in bases),
+        "dataclass": any(_last_name(item) == "dataclass" for item in node.decorator_list),
+    }
+
+
+def _function_facts(
+    node: ast.FunctionDef | ast.AsyncFunctionDef,
+    parents: tuple[Definition, ...],
+    decorators: set[str],
+    own: list[ast.AST],
+) -> dict[str, bool]:
+    in_class = bool(parents) and isinstance(parents[-1], ast.ClassDef)
+    return {
+        "method": in_class,
+        "function": not in_class,
+        "async": isinstance(node, ast.AsyncFunctionDef),
+        "raises": any(isinstance(item, ast.Raise) for item in own),
+        "returns": any(isinstance(item, ast.Return) and item.value is not None for item in own),
+        "generator": any(isinstance(item, ast.Yield | ast.YieldFrom) for item in own),
+        "variadic": bool(node.args.vararg or node.args.kwarg),
+        "property": any("property" in name for name in decorators) or "setter" in decorators,
+        "classmethod": "classmethod" in decorators,
+        "staticmethod": "staticmethod" in decorators,
+        "abstract": _is_abstract(node),
+        "context_manager": any("contextmanager" in name for name in decorators)
+        or node.name in ("__enter__", "__exit__", "__aenter__", "__aexit__"),
+    }
+
+
+def _is_abstract(node: Definition) -> bool:
+    return any("abstract" in _last_name(item).lower() for item in node.decorator_list)
+
+
+def _own_nodes(node: Definition) -> Iterator[ast.AST]:
+    """The nodes of a body, those of classes and functions inside it left out."""
+    waiting: list[ast.AST] = list(node.body)
+    while waiting:
+        item = waiting.pop()
+        if isinstance(item, Definition | ast.Lambda):
+            continue
+        yield item
+        waiting.extend(ast.iter_child_nodes(item))
+
+
+def _last_name(node: ast.AST) -> str:
+    """`c` of `a.b.c`, `c(...)` and `a.c(...)`; empty for other expressions."""
+    if isinstance(node, ast.Call):
+        return _last_name(node.func)
+    if isinstance(node, ast.Attribute):
+        return node.attr
+    return node.id if isinstance(node, ast.Name) else ""
+
+
+def _names(call: ast.Call) -> set[str]:
+    values = [*call.args, *(keyword.value for keyword in call.keywords)]
+    return {_last_name(value) for value in values}
+
+
+def iterate_sample(
+    files: list[SourceFile], num_documents: int | None, num_workers: int | None
+) -> Iterator[dict]:
+    """Streams documents of distinct text in the files' order until there are enough.
+
+    The result does not depend on `num_workers`.
+    """
+    seen: set[bytes] = set()
+    tasks = [files[at : at + _FILES_A_TASK] for at in range(0, len(files), _FILES_A_TASK)]
+    with process_pool(num_workers) as pool:
+        for documents_of_files in pool.map(read_documents, tasks):
+            for document in (item for documents in documents_of_files for item in documents):
+                digest = hashlib.blake2b(document["text"].encode(), digest_size=16).digest()
+                if digest in seen:
+                    continue
+                seen.add(digest)
+                yield document
+                if len(seen) == num_documents:
+                    return
+
+
+def write_sample(
+    path: str, num_documents: int | None, seed: int, num_workers: int | None = None
+) -> SampleSummary:
+    """Writes the sample as JSONL (`id`, `text`, `labels`), atomically.
+
+    Raises:
+      UserError: if the installed packages do not hold that many documents.
+    """
+    from tqdm import tqdm
+
+    files, versions = list_source_files(seed)
+    digest = hashlib.sha256()
+    documents = 0
+    temporary = f"{path}.tmp"
+    try:
+        with open(temporary, "wb") as raw, _writer(path, raw) as output:
+            stream = iterate_sample(files, num_documents, num_workers)
+            for document in tqdm(stream, "sample", num_documents, unit=" documents", mininterval=1):
+                line = json.dumps(document, ensure_ascii=False).encode() + b"\n"
+                digest.update(line)
+                output.write(line)
+                documents += 1
+        if num_documents is not None and documents < num_documents:
+            raise UserError(
+                f"{PREFIX}: the installed packages hold {documents} documents, fewer than the "
+                f"{num_documents} asked for; ask for fewer, or leave the number out"
+            )
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+    return SampleSummary(documents, seed, versions, digest.hexdigest())
+
+
+def _writer(path: str, raw: BinaryIO) -> BinaryIO:
+    """A file to write lines to, compressed without a time stamp if the name asks for it."""
+    if not path.endswith(".gz"):
+        return raw
+    return cast(BinaryIO, gzip.GzipFile("", "wb", 6, raw, mtime=0))
+
+
+def run(config: SampleConfig) -> None:
+    """`multihot sample`: writes the corpus, and beside it what it was made of (`.about`)."""
+    summary = write_sample(config.output, config.num_documents, config.seed)
+    with open(config.output + ".about", "w", encoding="utf-8") as file:
+        json.dump(asdict(summary), file, indent=2)
+    print(f"{config.output}: {summary.documents:,} documents, fingerprint {summary.fingerprint}")
+
+
+if __name__ == "__main__":
+    from trainer.cli import main
+
+    main(["sample", *sys.argv[1:]])
