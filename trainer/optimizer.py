@@ -224,6 +224,6 @@ def _rate_factor(name: str, num_layers: int, config: OptimizerConfig) -> float:
         return config.head_lr_multiplier
     if layer:
         return config.layerwise_lr_decay ** (num_layers - int(layer.group(1)))
-    if name.startswith("embeddings/"):
+    if name.startswith("encoder/embeddings/"):
         return config.layerwise_lr_decay ** (num_layers + 1)
     return 1.0

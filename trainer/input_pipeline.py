@@ -1,0 +1,212 @@
+"""Shards to micro-batches: shuffled by (seed, epoch), seekable, in graph ops only.
+
+An epoch is the split's shards in an order drawn from (seed, epoch), laid end to end and cut into
+blocks of a fixed number of documents. A block is shuffled and packed by itself, so the stream's
+position is three numbers: epoch, block, and how many of the block's micro-batches are done. Resume
+skips whole shards by their counts in metadata.json, then records within one, and packs one block
+again; nothing else is replayed, and nothing is carried from one block to the next.
+"""
+
+import math
+from dataclasses import dataclass
+
+import tensorflow as tf
+
+from trainer.config import PackingConfig
+from trainer.errors import UserError
+from trainer.packing import BLOCK_MICRO_BATCHES, empty_micro_batch, pack
+from trainer.records import Metadata, parse_records, verify_shards
+
+# What the micro-batches of a stream carry beside the model's inputs.
+POSITION_KEYS = ("epoch", "block", "next_micro_batch")
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a stream stands: the next micro-batch to read."""
+
+    epoch: int = 0
+    block: int = 0
+    micro_batch: int = 0
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One split of a data folder, ready to be read.
+
+    `paths` and `shard_documents` go together; `block_documents` is fixed by the split's size and
+    the packing, so that two runs of one config cut the same blocks.
+    """
+
+    paths: tuple[str, ...]
+    shard_documents: tuple[int, ...]
+    block_documents: int
+    packing: PackingConfig
+    num_labels: int
+
+    @property
+    def num_documents(self) -> int:
+        """Documents of the split."""
+        return sum(self.shard_documents)
+
+
+def open_stream(
+    data_dir: str, metadata: Metadata, split_name: str, packing: PackingConfig
+) -> Stream:
+    """Checks the shards of a split against metadata.json and makes a stream of them.
+
+    Raises:
+      UserError: for a missing split, a missing or damaged shard, or an empty split.
+    """
+    split = metadata.split(split_name)
+    paths = verify_shards(data_dir, metadata, split_name)
+    if split.documents == 0:
+        raise UserError(f"{data_dir}: split {split_name!r} has no documents; prepare it again")
+    blocks = max(1, round(split.tokens / (BLOCK_MICRO_BATCHES * packing.num_tokens)))
+    return Stream(
+        tuple(paths),
+        tuple(shard.documents for shard in split.shards),
+        math.ceil(split.documents / blocks),
+        packing,
+        len(metadata.labels),
+    )
+
+
+def _read_epoch(
+    stream: Stream, epoch: tf.Tensor, seed: int | None, first_document: tf.Tensor, limit: tf.Tensor
+) -> tf.data.Dataset:
+    """The epoch's blocks of serialised records, from `first_document` on, up to `limit`."""
+    order = tf.range(len(stream.paths))
+    if seed is not None:
+        order = tf.random.experimental.stateless_shuffle(order, tf.stack([seed, epoch]))
+    paths = tf.gather(tf.constant(stream.paths), order)
+    documents = tf.gather(tf.constant(stream.shard_documents, tf.int64), order)
+    ends = tf.cumsum(documents)
+    shard = tf.searchsorted(ends, [first_document], side="right")[0]
+    before = tf.reduce_sum(documents[:shard])
+    # One shard after the other: their order is the epoch's order. prefetch overlaps the reading.
+    return (
+        tf.data.TFRecordDataset(paths[shard:], buffer_size=1 << 20)
+        .skip(first_document - before)
+        .take(limit - first_document)
+        .batch(stream.block_documents)
+        .prefetch(2)
+    )
+
+
+def _pack_block(
+    stream: Stream,
+    seed: int | None,
+    epoch: tf.Tensor,
+    block: tf.Tensor,
+    serialized: tf.Tensor,
+) -> dict[str, tf.Tensor]:
+    """Shuffles, parses and packs one block; adds labels, document indices and positions."""
+    count = tf.size(serialized, out_type=tf.int64)
+    first = block * stream.block_documents
+    index = first + tf.range(count)
+    if seed is not None:
+        block_seed = tf.random.experimental.stateless_fold_in(tf.stack([seed, epoch]), block)
+        permutation = tf.random.experimental.stateless_shuffle(tf.range(count), block_seed)
+        index, serialized = tf.gather(index, permutation), tf.gather(serialized, permutation)
+    ids, input_ids, labels = parse_records(serialized)
+    packed = pack(input_ids, stream.packing)
+    chosen = packed.pop("document_index")
+    num_micro_batches = tf.shape(chosen)[0]
+
+    def of_documents(values: tf.Tensor, empty: tf.Tensor) -> tf.Tensor:
+        return tf.where(chosen >= 0, tf.gather(values, tf.maximum(chosen, 0)), empty)
+
+    # A label's place among all M x D x L cells: its document's slot, then itself.
+    where = tf.where(chosen >= 0)
+    slot = tf.scatter_nd(
+        tf.boolean_mask(chosen, chosen >= 0)[:, None],
+        where[:, 0] * stream.packing.max_documents + where[:, 1],
+        [count],
+    )
+    cells = tf.gather(slot, labels.value_rowids()) * stream.num_labels
+    cells += tf.cast(labels.flat_values, tf.int64)
+    shape = [num_micro_batches, stream.packing.max_documents, stream.num_labels]
+    hot = tf.scatter_nd(
+        cells[:, None],
+        tf.ones_like(cells, tf.uint8),
+        [tf.reduce_prod(tf.cast(shape, tf.int64))],
+    )
+    return packed | {
+        "labels": tf.reshape(hot, shape),
+        "document_index": of_documents(index, tf.constant(-1, tf.int64)),
+        "document_id": of_documents(ids, tf.constant("")),
+        "epoch": tf.fill([num_micro_batches], epoch),
+        "block": tf.fill([num_micro_batches], block),
+        "next_micro_batch": tf.range(1, tf.cast(num_micro_batches, tf.int64) + 1),
+    }
+
+
+def read_micro_batches(
+    stream: Stream,
+    *,
+    seed: int | None,
+    num_epochs: float = 1.0,
+    start: Position | None = None,
+) -> tf.data.Dataset:
+    """The micro-batches of `num_epochs` passes over a split, in order, from `start` on.
+
+    Every document comes exactly once an epoch. Beside what `packing.pack` gives, a micro-batch has
+    `labels` (uint8 multi-hot [D, L]), `document_index` (int64 [D], among the documents of the
+    epoch's order), `document_id` (string [D]) and its position (int64 scalars `epoch`, `block`,
+    `next_micro_batch`).
+
+    Args:
+      stream: what `open_stream` gave.
+      seed: of the shuffling; None reads the shards in their order, unshuffled.
+      num_epochs: passes; a fraction ends within the last one.
+      start: where to begin; default: at the very start.
+    """
+    start = start or Position()
+    total = stream.num_documents
+    whole = math.floor(num_epochs)
+    remainder = math.ceil((num_epochs - whole) * total - 1e-9)
+    epochs = whole + (remainder > 0)
+
+    def blocks(epoch: tf.Tensor) -> tf.data.Dataset:
+        resumed = epoch == start.epoch
+        first = tf.where(resumed, tf.constant(start.block, tf.int64), 0)
+        limit = tf.where(epoch == whole, tf.constant(remainder, tf.int64), total)
+        serialized = _read_epoch(stream, epoch, seed, first * stream.block_documents, limit)
+        return serialized.enumerate(first).map(lambda block, records: (epoch, block, records))
+
+    options = tf.data.Options()
+    options.deterministic = True
+    return (
+        tf.data.Dataset.range(start.epoch, epochs)
+        .flat_map(blocks)
+        .map(
+            lambda epoch, block, records: _pack_block(stream, seed, epoch, block, records),
+            num_parallel_calls=tf.data.AUTOTUNE,
+            deterministic=True,
+        )
+        .unbatch()
+        .skip(start.micro_batch)
+        .with_options(options)
+    )
+
+
+def group_steps(
+    micro_batches: tf.data.Dataset, stream: Stream, num_micro_batches: int
+) -> tf.data.Dataset:
+    """Groups K consecutive micro-batches to a step, the last step filled up with empty ones.
+
+    Strings do not travel to devices, so `document_id` stays behind.
+    """
+    empty = empty_micro_batch(stream.packing) | {
+        "labels": tf.zeros([stream.packing.max_documents, stream.num_labels], tf.uint8),
+    }
+    # An empty micro-batch has no position of its own; -1 makes the last real one's stand.
+    empty |= {key: tf.constant(-1, tf.int64) for key in POSITION_KEYS}
+    padding = tf.data.Dataset.from_tensors(empty).repeat(num_micro_batches - 1)
+    return (
+        micro_batches.map(lambda item: {k: v for k, v in item.items() if k != "document_id"})
+        .concatenate(padding)
+        .batch(num_micro_batches, drop_remainder=True)
+        .prefetch(tf.data.AUTOTUNE)
+    )
