@@ -11,14 +11,14 @@ from trainer.config import OptimizerConfig
 from trainer.optimizer import AdamW
 
 NAMES = [
-    "embeddings/word/embeddings",
-    "embeddings/layer_norm/gamma",
+    "encoder/embeddings/word",
+    "encoder/embeddings/layer_norm/gamma",
     "encoder/layer_0/attention/qkv/kernel",
     "encoder/layer_0/attention/qkv/bias",
-    "encoder/layer_1/feed_forward/intermediate/kernel",
-    "pooler/kernel",
-    "head/kernel",
-    "head/bias",
+    "encoder/layer_1/intermediate/kernel",
+    "head/pooler/kernel",
+    "head/classifier/kernel",
+    "head/classifier/bias",
 ]
 SHAPES = [(11, 3), (3,), (3, 9), (9,), (3, 5), (3, 3), (3, 2), (2,)]
 LAYERS = 2
@@ -63,10 +63,10 @@ def reference_rate(config, documents):
 
 
 def reference_factor(config, name):
-    if name.startswith("head"):
+    if name.startswith("head/classifier"):
         return config.head_lr_multiplier
-    height = {"embeddings": 3, "encoder/layer_0": 2, "encoder/layer_1": 1, "pooler": 0}
-    return config.layerwise_lr_decay ** next(h for k, h in height.items() if name.startswith(k))
+    height = {"embeddings": 3, "layer_0": 2, "layer_1": 1, "pooler": 0}
+    return config.layerwise_lr_decay ** next(h for k, h in height.items() if f"/{k}/" in name)
 
 
 def reference_run(config, weights, gradients):
@@ -228,11 +228,12 @@ def test_a_weight_without_gradient_stays():
     weights, gradients = make_problem(steps=1)
     optimizer = make_optimizer(config, weights)
     values = [
-        None if name == "pooler/kernel" else g for name, g in zip(NAMES, gradients[0], strict=True)
+        None if name == "head/pooler/kernel" else g
+        for name, g in zip(NAMES, gradients[0], strict=True)
     ]
     optimizer.apply(values, tf.constant(0, tf.int64))
     changed = [np.any(v.numpy() != w) for v, w in zip(optimizer.variables, weights, strict=True)]
-    assert changed == [name != "pooler/kernel" for name in NAMES]
+    assert changed == [name != "head/pooler/kernel" for name in NAMES]
 
 
 def test_schedule_starts_at_zero_peaks_after_warmup_and_ends_at_zero():

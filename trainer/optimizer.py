@@ -217,13 +217,14 @@ def _is_undecayed(name: str) -> bool:
 
 
 def _rate_factor(name: str, num_layers: int, config: OptimizerConfig) -> float:
-    """Head and pooler 1 (the head times its multiplier), the top layer one decay less, and so on
-    down to the embeddings, one below layer 0."""
-    layer = re.match(r"encoder/layer_(\d+)/", name)
-    if name.startswith("head/"):
-        return config.head_lr_multiplier
+    """A weight's factor on the rate: 1 for the pooler, the multiplier for the rest of the head,
+    one decay for the top layer, and one more for each below, embeddings last."""
+    layer = re.search(r"(?:^|/)layer_(\d+)/", name)
     if layer:
         return config.layerwise_lr_decay ** (num_layers - int(layer.group(1)))
-    if name.startswith("encoder/embeddings/"):
+    if re.search(r"(?:^|/)embeddings/", name):
         return config.layerwise_lr_decay ** (num_layers + 1)
-    return 1.0
+    if re.search(r"(?:^|/)pooler/", name):
+        return 1.0
+    assert name.startswith("head/"), name
+    return config.head_lr_multiplier
