@@ -286,7 +286,8 @@ class TrainConfig:
         "effective (Cui et al. 2019), or a JSON file of {label: weight}.")
     max_pos_weight: float = option(100.0, "Cap on every positive weight.")
     optimizer: OptimizerConfig = OptimizerConfig()
-    steps_per_loop: int = option(20, "Steps between two looks of the host at the device.")
+    steps_per_loop: int | None = option(
+        None, "Steps between two looks of the host at the device; default: 1 on a CPU, else 20.")
     checkpoint_every: int | None = option(
         None, "Steps between checkpoints; default: every tenth of the run.")
     keep_checkpoints: int = option(3, "Newest checkpoints to keep beside the best.")
@@ -301,8 +302,7 @@ class TrainConfig:
     def __post_init__(self) -> None:
         _check_choices(self)
         for name in ("hidden_size", "num_layers", "num_attention_heads", "intermediate_size",
-                     "tokens_per_replica", "gradient_accumulation", "steps_per_loop",
-                     "keep_checkpoints"):
+                     "tokens_per_replica", "gradient_accumulation", "keep_checkpoints"):
             _check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
         _check(self.hidden_size % self.num_attention_heads == 0, "hidden_size", self.hidden_size,
                f"a multiple of --num_attention_heads={self.num_attention_heads}")
@@ -316,6 +316,8 @@ class TrainConfig:
         _check(self.patience >= 0, "patience", self.patience, "0 or more evaluations")
         _check(self.checkpoint_every is None or self.checkpoint_every >= 1, "checkpoint_every",
                self.checkpoint_every, "at least 1 step")
+        _check(self.steps_per_loop is None or self.steps_per_loop >= 1, "steps_per_loop",
+               self.steps_per_loop, "at least 1 step")
         _check(0 <= self.seed < 2**31, "seed", self.seed, "a number in [0, 2^31)")
         if self.row_groups is not None:
             parse_row_groups(self.row_groups)

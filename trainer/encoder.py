@@ -201,7 +201,7 @@ class EncoderLayer(keras.layers.Layer):
         dropout: Dropout | None = None,
     ) -> tf.Tensor:
         """[T, hidden], int32 [T] to [T, hidden]."""
-        attended = self.attention(x, segment_ids, row_groups, dropout)
+        attended = self.attention(x, segment_ids, row_groups=row_groups, dropout=dropout)
         if dropout is not None:
             attended = dropout(attended, self._rate)
         x = self.attention_norm(x + attended)
@@ -293,7 +293,9 @@ class Encoder(keras.layers.Layer):
           token_type_ids: int32 [T]; default: zeros.
           dropout: of this micro-batch; None for evaluation.
         """
-        x = self.embeddings(input_ids, position_ids, token_type_ids, dropout)
+        x = self.embeddings(
+            input_ids, position_ids, token_type_ids=token_type_ids, dropout=dropout
+        )
         for layer in self.layers:
-            x = layer(x, segment_ids, row_groups, dropout)
+            x = layer(x, segment_ids, row_groups=row_groups, dropout=dropout)
         return x

@@ -72,6 +72,12 @@ def open_stream(
     )
 
 
+def count_documents(num_documents: int, num_epochs: float) -> int:
+    """Documents of so many passes over a split, a fraction of a document rounded up."""
+    # 1e-6 documents absorb the rounding of products such as 0.1 x 3 epochs.
+    return math.ceil(num_epochs * num_documents - 1e-6)
+
+
 def _read_epoch(
     stream: Stream, epoch: tf.Tensor, seed: int | None, first_document: tf.Tensor, limit: tf.Tensor
 ) -> tf.data.Dataset:
@@ -164,8 +170,7 @@ def read_micro_batches(
     """
     start = start or Position()
     total = stream.num_documents
-    whole = math.floor(num_epochs)
-    remainder = math.ceil((num_epochs - whole) * total - 1e-9)
+    whole, remainder = divmod(count_documents(total, num_epochs), total)
     epochs = whole + (remainder > 0)
 
     def blocks(epoch: tf.Tensor) -> tf.data.Dataset:

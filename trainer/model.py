@@ -182,11 +182,11 @@ class Model(keras.layers.Layer):
             batch["input_ids"],
             batch["position_ids"],
             batch["segment_ids"],
-            row_groups,
-            batch.get("token_type_ids"),
-            dropout,
+            row_groups=row_groups,
+            token_type_ids=batch.get("token_type_ids"),
+            dropout=dropout,
         )
-        return self.head(hidden, batch, num_documents, dropout)
+        return self.head(hidden, batch, num_documents=num_documents, dropout=dropout)
 
     def named_variables(self) -> dict[str, tf.Variable]:
         """Every parameter by its path, such as `encoder/layer_0/attention/qkv/kernel`."""

@@ -85,8 +85,9 @@ class AdamW:
         """Every variable of the optimizer by a stable name, for checkpoints."""
         state = {"iterations": self.iterations, "skipped": self.skipped}
         for kind, slots in (("m", self.m), ("v", self.v), ("ema", self.ema)):
+            # Without an average `ema` is empty.
             state.update(
-                (f"{kind}/{name}", slot) for name, slot in zip(self.names, slots, strict=True)
+                (f"{kind}/{name}", slot) for name, slot in zip(self.names, slots, strict=False)
             )
         return state
 

@@ -13,6 +13,7 @@ import struct
 from dataclasses import dataclass
 from typing import Any
 
+from trainer.atomic import write_atomically
 from trainer.config import from_dict
 from trainer.errors import UserError
 
@@ -72,13 +73,8 @@ class Metadata:
 
     def save(self, data_dir: str) -> None:
         """Writes metadata.json into `data_dir`, atomically."""
-        path = os.path.join(data_dir, METADATA_FILE)
-        with open(path + ".tmp", "w", encoding="utf-8") as file:
-            json.dump(dataclasses.asdict(self), file, indent=1, ensure_ascii=False)
-            file.write("\n")
-            file.flush()
-            os.fsync(file.fileno())
-        os.replace(path + ".tmp", path)
+        content = json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False)
+        write_atomically(os.path.join(data_dir, METADATA_FILE), content + "\n")
 
 
 def load_metadata(data_dir: str) -> Metadata:
