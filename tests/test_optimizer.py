@@ -273,3 +273,10 @@ def test_restored_state_continues_bit_for_bit():
     assert set(second.state()) == {"iterations", "skipped"} | {
         f"{kind}/{name}" for kind in ("m", "v", "ema") for name in NAMES
     }
+
+
+def test_without_average_the_state_has_none():
+    optimizer = make_optimizer(OptimizerConfig(), make_problem()[0])
+    assert set(optimizer.state()) == {"iterations", "skipped"} | {
+        f"{kind}/{name}" for kind in ("m", "v") for name in NAMES
+    }
