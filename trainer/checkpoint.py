@@ -6,10 +6,12 @@ aside and only then names it in a state file, so that a killed save is never tak
 """
 
 import dataclasses
+import glob
 import hashlib
 import json
 import logging
 import os
+import shutil
 from dataclasses import dataclass
 from typing import Any
 
@@ -136,6 +138,8 @@ class Checkpoints:
         """Args: variables: what to keep, as {"model": {name: variable}, ...}; keep: how many."""
         self._model_dir = model_dir
         self._variables = variables
+        for folder in (CHECKPOINT_FOLDER, BEST_FOLDER):
+            _remove_unfinished(os.path.join(model_dir, folder))
         self._manager = tf.train.CheckpointManager(
             tf.train.Checkpoint(**variables),
             os.path.join(model_dir, CHECKPOINT_FOLDER),
@@ -182,6 +186,12 @@ class Checkpoints:
                 "or start again in another --model_dir"
             )
         return False
+
+
+def _remove_unfinished(folder: str) -> None:
+    """Removes what TensorFlow was writing when an earlier run was killed."""
+    for path in glob.glob(os.path.join(glob.escape(folder), "*_temp")):
+        shutil.rmtree(path, ignore_errors=True)
 
 
 def check_shapes(path: str, variables: dict[str, dict[str, tf.Variable]]) -> None:

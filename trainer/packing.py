@@ -168,6 +168,10 @@ def pack(input_ids: tf.RaggedTensor, packing: PackingConfig) -> dict[str, tf.Ten
       `document_index` (int64 [M, D], which of the N documents, -1 where there is none).
     """
     lengths = tf.cast(input_ids.row_lengths(), tf.int32)
+    # A document that no row holds would make the placement ask for more rows for ever.
+    fits = tf.debugging.assert_less_equal(lengths, packing.max_length, "longer than all rows")
+    with tf.control_dependencies([fits] if fits is not None else []):
+        lengths = tf.identity(lengths)
     starts, num_micro_batches = _place_documents(lengths, packing)
     order = tf.argsort(starts)
     micro_batch = tf.gather(starts, order) // packing.num_tokens
@@ -221,6 +225,7 @@ def choose_packing(
     length_histogram: Sequence[int],
     num_tokens: int,
     row_groups: tuple[tuple[int, int], ...] | None = None,
+    longest: int | None = None,
 ) -> PackingConfig:
     """The default shape of a micro-batch for documents of these lengths.
 
@@ -232,6 +237,7 @@ def choose_packing(
       length_histogram: `length_histogram[i]` documents are i tokens long.
       num_tokens: about how many tokens T a micro-batch has.
       row_groups: the rows, if the user chose them.
+      longest: tokens that the longest row must hold; default: the longest document's.
 
     Raises:
       UserError: if there are no documents or the rows cannot hold the longest one.
@@ -240,13 +246,13 @@ def choose_packing(
     lengths = np.arange(len(counts))
     if counts.sum() == 0:
         raise UserError("metadata.json: the split has no documents; nothing to pack")
-    longest = int(lengths[counts > 0].max())
+    longest = max(longest or 0, int(lengths[counts > 0].max()))
     if row_groups is None:
         row_groups = _choose_row_groups(counts, longest, num_tokens)
     elif max(length for _, length in row_groups) < longest:
         raise UserError(
             f"--row_groups: the longest row has {max(length for _, length in row_groups)} tokens, "
-            f"but the longest document {longest}; add a row of at least that length"
+            f"but documents may have {longest}; add a row of at least that length"
         )
     total = sum(rows * length for rows, length in row_groups)
     mean_length = float((counts * lengths).sum() / counts.sum())

@@ -53,10 +53,11 @@ def run(config: TrainConfig) -> None:
       UserError: for anything about the data, the checkpoint or the flags that the user can mend.
     """
     metadata = load_metadata(config.data_dir)
-    train_split, eval_split = metadata.split("train"), metadata.split(config.eval_split)
+    train_split = metadata.split("train")
     groups = parse_row_groups(config.row_groups) if config.row_groups else None
-    histogram = np.asarray(train_split.length_histogram) + eval_split.length_histogram
-    packing = choose_packing(histogram, config.tokens_per_replica, groups)
+    packing = choose_packing(
+        train_split.length_histogram, config.tokens_per_replica, groups, metadata.max_seq_length
+    )
     _check_tokenizer(config.data_dir, metadata)
     sizes, values = _choose_model(config, metadata)
     weights = positive_weights(

@@ -1,0 +1,380 @@
+"""`multihot export`: the best checkpoint and its calibration to one model folder, and back.
+
+The calibration folds exactly into the head's kernel and bias, so every consumer of the folder
+(transformers, the SavedModel, `multihot score`) gets calibrated probabilities from a plain sigmoid.
+"""
+
+import dataclasses
+import hashlib
+import json
+import os
+import shutil
+import sys
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+import transformers
+from safetensors.numpy import load_file, save_file
+
+import trainer
+from trainer.checkpoint import LoadedRun, load_best
+from trainer.config import ExportConfig, ModelConfig, PackingConfig, absolute, from_dict
+from trainer.errors import UserError
+from trainer.evaluate import CALIBRATION_FILE, EVALUATION_FOLDER, METRICS_FILE
+from trainer.model import Model, build_model, pad_batch
+from trainer.packing import choose_packing
+from trainer.pretrained import (
+    WEIGHTS_FILE,
+    from_variables,
+    model_config,
+    read_tensors,
+    to_variables,
+)
+from trainer.records import TOKENIZER_FOLDER, Metadata, load_metadata
+from trainer.step import Predictor
+from trainer.tokenizer import Tokenizer, load_tokenizer
+
+MULTIHOT_FILE = "multihot.json"
+SAVED_MODEL_FOLDER = "saved_model"
+_FORMAT_VERSION = 1
+# Where our head's tensors live when transformers' classes have no place for them.
+_HEAD_PREFIX = "multihot."
+
+
+def run(config: ExportConfig) -> None:
+    """Writes the model folder, whole or not at all.
+
+    Raises:
+      UserError: if the run has no checkpoint or calibration that fits, or the folder is taken.
+    """
+    if os.path.exists(config.export_dir) and (
+        not os.path.isdir(config.export_dir) or os.listdir(config.export_dir)
+    ):
+        raise UserError(
+            f"--export_dir={config.export_dir}: exists and is not an empty folder; "
+            "remove it or name another"
+        )
+    best = load_best(config.model_dir)
+    data_dir = config.data_dir or best.record.train.data_dir
+    metadata = load_metadata(data_dir)
+    tokenizer = load_tokenizer(os.path.join(data_dir, TOKENIZER_FOLDER))
+    if tokenizer.fingerprint != best.record.tokenizer_fingerprint:
+        raise UserError(
+            f"{data_dir}/{TOKENIZER_FOLDER}: not the tokenizer that {config.model_dir} was "
+            "trained with; give the --data_dir that it was trained on"
+        )
+    calibration = _read_calibration(config, best)
+    _fold(best.model, calibration["scale"], calibration["shift"])
+
+    parent = os.path.dirname(absolute(config.export_dir))
+    os.makedirs(parent, exist_ok=True)
+    aside = absolute(config.export_dir) + ".tmp"
+    shutil.rmtree(aside, ignore_errors=True)
+    os.makedirs(aside)
+    try:
+        packing = _scoring_packing(metadata, best.packing.num_tokens)
+        _write_weights(best.model, aside)
+        _write_config(best, aside, tokenizer)
+        tokenizer.save(aside, best.record.max_seq_length)
+        _write_saved_model(best.model, packing, os.path.join(aside, SAVED_MODEL_FOLDER))
+        # Last, because its presence is what says that the folder is a model folder.
+        _write_json(
+            os.path.join(aside, MULTIHOT_FILE),
+            _describe(config, best, metadata, packing, calibration),
+        )
+        if os.path.isdir(config.export_dir):
+            os.rmdir(config.export_dir)
+        os.rename(aside, config.export_dir)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
+    consumers = (
+        "transformers' BertForSequenceClassification, " if best.record.model.head == "cls" else ""
+    )
+    print(
+        f"{config.export_dir}: model folder of step {best.step} for {consumers}"
+        f"{SAVED_MODEL_FOLDER}/ and multihot score. Next: multihot score "
+        f"--model={config.export_dir} --input=FILES --output_dir=DIR"
+    )
+
+
+def _read_calibration(config: ExportConfig, best: LoadedRun) -> dict[str, Any]:
+    """Scale, shift and thresholds [L]; those of an uncalibrated model if asked for."""
+    count = len(best.record.labels)
+    if config.uncalibrated:
+        return {"scale": [1.0] * count, "shift": [0.0] * count, "thresholds": [0.5] * count,
+                "calibrated": False, "metrics": None}
+    folder = os.path.join(config.model_dir, EVALUATION_FOLDER)
+    remedy = "run `multihot evaluate` first, or give --uncalibrated"
+    try:
+        with open(os.path.join(folder, CALIBRATION_FILE), encoding="utf-8") as file:
+            calibration = json.load(file)
+        with open(os.path.join(folder, METRICS_FILE), encoding="utf-8") as file:
+            metrics = json.load(file)
+    except FileNotFoundError:
+        raise UserError(f"{folder}: no calibration of this run; {remedy}") from None
+    except ValueError as error:
+        raise UserError(f"{folder}: damaged ({error}); {remedy}") from None
+    found = calibration["fingerprints"]["checkpoint"]
+    if found != best.fingerprint:
+        raise UserError(
+            f"{folder}: calibrates checkpoint {found[:12]}, but the best one is now "
+            f"{best.fingerprint[:12]}; {remedy}"
+        )
+    shown = {
+        name: value
+        for name, value in metrics.items()
+        if isinstance(value, (int, float, str)) or value is None
+    }
+    return calibration | {"calibrated": True, "metrics": shown}
+
+
+def _fold(model: Model, scale: list[float], shift: list[float]) -> None:
+    """Puts scale x logit + shift into the head: both of its products are linear in the kernel."""
+    classifier = model.head.classifier
+    factor = np.asarray(scale, np.float64)
+    kernel, bias = classifier.kernel.numpy(), classifier.bias.numpy()
+    classifier.kernel.assign((kernel * factor).astype(np.float32))
+    classifier.bias.assign((bias * factor + np.asarray(shift, np.float64)).astype(np.float32))
+
+
+def _scoring_packing(metadata: Metadata, num_tokens: int) -> PackingConfig:
+    """A micro-batch for texts like the training split's, which may be as long as allowed."""
+    histogram = metadata.split("train").length_histogram
+    return choose_packing(histogram, num_tokens, longest=metadata.max_seq_length)
+
+
+def _write_weights(model: Model, folder: str) -> None:
+    values = {name: variable.numpy() for name, variable in model.named_variables().items()}
+    encoder = from_variables(values, model.config)
+    if model.config.head == "cls":
+        tensors = {f"bert.{name}": value for name, value in encoder.items()}
+        tensors["classifier.weight"] = np.ascontiguousarray(values["head/classifier/kernel"].T)
+        tensors["classifier.bias"] = values["head/classifier/bias"]
+    else:
+        head = {name: value for name, value in values.items() if name.startswith("head/")}
+        tensors = encoder | {f"{_HEAD_PREFIX}{name}": value for name, value in head.items()}
+    save_file(tensors, os.path.join(folder, WEIGHTS_FILE), metadata={"format": "pt"})
+
+
+def _write_config(best: LoadedRun, folder: str, tokenizer: Tokenizer) -> None:
+    sizes, labels = best.record.model, best.record.labels
+    is_standard = sizes.head == "cls"
+    transformers.BertConfig(
+        architectures=["BertForSequenceClassification" if is_standard else "BertModel"],
+        vocab_size=sizes.vocab_size,
+        hidden_size=sizes.hidden_size,
+        num_hidden_layers=sizes.num_layers,
+        num_attention_heads=sizes.num_attention_heads,
+        intermediate_size=sizes.intermediate_size,
+        hidden_act=sizes.hidden_act,
+        hidden_dropout_prob=sizes.hidden_dropout,
+        attention_probs_dropout_prob=sizes.attention_dropout,
+        max_position_embeddings=sizes.max_position_embeddings,
+        type_vocab_size=sizes.type_vocab_size,
+        initializer_range=sizes.initializer_range,
+        layer_norm_eps=sizes.layer_norm_eps,
+        pad_token_id=tokenizer.pad_id,
+        problem_type="multi_label_classification",
+        id2label=dict(enumerate(labels)),
+        label2id={label: index for index, label in enumerate(labels)},
+    ).save_pretrained(folder)
+
+
+def _write_saved_model(model: Model, packing: PackingConfig, folder: str) -> None:
+    module = tf.Module()
+    module.model = model
+
+    def answer(logits: tf.Tensor) -> dict[str, tf.Tensor]:
+        return {"logits": logits, "probabilities": tf.sigmoid(logits)}
+
+    def tokens(name: str) -> tf.TensorSpec:
+        return tf.TensorSpec([None, None], tf.int32, name=name)
+
+    @tf.function(
+        input_signature=[tokens("input_ids"), tokens("attention_mask"), tokens("token_type_ids")],
+        autograph=False,
+    )
+    def serve(input_ids, attention_mask, token_type_ids):  # type: ignore[no-untyped-def]
+        batch, groups, rows = pad_batch(input_ids, attention_mask, token_type_ids)
+        return answer(model(batch, row_groups=groups, num_documents=rows))
+
+    def ids(name: str, size: int) -> tf.TensorSpec:
+        return tf.TensorSpec([size], tf.int32, name=name)
+
+    num_tokens, num_windows = packing.num_tokens, packing.max_windows
+
+    @tf.function(
+        input_signature=[
+            ids("input_ids", num_tokens),
+            ids("position_ids", num_tokens),
+            ids("segment_ids", num_tokens),
+            ids("window_starts", num_windows),
+            ids("window_document", num_windows),
+        ],
+        autograph=False,
+    )
+    def packed(input_ids, position_ids, segment_ids, window_starts, window_document):  # type: ignore[no-untyped-def]
+        batch = {
+            "input_ids": input_ids,
+            "position_ids": position_ids,
+            "segment_ids": segment_ids,
+            "window_starts": window_starts,
+            "window_document": window_document,
+        }
+        return answer(
+            model(batch, row_groups=packing.row_groups, num_documents=packing.max_documents)
+        )
+
+    tf.saved_model.save(module, folder, signatures={"serving_default": serve, "packed": packed})
+
+
+def _describe(
+    config: ExportConfig,
+    best: LoadedRun,
+    metadata: Metadata,
+    packing: PackingConfig,
+    calibration: dict[str, Any],
+) -> dict[str, Any]:
+    record = best.record
+    return {
+        "format_version": _FORMAT_VERSION,
+        "labels": record.labels,
+        "head": record.model.head,
+        "max_seq_length": record.max_seq_length,
+        "packing": dataclasses.asdict(packing),
+        "length_histogram": metadata.split("train").length_histogram,
+        "thresholds": calibration["thresholds"],
+        "pos_weights": record.pos_weights,
+        "calibration": {
+            "calibrated": calibration["calibrated"],
+            "scale": calibration["scale"],
+            "shift": calibration["shift"],
+            "folded_into_weights": True,
+        },
+        "fingerprints": {
+            "checkpoint": best.fingerprint,
+            "tokenizer": record.tokenizer_fingerprint,
+            "data": record.data_fingerprint,
+        },
+        "metrics": calibration["metrics"],
+        "versions": record.versions
+        | {"multihot_export": trainer.__version__, "transformers": transformers.__version__},
+    }
+
+
+def _write_json(path: str, values: dict[str, Any]) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(values, file, indent=1, ensure_ascii=False)
+        file.write("\n")
+
+
+@dataclass(frozen=True)
+class ExportedModel:
+    """A model folder, ready to score.
+
+    Attributes:
+      tokenizer, labels, max_seq_length: what turns a text into its record, and scores into names.
+      thresholds: float64 [L], NaN for a label that is never predicted.
+      packing: the shape of the micro-batches that `forward` takes.
+      fingerprint: of the folder's weights, labels, thresholds and tokenizer (SHA-256).
+    """
+
+    tokenizer: Tokenizer
+    labels: tuple[str, ...]
+    max_seq_length: int
+    thresholds: np.ndarray
+    packing: PackingConfig
+    fingerprint: str
+    predictor: Predictor
+
+    def forward(self, micro_batch: dict[str, tf.Tensor]) -> tf.Tensor:
+        """Calibrated probabilities, float32 [D, L], of one micro-batch."""
+        return tf.sigmoid(self.predictor.logits(micro_batch))
+
+
+def load_exported(
+    folder: str, precision: str = "float32", num_tokens: int | None = None
+) -> ExportedModel:
+    """Loads a model folder.
+
+    Args:
+      folder: what `multihot export` wrote.
+      precision: `float32` or `mixed_bfloat16`.
+      num_tokens: tokens of a micro-batch; default: as exported.
+
+    Raises:
+      UserError: if it is not a model folder, or a damaged one.
+    """
+    path = os.path.join(folder, MULTIHOT_FILE)
+    try:
+        with open(path, encoding="utf-8") as file:
+            description = json.load(file)
+    except (FileNotFoundError, NotADirectoryError):
+        raise UserError(
+            f"{folder}: no {MULTIHOT_FILE}; expected a folder that `multihot export` wrote"
+        ) from None
+    except ValueError as error:
+        raise UserError(f"{path}: damaged ({error}); export the model again") from None
+    tokenizer = load_tokenizer(folder)
+    if tokenizer.fingerprint != description["fingerprints"]["tokenizer"]:
+        raise UserError(f"{folder}: its tokenizer is not the one of {MULTIHOT_FILE}; export again")
+    packing = from_dict(PackingConfig, description["packing"])
+    if num_tokens is not None:
+        packing = choose_packing(
+            description["length_histogram"], num_tokens, longest=description["max_seq_length"]
+        )
+    thresholds = [np.nan if cut is None else cut for cut in description["thresholds"]]
+    return ExportedModel(
+        tokenizer,
+        tuple(description["labels"]),
+        description["max_seq_length"],
+        np.asarray(thresholds, np.float64),
+        packing,
+        _fingerprint(folder),
+        Predictor(_load_model(folder, description, precision), packing),
+    )
+
+
+def _load_model(folder: str, description: dict[str, Any], precision: str) -> Model:
+    sizes = _model_sizes(folder, description)
+    model = build_model(sizes, precision)
+    values = to_variables(read_tensors(folder), sizes, folder)
+    tensors = load_file(os.path.join(folder, WEIGHTS_FILE))
+    if sizes.head == "cls":
+        values["head/classifier/kernel"] = tensors["classifier.weight"].T
+        values["head/classifier/bias"] = tensors["classifier.bias"]
+    else:
+        values |= {
+            name.removeprefix(_HEAD_PREFIX): value
+            for name, value in tensors.items()
+            if name.startswith(_HEAD_PREFIX)
+        }
+    variables = model.named_variables()
+    if set(values) != set(variables):
+        raise UserError(
+            f"{folder}/{WEIGHTS_FILE}: not the tensors of a {sizes.head} model; export it again"
+        )
+    for name, value in values.items():
+        variables[name].assign(value)
+    return model
+
+
+def _model_sizes(folder: str, description: dict[str, Any]) -> ModelConfig:
+    return model_config(folder, len(description["labels"]), description["head"], 0.0, 0.0)
+
+
+def _fingerprint(folder: str) -> str:
+    digest = hashlib.sha256()
+    for name in (MULTIHOT_FILE, WEIGHTS_FILE):
+        with open(os.path.join(folder, name), "rb") as file:
+            digest.update(hashlib.file_digest(file, "sha256").digest())
+    return digest.hexdigest()
+
+
+if __name__ == "__main__":
+    from trainer.cli import main
+
+    main(["export", *sys.argv[1:]])
