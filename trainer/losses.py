@@ -46,8 +46,8 @@ def positive_weights(
     positives = np.asarray(label_counts, np.float64)
     negatives = num_documents - positives
     assert positives.shape == (len(labels),) and np.all(negatives >= 0), (positives, num_documents)
-    _warn_one_sided("positives", [labels[i] for i in np.flatnonzero(positives == 0)])
-    _warn_one_sided("negatives", [labels[i] for i in np.flatnonzero(negatives == 0)])
+    for side, counts in (("positives", positives), ("negatives", negatives)):
+        _warn_one_sided(side, [name for name, n in zip(labels, counts, strict=True) if n == 0])
     if kind == "none":
         return np.ones(len(labels), np.float32)
     if kind not in POSITIVE_WEIGHT_KINDS:

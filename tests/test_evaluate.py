@@ -1,0 +1,233 @@
+"""What evaluate writes is what its conventions and scikit-learn say, and fits on one split only."""
+
+import dataclasses
+import json
+import os
+
+import numpy as np
+import pytest
+import tensorflow as tf
+from sklearn import metrics as peer
+
+from trainer.calibration import Calibration, sigmoid
+from trainer.checkpoint import Checkpoints, RunRecord, load_best, start_record
+from trainer.config import EvaluateConfig, ModelConfig, TrainConfig
+from trainer.errors import UserError
+from trainer.evaluate import load_calibration, run, trivial_metrics
+from trainer.model import build_model
+from trainer.packing import choose_packing
+from trainer.records import Metadata, Shard, Split, checksum, encode_record, load_metadata
+from trainer.step import Predictor
+
+LABELS = ("common", "usual", "rare", "absent")
+RATES = (0.45, 0.2, 0.02, 0.0)
+WEIGHTS = (1.0, 4.0, 30.0, 1.0)
+VOCABULARY = 40
+MAX_LENGTH = 24
+
+
+def write_split(folder, name, documents, longest, seed):
+    """Documents in which token 10 + k tells of label k, in one shard."""
+    random = np.random.default_rng(seed)
+    labels = random.random((documents, len(LABELS))) < RATES
+    histogram = np.zeros(MAX_LENGTH + 1, int)
+    path = os.path.join(folder, f"{name}.tfrecord")
+    with tf.io.TFRecordWriter(path) as writer:
+        for number, row in enumerate(labels):
+            ids = random.integers(20, VOCABULARY, random.integers(3, longest - 4)).tolist()
+            ids += [10 + k for k in np.flatnonzero(row)]
+            ids = [2, *ids, 3]
+            histogram[len(ids)] += 1
+            writer.write(encode_record(f"{name}-{number}", ids, np.flatnonzero(row).tolist()))
+    shard = Shard(os.path.basename(path), documents, os.path.getsize(path), checksum(path))
+    tokens = int(histogram @ np.arange(len(histogram)))
+    counts = tuple(int(count) for count in labels.sum(axis=0))
+    return Split(documents, tokens, 0, 0, counts, tuple(map(int, histogram)), (shard,))
+
+
+@pytest.fixture(scope="module")
+def folders(tmp_path_factory):
+    """A data folder and a model folder with a best checkpoint; test documents may be longer."""
+    data_dir = str(tmp_path_factory.mktemp("data"))
+    model_dir = str(tmp_path_factory.mktemp("model"))
+    splits = {
+        "train": write_split(data_dir, "train", 400, 16, 0),
+        "validation": write_split(data_dir, "validation", 300, 16, 1),
+        "test": write_split(data_dir, "test", 250, MAX_LENGTH, 2),
+        "empty": dataclasses.replace(write_split(data_dir, "empty", 1, 16, 3), documents=0),
+    }
+    Metadata(LABELS, MAX_LENGTH, VOCABULARY, "t" * 64, splits, {}, {}).save(data_dir)
+    sizes = ModelConfig(VOCABULARY, len(LABELS), 16, 1, 2, 32, max_position_embeddings=MAX_LENGTH)
+    packing = choose_packing(splits["train"].length_histogram, 256)
+    record = RunRecord(
+        TrainConfig(data_dir=data_dir, model_dir=model_dir), sizes, packing, LABELS, WEIGHTS,
+        MAX_LENGTH, 400, "d" * 64, "t" * 64, "float32", {},
+    )  # fmt: skip
+    start_record(model_dir, record)
+    model = build_model(sizes, seed=4)
+    # An untrained encoder, but large weights in the head, so that documents differ.
+    model.head.classifier.kernel.assign(model.head.classifier.kernel * 60.0)
+    variables = {"model": model.named_variables()}
+    Checkpoints(model_dir, variables, 1).save_best(7)
+    return data_dir, model_dir
+
+
+@pytest.fixture(scope="module")
+def written(folders):
+    """Both files, after one evaluation."""
+    data_dir, model_dir = folders
+    run(EvaluateConfig(model_dir=model_dir, data_dir=data_dir))
+    folder = os.path.join(model_dir, "evaluation")
+    assert sorted(os.listdir(folder)) == ["calibration.json", "metrics.json"]
+    return [json.load(open(os.path.join(folder, name))) for name in sorted(os.listdir(folder))]
+
+
+@pytest.fixture(scope="module")
+def predictions(folders):
+    data_dir, model_dir = folders
+    best = load_best(model_dir)
+    metadata = load_metadata(data_dir)
+    packing = choose_packing(metadata.split("test").length_histogram, 256)
+    predictor = Predictor(best.model, packing)
+    return {
+        name: predictor.predict_split(data_dir, metadata, name) for name in ("validation", "test")
+    }
+
+
+def test_metrics_json_equals_scikit_learn_on_the_calibrated_predictions(written, predictions):
+    calibration, metrics = written
+    test = predictions["test"]
+    scale, shift = np.array(calibration["scale"]), np.array(calibration["shift"])
+    thresholds = np.array([np.inf if t is None else t for t in calibration["thresholds"]])
+    probabilities = Calibration(scale, shift).probabilities(test.logits)
+    predicted = probabilities >= thresholds
+    for average in ("micro", "macro"):
+        expected = peer.precision_recall_fscore_support(
+            test.labels, predicted, average=average, zero_division=0
+        )
+        for name, value in zip(("precision", "recall", "f1"), expected[:3], strict=True):
+            assert metrics[f"{average}_{name}"] == pytest.approx(value, abs=1e-6)
+    present = [k for k in range(4) if test.labels[:, k].any()]
+    precision = [peer.average_precision_score(test.labels[:, k], probabilities[:, k])
+                 for k in present]  # fmt: skip
+    areas = [peer.roc_auc_score(test.labels[:, k], probabilities[:, k]) for k in present]
+    micro = peer.average_precision_score(test.labels, probabilities, average="micro")
+    assert metrics["mean_average_precision"] == pytest.approx(np.mean(precision), abs=1e-5)
+    assert metrics["macro_roc_auc"] == pytest.approx(np.mean(areas), abs=1e-5)
+    assert metrics["micro_average_precision"] == pytest.approx(micro, abs=1e-5)
+    assert (metrics["documents"], metrics["labels"]) == (250, 4)
+    assert metrics["labels_without_positives"] == metrics["labels_of_one_class"] == 1
+    assert metrics["per_label"]["absent"]["average_precision"] is None
+    assert metrics["per_label"]["common"]["support"] == test.labels[:, 0].sum()
+    assert metrics["per_label"]["common"]["threshold"] == calibration["thresholds"][0]
+
+
+def test_positive_weights_are_taken_back(written, predictions):
+    """The raw sigmoid overstates by the weights; calibrated probabilities mean what they say."""
+    calibration, metrics = written
+    assert metrics["expected_calibration_error_before"] > 0.1
+    assert metrics["expected_calibration_error"] < metrics["expected_calibration_error_before"] / 2
+    validation = predictions["validation"]
+    fit = Calibration(np.array(calibration["scale"]), np.array(calibration["shift"]))
+    means = fit.probabilities(validation.logits).mean(axis=0)
+    # Not exactly, for labels are pulled toward the global fit.
+    np.testing.assert_allclose(means[:2], validation.labels.mean(axis=0)[:2], rtol=0.2)
+
+
+def test_trivial_baseline_stands_beside(written, folders, predictions):
+    _, metrics = written
+    train = load_metadata(folders[0]).split("train")
+    frequencies = np.array(train.label_counts) / train.documents
+    labels = predictions["test"].labels
+    # Constant scores: the average precision of a label is its share of the reported split.
+    share = labels.mean(axis=0)
+    trivial = metrics["trivial"]
+    assert trivial["mean_average_precision"] == pytest.approx(share[share > 0].mean())
+    assert trivial["macro_roc_auc"] == 0.5
+    again = trivial_metrics(frequencies, predictions["validation"].labels, labels, 10)
+    assert again["micro_f1"] == pytest.approx(trivial["micro_f1"])
+    # Where a constant is cut, all documents get the label: F1 = 2 s / (1 + s).
+    assert again["per_label"]["f1"][0] == pytest.approx(2 * share[0] / (1 + share[0]))
+
+
+def test_fitted_on_the_calibration_split_alone(folders, written):
+    """Other reported documents, same calibration and thresholds."""
+    data_dir, model_dir = folders
+    run(EvaluateConfig(model_dir=model_dir, data_dir=data_dir, split="train"))
+    path = os.path.join(model_dir, "evaluation", "calibration.json")
+    with open(path) as file:
+        again = json.load(file)
+    for name in ("scale", "shift", "thresholds"):
+        np.testing.assert_allclose(again[name], written[0][name], rtol=1e-4)
+    assert (
+        again["fingerprints"]["splits"]["validation"]
+        == (written[0]["fingerprints"]["splits"]["validation"])
+    )
+
+
+def test_calibration_comes_back_for_its_own_checkpoint_only(folders, written):
+    _, model_dir = folders
+    fingerprint = load_best(model_dir).fingerprint
+    calibration, thresholds = load_calibration(model_dir, fingerprint)
+    np.testing.assert_allclose(calibration.scale, written[0]["scale"], rtol=1e-4)
+    np.testing.assert_allclose(calibration.shift, written[0]["shift"], rtol=1e-4)
+    assert len(thresholds) == 4
+    with pytest.raises(UserError, match="belongs to checkpoint .* run `multihot evaluate` again"):
+        load_calibration(model_dir, "0" * 64)
+    with pytest.raises(UserError, match="no calibration of this model yet"):
+        load_calibration(model_dir + "-other", fingerprint)
+
+
+def test_without_calibration_only_the_weights_are_taken_back(folders, tmp_path):
+    data_dir, model_dir = folders
+    run(EvaluateConfig(model_dir=model_dir, data_dir=data_dir, calibrate="none"))
+    with open(os.path.join(model_dir, "evaluation", "calibration.json")) as file:
+        values = json.load(file)
+    assert values["scale"] == [1, 1, 1, 1]
+    np.testing.assert_allclose(values["shift"], -np.log(WEIGHTS))
+
+
+@pytest.mark.parametrize(
+    "options, message",
+    [
+        (dict(calibration_split="test"), "--calibration_split=test is --split too"),
+        (dict(calibration_split="train"), "the model has seen it"),
+        (dict(split="holdout"), "no split 'holdout'"),
+        (dict(split="empty"), "--split=empty: the split has no documents"),
+        (dict(model_dir="/nowhere"), "no config.json"),
+        (dict(data_dir="/nowhere"), "no metadata.json"),
+    ],
+)
+def test_mistakes_are_one_clear_line(folders, options, message):
+    data_dir, model_dir = folders
+    with pytest.raises(UserError) as error:
+        run(EvaluateConfig(**({"model_dir": model_dir, "data_dir": data_dir} | options)))
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+@pytest.mark.parametrize(
+    "changes, message",
+    [
+        (dict(labels=("common", "usual", "seldom", "absent")), "label 2 is 'seldom'"),
+        (dict(labels=LABELS[:3]), "3 labels, expected 4"),
+        (dict(tokenizer_fingerprint="u" * 64), "tokenizer uuuuuuuuuuuu, but"),
+        (dict(max_seq_length=64), "takes 24 tokens"),
+    ],
+)
+def test_data_of_another_model_is_refused(folders, tmp_path, changes, message):
+    data_dir, model_dir = folders
+    dataclasses.replace(load_metadata(data_dir), **changes).save(str(tmp_path))
+    with pytest.raises(UserError) as error:
+        run(EvaluateConfig(model_dir=model_dir, data_dir=str(tmp_path)))
+    assert message in str(error.value) and "\n" not in str(error.value)
+
+
+def test_raw_probabilities_are_the_plain_sigmoid(written, predictions):
+    """The error `before` is that of sigmoid(logit), weights and all."""
+    _, metrics = written
+    test = predictions["test"]
+    probabilities, labels = sigmoid(test.logits[:, 0]), test.labels[:, 0]
+    order = np.argsort(probabilities)
+    gaps = [abs((probabilities[b] - labels[b]).sum()) for b in np.array_split(order, 10)]
+    value = metrics["per_label"]["common"]["expected_calibration_error_before"]
+    assert value == pytest.approx(sum(gaps) / len(labels), abs=1e-4)
