@@ -1,0 +1,257 @@
+"""The first pass of `prepare` as a whole: every row read once, labels and splits decided."""
+
+import json
+import os
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+
+import numpy as np
+from tqdm import tqdm
+
+from trainer.config import PrepareConfig
+from trainer.errors import UserError
+from trainer.labels import LabelReader, check_unique, read_label_file
+from trainer.ledger import Ledger
+from trainer.records import Metadata
+from trainer.scan import ScanPlan, plan_file, rows_per_segment, scan_segment, vocabulary_path
+from trainer.sources import BadRow, Columns, Segment, check_columns
+
+REJECTED_FOLDER = "rejected"
+VOCABULARY_TEXTS = 100_000
+
+
+@dataclass(frozen=True)
+class Corpus:
+    """A corpus after the first pass.
+
+    Attributes:
+      segments: where the rows are.
+      ledger: what was noted of them.
+      labels: the labels' names in order.
+      label_map: int64 [ledger.names], from the ledger's label numbers to places in `labels`, or
+        -1 where a label was dropped.
+      dropped: labels under --min_label_count and their documents.
+      splits: uint8 [ledger.num_rows], on disk: the split of each usable row.
+      num_rejected: rows that cannot be used.
+    """
+
+    segments: list[Segment]
+    ledger: Ledger
+    labels: tuple[str, ...]
+    label_map: np.ndarray
+    dropped: dict[str, int]
+    splits: np.ndarray
+    num_rejected: int
+
+    def ranks(self, num_splits: int) -> Iterator[tuple[np.ndarray, list[int]]]:
+        """For each segment its rows' splits, and how many rows each split had before it."""
+        before = np.zeros(num_splits, np.int64)
+        bounds = self.ledger.first_rows
+        for start, end in zip(bounds[:-1], bounds[1:], strict=True):
+            splits = np.array(self.splits[start:end])
+            yield splits, before.tolist()
+            before += np.bincount(splits, minlength=num_splits)
+
+    def count_documents(self, num_splits: int) -> np.ndarray:
+        """int64 [num_splits], the rows of each split."""
+        total = np.zeros(num_splits, np.int64)
+        for splits, _ in self.ranks(num_splits):
+            total += np.bincount(splits, minlength=num_splits)
+        return total
+
+
+def columns_of(config: PrepareConfig) -> Columns:
+    """The columns that the flags name."""
+    return Columns(config.text_field, config.id_field, config.label_field)
+
+
+def read_corpus(
+    config: PrepareConfig,
+    previous: Metadata | None,
+    files: Sequence[str],
+    work_dir: str,
+    pool: ProcessPoolExecutor,
+) -> Corpus:
+    """Reads every row once and decides labels and splits.
+
+    Args:
+      config: the flags.
+      previous: what the data folder holds already, whose labels then apply; or None.
+      files: what to read.
+      work_dir: where side files go.
+      pool: the processes that read.
+
+    Raises:
+      UserError: if a column is missing, or too many rows are unusable, or too few usable.
+    """
+    columns = columns_of(config)
+    for path in files:
+        check_columns(path, columns)
+    segments, unreadable = _plan_segments(files, columns, work_dir, pool)
+    num_rows = sum(segment.num_rows for segment in segments)
+    plan = ScanPlan(
+        columns=columns,
+        labels=_label_reader(config, previous),
+        seed=config.seed,
+        vocabulary_share=_vocabulary_share(config, previous, num_rows),
+        work_dir=work_dir,
+    )
+    ledger = Ledger(work_dir, num_rows)
+    rejected_path = os.path.join(
+        config.data_dir, REJECTED_FOLDER, "-".join(config.split_shares()) + ".jsonl"
+    )
+    num_rejected = _scan(plan, segments, unreadable, ledger, rejected_path, pool)
+    _check_rows(config, num_rejected, ledger.num_rows, rejected_path)
+    labels, dropped = _choose_labels(config, plan.labels, ledger)
+    places = {name: place for place, name in enumerate(labels)}
+    label_map = np.array([places.get(name, -1) for name in ledger.names], np.int64)
+    label_counts = np.zeros(len(labels), np.int64)
+    label_counts[label_map[label_map >= 0]] = np.array(ledger.label_counts)[label_map >= 0]
+    splits = ledger.assign_splits(list(config.split_shares().values()), label_map, label_counts)
+    corpus = Corpus(segments, ledger, labels, label_map, dropped, splits, num_rejected)
+    _check_splits(config, corpus)
+    return corpus
+
+
+def _plan_segments(
+    files: Sequence[str], columns: Columns, work_dir: str, pool: ProcessPoolExecutor
+) -> tuple[list[Segment], list[list[BadRow]]]:
+    """The segments of all files, and for each the rows of it that could not be read."""
+    plan = partial(
+        plan_file, columns=columns, segment_rows=rows_per_segment(sum(map(os.path.getsize, files)))
+    )
+    copies = [os.path.join(work_dir, f"copy-{index:06d}.jsonl") for index in range(len(files))]
+    segments, unreadable = [], []
+    for found, bad_rows in pool.map(plan, files, copies):
+        segments += found
+        for segment in found:
+            end = segment.first_row + segment.num_rows
+            unreadable.append([row for row in bad_rows if segment.first_row <= row.position < end])
+    return segments, unreadable
+
+
+def _label_reader(config: PrepareConfig, previous: Metadata | None) -> LabelReader:
+    columns = config.label_field
+    check_unique(columns, f"--label_field={','.join(columns)}")
+    names: tuple[str, ...] | None = None
+    if config.labels is not None:
+        names = read_label_file(config.labels)
+    elif len(columns) > 1:
+        names = columns
+    if names is not None and len(columns) > 1 and set(names) != set(columns):
+        differing = ", ".join(sorted(set(names) ^ set(columns))[:5])
+        raise UserError(
+            f"--labels={config.labels}: names other labels than --label_field ({differing}); "
+            "expected the same names, or leave --labels out"
+        )
+    if previous is None:
+        return LabelReader(names, columns, config.label_delimiter)
+    return LabelReader(
+        previous.labels, columns, config.label_delimiter, frozenset(previous.dropped_labels)
+    )
+
+
+def _vocabulary_share(config: PrepareConfig, previous: Metadata | None, num_rows: int) -> float:
+    """The share of texts to keep for a vocabulary, so that about VOCABULARY_TEXTS are kept."""
+    if previous is not None or config.tokenizer != "train":
+        return 0.0
+    return min(1.0, VOCABULARY_TEXTS / max(num_rows, 1))
+
+
+def _scan(
+    plan: ScanPlan,
+    segments: list[Segment],
+    unreadable: list[list[BadRow]],
+    ledger: Ledger,
+    rejected_path: str,
+    pool: ProcessPoolExecutor,
+) -> int:
+    """Scans all segments into the ledger; writes the rejected rows and returns their number."""
+    num_rejected = 0
+    temporary = os.path.join(plan.work_dir, "rejected.jsonl")
+    total = sum(segment.num_rows for segment in segments)
+    with (
+        tqdm(total=total, desc="pass 1: reading", unit=" rows", mininterval=1) as progress,
+        open(temporary, "w", encoding="utf-8") as file,
+    ):
+        scans = pool.map(partial(scan_segment, plan), range(len(segments)), segments)
+        for segment, bad_rows, scanned in zip(segments, unreadable, scans, strict=True):
+            ledger.add(scanned)
+            for row in sorted(bad_rows + scanned.rejected):
+                line = {"source": segment.source, "row": row.position, "reason": row.reason}
+                file.write(json.dumps(line | {"raw": row.raw}, ensure_ascii=False) + "\n")
+                num_rejected += 1
+            progress.update(segment.num_rows)
+    if num_rejected:
+        os.makedirs(os.path.dirname(rejected_path), exist_ok=True)
+        os.replace(temporary, rejected_path)
+    return num_rejected
+
+
+def _check_rows(config: PrepareConfig, num_rejected: int, num_usable: int, path: str) -> None:
+    """Checks that not too many rows are unusable, and that there are any usable ones."""
+    num_rows = num_rejected + num_usable
+    if num_rows == 0:
+        raise UserError(f"--input={','.join(config.input)}: no rows; expected at least one")
+    limit = config.max_rejected
+    allowed = int(limit * num_rows) if limit < 1 else int(limit)
+    if num_rejected > allowed or not num_usable:
+        with open(path, encoding="utf-8") as file:
+            first = json.loads(next(file))
+        raise UserError(
+            f"{first['source']}: row {first['row']}: {first['reason']}; {num_rejected:,} of "
+            f"{num_rows:,} rows cannot be used, --max_rejected={limit:g} allows {allowed:,}; see "
+            f"{path} for all of them and repair them, or raise --max_rejected"
+        )
+
+
+def _choose_labels(
+    config: PrepareConfig, reader: LabelReader, ledger: Ledger
+) -> tuple[tuple[str, ...], dict[str, int]]:
+    """The labels in order, and those of the data that are too rare."""
+    counts = dict(zip(ledger.names, ledger.label_counts, strict=True))
+    if reader.names is not None:
+        empty = [name for name in reader.names if not counts.get(name)]
+        if empty:
+            some = ", ".join(empty[:5]) + (", ..." if len(empty) > 5 else "")
+            print(f"warning: {len(empty)} labels without positives stay all the same: {some}")
+        return reader.names, {}
+    enough = config.min_label_count
+    labels = tuple(sorted(name for name, count in counts.items() if count >= enough))
+    if not labels:
+        most = max(counts.values(), default=0)
+        raise UserError(
+            f"--label_field={','.join(config.label_field)}: no label has --min_label_count="
+            f"{enough} documents, the commonest has {most}; check the column, or lower the count"
+        )
+    return labels, {name: counts[name] for name in sorted(counts) if counts[name] < enough}
+
+
+def _check_splits(config: PrepareConfig, corpus: Corpus) -> None:
+    shares = config.split_shares()
+    documents = corpus.count_documents(len(shares))
+    for name, count in zip(shares, documents.tolist(), strict=True):
+        if count == 0:
+            raise UserError(
+                f"--split={config.split}: {corpus.ledger.num_rows} usable rows leave none for "
+                f"{name!r}; bring more rows, or give it a larger share"
+            )
+
+
+@dataclass(frozen=True)
+class VocabularyTexts:
+    """The texts of one split that the scan kept for a vocabulary; can be iterated repeatedly."""
+
+    corpus: Corpus
+    work_dir: str
+    split: int
+
+    def __iter__(self) -> Iterator[str]:
+        for index, first_row in enumerate(self.corpus.ledger.first_rows[:-1]):
+            with open(vocabulary_path(self.work_dir, index), encoding="utf-8") as file:
+                for line in file:
+                    row, text = json.loads(line)
+                    if self.corpus.splits[first_row + row] == self.split:
+                        yield text

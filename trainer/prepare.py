@@ -1,0 +1,339 @@
+"""`multihot prepare`: raw rows to TFRecord shards, the tokenizer beside them, metadata.json last.
+
+Two passes, both by several processes. The first reduces rows to labels, lengths and text hashes,
+from which labels, splits and a sample for the vocabulary are decided. The second tokenises and
+writes. All is made in a work folder inside the data folder and moved to its place at the end, so
+that a run that fails or is killed leaves nothing under a final name.
+"""
+
+import contextlib
+import dataclasses
+import errno
+import os
+import re
+import shutil
+import sys
+import time
+from collections.abc import Iterator
+from concurrent.futures import ProcessPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from trainer.config import PrepareConfig
+from trainer.corpus import Corpus, VocabularyTexts, columns_of, read_corpus
+from trainer.errors import UserError
+from trainer.labels import read_label_file
+from trainer.records import METADATA_FILE, TOKENIZER_FOLDER, Metadata, Split, load_metadata
+from trainer.sample import PREFIX, write_sample
+from trainer.shards import WritePlan, write_segment, write_shard
+from trainer.sources import list_files
+from trainer.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
+from trainer.workers import process_pool
+
+WORK_FOLDER = ".prepare"
+SHARD_NAME = re.compile(r"(?P<split>\w+)-\d{5}-of-\d{5}\.tfrecord")
+SHARD_BYTES = 32 << 20
+MIN_SHARDS = 4
+BYTES_BESIDE_TOKENS = 100
+BYTES_A_TOKEN = 2.5
+
+
+@dataclass(frozen=True)
+class Timing:
+    """Seconds and sizes of a run, for the summary and the benchmark."""
+
+    first_pass: float
+    tokenizer: float
+    second_pass: float
+    total: float
+    documents: int
+    tokens: int
+
+
+@dataclass(frozen=True)
+class Inputs:
+    """The files to read, and what metadata.json says about where they came from."""
+
+    files: list[str]
+    description: dict[str, Any]
+
+
+def run(config: PrepareConfig) -> Timing:
+    """Prepares a corpus, or adds a split to one that is prepared already.
+
+    Raises:
+      UserError: for anything wrong with the input, the flags or the folder.
+    """
+    started = time.monotonic()
+    previous = _load_previous(config)
+    with _work_folder(config.data_dir) as work_dir:
+        inputs = _gather_inputs(config, work_dir)
+        with process_pool(config.num_workers) as pool:
+            corpus = read_corpus(config, previous, inputs.files, work_dir, pool)
+            scanned = time.monotonic()
+            tokenizer = _choose_tokenizer(config, previous, corpus, work_dir)
+            trained = time.monotonic()
+            plan = _plan_writing(config, previous, corpus, work_dir)
+            splits = _second_pass(plan, corpus, pool, corpus.num_rejected)
+            written = time.monotonic()
+        call = inputs.description | {"rejected": corpus.num_rejected, "seed": config.seed}
+        call["splits"] = list(splits)
+        metadata = _describe(previous, corpus, tokenizer, plan, splits, call)
+        _commit(config.data_dir, work_dir, metadata, splits, is_new=previous is None)
+    timing = Timing(
+        first_pass=scanned - started,
+        tokenizer=trained - scanned,
+        second_pass=written - trained,
+        total=time.monotonic() - started,
+        documents=sum(split.documents for split in splits.values()),
+        tokens=sum(split.tokens for split in splits.values()),
+    )
+    _print_summary(config.data_dir, metadata, splits, timing)
+    return timing
+
+
+def _load_previous(config: PrepareConfig) -> Metadata | None:
+    """What the data folder holds already; refuses what cannot be added to it."""
+    if not os.path.exists(os.path.join(config.data_dir, METADATA_FILE)):
+        return None
+    previous = load_metadata(config.data_dir)
+    names = list(config.split_shares())
+    present = ", ".join(previous.splits)
+    if len(names) > 1 or names[0] in previous.splits:
+        raise UserError(
+            f"{config.data_dir}: already holds the splits {present}; name another --data_dir, or "
+            "delete this one, or add rows under a new name with --split=NAME"
+        )
+    default = PrepareConfig.max_seq_length
+    if config.max_seq_length not in (default, previous.max_seq_length):
+        raise UserError(
+            f"--max_seq_length={config.max_seq_length}: {config.data_dir} was prepared with "
+            f"{previous.max_seq_length}; leave the flag out, or name another --data_dir"
+        )
+    if config.labels is not None and read_label_file(config.labels) != previous.labels:
+        raise UserError(
+            f"--labels={config.labels}: not the labels of {config.data_dir}; leave the flag out, "
+            "or name another --data_dir"
+        )
+    return previous
+
+
+@contextlib.contextmanager
+def _work_folder(data_dir: str) -> Iterator[str]:
+    """A fresh folder inside the data folder, removed in the end, and an empty data folder too."""
+    work_dir = os.path.join(data_dir, WORK_FOLDER)
+    try:
+        with _disk_errors(data_dir):
+            os.makedirs(data_dir, exist_ok=True)
+            if os.path.exists(work_dir):  # Of a run that was killed.
+                shutil.rmtree(work_dir)
+            os.mkdir(work_dir)
+            yield work_dir
+    finally:
+        shutil.rmtree(work_dir, ignore_errors=True)
+        with contextlib.suppress(OSError):
+            os.rmdir(data_dir)
+
+
+@contextlib.contextmanager
+def _disk_errors(data_dir: str) -> Iterator[None]:
+    """Turns what the file system refuses into a line that the user can act on."""
+    try:
+        yield
+    except OSError as error:
+        refusals = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
+        if error.errno not in (*refusals, errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
+            raise
+        raise UserError(
+            f"--data_dir={data_dir}: cannot be written ({error.strerror}: {error.filename}); "
+            "expected a folder with room that you may write to; make it one or name another"
+        ) from None
+
+
+def _gather_inputs(config: PrepareConfig, work_dir: str) -> Inputs:
+    samples = [item for item in config.input if item.split(":")[0] == "sample"]
+    if not samples:
+        files = list_files(config.input)
+        described = [{"name": path, "bytes": os.path.getsize(path)} for path in files]
+        return Inputs(files, {"inputs": described})
+    if len(config.input) > 1:
+        raise UserError(f"--input={','.join(config.input)}: expected a sample or files, not both")
+    number = re.fullmatch(re.escape(PREFIX) + r"(?::([1-9]\d*))?", samples[0])
+    if not number:
+        raise UserError(f"--input={samples[0]}: expected {PREFIX} or {PREFIX}:N, N documents")
+    path = os.path.join(work_dir, "docstrings.jsonl")
+    num_documents = int(number[1]) if number[1] else None
+    summary = write_sample(path, num_documents, config.seed, config.num_workers)
+    return Inputs([path], {"inputs": [samples[0]], "sample": dataclasses.asdict(summary)})
+
+
+def _choose_tokenizer(
+    config: PrepareConfig, previous: Metadata | None, corpus: Corpus, work_dir: str
+) -> Tokenizer:
+    """The tokenizer: the folder's own, one that is named, or a new one; saved to the work folder.
+
+    Raises:
+      UserError: if it is not the one that the folder was prepared with.
+    """
+    if previous is not None:
+        folder = os.path.join(config.data_dir, TOKENIZER_FOLDER)
+        names = [folder] if config.tokenizer == "train" else [folder, config.tokenizer]
+        for name in names:
+            tokenizer = load_tokenizer(name)
+            if tokenizer.fingerprint != previous.tokenizer_fingerprint:
+                raise UserError(
+                    f"{name}: tokenizer fingerprint {tokenizer.fingerprint[:12]}, but "
+                    f"{config.data_dir} was prepared with {previous.tokenizer_fingerprint[:12]}; "
+                    "restore that tokenizer, or name another --data_dir"
+                )
+    elif config.tokenizer == "train":
+        names = list(config.split_shares())
+        split = names.index("train") if "train" in names else 0
+        texts = VocabularyTexts(corpus, work_dir, split)
+        tokenizer = train_tokenizer(texts, config.vocab_size)
+    else:
+        tokenizer = load_tokenizer(config.tokenizer)
+    tokenizer.save(os.path.join(work_dir, TOKENIZER_FOLDER), _max_seq_length(config, previous))
+    return tokenizer
+
+
+def _max_seq_length(config: PrepareConfig, previous: Metadata | None) -> int:
+    return config.max_seq_length if previous is None else previous.max_seq_length
+
+
+def _plan_writing(
+    config: PrepareConfig, previous: Metadata | None, corpus: Corpus, work_dir: str
+) -> WritePlan:
+    """Decides the number of shards, from a generous estimate of two characters a token."""
+    names = tuple(config.split_shares())
+    documents = corpus.count_documents(len(names))
+    max_seq_length = _max_seq_length(config, previous)
+    mean_tokens = min(corpus.ledger.characters / corpus.ledger.num_rows / 2, max_seq_length)
+    record_bytes = BYTES_BESIDE_TOKENS + BYTES_A_TOKEN * mean_tokens
+    wanted = np.ceil(documents * record_bytes / SHARD_BYTES).astype(np.int64)
+    if config.num_shards is not None:
+        wanted = np.full(len(names), config.num_shards)
+    else:
+        wanted = np.maximum(wanted, MIN_SHARDS)
+    return WritePlan(
+        columns=columns_of(config),
+        work_dir=work_dir,
+        tokenizer_dir=os.path.join(work_dir, TOKENIZER_FOLDER),
+        max_seq_length=max_seq_length,
+        split_names=names,
+        num_shards=tuple(np.minimum(wanted, documents).tolist()),
+        num_labels=len(corpus.labels),
+        seed=config.seed,
+    )
+
+
+def _second_pass(
+    plan: WritePlan, corpus: Corpus, pool: ProcessPoolExecutor, num_rejected: int
+) -> dict[str, Split]:
+    """Tokenises all rows and writes all shards into the work folder."""
+    num_segments, num_shards = len(corpus.segments), len(plan.shard_names)
+    offsets_path = os.path.join(plan.work_dir, "offsets.bin")
+    offsets = np.memmap(offsets_path, np.int64, "w+", shape=(num_segments, num_shards + 1))
+    num_splits = len(plan.split_names)
+    histogram = np.zeros((num_splits, plan.max_seq_length + 1), np.int64)
+    truncated = np.zeros(num_splits, np.int64)
+    label_counts = np.zeros((num_splits, plan.num_labels), np.int64)
+    write = partial(write_segment, plan, label_map=corpus.label_map)
+    with tqdm(
+        total=corpus.ledger.num_rows, desc="pass 2: tokenising", unit=" documents", mininterval=1
+    ) as progress:
+        splits, ranks = zip(*corpus.ranks(num_splits), strict=True)
+        written = pool.map(write, range(num_segments), corpus.segments, splits, ranks)
+        for index, segment in enumerate(written):
+            offsets[index] = segment.shard_offsets
+            histogram += segment.length_histogram
+            truncated += segment.truncated
+            label_counts += segment.label_counts
+            progress.update(len(splits[index]))
+    offsets.flush()
+    gather = partial(write_shard, plan, offsets_path=offsets_path, num_segments=num_segments)
+    shards = list(pool.map(gather, range(num_shards)))
+    lengths = np.arange(plan.max_seq_length + 1)
+    first_shards = np.concatenate([[0], np.cumsum(plan.num_shards)]).tolist()
+    return {
+        name: Split(
+            documents=int(histogram[place].sum()),
+            tokens=int((histogram[place] * lengths).sum()),
+            truncated=int(truncated[place]),
+            # A rejected row belongs to no split; those of a call stand with its first one.
+            rejected=num_rejected if place == 0 else 0,
+            label_counts=tuple(label_counts[place].tolist()),
+            length_histogram=tuple(histogram[place].tolist()),
+            shards=tuple(shards[first_shards[place] : first_shards[place + 1]]),
+        )
+        for place, name in enumerate(plan.split_names)
+    }
+
+
+def _describe(
+    previous: Metadata | None,
+    corpus: Corpus,
+    tokenizer: Tokenizer,
+    plan: WritePlan,
+    splits: dict[str, Split],
+    call: dict[str, Any],
+) -> Metadata:
+    """The metadata of the folder once the splits are in it."""
+    if previous is not None:
+        calls = [*previous.source["calls"], call]
+        return dataclasses.replace(
+            previous, splits=previous.splits | splits, source={"calls": calls}
+        )
+    return Metadata(
+        labels=corpus.labels,
+        max_seq_length=plan.max_seq_length,
+        vocab_size=tokenizer.vocab_size,
+        tokenizer_fingerprint=tokenizer.fingerprint,
+        splits=splits,
+        source={"calls": [call]},
+        dropped_labels=corpus.dropped,
+    )
+
+
+def _commit(
+    data_dir: str, work_dir: str, metadata: Metadata, splits: dict[str, Split], is_new: bool
+) -> None:
+    """Moves everything to its final name, metadata.json last."""
+    for name in os.listdir(data_dir):  # Shards of a run that was killed right here.
+        match = SHARD_NAME.fullmatch(name)
+        if match and (match["split"] in splits or is_new):
+            os.remove(os.path.join(data_dir, name))
+    for shard in (shard for split in splits.values() for shard in split.shards):
+        os.replace(os.path.join(work_dir, shard.name), os.path.join(data_dir, shard.name))
+    if is_new:
+        folder = os.path.join(data_dir, TOKENIZER_FOLDER)
+        shutil.rmtree(folder, ignore_errors=True)
+        os.replace(os.path.join(work_dir, TOKENIZER_FOLDER), folder)
+    metadata.save(data_dir)
+
+
+def _print_summary(
+    data_dir: str, metadata: Metadata, splits: dict[str, Split], timing: Timing
+) -> None:
+    for name, split in splits.items():
+        print(
+            f"{name}: {split.documents:,} documents, {split.tokens:,} tokens, "
+            f"{split.truncated:,} truncated, {len(split.shards)} shards"
+        )
+    rejected = sum(split.rejected for split in splits.values())
+    print(
+        f"{data_dir}: {len(metadata.labels)} labels ({len(metadata.dropped_labels)} dropped), "
+        f"{metadata.vocab_size:,} WordPieces, {rejected:,} rows rejected; pass 1 "
+        f"{timing.first_pass:.1f} s, tokenizer {timing.tokenizer:.1f} s, pass 2 "
+        f"{timing.second_pass:.1f} s ({timing.tokens / timing.second_pass:,.0f} tokens/s)"
+    )
+
+
+if __name__ == "__main__":
+    from trainer.cli import main
+
+    main(["prepare", *sys.argv[1:]])

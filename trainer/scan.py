@@ -1,0 +1,183 @@
+"""The first pass of `prepare`: rows checked and reduced to labels, lengths and text hashes.
+
+Nothing that grows with the corpus is held in memory: a worker reads one segment, its texts go by,
+and what has to be remembered goes to files in the work folder.
+"""
+
+import hashlib
+import json
+import os
+from dataclasses import dataclass, replace
+from typing import TextIO
+
+import numpy as np
+
+from trainer.errors import UserError
+from trainer.files import format_of, is_divisible, open_decompressed
+from trainer.labels import LabelError, LabelReader
+from trainer.sources import (
+    BadRow,
+    Columns,
+    Row,
+    Segment,
+    plan_segments,
+    read_segment,
+    whole_file,
+)
+
+_SMALL_INPUT_BYTES = 1 << 28
+_VOCABULARY_TEXT_CHARACTERS = 10_000
+_MAX_RAW_CHARACTERS = 300
+_COPY_BYTES = 1 << 22
+
+
+@dataclass(frozen=True)
+class ScanPlan:
+    """What every segment's scan is told.
+
+    `vocabulary_share` is the share of texts to keep for a vocabulary; `seed` seeds the hashes.
+    """
+
+    columns: Columns
+    labels: LabelReader
+    seed: int
+    vocabulary_share: float
+    work_dir: str
+
+
+@dataclass(frozen=True)
+class ScannedSegment:
+    """The usable rows of a segment, N of them, in order.
+
+    Attributes:
+      positions: int64 [N], row numbers in the file.
+      hashes: uint64 [N], seeded, of the texts.
+      characters: int64 [N], lengths of the texts.
+      label_splits: int64 [N + 1]; row i has labels[label_splits[i]:label_splits[i + 1]].
+      labels: int32 [M], indices into `names`.
+      names: the label names that occur.
+      rejected: the rows that cannot be used.
+    """
+
+    positions: np.ndarray
+    hashes: np.ndarray
+    characters: np.ndarray
+    label_splits: np.ndarray
+    labels: np.ndarray
+    names: list[str]
+    rejected: list[BadRow]
+
+
+def rows_per_segment(num_bytes: int) -> int:
+    """Rows of a segment: few where the input is small, so that all cores have some."""
+    return 1024 if num_bytes < _SMALL_INPUT_BYTES else 16384
+
+
+def plan_file(
+    path: str, copy_path: str, columns: Columns, segment_rows: int
+) -> tuple[list[Segment], list[BadRow]]:
+    """Cuts a file into segments; one that cannot be cut is first copied to plain JSONL.
+
+    The copy has one line for each row of the file, so that row numbers stay what they were. Rows
+    that cannot even be copied are returned.
+
+    Raises:
+      UserError: if the file is damaged.
+    """
+    if is_divisible(path):
+        return plan_segments(path, segment_rows), []
+    kind, _ = format_of(path)
+    rejected: list[BadRow] = []
+    if kind == "jsonl":
+        _copy_decompressed(path, copy_path)
+    else:
+        rejected = _copy_table(path, columns, copy_path)
+    source = os.path.basename(path)
+    segments = plan_segments(copy_path, segment_rows)
+    return [replace(segment, source=source) for segment in segments], rejected
+
+
+def _copy_decompressed(path: str, copy_path: str) -> None:
+    copied = 0
+    try:
+        with open_decompressed(path) as source, open(copy_path, "wb") as copy:
+            while block := source.read(_COPY_BYTES):
+                copied += copy.write(block)
+    except OSError as error:
+        raise UserError(
+            f"{path}: damaged or cut short after {copied:,} decompressed bytes ({error}); "
+            "restore the file"
+        ) from None
+
+
+def _copy_table(path: str, columns: Columns, copy_path: str) -> list[BadRow]:
+    rejected = []
+    with open(copy_path, "w", encoding="utf-8") as copy:
+        for row in read_segment(whole_file(path), columns):
+            if isinstance(row, BadRow):
+                rejected.append(row)
+                copy.write("\n")
+                continue
+            labels = row.labels if len(columns.labels) > 1 else (row.labels,)
+            values = dict(zip(columns.labels, labels, strict=True))
+            values |= {columns.text: row.text, columns.id: row.id}
+            copy.write(json.dumps(values, ensure_ascii=False) + "\n")
+    return rejected
+
+
+def hash_text(text: str, seed: int) -> int:
+    """64 seeded bits of a text: equal texts have equal hashes, on every machine."""
+    key = seed.to_bytes(8, "little", signed=True)
+    return int.from_bytes(
+        hashlib.blake2b(text.encode("utf-8"), digest_size=8, key=key).digest(), "little"
+    )
+
+
+def vocabulary_path(work_dir: str, index: int) -> str:
+    """Where the scan of segment `index` keeps texts for a vocabulary."""
+    return os.path.join(work_dir, f"vocabulary-{index:06d}.jsonl")
+
+
+def scan_segment(plan: ScanPlan, index: int, segment: Segment) -> ScannedSegment:
+    """Reads a segment's rows and reduces the usable ones to what the split needs."""
+    positions, hashes, characters, counts, labels = [], [], [], [], []
+    names: dict[str, int] = {}
+    rejected: list[BadRow] = []
+    below = int(plan.vocabulary_share * 2**32)
+    with _vocabulary_file(plan, index) as vocabulary:
+        for row in read_segment(segment, plan.columns):
+            if isinstance(row, Row):
+                row_labels = _read_labels(plan.labels, row)
+            if isinstance(row, BadRow) or isinstance(row_labels, BadRow):
+                rejected.append(row if isinstance(row, BadRow) else row_labels)
+                continue
+            text_hash = hash_text(row.text, plan.seed)
+            if text_hash % 2**32 < below:
+                cut = row.text[:_VOCABULARY_TEXT_CHARACTERS]
+                vocabulary.write(json.dumps([len(positions), cut]) + "\n")
+            positions.append(row.position)
+            hashes.append(text_hash)
+            characters.append(len(row.text))
+            counts.append(len(row_labels))
+            labels.extend(names.setdefault(name, len(names)) for name in row_labels)
+    return ScannedSegment(
+        positions=np.array(positions, np.int64),
+        hashes=np.array(hashes, np.uint64),
+        characters=np.array(characters, np.int64),
+        label_splits=np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).astype(np.int64),
+        labels=np.array(labels, np.int32),
+        names=list(names),
+        rejected=rejected,
+    )
+
+
+def _vocabulary_file(plan: ScanPlan, index: int) -> TextIO:
+    path = vocabulary_path(plan.work_dir, index) if plan.vocabulary_share > 0 else os.devnull
+    return open(path, "w", encoding="utf-8")
+
+
+def _read_labels(reader: LabelReader, row: Row) -> list[str] | BadRow:
+    try:
+        return reader.read(row.labels)
+    except LabelError as error:
+        return BadRow(row.position, str(error), repr(row.labels)[:_MAX_RAW_CHARACTERS])

@@ -1,0 +1,214 @@
+"""The second pass of `prepare`: tokenise segments, then put shards together.
+
+A worker tokenises a segment and leaves its records in one file, ordered by shard. When all
+segments are done, a worker gathers a shard's records from all of them and shuffles them. So a
+shard's bytes depend on the rows and the seed, and not on how many workers there were.
+"""
+
+import functools
+import os
+import struct
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+from trainer.ledger import map_ragged, segment_path
+from trainer.records import Shard, checksum, encode_record, frame_records
+from trainer.sources import Columns, Row, Segment, read_segment
+from trainer.tokenizer import Tokenizer, load_tokenizer
+
+_TEXTS_A_BATCH = 256
+_FRAME_BYTES = 16  # Of a TFRecord: its length (8), two checksums (4 each).
+
+
+@dataclass(frozen=True)
+class WritePlan:
+    """What every segment's and every shard's writing is told.
+
+    Attributes:
+      columns: where text and id stand.
+      work_dir: where the side files are.
+      tokenizer_dir: a folder that `load_tokenizer` reads.
+      max_seq_length: longest document in tokens.
+      split_names: the splits.
+      num_shards: shards of each split.
+      num_labels: L.
+      seed: of the order of records.
+    """
+
+    columns: Columns
+    work_dir: str
+    tokenizer_dir: str
+    max_seq_length: int
+    split_names: tuple[str, ...]
+    num_shards: tuple[int, ...]
+    num_labels: int
+    seed: int
+
+    @property
+    def shard_names(self) -> list[str]:
+        """File names of all shards, split by split; a shard's number is its place here."""
+        return [
+            f"{split}-{index:05d}-of-{count:05d}.tfrecord"
+            for split, count in zip(self.split_names, self.num_shards, strict=True)
+            for index in range(count)
+        ]
+
+
+@dataclass(frozen=True)
+class WrittenSegment:
+    """What came of a segment, for each of S splits.
+
+    Attributes:
+      shard_offsets: int64 [shards + 1], where each shard's records begin in the segment's file.
+      length_histogram: int64 [S, max_seq_length + 1].
+      truncated: int64 [S].
+      label_counts: int64 [S, L].
+    """
+
+    shard_offsets: np.ndarray
+    length_histogram: np.ndarray
+    truncated: np.ndarray
+    label_counts: np.ndarray
+
+
+def mix(values: np.ndarray, seed: int) -> np.ndarray:
+    """Hashes of whole numbers, uint64: SplitMix64 (Steele, Lea and Flood, 2014), seeded."""
+    with np.errstate(over="ignore"):
+        state = np.asarray(values, np.uint64) + np.uint64(seed % 2**64)
+        state = (state + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return state ^ (state >> np.uint64(31))
+
+
+def choose_shards(ranks: np.ndarray, num_shards: int, seed: int) -> np.ndarray:
+    """Shard of each document by its rank within its split: equal numbers, scattered.
+
+    Every run of `num_shards` ranks goes to all shards, from a random one on.
+    """
+    turns = mix(ranks // num_shards, seed) % np.uint64(num_shards)
+    return (ranks % num_shards + turns.astype(np.int64)) % num_shards
+
+
+def records_path(work_dir: str, index: int) -> str:
+    """Where the records of segment `index` are kept until their shards are put together."""
+    return os.path.join(work_dir, f"records-{index:06d}.bin")
+
+
+def write_segment(
+    plan: WritePlan,
+    index: int,
+    segment: Segment,
+    splits: np.ndarray,
+    ranks: Sequence[int],
+    label_map: np.ndarray,
+) -> WrittenSegment:
+    """Tokenises a segment's usable rows and writes their records, ordered by shard.
+
+    Args:
+      plan: what all segments share.
+      index: the segment's number.
+      segment: where its rows are.
+      splits: uint8 [N], split of each usable row.
+      ranks: for each split the documents that earlier segments put there.
+      label_map: int [names], the ledger's label numbers to final ones, or -1.
+    """
+    tokenizer = _tokenizer(plan.tokenizer_dir)
+    with np.load(segment_path(plan.work_dir, index)) as rows:
+        positions = rows["positions"]
+        label_splits, labels = map_ragged(rows["label_splits"], rows["labels"], label_map)
+    shards = _shards_of_rows(plan, splits, ranks)
+    records: list[list[bytes]] = [[] for _ in plan.shard_names]
+    histogram = np.zeros((len(plan.split_names), plan.max_seq_length + 1), np.int64)
+    truncated = np.zeros(len(plan.split_names), np.int64)
+    bounds, label_list, shard_list = label_splits.tolist(), labels.tolist(), shards.tolist()
+    done = 0
+    for batch in _batches(segment, plan.columns, positions):
+        documents, cut = tokenizer.encode_batch([row.text for row in batch], plan.max_seq_length)
+        encoded = [
+            encode_record(row.id, ids, sorted(label_list[bounds[at] : bounds[at + 1]]))
+            for at, (row, ids) in enumerate(zip(batch, documents, strict=True), done)
+        ]
+        batch_splits = splits[done : done + len(batch)]
+        np.add.at(histogram, (batch_splits, [len(ids) for ids in documents]), 1)
+        np.add.at(truncated, batch_splits, cut)
+        for shard, framed in zip(shard_list[done:], frame_records(encoded), strict=False):
+            records[shard].append(framed)
+        done += len(batch)
+    label_counts = np.zeros((len(plan.split_names), plan.num_labels), np.int64)
+    np.add.at(label_counts, (np.repeat(splits, np.diff(label_splits)), labels), 1)
+    with open(records_path(plan.work_dir, index), "wb") as file:
+        sizes = [file.write(b"".join(of_shard)) for of_shard in records]
+    offsets = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
+    return WrittenSegment(offsets, histogram, truncated, label_counts)
+
+
+@functools.cache
+def _tokenizer(folder: str) -> Tokenizer:
+    return load_tokenizer(folder)
+
+
+def _shards_of_rows(plan: WritePlan, splits: np.ndarray, ranks: Sequence[int]) -> np.ndarray:
+    shards = np.zeros(len(splits), np.int64)
+    first_shard = 0
+    for split, (rank, count) in enumerate(zip(ranks, plan.num_shards, strict=True)):
+        rows = np.flatnonzero(splits == split)
+        shards[rows] = first_shard + choose_shards(rank + np.arange(len(rows)), count, plan.seed)
+        first_shard += count
+    return shards
+
+
+def _batches(segment: Segment, columns: Columns, positions: np.ndarray) -> Iterator[list[Row]]:
+    """The rows at these positions, some at a time."""
+    wanted = iter(positions.tolist())
+    next_position = next(wanted, None)
+    batch = []
+    for row in read_segment(segment, columns):
+        if row.position != next_position:
+            continue
+        assert isinstance(row, Row)
+        batch.append(row)
+        next_position = next(wanted, None)
+        if len(batch) == _TEXTS_A_BATCH:
+            yield batch
+            batch = []
+    if batch:
+        yield batch
+
+
+def write_shard(plan: WritePlan, number: int, offsets_path: str, num_segments: int) -> Shard:
+    """Gathers one shard's records from all segments, shuffles them and writes the shard.
+
+    Args:
+      plan: what all shards share.
+      number: the shard's place in `plan.shard_names`.
+      offsets_path: file of int64 [num_segments, shards + 1], the segments' `shard_offsets`.
+      num_segments: number of segments.
+    """
+    shape = (num_segments, len(plan.shard_names) + 1)
+    offsets = np.memmap(offsets_path, np.int64, "r", shape=shape)[:, number : number + 2]
+    records: list[bytes] = []
+    for index, (start, end) in enumerate(offsets.tolist()):
+        with open(records_path(plan.work_dir, index), "rb") as file:
+            file.seek(start)
+            records.extend(_unpack(file.read(end - start)))
+    order = np.argsort(mix(np.arange(len(records)) + (number << 40), plan.seed), kind="stable")
+    name = plan.shard_names[number]
+    path = os.path.join(plan.work_dir, name)
+    with open(path, "wb") as file:
+        file.write(b"".join([records[at] for at in order.tolist()]))
+        file.flush()
+        os.fsync(file.fileno())
+    return Shard(name, len(records), os.path.getsize(path), checksum(path))
+
+
+def _unpack(framed: bytes) -> Iterator[bytes]:
+    """The framed records of which some bytes consist."""
+    start = 0
+    while start < len(framed):
+        (length,) = struct.unpack_from("<Q", framed, start)
+        end = start + length + _FRAME_BYTES
+        yield framed[start:end]
+        start = end
