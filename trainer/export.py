@@ -279,6 +279,7 @@ class ExportedModel:
       tokenizer, labels, max_seq_length: what turns a text into its record, and scores into names.
       thresholds: float64 [L], NaN for a label that is never predicted.
       packing: the shape of the micro-batches that `forward` takes.
+      model: for a `Predictor` of another shape.
       fingerprint: of the folder's weights, labels, thresholds and tokenizer (SHA-256).
     """
 
@@ -287,6 +288,7 @@ class ExportedModel:
     max_seq_length: int
     thresholds: np.ndarray
     packing: PackingConfig
+    model: Model
     fingerprint: str
     predictor: Predictor
 
@@ -327,14 +329,16 @@ def load_exported(
             description["length_histogram"], num_tokens, longest=description["max_seq_length"]
         )
     thresholds = [np.nan if cut is None else cut for cut in description["thresholds"]]
+    model = _load_model(folder, description, precision)
     return ExportedModel(
         tokenizer,
         tuple(description["labels"]),
         description["max_seq_length"],
         np.asarray(thresholds, np.float64),
         packing,
+        model,
         _fingerprint(folder),
-        Predictor(_load_model(folder, description, precision), packing),
+        Predictor(model, packing),
     )
 
 
