@@ -13,7 +13,7 @@ from trainer.calibration import Calibration, sigmoid
 from trainer.checkpoint import Checkpoints, RunRecord, load_best, start_record
 from trainer.config import EvaluateConfig, ModelConfig, TrainConfig
 from trainer.errors import UserError
-from trainer.evaluate import load_calibration, run, trivial_metrics
+from trainer.evaluate import run, trivial_metrics
 from trainer.model import build_model
 from trainer.packing import choose_packing
 from trainer.records import Metadata, Shard, Split, checksum, encode_record, load_metadata
@@ -122,6 +122,11 @@ def test_metrics_json_equals_scikit_learn_on_the_calibrated_predictions(written,
     assert metrics["per_label"]["common"]["threshold"] == calibration["thresholds"][0]
 
 
+def test_both_files_name_the_checkpoint_they_belong_to(written, folders):
+    fingerprint = load_best(folders[1]).fingerprint
+    assert [values["fingerprints"]["checkpoint"] for values in written] == [fingerprint] * 2
+
+
 def test_positive_weights_are_taken_back(written, predictions):
     """The raw sigmoid overstates by the weights; calibrated probabilities mean what they say."""
     calibration, metrics = written
@@ -163,19 +168,6 @@ def test_fitted_on_the_calibration_split_alone(folders, written):
         again["fingerprints"]["splits"]["validation"]
         == (written[0]["fingerprints"]["splits"]["validation"])
     )
-
-
-def test_calibration_comes_back_for_its_own_checkpoint_only(folders, written):
-    _, model_dir = folders
-    fingerprint = load_best(model_dir).fingerprint
-    calibration, thresholds = load_calibration(model_dir, fingerprint)
-    np.testing.assert_allclose(calibration.scale, written[0]["scale"], rtol=1e-4)
-    np.testing.assert_allclose(calibration.shift, written[0]["shift"], rtol=1e-4)
-    assert len(thresholds) == 4
-    with pytest.raises(UserError, match="belongs to checkpoint .* run `multihot evaluate` again"):
-        load_calibration(model_dir, "0" * 64)
-    with pytest.raises(UserError, match="no calibration of this model yet"):
-        load_calibration(model_dir + "-other", fingerprint)
 
 
 def test_without_calibration_only_the_weights_are_taken_back(folders, tmp_path):

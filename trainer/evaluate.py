@@ -14,7 +14,7 @@ from typing import Any
 import numpy as np
 
 from trainer.atomic import write_atomically
-from trainer.calibration import Calibration, fit_calibration, fit_thresholds, sigmoid
+from trainer.calibration import fit_calibration, fit_thresholds, sigmoid
 from trainer.checkpoint import LoadedRun, RunRecord, load_best
 from trainer.config import EvaluateConfig
 from trainer.errors import UserError
@@ -207,33 +207,6 @@ def split_fingerprint(metadata: Metadata, name: str) -> str:
     shards = [(shard.documents, shard.checksum) for shard in metadata.split(name).shards]
     identity = [metadata.labels, metadata.tokenizer_fingerprint, shards]
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
-
-
-def load_calibration(model_dir: str, checkpoint_fingerprint: str) -> tuple[Calibration, np.ndarray]:
-    """The calibration and thresholds [L] (NaN: never) of a checkpoint, from `evaluation/`.
-
-    Raises:
-      UserError: if there are none, or they belong to another checkpoint.
-    """
-    path = os.path.join(model_dir, EVALUATION_FOLDER, CALIBRATION_FILE)
-    remedy = "run `multihot evaluate`"
-    try:
-        with open(path, encoding="utf-8") as file:
-            values = json.load(file)
-        found = values["fingerprints"]["checkpoint"]
-        scale, shift, thresholds = (
-            np.array(values[name], np.float64) for name in ("scale", "shift", "thresholds")
-        )
-    except FileNotFoundError:
-        raise UserError(f"{path}: no calibration of this model yet; {remedy}") from None
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(f"{path}: damaged ({error}); {remedy} again") from None
-    if found != checkpoint_fingerprint:
-        raise UserError(
-            f"{path}: belongs to checkpoint {str(found)[:12]}, but the best one is "
-            f"{checkpoint_fingerprint[:12]}; {remedy} again"
-        )
-    return Calibration(scale, shift), thresholds
 
 
 def _write_json(path: str, values: dict[str, Any]) -> None:
