@@ -9,7 +9,7 @@ import hashlib
 import json
 import os
 from collections import Counter
-from collections.abc import Iterable
+from collections.abc import Callable, Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -182,10 +182,9 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     backend = Backend(tokenizers.models.WordPiece(unk_token="[UNK]"))
     backend.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=True)
     backend.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
-    counts: Counter[str] = Counter()
-    for text in texts:
-        counts.update(backend.normalizer.normalize_str(text))
-    alphabet, rest = _choose_alphabet(counts, (vocab_size - len(SPECIAL_TOKENS)) // 4)
+    alphabet, left_out = _choose_alphabet(
+        texts, backend.normalizer.normalize_str, (vocab_size - len(SPECIAL_TOKENS)) // 4
+    )
     # The trainer numbers the letters in the order of a randomly seeded hash map, and its choice
     # between equally frequent pairs follows those numbers. Letters that are named beforehand have
     # fixed numbers, and so the vocabulary does not depend on luck.
@@ -196,22 +195,30 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
         special_tokens=[*SPECIAL_TOKENS, *letters],
         show_progress=False,
     )
-    without_rest = str.maketrans(dict.fromkeys(rest, " "))
-    normalize = backend.normalizer.normalize_str
-    backend.train_from_iterator(
-        (normalize(text).translate(without_rest) for text in texts), trainer
-    )
+    blanks = str.maketrans(dict.fromkeys(left_out, " "))
+    backend.train_from_iterator((text.translate(blanks) for text in texts), trainer)
     return _from_vocabulary(backend.get_vocab(with_added_tokens=True))
 
 
-def _choose_alphabet(counts: Counter[str], most: int) -> tuple[list[str], list[str]]:
-    """The commonest letters, sorted, and the ones left out."""
-    letters = sorted(
-        (letter for letter in counts if not letter.isspace()),
-        key=lambda letter: (-counts[letter], letter),
-    )
-    most = min(most, _MAX_ALPHABET)
-    return sorted(letters[:most]), letters[most:]
+def _choose_alphabet(
+    texts: Iterable[str], normalize: Callable[[str], str], most: int
+) -> tuple[list[str], list[str]]:
+    """The commonest letters after normalisation, sorted; the characters that give any other."""
+    characters: Counter[str] = Counter()
+    for text in texts:
+        characters.update(text)
+    # BERT's normalisation goes character by character, so each kind is normalised once.
+    letters_of = {character: "".join(normalize(character).split()) for character in characters}
+    counts: Counter[str] = Counter()
+    for character, letters in letters_of.items():
+        for letter in letters:
+            counts[letter] += characters[character]
+    ranked = sorted(counts, key=lambda letter: (-counts[letter], letter))
+    alphabet = set(ranked[: min(most, _MAX_ALPHABET)])
+    left_out = [
+        character for character in characters if not alphabet.issuperset(letters_of[character])
+    ]
+    return sorted(alphabet), left_out
 
 
 def _from_vocabulary(vocabulary: dict[str, int]) -> Tokenizer:
