@@ -1,0 +1,177 @@
+"""The plan of a scoring run: which rows go to which part, and what the parts' bytes depend on.
+
+It is made once, written first, and held to: a rerun that would not continue it is refused.
+"""
+
+import dataclasses
+import json
+import os
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+from trainer.atomic import write_atomically
+from trainer.config import PackingConfig, absolute, from_dict
+from trainer.errors import UserError
+from trainer.records import checksum
+from trainer.sources import Segment, plan_segments
+
+PLAN_VERSION = 1
+PLAN_FILE = "plan.json"
+
+
+@dataclass(frozen=True)
+class Input:
+    """A file to score: absolute path, size, CRC-32C (hex)."""
+
+    path: str
+    bytes: int
+    checksum: str
+
+
+@dataclass(frozen=True)
+class Part:
+    """The rows of one output file: consecutive segments, of one large file or several small."""
+
+    name: str
+    segments: tuple[Segment, ...]
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of its segments, unusable ones and blank lines included."""
+        return sum(segment.num_rows for segment in self.segments)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that the bytes of the parts depend on.
+
+    Attributes:
+      model_fingerprint: of the model folder.
+      settings: the flags that change what is written, by name.
+      packing: the shape of a micro-batch.
+      inputs: the files, in order.
+      parts: the output files, in order.
+    """
+
+    model_fingerprint: str
+    settings: dict[str, Any]
+    packing: PackingConfig
+    inputs: tuple[Input, ...]
+    parts: tuple[Part, ...]
+    version: int = PLAN_VERSION
+
+
+def describe_inputs(paths: Sequence[str]) -> tuple[Input, ...]:
+    """Sizes and checksums of the files, which are read once for it."""
+    from tqdm import tqdm
+
+    progress = tqdm(paths, "checksums", unit=" files", mininterval=1, leave=False)
+    return tuple(Input(absolute(path), os.path.getsize(path), checksum(path)) for path in progress)
+
+
+def plan_parts(inputs: Sequence[Input], rows_per_part: int) -> tuple[Part, ...]:
+    """Cuts the files into parts of about `rows_per_part` rows, small files together in one.
+
+    Raises:
+      UserError: if there are no rows.
+    """
+    groups: list[list[Segment]] = []
+    room = 0
+    names = _source_names([item.path for item in inputs])
+    for item in inputs:
+        for segment in plan_segments(item.path, rows_per_part):
+            if segment.num_rows > room:
+                groups.append([])
+                room = rows_per_part
+            groups[-1].append(dataclasses.replace(segment, source=names[item.path]))
+            room -= segment.num_rows
+    if not groups:
+        raise UserError(f"--input: no rows in {', '.join(item.path for item in inputs)}")
+    return tuple(
+        Part(f"part-{index:05d}-of-{len(groups):05d}", tuple(group))
+        for index, group in enumerate(groups)
+    )
+
+
+def _source_names(paths: Sequence[str]) -> dict[str, str]:
+    """The name of each file that tells it from the others: its own, or with its folders."""
+    counts = Counter(os.path.basename(path) for path in paths)
+    if max(counts.values()) == 1:
+        return {path: os.path.basename(path) for path in paths}
+    common = os.path.commonpath(paths)
+    return {path: os.path.relpath(path, common) for path in paths}
+
+
+def save_plan(output_dir: str, plan: Plan) -> None:
+    """Writes plan.json."""
+    contents = json.dumps(dataclasses.asdict(plan), indent=1, ensure_ascii=False)
+    write_atomically(os.path.join(output_dir, PLAN_FILE), contents + "\n")
+
+
+def load_plan(output_dir: str) -> Plan | None:
+    """The plan of an output folder that was begun before, or None.
+
+    Raises:
+      UserError: if the folder holds parts without a plan, or a plan that cannot be read.
+    """
+    path = os.path.join(output_dir, PLAN_FILE)
+    if not os.path.exists(path):
+        if any(name.startswith("part-") for name in os.listdir(output_dir)):
+            raise UserError(
+                f"{output_dir}: holds parts but no {PLAN_FILE}; expected an empty folder or one "
+                "that `multihot score` began; choose another --output_dir"
+            )
+        return None
+    try:
+        with open(path, encoding="utf-8") as file:
+            values = json.load(file)
+        if values["version"] != PLAN_VERSION:
+            raise ValueError(f"version {values['version']}, expected {PLAN_VERSION}")
+        parts = tuple(
+            Part(part["name"], tuple(Segment(**segment) for segment in part["segments"]))
+            for part in values["parts"]
+        )
+        inputs = tuple(Input(**item) for item in values["inputs"])
+        packing = from_dict(PackingConfig, values["packing"])
+        return Plan(values["model_fingerprint"], values["settings"], packing, inputs, parts)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{path}: not a plan of this version ({error}); choose another --output_dir"
+        ) from None
+
+
+def check_plan(
+    plan: Plan, output_dir: str, model_fingerprint: str, settings: dict, inputs: Sequence[Input]
+) -> None:
+    """Checks that going on with a plan continues what was begun.
+
+    Raises:
+      UserError: for another model, another setting, or inputs that changed.
+    """
+    remedy = "restore it, or choose another --output_dir"
+    if plan.model_fingerprint != model_fingerprint:
+        raise UserError(
+            f"{output_dir}: its parts come from the model {plan.model_fingerprint[:12]}, but "
+            f"--model is {model_fingerprint[:12]}; {remedy}"
+        )
+    for name, value in settings.items():
+        if plan.settings.get(name) != value:
+            raise UserError(
+                f"--{name}={value}: {output_dir} was begun with --{name}="
+                f"{plan.settings.get(name)}; {remedy}"
+            )
+    before = {item.path: item for item in plan.inputs}
+    now = {item.path: item for item in inputs}
+    for path in sorted(before | now):
+        if path not in now:
+            raise UserError(f"{path}: not among --input any more, as {PLAN_FILE} says; {remedy}")
+        if path not in before:
+            raise UserError(f"{path}: not among the inputs in {output_dir}/{PLAN_FILE}; {remedy}")
+        if before[path] != now[path]:
+            raise UserError(
+                f"{path}: changed since {output_dir} was begun ({before[path].bytes} bytes with "
+                f"CRC-32C {before[path].checksum}, now {now[path].bytes} bytes with "
+                f"{now[path].checksum}); {remedy}"
+            )

@@ -1,0 +1,233 @@
+"""`multihot score`: a corpus to scores, in planned parts, restartable.
+
+Four stages run beside each other: reading, tokenising (Rust, outside Python's lock), packing and
+the forward pass (TensorFlow, likewise), and, in the main thread, writing. A bounded queue stands
+between one stage and the next, so memory does not grow with the corpus. Rows keep their order, and
+blocks end where parts end: a part's bytes depend on nothing but its rows, the plan and the model.
+"""
+
+import contextlib
+import itertools
+import json
+import os
+import sys
+import time
+from collections.abc import Generator, Iterable, Iterator, Sequence
+from typing import Any
+
+import numpy as np
+from tqdm import tqdm
+
+from trainer.config import ScoreConfig
+from trainer.errors import UserError
+from trainer.export import ExportedModel, load_exported
+from trainer.packing import BLOCK_MICRO_BATCHES, choose_packing
+from trainer.parts import (
+    REJECTED_FOLDER,
+    SUCCESS_FILE,
+    Manifest,
+    PartWriter,
+    load_manifest,
+    open_output_folder,
+    write_success,
+)
+from trainer.plan import (
+    Input,
+    Part,
+    Plan,
+    check_plan,
+    describe_inputs,
+    load_plan,
+    plan_parts,
+    save_plan,
+)
+from trainer.result_lines import LineFormatter
+from trainer.scoring import Block, Scored, read_chunks, score_blocks, tokenize
+from trainer.sources import Columns, check_columns, list_files
+from trainer.stages import run_ahead
+from trainer.step import Predictor
+from trainer.strategy import choose_precision, make_strategy
+from trainer.tokenizer import Tokenizer
+
+# Flags that change what is written; a rerun has to give them as they were.
+_SETTINGS = (
+    "format",
+    "scores",
+    "text_field",
+    "id_field",
+    "rows_per_part",
+    "tokens_per_batch",
+)
+_CHUNKS_AHEAD = 8
+_BLOCKS_AHEAD = 1
+_MICRO_BATCHES_AHEAD = 4
+# Rows whose lengths choose the shape of the micro-batches: some from each of a few parts.
+_SAMPLED_PARTS = 16
+_SAMPLED_ROWS_A_PART = 256
+
+
+def run(config: ScoreConfig) -> None:
+    """Scores every row that is not scored yet, and says what was done.
+
+    Raises:
+      UserError: if an input, the model or the output folder is not usable, the folder was begun
+        with another model, other inputs or other settings, or too many rows cannot be used.
+    """
+    columns = Columns(text=config.text_field, id=config.id_field)
+    paths = list_files(config.input)
+    for path in paths:
+        check_columns(path, columns)
+    precision = choose_precision(config.precision, make_strategy("auto"))
+    model = load_exported(config.model, precision)
+    with open_output_folder(config.output_dir):
+        settings = {name: getattr(config, name) for name in _SETTINGS} | {"precision": precision}
+        plan = _settle_plan(config, model, columns, settings, describe_inputs(paths))
+        done = [load_manifest(config.output_dir, part) for part in plan.parts]
+        if all(done) and os.path.exists(os.path.join(config.output_dir, SUCCESS_FILE)):
+            print(f"{config.output_dir}: all {len(done)} parts are there already; nothing to do")
+            return
+        _score_parts(config, model, columns, plan, done)
+
+
+def _settle_plan(
+    config: ScoreConfig,
+    model: ExportedModel,
+    columns: Columns,
+    settings: dict[str, Any],
+    inputs: tuple[Input, ...],
+) -> Plan:
+    """The plan that the output folder was begun with, or a new one."""
+    plan = load_plan(config.output_dir)
+    if plan is not None:
+        check_plan(plan, config.output_dir, model.fingerprint, settings, inputs)
+        return plan
+    parts = plan_parts(inputs, config.rows_per_part)
+    histogram = sample_lengths(parts, columns, model.tokenizer, model.max_seq_length)
+    num_tokens = max(config.tokens_per_batch, model.max_seq_length + 8)
+    packing = choose_packing(histogram.tolist(), num_tokens, longest=model.max_seq_length)
+    plan = Plan(model.fingerprint, settings, packing, inputs, parts)
+    save_plan(config.output_dir, plan)
+    return plan
+
+
+def sample_lengths(
+    parts: Sequence[Part], columns: Columns, tokenizer: Tokenizer, max_seq_length: int
+) -> np.ndarray:
+    """Lengths of some rows of some parts, as a histogram for `choose_packing`.
+
+    Returns:
+      int64 [max_seq_length + 1].
+    """
+    histogram = np.zeros(max_seq_length + 1, np.int64)
+    for part in parts[:: -(-len(parts) // _SAMPLED_PARTS)]:
+        chunk = next(read_chunks([part], [0], columns))
+        ids, _ = tokenizer.encode_batch(chunk.texts[:_SAMPLED_ROWS_A_PART], max_seq_length)
+        np.add.at(histogram, [len(document) for document in ids], 1)
+    if not histogram.any():
+        histogram[-1] = 1
+    return histogram
+
+
+def _score_parts(
+    config: ScoreConfig,
+    model: ExportedModel,
+    columns: Columns,
+    plan: Plan,
+    done: list[Manifest | None],
+) -> None:
+    """Scores the parts that have no manifest yet, in order, and ends the run."""
+    formatter = LineFormatter(model.labels, model.thresholds, config.selection())
+    _check_rejected(config, plan, done)
+    waiting = [index for index, manifest in enumerate(done) if manifest is None]
+    skipped = sum(plan.parts[index].num_rows for index, item in enumerate(done) if item is not None)
+    total = sum(part.num_rows for part in plan.parts)
+    start = time.perf_counter()
+    with (
+        contextlib.closing(_scored(model, columns, plan, waiting)) as stream,
+        tqdm(desc="score", total=total, initial=skipped, unit=" documents", mininterval=1) as bar,
+    ):
+        for index, micro_batches in itertools.groupby(stream, lambda scored: scored.block.part):
+            writer = PartWriter(config.output_dir, plan.parts[index], model.fingerprint)
+            for block in _gather_blocks(micro_batches, bar):
+                _check_finite(config, block)
+                lines = formatter.format(block.ids, block.probabilities)
+                writer.write(lines, len(block.ids), block.num_truncated, block.rejected)
+            done[index] = writer.commit()
+            _check_rejected(config, plan, done)
+    manifests = [manifest for manifest in done if manifest is not None]
+    write_success(config.output_dir, manifests)
+    _summarize(config, manifests, total - skipped, time.perf_counter() - start)
+
+
+def _scored(
+    model: ExportedModel, columns: Columns, plan: Plan, waiting: Sequence[int]
+) -> Generator[Scored, None, None]:
+    """The stages up to the forward pass, running ahead of whoever takes their results."""
+    block_tokens = BLOCK_MICRO_BATCHES * plan.packing.num_tokens
+    predictor = Predictor(model.model, plan.packing)
+    chunks = run_ahead(read_chunks(plan.parts, waiting, columns), _CHUNKS_AHEAD)
+    blocks = tokenize(chunks, model.tokenizer, model.max_seq_length, block_tokens)
+    scored = score_blocks(
+        run_ahead(blocks, _BLOCKS_AHEAD), predictor, plan.packing, len(model.labels)
+    )
+    return run_ahead(scored, _MICRO_BATCHES_AHEAD)
+
+
+def _gather_blocks(micro_batches: Iterable[Scored], bar: tqdm) -> Iterator[Block]:
+    """Blocks with their probabilities, as soon as the last micro-batch of each is there."""
+    for scored in micro_batches:
+        real = scored.document_index >= 0
+        index = scored.document_index[real]
+        scored.block.probabilities[index] = scored.probabilities.numpy()[real]
+        bar.update(len(index))
+        if scored.ends_block:
+            bar.update(len(scored.block.rejected))
+            yield scored.block
+
+
+def _check_finite(config: ScoreConfig, block: Block) -> None:
+    finite = np.isfinite(block.probabilities).all(axis=1)
+    if not finite.all():
+        raise UserError(
+            f"{config.model}: gives document {block.ids[int(np.argmin(finite))]!r} a score that is "
+            "not a number; export a model whose weights are finite, or score with "
+            "--precision=float32"
+        )
+
+
+def _check_rejected(config: ScoreConfig, plan: Plan, done: Sequence[Manifest | None]) -> None:
+    """Checks the rows that could not be used so far against --max_rejected."""
+    limit = config.max_rejected
+    num_rows = sum(part.num_rows for part in plan.parts)
+    allowed = int(limit * num_rows) if limit < 1 else int(limit)
+    with_rejected = [item for item in done if item is not None and item.rows_rejected]
+    rejected = sum(item.rows_rejected for item in with_rejected)
+    if rejected > allowed:
+        path = os.path.join(config.output_dir, REJECTED_FOLDER, f"{with_rejected[0].part}.jsonl")
+        with open(path, encoding="utf-8") as file:
+            first = json.loads(next(file))
+        raise UserError(
+            f"{first['source']}: row {first['row']}: {first['reason']}; {rejected:,} of "
+            f"{num_rows:,} rows cannot be used, --max_rejected={limit:g} allows {allowed:,}; see "
+            f"{os.path.dirname(path)} for all of them and repair them, or raise --max_rejected"
+        )
+
+
+def _summarize(
+    config: ScoreConfig, manifests: Sequence[Manifest], num_scored: int, seconds: float
+) -> None:
+    totals = {
+        name: sum(getattr(manifest, f"rows_{name}") for manifest in manifests)
+        for name in ("out", "rejected", "truncated")
+    }
+    print(
+        f"{config.output_dir}: {totals['out']:,} documents in {len(manifests)} parts "
+        f"({totals['truncated']:,} cut at the model's longest, {totals['rejected']:,} rejected); "
+        f"{num_scored:,} of them now, in {seconds:.1f} s ({num_scored / seconds:,.0f} a second)"
+    )
+
+
+if __name__ == "__main__":
+    from trainer.cli import main
+
+    main(["score", *sys.argv[1:]])

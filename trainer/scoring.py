@@ -1,0 +1,167 @@
+"""The stages of scoring: rows to chunks, chunks to tokenised blocks, blocks to probabilities."""
+
+import dataclasses
+import functools
+import itertools
+from collections.abc import Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from trainer.config import PackingConfig
+from trainer.packing import pack
+from trainer.plan import Part
+from trainer.sources import BadRow, Columns, Row, Segment, read_segment
+from trainer.step import Predictor
+from trainer.tokenizer import Tokenizer
+
+_ROWS_A_CHUNK = 512
+_CHARACTERS_A_CHUNK = 1 << 20
+
+
+@dataclass
+class Chunk:
+    """Consecutive rows of one part, as read; `ends_part` if they are its last."""
+
+    part: int
+    ids: list[str] = field(default_factory=list)
+    texts: list[str] = field(default_factory=list)
+    rejected: list[dict[str, Any]] = field(default_factory=list)
+    characters: int = 0
+    ends_part: bool = False
+
+    def add(self, row: Row | BadRow, source: str) -> None:
+        """Takes in the next row."""
+        if isinstance(row, BadRow):
+            place = {"source": source, "row": row.position}
+            self.rejected.append(place | {"reason": row.reason, "raw": row.raw})
+            return
+        self.ids.append(row.id)
+        self.texts.append(row.text)
+        self.characters += len(row.text)
+
+    @property
+    def is_full(self) -> bool:
+        """Whether there is enough for one call of the tokenizer."""
+        num_rows = len(self.ids) + len(self.rejected)
+        return num_rows >= _ROWS_A_CHUNK or self.characters >= _CHARACTERS_A_CHUNK
+
+
+@dataclass
+class Block:
+    """Consecutive rows of one part, tokenised: N documents, enough of them to pack well.
+
+    `probabilities` is float32 [N, L] and filled by micro-batch.
+    """
+
+    part: int
+    ids: list[str] = field(default_factory=list)
+    input_ids: list[list[int]] = field(default_factory=list)
+    rejected: list[dict[str, Any]] = field(default_factory=list)
+    num_tokens: int = 0
+    num_truncated: int = 0
+    probabilities: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float32))
+
+
+@dataclass(frozen=True)
+class Scored:
+    """One micro-batch of a block: float32 [D, L], and which document each row is (-1: none)."""
+
+    block: Block
+    document_index: np.ndarray
+    probabilities: tf.Tensor
+    ends_block: bool
+
+
+def read_chunks(parts: Sequence[Part], waiting: Sequence[int], columns: Columns) -> Iterator[Chunk]:
+    """Reads the rows of the waiting parts, in order; each part ends with its own last chunk."""
+    by_part = itertools.groupby(_read_rows(parts, waiting, columns), lambda item: item[0])
+    upcoming = next(by_part, None)
+    for index in waiting:
+        chunk = Chunk(index)
+        if upcoming is not None and upcoming[0] == index:
+            for _, source, row in upcoming[1]:
+                chunk.add(row, source)
+                if chunk.is_full:
+                    yield chunk
+                    chunk = Chunk(index)
+            upcoming = next(by_part, None)
+        chunk.ends_part = True
+        yield chunk
+
+
+def _read_rows(
+    parts: Sequence[Part], waiting: Sequence[int], columns: Columns
+) -> Iterator[tuple[int, str, Row | BadRow]]:
+    """(part, source, row) of the waiting parts.
+
+    Segments that follow each other are read in one go: the middle of a compressed file cannot be
+    reached but through its beginning.
+    """
+    pieces = [(index, segment) for index in waiting for segment in parts[index].segments]
+    start = 0
+    while start < len(pieces):
+        end = start + 1
+        while end < len(pieces) and _follows(pieces[end - 1][1], pieces[end][1]):
+            end += 1
+        together = dataclasses.replace(pieces[start][1], end=pieces[end - 1][1].end)
+        at = start
+        for row in read_segment(together, columns):
+            while row.position >= pieces[at][1].first_row + pieces[at][1].num_rows:
+                at += 1
+            yield pieces[at][0], together.source, row
+        start = end
+
+
+def _follows(before: Segment, after: Segment) -> bool:
+    return before.path == after.path and before.end == after.start
+
+
+def tokenize(
+    chunks: Iterable[Chunk], tokenizer: Tokenizer, max_seq_length: int, block_tokens: int
+) -> Iterator[Block]:
+    """Tokenises chunks and joins them to blocks of at least `block_tokens` tokens, or to a part."""
+    block = None
+    for chunk in chunks:
+        block = block or Block(chunk.part)
+        ids, truncated = tokenizer.encode_batch(chunk.texts, max_seq_length)
+        block.ids += chunk.ids
+        block.input_ids += ids
+        block.rejected += chunk.rejected
+        block.num_tokens += sum(map(len, ids))
+        block.num_truncated += sum(truncated)
+        if chunk.ends_part or block.num_tokens >= block_tokens:
+            yield block
+            block = None
+
+
+def score_blocks(
+    blocks: Iterable[Block], predictor: Predictor, packing: PackingConfig, num_labels: int
+) -> Iterator[Scored]:
+    """Packs each block and runs its micro-batches; an empty block comes through as one without."""
+    pack_block = tf.function(
+        functools.partial(pack, packing=packing),
+        input_signature=[tf.RaggedTensorSpec([None, None], tf.int32, row_splits_dtype=tf.int64)],
+    )
+    for block in blocks:
+        block.probabilities = np.full((len(block.ids), num_labels), np.nan, np.float32)
+        if not block.ids:
+            nothing = tf.zeros([0, num_labels])
+            yield Scored(block, np.zeros(0, np.int64), nothing, ends_block=True)
+            continue
+        packed = pack_block(_ragged(block))
+        document_index = packed.pop("document_index").numpy()
+        for index, documents in enumerate(document_index):
+            logits = predictor.logits({name: value[index] for name, value in packed.items()})
+            ends_block = index == len(document_index) - 1
+            yield Scored(block, documents, tf.sigmoid(logits), ends_block)
+
+
+def _ragged(block: Block) -> tf.RaggedTensor:
+    flat = np.fromiter(
+        itertools.chain.from_iterable(block.input_ids), np.int32, count=block.num_tokens
+    )
+    lengths = np.fromiter(map(len, block.input_ids), np.int64, count=len(block.input_ids))
+    return tf.RaggedTensor.from_row_lengths(flat, lengths, validate=False)
