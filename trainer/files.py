@@ -1,9 +1,11 @@
 """Which files an input names, what they hold, and how to open them."""
 
+import contextlib
+import errno
 import glob
 import io
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 from trainer.errors import UserError
 
@@ -13,6 +15,10 @@ FORMATS = {
 }  # fmt: skip
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
 BLOCK_BYTES = 1 << 22
+_REFUSALS = frozenset(
+    (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
+    + (errno.ENOENT, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENAMETOOLONG)
+)
 
 
 def format_of(path: str) -> tuple[str, str | None]:
@@ -95,3 +101,25 @@ def open_decompressed(path: str) -> io.BufferedReader:
 
     _, compression = format_of(path)
     return io.BufferedReader(pyarrow.input_stream(path, compression=compression), BLOCK_BYTES)
+
+
+@contextlib.contextmanager
+def disk_errors(flag: str) -> Iterator[None]:
+    """Turns what the file system refuses into a line that the user can act on.
+
+    Args:
+      flag: the flag and value that say where is written, as they stand on the command line.
+
+    Raises:
+      UserError: in the place of an OSError about permissions, room, or a file that is no folder.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _REFUSALS:
+            raise
+        where = f": {error.filename}" if error.filename else ""
+        raise UserError(
+            f"{flag}: cannot be written ({error.strerror}{where}); expected a folder with room "
+            "that you may write to; name another, or see to this one"
+        ) from None

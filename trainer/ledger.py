@@ -109,22 +109,20 @@ class Ledger:
             splitter = StratifiedSplitter(shares, label_counts, self.num_rows)
             for bucket in range(self._num_buckets):
                 rows, hashes, label_splits, labels = self._load_bucket(bucket)
-                if len(rows):
-                    mapped = map_ragged(label_splits, labels, label_map)
-                    assigned[rows] = splitter.assign(hashes, *mapped)
+                mapped = map_ragged(label_splits, labels, label_map)
+                assigned[rows] = splitter.assign(hashes, *mapped)
         assigned.flush()
         return assigned
 
     def _load_bucket(self, bucket: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        blocks: list[list[np.ndarray]] = [[], [], [], []]
+        empty = [np.zeros(0, kind) for kind in (np.int64, np.uint64, np.int64, np.int32)]
+        blocks: list[list[np.ndarray]] = [[array] for array in empty]
         path = self._bucket_path(bucket)
         size = os.path.getsize(path)
         with open(path, "rb") as file:
             while file.tell() < size:
                 for block in blocks:
                     block.append(np.load(file))
-        if not size:
-            return (np.zeros(0, np.int64),) * 4
         rows, hashes, lengths, labels = (np.concatenate(block) for block in blocks)
         return rows, hashes, np.concatenate([[0], np.cumsum(lengths)]), labels
 

@@ -8,7 +8,6 @@ that a run that fails or is killed leaves nothing under a final name.
 
 import contextlib
 import dataclasses
-import errno
 import os
 import re
 import shutil
@@ -26,6 +25,7 @@ from tqdm import tqdm
 from trainer.config import PrepareConfig
 from trainer.corpus import Corpus, VocabularyTexts, columns_of, read_corpus
 from trainer.errors import UserError
+from trainer.files import disk_errors
 from trainer.labels import read_label_file
 from trainer.records import METADATA_FILE, TOKENIZER_FOLDER, Metadata, Split, load_metadata
 from trainer.sample import PREFIX, write_sample
@@ -127,7 +127,7 @@ def _work_folder(data_dir: str) -> Iterator[str]:
     """A fresh folder inside the data folder, removed in the end, and an empty data folder too."""
     work_dir = os.path.join(data_dir, WORK_FOLDER)
     try:
-        with _disk_errors(data_dir):
+        with disk_errors(f"--data_dir={data_dir}"):
             os.makedirs(data_dir, exist_ok=True)
             if os.path.exists(work_dir):  # Of a run that was killed.
                 shutil.rmtree(work_dir)
@@ -137,21 +137,6 @@ def _work_folder(data_dir: str) -> Iterator[str]:
         shutil.rmtree(work_dir, ignore_errors=True)
         with contextlib.suppress(OSError):
             os.rmdir(data_dir)
-
-
-@contextlib.contextmanager
-def _disk_errors(data_dir: str) -> Iterator[None]:
-    """Turns what the file system refuses into a line that the user can act on."""
-    try:
-        yield
-    except OSError as error:
-        refusals = (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST)
-        if error.errno not in (*refusals, errno.ENOSPC, errno.EDQUOT, errno.EFBIG):
-            raise
-        raise UserError(
-            f"--data_dir={data_dir}: cannot be written ({error.strerror}: {error.filename}); "
-            "expected a folder with room that you may write to; make it one or name another"
-        ) from None
 
 
 def _gather_inputs(config: PrepareConfig, work_dir: str) -> Inputs:

@@ -18,8 +18,10 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import BinaryIO, cast
 
+from trainer.atomic import write_atomically
 from trainer.config import SampleConfig
 from trainer.errors import UserError
+from trainer.files import disk_errors
 from trainer.workers import process_pool
 
 PREFIX = "sample:docstrings"
@@ -286,9 +288,10 @@ def _writer(path: str, raw: BinaryIO) -> BinaryIO:
 
 def run(config: SampleConfig) -> None:
     """`multihot sample`: writes the corpus, and beside it what it was made of (`.about`)."""
-    summary = write_sample(config.output, config.num_documents, config.seed)
-    with open(config.output + ".about", "w", encoding="utf-8") as file:
-        json.dump(asdict(summary), file, indent=2)
+    with disk_errors(f"--output={config.output}"):
+        os.makedirs(os.path.dirname(os.path.abspath(config.output)), exist_ok=True)
+        summary = write_sample(config.output, config.num_documents, config.seed)
+        write_atomically(config.output + ".about", json.dumps(asdict(summary), indent=2) + "\n")
     print(f"{config.output}: {summary.documents:,} documents, fingerprint {summary.fingerprint}")
 
 

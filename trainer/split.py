@@ -45,6 +45,8 @@ class StratifiedSplitter:
         Returns:
           uint8 [N], index into `shares`.
         """
+        if len(hashes) == 0:
+            return np.zeros(0, np.uint8)
         rarity = self._rarities(label_splits, labels)
         order = np.lexsort((np.arange(len(hashes)), hashes))
         starts = np.flatnonzero(np.r_[True, np.diff(hashes[order]) != 0])

@@ -1,0 +1,121 @@
+"""Tokenizer: the same ids as transformers, our own cutting, vocabularies that are reproducible."""
+
+import json
+import subprocess
+import sys
+
+import pytest
+
+from trainer.errors import UserError
+from trainer.tokenizer import SPECIAL_TOKENS, load_tokenizer, train_tokenizer
+
+TEXTS = [
+    "The quick brown fox jumps over the lazy dog.",
+    "Tokenisers tokenise tokens; the tokenised token is a token.",
+    "Ünïcödé, 漢字 and émigrés: naïve?",
+] * 3
+
+
+def test_ids_are_those_of_transformers(minilm, real_texts):
+    import transformers
+
+    tokenizer = load_tokenizer(minilm)
+    peer = transformers.AutoTokenizer.from_pretrained(minilm)
+    for max_seq_length in (8, 128, 512):
+        ids, truncated = tokenizer.encode_batch(real_texts, max_seq_length)
+        expected = peer(real_texts, truncation=True, max_length=max_seq_length)["input_ids"]
+        whole = peer(real_texts, truncation=False)["input_ids"]
+        assert ids == expected
+        assert truncated == [len(document) > max_seq_length for document in whole]
+    assert (tokenizer.vocab_size, tokenizer.pad_id) == (30522, 0)
+    assert (tokenizer.cls_id, tokenizer.sep_id) == (101, 102)
+
+
+def test_saved_files_make_the_same_tokenizer(minilm, real_texts, tmp_path):
+    import transformers
+
+    for name, tokenizer in (
+        ("pretrained", load_tokenizer(minilm)),
+        ("trained", train_tokenizer(real_texts, 2000)),
+    ):
+        folder = str(tmp_path / name)
+        tokenizer.save(folder, model_max_length=64)
+        again = load_tokenizer(folder)
+        assert again.fingerprint == tokenizer.fingerprint
+        peer = transformers.AutoTokenizer.from_pretrained(folder)
+        assert peer.model_max_length == 64
+        expected = tokenizer.encode_batch(real_texts, 64)[0]
+        assert again.encode_batch(real_texts, 64)[0] == expected
+        assert peer(real_texts, truncation=True)["input_ids"] == expected
+
+
+def test_padding_and_truncation_of_a_file_do_not_count(minilm, tmp_path):
+    with open(f"{minilm}/tokenizer.json", encoding="utf-8") as file:
+        definition = json.load(file)
+    assert definition["truncation"]["max_length"] == 128
+    tokenizer = load_tokenizer(minilm)
+    ids, truncated = tokenizer.encode_batch(["word " * 300, "word"], 512)
+    assert [len(document) for document in ids] == [302, 3]
+    assert truncated == [False, False]
+
+
+def test_a_folder_with_a_bare_vocabulary_loads(minilm, real_texts, tmp_path):
+    with open(f"{minilm}/vocab.txt", encoding="utf-8") as file:
+        (tmp_path / "vocab.txt").write_text(file.read(), encoding="utf-8")
+    (tmp_path / "config.json").write_text('{"model_type": "bert"}')
+    ids = load_tokenizer(str(tmp_path)).encode_batch(real_texts, 512)[0]
+    assert ids == load_tokenizer(minilm).encode_batch(real_texts, 512)[0]
+
+
+def test_training_gives_the_same_vocabulary_in_every_process():
+    # The library's own trainer does not: it numbers letters in a randomly seeded hash map's order.
+    program = (
+        "from tests.test_tokenizer import TEXTS\n"
+        "from trainer.tokenizer import train_tokenizer\n"
+        "print(train_tokenizer(TEXTS, 200).fingerprint)"
+    )
+    expected = train_tokenizer(TEXTS, 200).fingerprint
+    for _ in range(3):
+        result = subprocess.run([sys.executable, "-c", program], capture_output=True, text=True)
+        assert result.stdout.strip() == expected, result.stderr
+
+
+def test_a_trained_vocabulary_covers_its_texts():
+    tokenizer = train_tokenizer(TEXTS, 300)
+    vocabulary = tokenizer.backend.get_vocab()
+    assert [vocabulary[token] for token in SPECIAL_TOKENS] == [0, 1, 2, 3, 4]
+    assert tokenizer.vocab_size == len(vocabulary) <= 300
+    ids, _ = tokenizer.encode_batch([text.upper() for text in TEXTS], 512)
+    assert all(vocabulary["[UNK]"] not in document for document in ids)
+    assert tokenizer.encode_batch(["the token"], 512)[0] == [
+        [2, vocabulary["the"], vocabulary["token"], 3]
+    ]
+
+
+def test_a_small_vocabulary_leaves_out_the_rarest_letters():
+    texts = ["abc abc abc", "".join(map(chr, range(0x4E00, 0x4E00 + 500)))]
+    tokenizer = train_tokenizer(texts, 128)
+    vocabulary = tokenizer.backend.get_vocab()
+    assert tokenizer.vocab_size <= 128
+    assert "abc" in vocabulary
+    assert tokenizer.encode_batch(["abc \u4fff"], 8)[0] == [[2, vocabulary["abc"], 1, 3]]
+
+
+@pytest.mark.parametrize("broken", ["nothing", "not BERT's", "not JSON"])
+def test_what_is_no_tokenizer_of_berts_kind_is_told(tmp_path, broken):
+    if broken != "nothing":
+        tokenizer = train_tokenizer(TEXTS, 200)
+        tokenizer.save(str(tmp_path))
+    if broken == "not BERT's":
+        (tmp_path / "tokenizer_config.json").write_text('{"cls_token": "<s>"}')
+    if broken == "not JSON":
+        (tmp_path / "tokenizer.json").write_text("{")
+    with pytest.raises(UserError) as caught:
+        load_tokenizer(str(tmp_path))
+    assert str(tmp_path) in str(caught.value)
+    assert "\n" not in str(caught.value)
+
+
+def test_a_missing_folder_is_not_looked_for_on_the_hub(tmp_path):
+    with pytest.raises(UserError, match="no such folder"):
+        load_tokenizer(str(tmp_path / "missing"))
