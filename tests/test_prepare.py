@@ -1,0 +1,445 @@
+"""prepare: what goes in comes out once, whatever the workers; faults leave nothing behind."""
+
+import contextlib
+import csv
+import filecmp
+import gzip
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from pathlib import Path
+
+import numpy as np
+import pytest
+
+from trainer import prepare
+from trainer.config import PrepareConfig
+from trainer.errors import UserError
+from trainer.records import encode_record, load_metadata, parse_records, verify_shards
+from trainer.sample import write_sample
+from trainer.shards import choose_shards, mix
+from trainer.tokenizer import load_tokenizer, train_tokenizer
+
+SPLITS = {"train": 0.8, "validation": 0.1, "test": 0.1}
+ROWS = [{"id": f"r{i}", "text": f"text number {i}", "labels": ["a", "bc"[i % 2]]} for i in range(9)]
+
+
+@pytest.fixture(scope="module")
+def sample(tmp_path_factory) -> str:
+    """1,500 docstrings, the first 30 a second time under other ids."""
+    path = tmp_path_factory.mktemp("sample") / "docstrings.jsonl"
+    write_sample(str(path), 1500, seed=17)
+    lines = path.read_text(encoding="utf-8").splitlines()
+    again = [
+        json.dumps(json.loads(line) | {"id": f"again-{i}"}) for i, line in enumerate(lines[:30])
+    ]
+    path.write_text("\n".join(lines + again) + "\n", encoding="utf-8")
+    return str(path)
+
+
+@pytest.fixture(scope="module")
+def tokenizer_dir(tmp_path_factory) -> str:
+    """A tokenizer for tests whose subject is another."""
+    folder = str(tmp_path_factory.mktemp("tokenizer"))
+    train_tokenizer([row["text"] for row in ROWS], 200).save(folder)
+    return folder
+
+
+@pytest.fixture(scope="module")
+def prepared(sample, tmp_path_factory) -> str:
+    """The sample prepared by two workers."""
+    folder = str(tmp_path_factory.mktemp("prepared") / "data")
+    prepare.run(config(sample, folder, tokenizer="train", num_workers=2))
+    return folder
+
+
+def config(path, data_dir, **flags) -> PrepareConfig:
+    defaults = {"num_workers": 1, "vocab_size": 1000, "max_seq_length": 128}
+    return PrepareConfig(input=(str(path),), data_dir=str(data_dir), **(defaults | flags))
+
+
+def write_rows(path: Path, rows: list[dict]) -> Path:
+    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
+    return path
+
+
+def read_split(data_dir: str, split: str) -> list[tuple[str, list[int], list[int]]]:
+    """(id, input_ids, labels) of every record of a split, in order; its checksums verified."""
+    import tensorflow as tf
+
+    rows = []
+    for path in verify_shards(data_dir, load_metadata(data_dir), split):
+        records = list(tf.data.TFRecordDataset(path).as_numpy_iterator())
+        ids, input_ids, labels = parse_records(tf.constant(records))
+        names = [name.decode() for name in ids.numpy()]
+        rows += list(zip(names, input_ids.to_list(), labels.to_list(), strict=True))
+    return rows
+
+
+def assert_same_folder(first: str, second: str) -> None:
+    """All files equal, byte for byte."""
+    names = sorted(p.relative_to(first) for p in Path(first).rglob("*") if p.is_file())
+    others = sorted(p.relative_to(second) for p in Path(second).rglob("*") if p.is_file())
+    assert names == others
+    differing = filecmp.cmpfiles(first, second, map(str, names), shallow=False)
+    assert differing[1:] == ([], [])
+
+
+def test_every_row_comes_out_once_with_its_labels_and_ids(sample, prepared):
+    with open(sample, encoding="utf-8") as file:
+        rows = {row["id"]: row for row in map(json.loads, file)}
+    metadata = load_metadata(prepared)
+    tokenizer = load_tokenizer(f"{prepared}/tokenizer")
+    assert tokenizer.fingerprint == metadata.tokenizer_fingerprint
+    assert tokenizer.vocab_size == metadata.vocab_size == 1000
+    assert metadata.labels == tuple(sorted({x for row in rows.values() for x in row["labels"]}))
+    seen = []
+    for name, split in metadata.splits.items():
+        records = read_split(prepared, name)
+        for identifier, input_ids, labels in records:
+            row = rows[identifier]
+            assert input_ids == tokenizer.encode_batch([row["text"]], 128)[0][0]
+            assert [metadata.labels[label] for label in labels] == sorted(row["labels"])
+        lengths = [len(input_ids) for _, input_ids, _ in records]
+        assert split.documents == len(records) == sum(shard.documents for shard in split.shards)
+        assert split.tokens == sum(lengths)
+        assert split.length_histogram == tuple(np.bincount(lengths, minlength=129).tolist())
+        counts = np.bincount(sum((labels for _, _, labels in records), []), minlength=38)
+        assert split.label_counts == tuple(counts[: len(metadata.labels)].tolist())
+        whole = tokenizer.encode_batch([rows[record[0]]["text"] for record in records], 1 << 20)[0]
+        assert split.truncated == sum(len(document) > 128 for document in whole) > 0
+        seen += [identifier for identifier, _, _ in records]
+    assert sorted(seen) == sorted(rows)
+
+
+def test_splits_are_stratified_and_equal_texts_stay_together(sample, prepared):
+    metadata = load_metadata(prepared)
+    splits = [metadata.splits[name] for name in SPLITS]
+    counts = np.array([split.label_counts for split in splits])
+    wanted = np.outer(list(SPLITS.values()), counts.sum(0))
+    assert np.abs(counts - wanted).max() <= 3
+    np.testing.assert_allclose([split.documents for split in splits], [1224, 153, 153], atol=3)
+    place = {row[0]: name for name in SPLITS for row in read_split(prepared, name)}
+    with open(sample, encoding="utf-8") as file:
+        ids = [json.loads(line)["id"] for line in file]
+    for original, again in zip(ids[:30], ids[1500:], strict=True):
+        assert place[original] == place[again]
+
+
+def test_shards_are_random_samples_of_the_corpus(sample, prepared):
+    with open(sample, encoding="utf-8") as file:
+        place = {json.loads(line)["id"]: number for number, line in enumerate(file)}
+    split = load_metadata(prepared).splits["train"]
+    assert len(split.shards) == 4
+    documents = [shard.documents for shard in split.shards]
+    assert max(documents) - min(documents) <= 1
+    places = [place[row[0]] for row in read_split(prepared, "train")]
+    for shard in np.array_split(places, 4):
+        # Of a random order of 306, neighbours are 500 apart; the corpus has 1,530 rows.
+        assert 400 < np.abs(np.diff(shard)).mean() < 620
+        assert 600 < np.mean(shard) < 930
+
+
+def test_the_result_does_not_depend_on_the_workers(sample, prepared, tmp_path):
+    folder = str(tmp_path / "data")
+    prepare.run(config(sample, folder, tokenizer="train", num_workers=1))
+    assert_same_folder(folder, prepared)
+
+
+def test_compressed_files_and_tables_give_the_same_documents(sample, prepared, tmp_path):
+    with open(sample, encoding="utf-8") as file:
+        lines = file.readlines()
+    folder = tmp_path / "input"
+    folder.mkdir()
+    with gzip.open(folder / "a.jsonl.gz", "wt", encoding="utf-8") as file:
+        file.writelines(lines[:700])
+    with open(folder / "b.csv", "w", encoding="utf-8", newline="") as file:
+        writer = csv.writer(file)
+        writer.writerow(["labels", "id", "text"])
+        for row in map(json.loads, lines[700:]):
+            writer.writerow([row["labels"], row["id"], row["text"]])
+    data_dir = str(tmp_path / "data")
+    prepare.run(config(folder, data_dir, tokenizer=f"{prepared}/tokenizer"))
+    for name in SPLITS:
+        assert sorted(read_split(data_dir, name)) == sorted(read_split(prepared, name))
+
+
+@pytest.mark.parametrize("encoding", ["ids", "multi_hot", "delimited", "columns"])
+def test_every_label_encoding_gives_the_same_labels(tmp_path, tokenizer_dir, encoding):
+    names = ["c", "a", "b"]
+    labels = tmp_path / "labels.txt"
+    labels.write_text("\n".join(names))
+    flags: dict = {"labels": str(labels), "split": "all", "num_shards": 1}
+    rows = []
+    for row in ROWS:
+        row = dict(row)
+        places = [names.index(name) for name in row["labels"]]
+        if encoding == "ids":
+            row["labels"] = places
+        elif encoding == "multi_hot":
+            row["labels"] = [int(place in places) for place in range(3)]
+        elif encoding == "delimited":
+            row["labels"] = "; ".join(row["labels"])
+            flags["label_delimiter"] = ";"
+        else:
+            row |= {name: int(name in row["labels"]) for name in names}
+            flags["label_field"] = ("a", "b", "c")
+        rows.append(row)
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    prepare.run(config(path, tmp_path / "data", tokenizer=tokenizer_dir, **flags))
+    assert load_metadata(str(tmp_path / "data")).labels == ("c", "a", "b")
+    found = {name: labels for name, _, labels in read_split(str(tmp_path / "data"), "all")}
+    assert found == {row["id"]: [1, 2] if i % 2 == 0 else [0, 1] for i, row in enumerate(ROWS)}
+
+
+def test_rare_labels_are_dropped_and_counted(tmp_path, tokenizer_dir):
+    rows = [*ROWS, {"text": "more", "labels": ["rare", "a"]}, {"text": "bare", "labels": ["rare"]}]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    flags = {"tokenizer": tokenizer_dir, "split": "all", "min_label_count": 3}
+    prepare.run(config(path, tmp_path / "data", **flags))
+    metadata = load_metadata(str(tmp_path / "data"))
+    assert metadata.labels == ("a", "b", "c")
+    assert metadata.dropped_labels == {"rare": 2}
+    assert metadata.splits["all"].label_counts == (10, 5, 4)
+    assert metadata.splits["all"].rejected == 0
+    assert {r[0]: r[2] for r in read_split(str(tmp_path / "data"), "all")}["rows.jsonl:10"] == []
+
+
+def test_a_label_without_positives_warns_and_stays(tmp_path, tokenizer_dir, capsys):
+    (tmp_path / "labels.txt").write_text("a\nb\nc\nnever\n")
+    path = write_rows(tmp_path / "rows.jsonl", ROWS)
+    flags = {"labels": str(tmp_path / "labels.txt"), "tokenizer": tokenizer_dir, "split": "all"}
+    prepare.run(config(path, tmp_path / "data", **flags))
+    assert "1 labels without positives stay all the same: never" in capsys.readouterr().out
+    metadata = load_metadata(str(tmp_path / "data"))
+    assert metadata.labels == ("a", "b", "c", "never")
+    assert metadata.splits["all"].label_counts == (9, 5, 4, 0)
+
+
+BAD_ROWS = [
+    {"text": "fine", "labels": ["unknown"]},
+    {"text": "fine", "labels": [7]},
+    {"text": "", "labels": ["a"]},
+    {"labels": ["a"]},
+]
+
+
+def test_rejected_rows_are_written_with_place_and_reason(tmp_path, tokenizer_dir):
+    (tmp_path / "labels.txt").write_text("a\nb\nc\n")
+    path = write_rows(tmp_path / "rows.jsonl", ROWS[:4] + BAD_ROWS + ROWS[4:])
+    flags = {"labels": str(tmp_path / "labels.txt"), "tokenizer": tokenizer_dir, "split": "all"}
+    prepare.run(config(path, tmp_path / "data", max_rejected=4, **flags))
+    lines = (tmp_path / "data" / "rejected" / "all.jsonl").read_text().splitlines()
+    assert [(line["source"], line["row"], line["reason"]) for line in map(json.loads, lines)] == [
+        ("rows.jsonl", 4, "unknown label 'unknown'"),
+        ("rows.jsonl", 5, "label id 7 is out of range, expected 0 to 2"),
+        ("rows.jsonl", 6, "no text: it is empty"),
+        ("rows.jsonl", 7, "no field 'text'"),
+    ]
+    metadata = load_metadata(str(tmp_path / "data"))
+    assert (metadata.splits["all"].documents, metadata.splits["all"].rejected) == (9, 4)
+    assert metadata.source["calls"][0]["rejected"] == 4
+
+
+@pytest.mark.parametrize("max_rejected", [3, 0.3])
+def test_too_many_rejected_rows_end_the_command(tmp_path, tokenizer_dir, max_rejected):
+    (tmp_path / "labels.txt").write_text("a\nb\nc\n")
+    path = write_rows(tmp_path / "rows.jsonl", ROWS[:4] + BAD_ROWS + ROWS[4:])
+    flags = {"labels": str(tmp_path / "labels.txt"), "tokenizer": tokenizer_dir, "split": "all"}
+    with pytest.raises(UserError) as caught:
+        prepare.run(config(path, tmp_path / "data", max_rejected=max_rejected, **flags))
+    message = str(caught.value)
+    assert "row 4: unknown label 'unknown'; 4 of 13 rows cannot be used" in message
+    assert f"--max_rejected={max_rejected} allows 3" in message and "\n" not in message
+    rejected = tmp_path / "data" / "rejected" / "all.jsonl"
+    assert str(rejected) in message and len(rejected.read_text().splitlines()) == 4
+    assert [path.name for path in (tmp_path / "data").iterdir()] == ["rejected"]
+
+
+def test_a_split_is_added_with_the_labels_and_tokenizer_of_the_folder(tmp_path, tokenizer_dir):
+    data_dir = str(tmp_path / "data")
+    path = write_rows(tmp_path / "rows.jsonl", [*ROWS, {"text": "x", "labels": ["rare"]}])
+    first = config(path, data_dir, split="train", tokenizer=tokenizer_dir, min_label_count=2)
+    prepare.run(first)
+    before = {p.name: p.read_bytes() for p in Path(data_dir).glob("train-*")}
+    more = [{"text": "number", "labels": ["b", "rare"]}, {"text": "text", "labels": ["new"]}]
+    other = write_rows(tmp_path / "more.jsonl", more)
+    prepare.run(config(other, data_dir, split="test", max_rejected=1))
+    metadata = load_metadata(data_dir)
+    assert list(metadata.splits) == ["train", "test"]
+    assert (metadata.splits["test"].documents, metadata.splits["test"].rejected) == (1, 1)
+    assert [labels for _, _, labels in read_split(data_dir, "test")] == [[1]]
+    assert metadata.tokenizer_fingerprint == load_tokenizer(tokenizer_dir).fingerprint
+    assert {p.name: p.read_bytes() for p in Path(data_dir).glob("train-*")} == before
+    assert [call["splits"] for call in metadata.source["calls"]] == [["train"], ["test"]]
+
+
+def test_what_does_not_fit_the_folder_is_refused(tmp_path, tokenizer_dir):
+    data_dir = str(tmp_path / "data")
+    path = write_rows(tmp_path / "rows.jsonl", ROWS)
+    prepare.run(config(path, data_dir, split="train", tokenizer=tokenizer_dir))
+    with open(f"{data_dir}/metadata.json", "rb") as file:
+        before = file.read()
+    train_tokenizer(["entirely other words"], 150).save(str(tmp_path / "other"))
+    (tmp_path / "labels.txt").write_text("a\nb\n")
+    for flags, message in (
+        ({"split": "train"}, "already holds the splits train; .* --split=NAME"),
+        ({"split": "train:0.5,test:0.5"}, "already holds the splits train"),
+        ({"split": "test", "max_seq_length": 64}, "was prepared with 128"),
+        ({"split": "test", "tokenizer": str(tmp_path / "other")}, "tokenizer fingerprint"),
+        ({"split": "test", "labels": str(tmp_path / "labels.txt")}, "not the labels of"),
+    ):
+        with pytest.raises(UserError, match=message):
+            prepare.run(config(path, data_dir, **flags))
+        with open(f"{data_dir}/metadata.json", "rb") as file:
+            assert file.read() == before
+    vocabulary = Path(data_dir) / "tokenizer" / "tokenizer.json"
+    vocabulary.write_text(vocabulary.read_text().replace("##e", "##E"))
+    with pytest.raises(UserError, match="tokenizer fingerprint"):
+        prepare.run(config(path, data_dir, split="test"))
+
+
+@pytest.mark.parametrize(
+    "content, flags, message",
+    [
+        (None, {}, "no such file or folder"),
+        ("", {}, "empty file"),
+        ("\n\n", {}, "no rows"),
+        ('{"body": "x", "labels": []}', {}, "no column 'text'; found body, labels"),
+        ('{"text": "x", "tags": []}', {}, "no column 'labels'; found text, tags"),
+        ('{"text": "x", "labels": []}', {}, "no label has --min_label_count=1"),
+        ('{"text": "x", "labels": ["a"]}', {}, "leave none for 'validation'"),
+        ('{"text": "x", "labels": ["a"]}', {"labels": "twice.txt"}, "lines 1 and 3"),
+        ('{"text": "x", "labels": ["a"]}', {"labels": "none.txt"}, "empty, expected one label"),
+        ('{"text": "x", "a": 1, "b": 2}', {"label_field": ("a", "b")}, "expected 0 or 1"),
+        ('{"text": "x", "a": 1}', {"label_field": ("a", "a")}, "label 'a' stands on"),
+        ('{"text": "x", "labels": ["a"]}', {"tokenizer": "./none"}, "no such folder"),
+    ],
+)
+def test_bad_input_is_one_clear_line_and_leaves_nothing(
+    tmp_path, monkeypatch, tokenizer_dir, content, flags, message
+):
+    monkeypatch.chdir(tmp_path)
+    (tmp_path / "twice.txt").write_text("a\nb\na\n")
+    (tmp_path / "none.txt").write_text("")
+    path = tmp_path / "rows.jsonl"
+    if content is not None:
+        path.write_text(content)
+    if "tokenizer" in flags:
+        flags = flags | {"split": "all"}
+    with pytest.raises(UserError, match=message) as caught:
+        prepare.run(config(path, tmp_path / "data", **({"tokenizer": tokenizer_dir} | flags)))
+    assert "\n" not in str(caught.value)
+    left = [p for p in (tmp_path / "data").rglob("*") if p.is_file()]
+    assert [p.relative_to(tmp_path / "data").parts[0] for p in left] in ([], ["rejected"])
+
+
+@pytest.mark.parametrize(
+    "item, message",
+    [
+        ("sample:poems", "expected sample:docstrings or sample:docstrings:N"),
+        ("sample:docstrings:0", "expected sample:docstrings or sample:docstrings:N"),
+        ("sample:docstrings:9999999", "fewer than the 9999999 asked for"),
+    ],
+)
+def test_a_sample_that_does_not_exist_is_told(tmp_path, monkeypatch, item, message):
+    monkeypatch.setattr("trainer.sample.PACKAGES", {"tqdm": ("tqdm",)})
+    with pytest.raises(UserError, match=message):
+        prepare.run(config(item, tmp_path / "data"))
+    assert list(tmp_path.iterdir()) == []
+
+
+def test_a_folder_that_cannot_be_written_is_one_clear_line(tmp_path, tokenizer_dir):
+    path = write_rows(tmp_path / "rows.jsonl", ROWS)
+    for folder in (path, path / "below", Path("/proc/multihot")):
+        command = [sys.executable, "-m", "trainer.cli", "prepare", f"--input={path}"]
+        command += [f"--data_dir={folder}", f"--tokenizer={tokenizer_dir}"]
+        result = subprocess.run(command, capture_output=True, text=True)
+        assert result.returncode == 2
+        assert len(result.stderr.splitlines()) == 1
+        assert f"--data_dir={folder}: cannot be written" in result.stderr
+
+
+def test_a_killed_run_leaves_nothing_final_and_a_rerun_starts_clean(sample, prepared, tmp_path):
+    folder = tmp_path / "data"
+    command = [sys.executable, "-m", "trainer.cli", "prepare", f"--input={sample}"]
+    command += [f"--data_dir={folder}", "--vocab_size=1000", "--max_seq_length=128"]
+    for sign in ("bucket-000000.npy", "segment-000001.npz", "tokenizer/*", "train-*"):
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
+        while process.poll() is None and not any((folder / ".prepare").glob(sign)):
+            time.sleep(0.001)
+        children = list_children(process.pid)
+        process.send_signal(signal.SIGKILL)
+        assert process.wait() == -signal.SIGKILL, sign
+        assert [path.name for path in folder.iterdir()] == [".prepare"]
+        wait_until_gone(children)
+    # Killed between the shards' and the metadata's move to their places.
+    (folder / "train-00007-of-00009.tfrecord").write_bytes(b"of another run")
+    (folder / "notes.txt").write_text("not ours")
+    prepare.run(config(sample, folder, tokenizer="train", num_workers=2))
+    assert (folder / "notes.txt").read_text() == "not ours"
+    (folder / "notes.txt").unlink()
+    assert_same_folder(str(folder), prepared)
+
+
+def list_children(process_id: int) -> list[int]:
+    """Process ids of the children, by Linux's /proc."""
+    children = []
+    for path in Path("/proc").glob("[0-9]*/stat"):
+        with contextlib.suppress(OSError):
+            fields = path.read_text().rpartition(")")[2].split()
+            if int(fields[1]) == process_id:
+                children.append(int(path.parent.name))
+    return children
+
+
+def wait_until_gone(process_ids: list[int]) -> None:
+    """Waits for processes to end; they have ten seconds."""
+    deadline = time.monotonic() + 10
+    while any(os.path.exists(f"/proc/{process_id}") for process_id in process_ids):
+        assert time.monotonic() < deadline, "workers outlive the process that started them"
+        time.sleep(0.01)
+
+
+def test_a_failure_while_writing_leaves_nothing(tmp_path, tokenizer_dir, monkeypatch):
+    path = write_rows(tmp_path / "rows.jsonl", ROWS)
+
+    def fail(*arguments, **flags):
+        raise RuntimeError("power cut")
+
+    monkeypatch.setattr(prepare, "_second_pass", fail)
+    with pytest.raises(RuntimeError, match="power cut"):
+        prepare.run(config(path, tmp_path / "data", split="all", tokenizer=tokenizer_dir))
+    assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
+
+
+def test_records_are_tensorflows_byte_for_byte():
+    from tensorflow.core.example.example_pb2 import Example
+
+    random = np.random.default_rng(0)
+    numbers = [0, 1, 127, 128, 16_383, 16_384, 30_521, 2**40]
+    for length in (0, 1, 5, 700):
+        input_ids = random.choice(numbers, length).tolist()
+        labels = sorted(random.choice(5000, min(length, 9), replace=False).tolist())
+        example = Example()
+        feature = example.features.feature
+        feature["id"].bytes_list.value.append(("é" * length).encode())
+        feature["input_ids"].int64_list.value.extend(input_ids)
+        feature["labels"].int64_list.value.extend(labels)
+        expected = example.SerializeToString(deterministic=True)
+        assert encode_record("é" * length, input_ids, labels) == expected
+
+
+def test_shards_are_chosen_evenly_and_without_pattern():
+    shards = choose_shards(np.arange(70_000), 7, seed=3)
+    assert np.bincount(shards).tolist() == [10_000] * 7
+    np.testing.assert_array_equal(
+        shards[12_345:20_000], choose_shards(np.arange(12_345, 20_000), 7, 3)
+    )
+    assert np.bincount(shards[::7], minlength=7).min() > 1_300
+    assert len(np.unique(mix(np.arange(100_000), 0))) == 100_000
+    bits = np.unpackbits(mix(np.arange(10_000), 0).view(np.uint8))
+    assert abs(bits.mean() - 0.5) < 0.003
