@@ -39,7 +39,7 @@ class Dense(keras.layers.Layer):
         use_bias: bool = True,
         **kwargs: Any,
     ) -> None:
-        super().__init__(**kwargs)
+        super().__init__(autocast=False, **kwargs)
         self._shape = (inputs, units)
         self._range = initializer_range
         self._use_bias = use_bias
@@ -66,7 +66,7 @@ class LayerNorm(keras.layers.Layer):
     """LayerNorm (Ba et al. 2016) with float32 statistics and inputs saved in the compute type."""
 
     def __init__(self, size: int, epsilon: float, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+        super().__init__(autocast=False, **kwargs)
         self._size = size
         self._epsilon = epsilon
 
@@ -117,7 +117,7 @@ class SelfAttention(keras.layers.Layer):
     """
 
     def __init__(self, config: ModelConfig, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+        super().__init__(autocast=False, **kwargs)
         size, spread = config.hidden_size, config.initializer_range
         self._heads = config.num_attention_heads
         self._head_size = size // self._heads
@@ -176,7 +176,7 @@ class EncoderLayer(keras.layers.Layer):
     """Attention and feed-forward, each with dropout, residual and LayerNorm after it."""
 
     def __init__(self, config: ModelConfig, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+        super().__init__(autocast=False, **kwargs)
         policy, size, spread = self.dtype_policy, config.hidden_size, config.initializer_range
         inner, epsilon = config.intermediate_size, config.layer_norm_eps
         self._rate = config.hidden_dropout
@@ -215,7 +215,7 @@ class Embeddings(keras.layers.Layer):
     """Sum of word, position and token type embeddings, then LayerNorm and dropout."""
 
     def __init__(self, config: ModelConfig, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+        super().__init__(autocast=False, **kwargs)
         self._config = config
         self.norm = LayerNorm(
             config.hidden_size, config.layer_norm_eps, name="layer_norm", dtype=self.dtype_policy
@@ -257,7 +257,7 @@ class Encoder(keras.layers.Layer):
     """BERT's embeddings and layers; the pooler belongs to the model's head."""
 
     def __init__(self, config: ModelConfig, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+        super().__init__(autocast=False, **kwargs)
         if config.hidden_act not in ACTIVATIONS:
             raise UserError(
                 f"config.json: hidden_act={config.hidden_act!r}, expected one of "

@@ -26,7 +26,7 @@ class ClsHead(keras.layers.Layer):
     """BERT's pooler over each window's [CLS], the mean of a document's windows, then one Dense."""
 
     def __init__(self, config: ModelConfig, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+        super().__init__(autocast=False, **kwargs)
         size, spread = config.hidden_size, config.initializer_range
         self._rate = config.hidden_dropout
         self.pooler = Dense(size, size, spread, name="pooler", dtype=self.dtype_policy)
@@ -66,7 +66,7 @@ class MeanHead(keras.layers.Layer):
     """The mean of a document's tokens over all its windows, then one Dense."""
 
     def __init__(self, config: ModelConfig, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+        super().__init__(autocast=False, **kwargs)
         self._rate = config.hidden_dropout
         self.classifier = Dense(
             config.hidden_size,
@@ -107,7 +107,7 @@ class LabelAttentionHead(keras.layers.Layer):
     """
 
     def __init__(self, config: ModelConfig, **kwargs: Any) -> None:
-        super().__init__(**kwargs)
+        super().__init__(autocast=False, **kwargs)
         self._rate = config.hidden_dropout
         arguments = (config.hidden_size, config.num_labels, config.initializer_range)
         self.query = Dense(*arguments, use_bias=False, name="query", dtype=self.dtype_policy)
@@ -152,7 +152,7 @@ class Model(keras.layers.Layer):
     """The whole model: a micro-batch to one logit a document and label."""
 
     def __init__(self, config: ModelConfig, **kwargs: Any) -> None:
-        super().__init__(name="model", **kwargs)
+        super().__init__(name="model", autocast=False, **kwargs)
         self.config = config
         self.encoder = Encoder(config, name="encoder", dtype=self.dtype_policy)
         self.head = HEADS[config.head](config, name="head", dtype=self.dtype_policy)
