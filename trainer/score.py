@@ -13,6 +13,7 @@ import os
 import sys
 import time
 from collections.abc import Generator, Iterable, Iterator, Sequence
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -66,7 +67,15 @@ _SAMPLED_PARTS = 16
 _SAMPLED_ROWS_A_PART = 256
 
 
-def run(config: ScoreConfig) -> None:
+@dataclass(frozen=True)
+class ScoreSummary:
+    """What a call scored: documents, and seconds from the plan to the last part."""
+
+    documents: int
+    seconds: float
+
+
+def run(config: ScoreConfig) -> ScoreSummary:
     """Scores every row that is not scored yet, and says what was done.
 
     Raises:
@@ -80,13 +89,19 @@ def run(config: ScoreConfig) -> None:
     precision = choose_precision(config.precision, make_strategy("auto"))
     model = load_exported(config.model, precision)
     with open_output_folder(config.output_dir):
+        start = time.perf_counter()
         settings = {name: getattr(config, name) for name in _SETTINGS} | {"precision": precision}
         plan = _settle_plan(config, model, columns, settings, describe_inputs(paths))
         done = [load_manifest(config.output_dir, part) for part in plan.parts]
         if all(done) and os.path.exists(os.path.join(config.output_dir, SUCCESS_FILE)):
             print(f"{config.output_dir}: all {len(done)} parts are there already; nothing to do")
-            return
-        _score_parts(config, model, columns, plan, done)
+            return ScoreSummary(0, 0.0)
+        documents = _score_parts(config, model, columns, plan, done)
+        manifests = [manifest for manifest in done if manifest is not None]
+        write_success(config.output_dir, manifests)
+        summary = ScoreSummary(documents, time.perf_counter() - start)
+        _print_summary(config, manifests, summary)
+        return summary
 
 
 def _settle_plan(
@@ -134,14 +149,14 @@ def _score_parts(
     columns: Columns,
     plan: Plan,
     done: list[Manifest | None],
-) -> None:
-    """Scores the parts that have no manifest yet, in order, and ends the run."""
+) -> int:
+    """Scores the parts that have no manifest yet, in order; returns how many documents."""
     formatter = LineFormatter(model.labels, model.thresholds, config.selection())
     _check_rejected(config, plan, done)
     waiting = [index for index, manifest in enumerate(done) if manifest is None]
     skipped = sum(plan.parts[index].num_rows for index, item in enumerate(done) if item is not None)
     total = sum(part.num_rows for part in plan.parts)
-    start = time.perf_counter()
+    documents = 0
     with (
         contextlib.closing(_scored(model, columns, plan, waiting)) as stream,
         tqdm(desc="score", total=total, initial=skipped, unit=" documents", mininterval=1) as bar,
@@ -152,11 +167,10 @@ def _score_parts(
                 _check_finite(config, block)
                 lines = formatter.format(block.ids, block.probabilities)
                 writer.write(lines, len(block.ids), block.num_truncated, block.rejected)
-            done[index] = writer.commit()
+            manifest = done[index] = writer.commit()
+            documents += manifest.rows_out
             _check_rejected(config, plan, done)
-    manifests = [manifest for manifest in done if manifest is not None]
-    write_success(config.output_dir, manifests)
-    _summarize(config, manifests, total - skipped, time.perf_counter() - start)
+    return documents
 
 
 def _scored(
@@ -213,8 +227,8 @@ def _check_rejected(config: ScoreConfig, plan: Plan, done: Sequence[Manifest | N
         )
 
 
-def _summarize(
-    config: ScoreConfig, manifests: Sequence[Manifest], num_scored: int, seconds: float
+def _print_summary(
+    config: ScoreConfig, manifests: Sequence[Manifest], summary: ScoreSummary
 ) -> None:
     totals = {
         name: sum(getattr(manifest, f"rows_{name}") for manifest in manifests)
@@ -223,7 +237,8 @@ def _summarize(
     print(
         f"{config.output_dir}: {totals['out']:,} documents in {len(manifests)} parts "
         f"({totals['truncated']:,} cut at the model's longest, {totals['rejected']:,} rejected); "
-        f"{num_scored:,} of them now, in {seconds:.1f} s ({num_scored / seconds:,.0f} a second)"
+        f"{summary.documents:,} of them now, in {summary.seconds:.1f} s "
+        f"({summary.documents / summary.seconds:,.0f} a second)"
     )
 
 
