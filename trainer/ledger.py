@@ -13,7 +13,8 @@ import numpy as np
 from trainer.scan import ScannedSegment
 from trainer.split import StratifiedSplitter
 
-ROWS_PER_BUCKET = 1 << 19
+ROWS_PER_BUCKET = 1 << 17
+MOST_BUCKETS = 512  # Each is an open file.
 
 
 def take_ragged(
@@ -52,7 +53,7 @@ class Ledger:
         self.label_counts: list[int] = []
         self.first_rows = [0]
         self.characters = 0
-        self._num_buckets = -(-max(most_rows, 1) // ROWS_PER_BUCKET)
+        self._num_buckets = min(MOST_BUCKETS, -(-max(most_rows, 1) // ROWS_PER_BUCKET))
         self._buckets = [open(self._bucket_path(i), "wb") for i in range(self._num_buckets)]
 
     @property

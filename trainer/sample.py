@@ -146,14 +146,16 @@ def describe(node: Definition, parents: tuple[Definition, ...]) -> list[str]:
     decorators = {_last_name(decorator) for decorator in node.decorator_list}
     own = list(_own_nodes(node))
     calls = [item for item in own if isinstance(item, ast.Call)]
-    is_class = isinstance(node, ast.ClassDef)
     facts = {
         "private": node.name.startswith("_") and not node.name.endswith("__"),
         "deprecated": any("deprecat" in name.lower() for name in decorators)
         or any("DeprecationWarning" in _names(call) for call in calls),
         "warns": any(_last_name(call) in ("warn", "warning", "warn_explicit") for call in calls),
     }
-    facts |= _class_facts(node) if is_class else _function_facts(node, parents, decorators, own)
+    if isinstance(node, ast.ClassDef):
+        facts |= _class_facts(node)
+    else:
+        facts |= _function_facts(node, parents, decorators, own)
     return [label for label, holds in facts.items() if holds]
 
 

@@ -140,16 +140,22 @@ def vocabulary_path(work_dir: str, index: int) -> str:
 
 def scan_segment(plan: ScanPlan, index: int, segment: Segment) -> ScannedSegment:
     """Reads a segment's rows and reduces the usable ones to what the split needs."""
-    positions, hashes, characters, counts, labels = [], [], [], [], []
+    positions: list[int] = []
+    hashes: list[int] = []
+    characters: list[int] = []
+    counts: list[int] = []
+    labels: list[int] = []
     names: dict[str, int] = {}
     rejected: list[BadRow] = []
     below = int(plan.vocabulary_share * 2**32)
     with _vocabulary_file(plan, index) as vocabulary:
         for row in read_segment(segment, plan.columns):
-            if isinstance(row, Row):
-                row_labels = _read_labels(plan.labels, row)
-            if isinstance(row, BadRow) or isinstance(row_labels, BadRow):
-                rejected.append(row if isinstance(row, BadRow) else row_labels)
+            if isinstance(row, BadRow):
+                rejected.append(row)
+                continue
+            row_labels = _read_labels(plan.labels, row)
+            if isinstance(row_labels, BadRow):
+                rejected.append(row_labels)
                 continue
             text_hash = hash_text(row.text, plan.seed)
             if text_hash % 2**32 < below:

@@ -132,7 +132,8 @@ def write_segment(
             for at, (row, ids) in enumerate(zip(batch, documents, strict=True), done)
         ]
         batch_splits = splits[done : done + len(batch)]
-        np.add.at(histogram, (batch_splits, [len(ids) for ids in documents]), 1)
+        lengths = np.array([len(ids) for ids in documents])
+        np.add.at(histogram, (batch_splits, lengths), 1)
         np.add.at(truncated, batch_splits, cut)
         for shard, framed in zip(shard_list[done:], frame_records(encoded), strict=False):
             records[shard].append(framed)

@@ -108,11 +108,11 @@ def _wrap(backend: Backend, config: dict[str, Any], name: str) -> Tokenizer:
     """
     backend.no_padding()
     backend.no_truncation()
-    tokens = {key: _content(config.get(key)) for key in ("cls_token", "sep_token", "pad_token")}
-    ids = {key: backend.token_to_id(token) if token else None for key, token in tokens.items()}
-    missing = [key for key, value in ids.items() if value is None]
+    tokens = [_content(config.get(key)) for key in ("cls_token", "sep_token", "pad_token")]
+    cls_id, sep_id, pad_id = (token and backend.token_to_id(token) for token in tokens)
     frame = backend.encode("a", add_special_tokens=True).ids
-    if missing or frame[:1] != [ids["cls_token"]] or frame[-1:] != [ids["sep_token"]]:
+    is_framed = len(frame) > 2 and [frame[0], frame[-1]] == [cls_id, sep_id]
+    if not is_framed or not isinstance(pad_id, int):
         raise UserError(
             f"--tokenizer={name}: expected a BERT tokenizer, one with [CLS], [SEP] and [PAD] that "
             f"frames a text by the first two; found {tokens}; name another one or `train`"
@@ -120,9 +120,9 @@ def _wrap(backend: Backend, config: dict[str, Any], name: str) -> Tokenizer:
     definition = json.dumps(json.loads(backend.to_str()), sort_keys=True)
     return Tokenizer(
         backend=backend,
-        cls_id=ids["cls_token"],
-        sep_id=ids["sep_token"],
-        pad_id=ids["pad_token"],
+        cls_id=frame[0],
+        sep_id=frame[-1],
+        pad_id=pad_id,
         config=config,
         fingerprint=hashlib.sha256(definition.encode()).hexdigest(),
     )
