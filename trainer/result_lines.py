@@ -5,6 +5,7 @@ encoder does on an accelerator. Six significant digits: more than bfloat16 or fl
 and short.
 """
 
+import itertools
 import json
 from collections.abc import Sequence
 
@@ -72,6 +73,6 @@ class LineFormatter:
 def _indices_by_row(mask: np.ndarray) -> list[list[int]]:
     """For each row of a bool [N, L] the columns that are true."""
     rows, columns = np.nonzero(mask)
-    ends = np.searchsorted(rows, np.arange(1, len(mask) + 1)).tolist()
+    bounds = np.searchsorted(rows, np.arange(len(mask) + 1)).tolist()
     indices = columns.tolist()
-    return [indices[start:end] for start, end in zip([0, *ends[:-1]], ends, strict=True)]
+    return [indices[start:end] for start, end in itertools.pairwise(bounds)]

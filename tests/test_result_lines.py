@@ -1,0 +1,64 @@
+"""Score lines: which labels and scores are written, in which order, with how many digits."""
+
+import json
+
+import numpy as np
+import pytest
+
+from trainer.result_lines import LineFormatter
+
+OFF = '10% "off"'
+LABELS = ("red", OFF, "grün", "never")
+THRESHOLDS = np.array([0.5, 0.25, 0.75, np.nan])
+PROBABILITIES = np.array([[0.5, 0.24999999, 0.9, 1.0], [0.1, 0.1, 0.7499999, 1e-7]], np.float32)
+
+
+def format_lines(selection, ids=("a", "b"), probabilities=PROBABILITIES):
+    text = LineFormatter(LABELS, THRESHOLDS, selection).format(ids, probabilities).decode()
+    assert text.endswith("\n")
+    return text.splitlines()
+
+
+def test_all_scores_in_label_order_with_six_significant_digits():
+    first, second = format_lines(("all", 0))
+    assert first == (
+        '{"id": "a", "labels": ["red", "grün"], '
+        '"scores": {"red": 0.5, "10% \\"off\\"": 0.25, "grün": 0.9, "never": 1}}'
+    )
+    assert json.loads(second)["scores"] == {
+        "red": 0.1, '10% "off"': 0.1, "grün": 0.75, "never": 1e-07
+    }  # fmt: skip
+
+
+def test_thresholds_are_compared_before_rounding_and_with_at_least():
+    # 0.24999999 and 0.7499999 are below their thresholds, though written as 0.25 and 0.75.
+    first, second = map(json.loads, format_lines(("all", 0)))
+    assert first["labels"] == ["red", "grün"]
+    assert second["labels"] == []
+
+
+@pytest.mark.parametrize(
+    ("selection", "expected"),
+    [
+        (("top", 2), [["never", "grün"], ["grün", "red"]]),
+        (("top", 9), [["never", "grün", "red", OFF], ["grün", "red", OFF, "never"]]),
+        (("above", 0.5), [["never", "grün", "red"], ["grün"]]),
+        (("above", 0.1), [["never", "grün", "red", OFF], ["grün", "red", OFF]]),
+        (("above", 1.0), [["never"], []]),
+    ],
+)  # fmt: skip
+def test_selected_scores_come_highest_first_and_ties_in_label_order(selection, expected):
+    lines = [json.loads(line) for line in format_lines(selection)]
+    assert [list(line["scores"]) for line in lines] == expected
+    assert lines[0]["labels"] == ["red", "grün"]
+
+
+def test_any_id_survives():
+    ids = ['quo"te', "line\nbreak", "é 漢", "\ud800 half a pair", ""]
+    lines = format_lines(("top", 1), ids, np.zeros((5, 4), np.float32))
+    assert [json.loads(line)["id"] for line in lines] == ids
+
+
+def test_no_documents_give_no_bytes():
+    formatter = LineFormatter(LABELS, THRESHOLDS, ("top", 2))
+    assert formatter.format([], np.zeros((0, 4), np.float32)) == b""
