@@ -67,7 +67,7 @@ def describe_inputs(paths: Sequence[str]) -> tuple[Input, ...]:
     """Sizes and checksums of the files, which are read once for it."""
     from tqdm import tqdm
 
-    progress = tqdm(paths, "checksums", unit=" files", mininterval=1, leave=False)
+    progress = tqdm(paths, "checksums", unit=" files", delay=1, leave=False)
     return tuple(Input(absolute(path), os.path.getsize(path), checksum(path)) for path in progress)
 
 

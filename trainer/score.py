@@ -98,6 +98,8 @@ def run(config: ScoreConfig) -> ScoreSummary:
             return ScoreSummary(0, 0.0)
         documents = _score_parts(config, model, columns, plan, done)
         manifests = [manifest for manifest in done if manifest is not None]
+        if not any(manifest.rows_in for manifest in manifests):
+            raise UserError(f"--input={','.join(config.input)}: no rows; expected at least one")
         write_success(config.output_dir, manifests)
         summary = ScoreSummary(documents, time.perf_counter() - start)
         _print_summary(config, manifests, summary)
