@@ -134,7 +134,7 @@ def test_the_loop_stops_where_told_counts_right_and_traces_once(stream):
 
 def test_predictions_cover_a_split_once_in_the_order_of_its_shards(corpus, stream):
     metadata = load_metadata(corpus)
-    model = make_step(stream).__dict__["_model"]
+    model = make_step(stream).model
     found = Predictor(model, stream.packing).predict_split(corpus, metadata, "test")
     assert len(set(found.ids)) == metadata.split("test").documents == len(found.logits)
     assert np.isfinite(found.logits).all()

@@ -61,7 +61,7 @@ class TrainStep:
           jit_compile: whether XLA compiles the step's two halves.
         """
         self._strategy = strategy
-        self._model = model
+        self.model = model
         self._optimizer = optimizer
         self._packing = packing
         self._pos_weights = tf.constant(pos_weights, tf.float32)
@@ -81,7 +81,7 @@ class TrainStep:
         """(loss sum, documents, gradients of the sum) of one micro-batch."""
         dropout = Dropout(step_key(self._seed, step, index)) if self._has_dropout else None
         with tf.GradientTape() as tape:
-            logits = self._model(
+            logits = self.model(
                 {name: batch[name] for name in _MODEL_INPUTS},
                 row_groups=self._packing.row_groups,
                 num_documents=self._packing.max_documents,
@@ -192,6 +192,7 @@ class Predictor:
 
     def __init__(self, model: Model, packing: PackingConfig, jit_compile: bool = False) -> None:
         """Args: model, packing: as trained; jit_compile: whether XLA compiles the pass."""
+        self.model = model
         self._packing = packing
 
         def forward(batch: MicroBatches) -> tf.Tensor:

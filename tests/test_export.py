@@ -1,0 +1,204 @@
+"""The model folder: transformers, the SavedModel and our own loader say the same."""
+
+import json
+import os
+import shutil
+
+import numpy as np
+import pytest
+import tensorflow as tf
+import torch
+import transformers
+
+from trainer import evaluate, export, train
+from trainer.checkpoint import load_best
+from trainer.config import (
+    EvaluateConfig,
+    ExportConfig,
+    ModelConfig,
+    OptimizerConfig,
+    TrainConfig,
+)
+from trainer.errors import UserError
+from trainer.export import load_exported
+from trainer.packing import pack
+from trainer.records import load_metadata
+from trainer.step import Predictor
+
+
+def train_model(corpus, model_dir, head):
+    train.run(
+        TrainConfig(
+            data_dir=corpus,
+            model_dir=str(model_dir),
+            hidden_size=32,
+            num_layers=1,
+            num_attention_heads=2,
+            intermediate_size=64,
+            head=head,
+            tokens_per_replica=1024,
+            num_train_epochs=1.0,
+            pos_weight="sqrt",
+            jit_compile="false",
+            optimizer=OptimizerConfig(learning_rate=3e-3),
+        )
+    )
+    evaluate.run(EvaluateConfig(model_dir=str(model_dir), data_dir=corpus))
+    return str(model_dir)
+
+
+@pytest.fixture(scope="module", params=["cls", "mean", "label_attention"])
+def exported(request, corpus, tmp_path_factory):
+    """(run's folder, model folder, head)."""
+    folder = tmp_path_factory.mktemp(request.param)
+    model_dir = train_model(corpus, folder / "run", request.param)
+    export.run(ExportConfig(model_dir=model_dir, export_dir=str(folder / "model")))
+    return model_dir, str(folder / "model"), request.param
+
+
+@pytest.fixture(scope="module")
+def expected(exported, corpus, real_texts):
+    """Texts, their ids, and float64 calibrated logits straight from the checkpoint."""
+    model_dir, _, _ = exported
+    texts = [*real_texts[:10], "two words"]
+    loaded = load_exported(exported[1])
+    ids, _ = loaded.tokenizer.encode_batch(texts, loaded.max_seq_length)
+    with open(os.path.join(model_dir, "evaluation", "calibration.json"), encoding="utf-8") as file:
+        calibration = json.load(file)
+    raw = logits_of(load_best(model_dir).model, loaded.packing, ids)
+    return texts, ids, raw * np.array(calibration["scale"]) + np.array(calibration["shift"])
+
+
+def logits_of(model, packing, ids):
+    packed = pack(tf.ragged.constant(ids, tf.int32), packing)
+    predictor = Predictor(model, packing)
+    logits = np.zeros((len(ids), model.config.num_labels))
+    for i in range(packed["input_ids"].shape[0]):
+        batch = {name: value[i] for name, value in packed.items()}
+        real = batch["document_index"].numpy() >= 0
+        logits[batch["document_index"].numpy()[real]] = predictor.logits(batch).numpy()[real]
+    return logits
+
+
+def pad(ids):
+    width = max(len(document) for document in ids)
+    padded = np.array([document + [0] * (width - len(document)) for document in ids], np.int32)
+    mask = np.array([[1] * len(d) + [0] * (width - len(d)) for d in ids], np.int32)
+    return padded, mask
+
+
+def test_our_own_loader_gives_the_calibrated_probabilities(exported, expected):
+    _, ids, logits = expected
+    loaded = load_exported(exported[1])
+    assert loaded.labels == load_best(exported[0]).record.labels
+    np.testing.assert_allclose(
+        logits_of(loaded.predictor.model, loaded.packing, ids), logits, atol=1e-4
+    )
+    packed = pack(tf.ragged.constant(ids[:2], tf.int32), loaded.packing)
+    batch = {name: value[0] for name, value in packed.items()}
+    found = loaded.forward(batch).numpy()
+    order = batch["document_index"].numpy()[:2]
+    np.testing.assert_allclose(found[:2], 1 / (1 + np.exp(-logits[order])), atol=1e-5)
+
+
+def test_both_signatures_of_the_saved_model(exported, expected):
+    _, ids, logits = expected
+    loaded = load_exported(exported[1])
+    saved = tf.saved_model.load(os.path.join(exported[1], "saved_model"))
+    padded, mask = pad(ids)
+    answer = saved.signatures["serving_default"](
+        input_ids=tf.constant(padded),
+        attention_mask=tf.constant(mask),
+        token_type_ids=tf.zeros_like(tf.constant(padded)),
+    )
+    np.testing.assert_allclose(answer["logits"].numpy(), logits, atol=1e-4)
+    probabilities = 1 / (1 + np.exp(-logits))
+    np.testing.assert_allclose(answer["probabilities"].numpy(), probabilities, atol=1e-5)
+
+    packed = pack(tf.ragged.constant(ids, tf.int32), loaded.packing)
+    for i in range(packed["input_ids"].shape[0]):
+        batch = {name: value[i] for name, value in packed.items()}
+        names = ("input_ids", "position_ids", "segment_ids", "window_starts", "window_document")
+        answer = saved.signatures["packed"](**{name: batch[name] for name in names})
+        index = batch["document_index"].numpy()
+        np.testing.assert_allclose(
+            answer["logits"].numpy()[index >= 0], logits[index[index >= 0]], atol=1e-4
+        )
+
+
+def test_transformers_reads_the_folder(exported, expected):
+    _, folder, head = exported
+    texts, ids, logits = expected
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    inputs = tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
+    padded, _ = pad(ids)
+    np.testing.assert_array_equal(inputs["input_ids"].numpy(), padded)
+    if head != "cls":
+        model = transformers.BertModel.from_pretrained(folder)
+        assert model.config.architectures == ["BertModel"]
+        return
+    model, info = transformers.BertForSequenceClassification.from_pretrained(
+        folder, output_loading_info=True
+    )
+    assert not info["missing_keys"] and not info["unexpected_keys"]
+    with torch.no_grad():
+        answer = model.eval()(**inputs).logits.numpy()
+    np.testing.assert_allclose(answer, logits, atol=1e-4)
+
+    pipeline = transformers.pipeline("text-classification", model=folder, top_k=None)
+    labels = load_exported(folder).labels
+    for found, row in zip(pipeline(texts, truncation=True), logits, strict=True):
+        scores = {item["label"]: item["score"] for item in found}
+        expected_scores = 1 / (1 + np.exp(-row))
+        np.testing.assert_allclose([scores[name] for name in labels], expected_scores, atol=1e-4)
+
+
+def test_the_description_names_what_a_consumer_needs(exported, corpus):
+    with open(os.path.join(exported[1], "multihot.json"), encoding="utf-8") as file:
+        description = json.load(file)
+    assert tuple(description["labels"]) == load_metadata(corpus).labels
+    assert len(description["thresholds"]) == len(description["labels"])
+    assert description["metrics"]["mean_average_precision"] > 0
+    assert description["fingerprints"]["checkpoint"] == load_best(exported[0]).fingerprint
+
+
+def test_a_calibration_of_another_checkpoint_is_refused(exported, tmp_path):
+    model_dir = str(tmp_path / "run")
+    shutil.copytree(exported[0], model_dir)
+    target = str(tmp_path / "model")
+    path = os.path.join(model_dir, "evaluation", "calibration.json")
+    with open(path, encoding="utf-8") as file:
+        calibration = json.load(file)
+    calibration["fingerprints"]["checkpoint"] = "0" * 64
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(calibration, file)
+    with pytest.raises(UserError, match="calibrates checkpoint 000000000000"):
+        export.run(ExportConfig(model_dir=model_dir, export_dir=target))
+    shutil.rmtree(os.path.join(model_dir, "evaluation"))
+    with pytest.raises(UserError, match="multihot evaluate.*--uncalibrated"):
+        export.run(ExportConfig(model_dir=model_dir, export_dir=target))
+    assert os.listdir(tmp_path) == ["run"]
+    export.run(ExportConfig(model_dir=model_dir, export_dir=target, uncalibrated=True))
+    raw = load_best(model_dir).model.head.classifier.bias.numpy()
+    np.testing.assert_array_equal(
+        load_exported(target).predictor.model.head.classifier.bias.numpy(), raw
+    )
+
+
+def test_a_folder_that_is_taken_is_left_alone(exported, tmp_path):
+    (tmp_path / "mine.txt").write_text("precious")
+    with pytest.raises(UserError, match="not an empty folder"):
+        export.run(ExportConfig(model_dir=exported[0], export_dir=str(tmp_path)))
+    assert os.listdir(tmp_path) == ["mine.txt"]
+
+
+def test_a_folder_that_is_no_model_folder_is_named(tmp_path):
+    with pytest.raises(UserError, match="no multihot.json"):
+        load_exported(str(tmp_path))
+    with pytest.raises(UserError, match=r"no config\.json"):
+        load_best(str(tmp_path))
+
+
+def test_model_sizes_are_checked():
+    with pytest.raises(UserError, match="multiple of --num_attention_heads=3"):
+        ModelConfig(vocab_size=10, num_labels=2, hidden_size=32, num_attention_heads=3)

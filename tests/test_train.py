@@ -1,0 +1,307 @@
+"""Whole runs: resumed bit for bit after kills, refused when they would not be the same run."""
+
+import dataclasses
+import glob
+import json
+import logging
+import os
+import random
+import shutil
+import signal
+import subprocess
+import sys
+import time
+
+import numpy as np
+import pytest
+import tensorflow as tf
+
+from trainer import train
+from trainer.checkpoint import load_best
+from trainer.config import OptimizerConfig, TrainConfig
+from trainer.errors import UserError
+from trainer.records import load_metadata
+
+NUM_KILLS = 5
+SIZES = {
+    "hidden_size": 32,
+    "num_layers": 1,
+    "num_attention_heads": 2,
+    "intermediate_size": 64,
+    "tokens_per_replica": 512,
+}
+
+
+def config_of(corpus, model_dir, **changes):
+    values = {
+        "data_dir": corpus,
+        "model_dir": str(model_dir),
+        "num_train_epochs": 2.0,
+        "jit_compile": "false",
+        "optimizer": OptimizerConfig(learning_rate=3e-3),
+    }
+    return TrainConfig(**values | SIZES | changes)
+
+
+def flags_of(config):
+    values = dataclasses.asdict(config)
+    values |= values.pop("optimizer")
+    return [f"--{name}={value}" for name, value in values.items() if value is not None]
+
+
+def start(config):
+    return subprocess.Popen(
+        [sys.executable, "-m", "trainer.cli", "train", *flags_of(config)],
+        stdout=subprocess.DEVNULL,
+        stderr=subprocess.PIPE,
+    )
+
+
+def last_checkpoint(model_dir):
+    path = tf.train.latest_checkpoint(os.path.join(str(model_dir), "checkpoints"))
+    reader = tf.train.load_checkpoint(path)
+    return {
+        name: reader.get_tensor(name)
+        for name in reader.get_variable_to_shape_map()
+        if name.startswith(("model/", "optimizer/", "progress/", "selection/"))
+    }
+
+
+def rows_of(model_dir):
+    with open(os.path.join(str(model_dir), "metrics.jsonl"), encoding="utf-8") as file:
+        return [json.loads(line) for line in file]
+
+
+def assert_same_run(found, expected):
+    tensors, others = last_checkpoint(found), last_checkpoint(expected)
+    assert set(tensors) == set(others) and len(tensors) > 60
+    for name, value in others.items():
+        np.testing.assert_array_equal(tensors[name], value, err_msg=name)
+    assert load_best(str(found)).fingerprint == load_best(str(expected)).fingerprint
+    losses, others = ([row["loss"] for row in rows_of(d) if "loss" in row] for d in (found, expected))
+    assert losses == others
+
+
+@pytest.fixture(scope="module")
+def finished(corpus, tmp_path_factory):
+    """A run that nothing interrupted, in a process of its own, and its seconds."""
+    model_dir = tmp_path_factory.mktemp("finished") / "run"
+    began = time.monotonic()
+    process = start(config_of(corpus, model_dir))
+    assert process.wait() == 0, process.stderr.read().decode()
+    return str(model_dir), time.monotonic() - began
+
+
+def test_killed_at_random_moments_it_ends_with_the_same_bits(corpus, finished, tmp_path):
+    reference, seconds = finished
+    seed = random.randrange(10**6)
+    print("seed of the kills:", seed)
+    moments = random.Random(seed)
+    config = config_of(corpus, tmp_path / "run")
+    for _ in range(NUM_KILLS):
+        process = start(config)
+        time.sleep(moments.uniform(0.3 * seconds, 0.9 * seconds))
+        process.send_signal(signal.SIGKILL)
+        process.wait()
+    process = start(config)
+    assert process.wait() == 0, process.stderr.read().decode()
+    assert_same_run(config.model_dir, reference)
+    assert not glob.glob(os.path.join(config.model_dir, "**", "*_temp"), recursive=True)
+
+
+def test_a_run_learns_and_writes_what_it_did(corpus, finished):
+    model_dir, _ = finished
+    rows = rows_of(model_dir)
+    steps = [row for row in rows if "loss" in row]
+    evaluations = [row["evaluation"] for row in rows if "evaluation" in row]
+    split = load_metadata(corpus).split("train")
+    assert [row["step"] for row in steps] == list(range(1, len(steps) + 1))
+    assert steps[-1]["documents"] == 2 * split.documents
+    assert np.mean([row["fill"] for row in steps[:-1]]) >= 0.95
+    first, last = (np.mean([row["loss"] for row in part]) for part in (steps[:5], steps[-5:]))
+    assert last < 0.95 * first
+    frequencies = np.asarray(load_metadata(corpus).split("validation").label_counts)
+    trivial = frequencies.mean() / load_metadata(corpus).split("validation").documents
+    assert evaluations[-1]["mean_average_precision"] > 1.5 * trivial
+    assert len(evaluations) == 2
+    assert glob.glob(os.path.join(model_dir, "tensorboard", "events*"))
+    assert len(glob.glob(os.path.join(model_dir, "checkpoints", "*.index"))) == 3
+    assert len(glob.glob(os.path.join(model_dir, "best", "*.index"))) == 1
+
+
+def test_a_finished_run_says_so_and_does_nothing(corpus, finished, capsys):
+    model_dir, _ = finished
+    before = {path: os.path.getmtime(path) for path in glob.glob(f"{model_dir}/**", recursive=True)}
+    train.run(config_of(corpus, model_dir))
+    assert "finished; nothing to do" in capsys.readouterr().out
+    after = {path: os.path.getmtime(path) for path in glob.glob(f"{model_dir}/**", recursive=True)}
+    assert after == before
+
+
+def test_a_changed_flag_is_named_and_a_harmless_one_is_not(corpus, finished):
+    model_dir, _ = finished
+    with pytest.raises(UserError, match="--learning_rate was 0.003, now 0.01"):
+        changed = OptimizerConfig(learning_rate=0.01)
+        train.run(config_of(corpus, model_dir, optimizer=changed))
+    train.run(config_of(corpus, model_dir, steps_per_loop=7, keep_checkpoints=1))
+
+
+def copied(finished, tmp_path):
+    folder = str(tmp_path / "copy")
+    shutil.copytree(finished[0], folder)
+    return folder
+
+
+def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(
+    corpus, finished, tmp_path, caplog
+):
+    model_dir = copied(finished, tmp_path)
+    newest = tf.train.latest_checkpoint(os.path.join(model_dir, "checkpoints"))
+    data = f"{newest}.data-00000-of-00001"
+    os.truncate(data, os.path.getsize(data) // 2)
+    with caplog.at_level(logging.WARNING):
+        train.run(config_of(corpus, model_dir))
+    assert any(newest in record.getMessage() for record in caplog.records)
+    assert_same_run(model_dir, finished[0])
+
+
+def test_no_readable_checkpoint_is_an_error_and_not_a_fresh_start(corpus, finished, tmp_path):
+    model_dir = copied(finished, tmp_path)
+    for data in glob.glob(os.path.join(model_dir, "checkpoints", "*.data-*")):
+        os.truncate(data, 10)
+    with pytest.raises(UserError, match="none of 3 checkpoints can be read"):
+        train.run(config_of(corpus, model_dir))
+
+
+def test_a_checkpoint_of_other_sizes_is_named(corpus, finished, tmp_path):
+    model_dir = copied(finished, tmp_path)
+    path = os.path.join(model_dir, "config.json")
+    with open(path, encoding="utf-8") as file:
+        record = json.load(file)
+    record["train"]["intermediate_size"] = record["model"]["intermediate_size"] = 128
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(record, file)
+    with pytest.raises(UserError, match=r"intermediate/\w+ has shape .*64.*expected .*128"):
+        train.run(config_of(corpus, model_dir, intermediate_size=128))
+    with pytest.raises(UserError, match="other sizes"):
+        load_best(model_dir)
+
+
+def changed_data(corpus, tmp_path, **changes):
+    folder = str(tmp_path / "data")
+    shutil.copytree(corpus, folder)
+    dataclasses.replace(load_metadata(folder), **changes).save(folder)
+    return folder
+
+
+def test_a_tokenizer_with_another_fingerprint_is_refused(corpus, tmp_path):
+    folder = changed_data(corpus, tmp_path, tokenizer_fingerprint="0" * 64)
+    with pytest.raises(UserError, match="fingerprint .* but metadata.json says 000000000000"):
+        train.run(config_of(folder, tmp_path / "run"))
+    assert not os.path.exists(tmp_path / "run")
+
+
+def test_other_data_under_a_started_run_is_refused(corpus, finished, tmp_path):
+    labels = tuple(f"other {i}" for i in range(len(load_metadata(corpus).labels)))
+    folder = changed_data(corpus, tmp_path, labels=labels)
+    with pytest.raises(UserError, match="not the data that the run"):
+        train.run(config_of(folder, finished[0]))
+
+
+def test_an_unwritable_model_dir_is_one_line_and_exit_code_2(corpus, tmp_path):
+    (tmp_path / "file").write_text("in the way")
+    process = start(config_of(corpus, tmp_path / "file"))
+    _, error = process.communicate()
+    assert process.returncode == 2
+    assert b"Traceback" not in error and str(tmp_path / "file").encode() in error
+
+
+def test_evaluation_and_best_use_the_moving_average(corpus, tmp_path):
+    optimizer = OptimizerConfig(learning_rate=3e-3, ema_decay=0.9)
+    train.run(config_of(corpus, tmp_path / "run", num_train_epochs=1.0, optimizer=optimizer))
+    tensors = last_checkpoint(tmp_path / "run")
+    best = load_best(str(tmp_path / "run")).model.named_variables()
+    suffix = "/.ATTRIBUTES/VARIABLE_VALUE"
+    for name, variable in best.items():
+        key = name.replace("/", ".S") + suffix
+        average = tensors["optimizer/ema.S" + key]
+        np.testing.assert_array_equal(variable.numpy(), average)
+        if name.endswith("kernel"):
+            assert np.abs(tensors["model/" + key] - average).max() > 1e-5
+
+
+def test_patience_ends_a_run_that_does_not_get_better(corpus, tmp_path, capsys):
+    """A rate too small to change anything: the second evaluation is no better than the first."""
+    config = config_of(
+        corpus,
+        tmp_path / "run",
+        num_train_epochs=5.0,
+        evaluate_every=0.2,
+        patience=1,
+        best_metric="macro_f1",
+        optimizer=OptimizerConfig(learning_rate=1e-12),
+    )
+    train.run(config)
+    evaluations = [row for row in rows_of(tmp_path / "run") if "evaluation" in row]
+    assert len(evaluations) == 2
+    train.run(config)
+    assert "finished; nothing to do" in capsys.readouterr().out
+
+
+def test_predicting_the_same_for_every_document_is_warned_about(corpus, tmp_path, caplog):
+    config = config_of(
+        corpus,
+        tmp_path / "run",
+        num_train_epochs=0.2,
+        optimizer=OptimizerConfig(learning_rate=1e-12),
+    )
+    with caplog.at_level(logging.WARNING):
+        train.run(config)
+    assert any("predicts the same" in record.getMessage() for record in caplog.records)
+
+
+def test_the_bias_starts_at_the_log_odds_shifted_by_the_weights(corpus, tmp_path):
+    config = config_of(
+        corpus,
+        tmp_path / "run",
+        num_train_epochs=0.1,
+        pos_weight="sqrt",
+        optimizer=OptimizerConfig(learning_rate=1e-12),
+    )
+    train.run(config)
+    run = load_best(config.model_dir)
+    split = load_metadata(corpus).split("train")
+    positives = np.asarray(split.label_counts, np.float64)
+    odds = (positives + 0.5) / (split.documents - positives + 0.5)
+    expected = np.log(odds) + 0.5 * np.log((split.documents - positives) / positives)
+    usual = positives > 0
+    bias = run.model.head.classifier.bias.numpy()
+    np.testing.assert_allclose(bias[usual], expected[usual], atol=1e-4)
+
+
+def test_fine_tuning_starts_from_the_checkpoints_weights(minilm, tmp_path_factory):
+    from trainer import prepare
+    from trainer.config import PrepareConfig
+    from trainer.pretrained import load_pretrained
+
+    folder = tmp_path_factory.mktemp("minilm")
+    prepare.run(
+        PrepareConfig(
+            input=("sample:docstrings:200",),
+            data_dir=str(folder / "data"),
+            tokenizer=minilm,
+            max_seq_length=64,
+        )
+    )
+    config = config_of(
+        str(folder / "data"),
+        folder / "run",
+        num_train_epochs=0.1,
+        init_checkpoint=minilm,
+        optimizer=OptimizerConfig(learning_rate=1e-12),
+    )
+    train.run(config)
+    found = load_best(config.model_dir).model
+    expected = load_pretrained(minilm, found.config)
+    for name, value in expected.items():
+        np.testing.assert_allclose(found.named_variables()[name], value, atol=1e-9)
