@@ -22,7 +22,7 @@ from trainer.errors import UserError
 # partly full costs less than one percent, few enough that a block is small in memory.
 BLOCK_MICRO_BATCHES = 64
 # Room for the spread, between blocks, of the share of long documents.
-_LONG_ROW_MARGIN = 1.15
+_LONG_ROW_MARGIN = 1.1
 _SHORTEST_ROW = 64
 
 
@@ -89,7 +89,10 @@ def _place_rows(
 def _deal_rows(
     row_documents: tf.Tensor, packing: PackingConfig, num_micro_batches: tf.Tensor
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """Deals the rows of each group to micro-batches, back and forth by their number of documents.
+    """Deals the rows to micro-batches so that these hold about as many documents each.
+
+    In every turn each micro-batch gets one row of a group: the fullest row that is left goes to
+    the micro-batch with the fewest documents so far, and so on.
 
     Args:
       row_documents: int32 [M, rows], how many documents each row holds.
@@ -100,28 +103,31 @@ def _deal_rows(
       starts (int32 [M, rows], where each row begins among all M x T tokens) and the largest number
       of documents in a micro-batch (int32 scalar).
     """
+    totals = tf.zeros([num_micro_batches], tf.int32)
     starts = []
-    documents = tf.zeros([num_micro_batches], tf.int32)
     column, token = 0, 0
-    for index, (rows, length) in enumerate(packing.row_groups):
+    for rows, length in packing.row_groups:
         counts = tf.reshape(row_documents[:, column : column + rows], [-1])
         order = tf.argsort(counts, direction="DESCENDING", stable=True)
-        turn = tf.range(num_micro_batches * rows) // num_micro_batches
-        seat = tf.range(num_micro_batches * rows) % num_micro_batches
-        backward = num_micro_batches - 1 - seat
-        micro_batch = tf.where((turn + index) % 2 == 0, seat, backward)
-        start = micro_batch * packing.num_tokens + token + turn * length
-        starts.append(
-            tf.reshape(
-                tf.scatter_nd(order[:, None], start, [num_micro_batches * rows]),
-                [num_micro_batches, rows],
-            )
+        by_turn = tf.reshape(tf.gather(counts, order), [rows, num_micro_batches])
+
+        def take_turn(turn, totals, dealt, by_turn=by_turn):  # type: ignore[no-untyped-def]
+            poorest_first = tf.argsort(totals, stable=True)
+            totals = tf.tensor_scatter_nd_add(totals, poorest_first[:, None], by_turn[turn])
+            return turn + 1, totals, dealt.write(turn, poorest_first)
+
+        _, totals, dealt = tf.while_loop(
+            lambda turn, *_, rows=rows: turn < rows,
+            take_turn,
+            (0, totals, tf.TensorArray(tf.int32, rows, element_shape=[None])),
         )
-        documents += tf.math.unsorted_segment_sum(
-            tf.gather(counts, order), micro_batch, num_micro_batches
+        start = dealt.stack() * packing.num_tokens + token + tf.range(rows)[:, None] * length
+        scattered = tf.scatter_nd(
+            order[:, None], tf.reshape(start, [-1]), [num_micro_batches * rows]
         )
+        starts.append(tf.reshape(scattered, [num_micro_batches, rows]))
         column, token = column + rows, token + rows * length
-    return tf.concat(starts, axis=1), tf.reduce_max(documents)
+    return tf.concat(starts, axis=1), tf.reduce_max(totals)
 
 
 def _place_documents(
@@ -229,9 +235,9 @@ def choose_packing(
 ) -> PackingConfig:
     """The default shape of a micro-batch for documents of these lengths.
 
-    Rows are as long as the longest document, and halves of that down to 64. A row length gets as
-    many rows as a micro-batch has, on average and with a margin, documents that fill more than
-    half of such a row; what is left goes to the shortest rows.
+    Rows are as long as the longest document, three quarters of that, and halves of it down to 64. A
+    row length gets as many rows as a micro-batch has, on average and with a margin, documents that
+    fit no shorter row; what is left goes to the shortest rows.
 
     Args:
       length_histogram: `length_histogram[i]` documents are i tokens long.
@@ -257,10 +263,21 @@ def choose_packing(
     total = sum(rows * length for rows, length in row_groups)
     mean_length = float((counts * lengths).sum() / counts.sum())
     mean_documents = total / mean_length
-    # Dealing evens the counts out, so a block's micro-batches differ from each other by little and
-    # from the corpus' mean by a block's own spread; a quarter more and a few cover both.
-    max_documents = math.ceil(1.25 * mean_documents) + 8
+    # Dealing evens the counts out, so a micro-batch holds little more than its block's mean, which
+    # half as much again and a few cover; an empty slot costs one row of the head's product.
+    max_documents = math.ceil(1.5 * mean_documents) + 8
     return PackingConfig(row_groups, max_documents, max_documents)
+
+
+def _row_lengths(longest: int) -> list[int]:
+    """Candidate row lengths, longest first, all multiples of 8."""
+    lengths = [-(-longest // 8) * 8]
+    while lengths[-1] > _SHORTEST_ROW and lengths[-1] % 16 == 0:
+        lengths.append(lengths[-1] // 2)
+    if len(lengths) > 1 and lengths[0] % 32 == 0:
+        # Where documents are cut at the longest length, the step from half of it is a wide one.
+        lengths.insert(1, lengths[0] // 4 * 3)
+    return lengths
 
 
 def _choose_row_groups(
@@ -268,20 +285,16 @@ def _choose_row_groups(
 ) -> tuple[tuple[int, int], ...]:
     lengths = np.arange(len(counts))
     mean_length = float((counts * lengths).sum() / counts.sum())
-    row_lengths = [-(-longest // 8) * 8]
-    while row_lengths[-1] > _SHORTEST_ROW and row_lengths[-1] % 16 == 0:
-        row_lengths.append(row_lengths[-1] // 2)
+    row_lengths = _row_lengths(longest)
     if num_tokens < row_lengths[0]:
         raise UserError(
             f"--tokens_per_replica={num_tokens}: expected at least {row_lengths[0]}, the tokens of "
             "the longest document; raise it, or prepare with a smaller --max_seq_length"
         )
     left, groups = num_tokens, []
-    for length in row_lengths[:-1]:
-        share = counts[lengths > length // 2].sum() / counts.sum()
-        share -= counts[lengths > length].sum() / counts.sum()
-        expected = share * num_tokens / mean_length
-        needed = math.ceil(_LONG_ROW_MARGIN * expected) if expected > 0 else 0
+    for length, shorter in zip(row_lengths, row_lengths[1:], strict=False):
+        documents = counts[(lengths > shorter) & (lengths <= length)].sum() / counts.sum()
+        needed = math.ceil(_LONG_ROW_MARGIN * documents * num_tokens / mean_length)
         rows = min(max(needed, int(length == row_lengths[0])), left // length)
         if rows:
             groups.append((rows, length))
