@@ -57,8 +57,10 @@ def main() -> None:
     print(f"{split.documents} documents, {split.tokens} tokens; rows of {groups}")
     count = sum(1 for _ in group_steps(read_micro_batches(stream, seed=0), stream, 1))
     last = (count - 1) * packing.num_tokens
-    print(f"{count} micro-batches: {split.tokens / (count * packing.num_tokens):.2%} of their "
-          f"tokens filled, {min(1.0, split.tokens / last):.2%} with the last one left out")
+    print(
+        f"{count} micro-batches: {split.tokens / (count * packing.num_tokens):.2%} of their "
+        f"tokens filled, {min(1.0, split.tokens / last):.2%} with the last one left out"
+    )
     for epoch in range(arguments.epochs):
         iterator = iter(
             group_steps(read_micro_batches(stream, seed=epoch, num_epochs=2), stream, 1)
@@ -66,8 +68,10 @@ def main() -> None:
         began = time.perf_counter()
         tokens, documents = drain(iterator, tf.constant(count))
         seconds = time.perf_counter() - began
-        print(f"epoch {epoch}: {int(tokens) / seconds:,.0f} tokens/s, "
-              f"{float(documents) / seconds:,.0f} documents/s")
+        print(
+            f"epoch {epoch}: {int(tokens) / seconds:,.0f} tokens/s, "
+            f"{float(documents) / seconds:,.0f} documents/s"
+        )
 
 
 if __name__ == "__main__":

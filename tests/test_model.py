@@ -46,9 +46,7 @@ def packed_batch(seed=0, lengths=(3, 9, 16, 30, 5, 12)):
 
 
 def run_model(model, batch, packing=PACKING):
-    return model(
-        batch, row_groups=packing.row_groups, num_documents=packing.max_documents
-    ).numpy()
+    return model(batch, row_groups=packing.row_groups, num_documents=packing.max_documents).numpy()
 
 
 def hidden_by_document(model, batch):

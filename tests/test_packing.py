@@ -54,9 +54,7 @@ def test_long_documents_take_long_rows_and_short_ones_fill_their_gaps():
     _, packed = pack_lengths([6, 4, 2, 3], packing)
     assert packed["segment_ids"].tolist() == [[1] * 4 + [2] * 3 + [0] + [3] * 6 + [4] * 2]
     assert packed["document_index"].tolist() == [[1, 3, 0, 2, -1, -1, -1, -1]]
-    assert packed["position_ids"].tolist() == [
-        [0, 1, 2, 3, 0, 1, 2, 0, 0, 1, 2, 3, 4, 5, 0, 1]
-    ]
+    assert packed["position_ids"].tolist() == [[0, 1, 2, 3, 0, 1, 2, 0, 0, 1, 2, 3, 4, 5, 0, 1]]
 
 
 @settings(max_examples=60, deadline=None)

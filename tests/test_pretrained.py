@@ -165,9 +165,7 @@ def test_every_gradient_equals_pytorchs_with_positive_weights(pair, documents):
         index = batch["document_index"].numpy()
         hot = np.where(index[:, None] >= 0, labels[np.maximum(index, 0)], 0)
         with tf.GradientTape() as tape:
-            logits = ours(
-                batch, row_groups=PACKING.row_groups, num_documents=PACKING.max_documents
-            )
+            logits = ours(batch, row_groups=PACKING.row_groups, num_documents=PACKING.max_documents)
             loss, _ = weighted_bce(logits, hot, batch["document_mask"], weights)
             loss /= len(documents)
         gradients = tape.gradient(loss, variables)
@@ -222,7 +220,9 @@ def test_prefixed_and_old_names_load_alike(minilm, tmp_path):
 
 def test_missing_and_unknown_tensors_are_named(minilm, tmp_path):
     def damage(tensors):
-        tensors["encoder.layer.0.surprise.weight"] = tensors.pop("encoder.layer.3.output.dense.bias")
+        tensors["encoder.layer.0.surprise.weight"] = tensors.pop(
+            "encoder.layer.3.output.dense.bias"
+        )
         return tensors
 
     config = model_config(minilm, NUM_LABELS, "cls", 0.0, 0.0)
@@ -234,9 +234,9 @@ def test_missing_and_unknown_tensors_are_named(minilm, tmp_path):
 
 def test_a_tensor_of_another_shape_is_named(minilm, tmp_path):
     def cut(tensors):
-        tensors["embeddings.word_embeddings.weight"] = tensors[
-            "embeddings.word_embeddings.weight"
-        ][:100].copy()
+        tensors["embeddings.word_embeddings.weight"] = tensors["embeddings.word_embeddings.weight"][
+            :100
+        ].copy()
         return tensors
 
     config = model_config(minilm, NUM_LABELS, "cls", 0.0, 0.0)

@@ -78,7 +78,9 @@ def assert_same_run(found, expected):
     for name, value in others.items():
         np.testing.assert_array_equal(tensors[name], value, err_msg=name)
     assert load_best(str(found)).fingerprint == load_best(str(expected)).fingerprint
-    losses, others = ([row["loss"] for row in rows_of(d) if "loss" in row] for d in (found, expected))
+    losses, others = (
+        [row["loss"] for row in rows_of(d) if "loss" in row] for d in (found, expected)
+    )
     assert losses == others
 
 

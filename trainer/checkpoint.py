@@ -21,7 +21,6 @@ import tensorflow as tf
 from trainer.atomic import write_atomically
 from trainer.config import ModelConfig, PackingConfig, TrainConfig, from_dict
 from trainer.errors import UserError
-
 from trainer.model import Model, build_model
 
 CONFIG_FILE = "config.json"

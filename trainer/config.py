@@ -26,9 +26,7 @@ def option(default: Any, help: str, choices: tuple[str, ...] = (), required: boo
       choices: the allowed values, if the flag is an enumeration.
       required: whether the command refuses to start without it.
     """
-    return field(
-        default=default, metadata={"help": help, "choices": choices, "required": required}
-    )
+    return field(default=default, metadata={"help": help, "choices": choices, "required": required})
 
 
 def _check(condition: bool, flag: str, found: Any, expected: str) -> None:
@@ -84,8 +82,12 @@ class SampleConfig:
 
     def __post_init__(self) -> None:
         _check_choices(self)
-        _check(self.num_documents is None or self.num_documents > 0, "num_documents",
-               self.num_documents, "a positive number of documents")
+        _check(
+            self.num_documents is None or self.num_documents > 0,
+            "num_documents",
+            self.num_documents,
+            "a positive number of documents",
+        )
 
 
 @dataclass(frozen=True)
@@ -93,55 +95,89 @@ class PrepareConfig:
     """`multihot prepare`: raw rows to TFRecord shards."""
 
     input: tuple[str, ...] = option(
-        (), "Files, globs or folders of JSONL, CSV or TSV (`.gz` too), comma-separated; or "
-        "`sample:docstrings` (`sample:docstrings:N` for N documents).", required=True)
-    data_dir: str = option("", "Folder to write shards, tokenizer and metadata.json to.",
-                           required=True)
+        (),
+        "Files, globs or folders of JSONL, CSV or TSV (`.gz` too), comma-separated; or "
+        "`sample:docstrings` (`sample:docstrings:N` for N documents).",
+        required=True,
+    )
+    data_dir: str = option(
+        "", "Folder to write shards, tokenizer and metadata.json to.", required=True
+    )
     tokenizer: str = option(
-        "train", "Folder or hub id of a tokenizer, or `train` for a new WordPiece vocabulary.")
+        "train", "Folder or hub id of a tokenizer, or `train` for a new WordPiece vocabulary."
+    )
     vocab_size: int = option(8192, "WordPieces of a vocabulary that is trained.")
-    max_seq_length: int = option(512, "Longest document in tokens, [CLS] and [SEP] included; "
-                                 "longer ones are cut.")
+    max_seq_length: int = option(
+        512, "Longest document in tokens, [CLS] and [SEP] included; longer ones are cut."
+    )
     split: str = option(
         "train:0.8,validation:0.1,test:0.1",
-        "Shares of label-stratified splits, or one name that takes every row.")
+        "Shares of label-stratified splits, or one name that takes every row.",
+    )
     text_field: str = option("text", "Column of the text.")
     label_field: tuple[str, ...] = option(
-        ("labels",), "Column of the labels, or a comma-separated list of 0/1 columns.")
-    id_field: str = option("id", "Column of the document's id; rows without one are named by "
-                           "source and row number.")
+        ("labels",), "Column of the labels, or a comma-separated list of 0/1 columns."
+    )
+    id_field: str = option(
+        "id", "Column of the document's id; rows without one are named by source and row number."
+    )
     label_delimiter: str = option(",", "What separates labels in a string of labels.")
-    labels: str | None = option(None, "File with one label name a line; default: the labels of "
-                                "the data.")
+    labels: str | None = option(
+        None, "File with one label name a line; default: the labels of the data."
+    )
     min_label_count: int = option(1, "Fewest documents that a label of the data must have.")
     num_shards: int | None = option(None, "Shards a split; default: by the size of the data.")
     max_rejected: float = option(
-        0.001, "Unusable rows to put up with: a share of the rows if below 1, else a number.")
+        0.001, "Unusable rows to put up with: a share of the rows if below 1, else a number."
+    )
     num_workers: int | None = option(None, "Processes; default: one a core.")
     seed: int = option(DEFAULT_SEED, "Seed of the split and of the order within shards.")
 
     def __post_init__(self) -> None:
         _check_choices(self)
         _check(self.vocab_size >= 128, "vocab_size", self.vocab_size, "at least 128 WordPieces")
-        _check(self.max_seq_length >= 8, "max_seq_length", self.max_seq_length,
-               "at least 8 tokens")
-        _check(len(self.label_delimiter) >= 1, "label_delimiter", self.label_delimiter,
-               "one or more characters")
-        _check(self.min_label_count >= 1, "min_label_count", self.min_label_count,
-               "at least 1 document")
-        _check(self.num_shards is None or self.num_shards >= 1, "num_shards", self.num_shards,
-               "at least 1")
-        _check(self.max_rejected >= 0, "max_rejected", self.max_rejected,
-               "a share or a number of rows, not negative")
-        _check(self.num_workers is None or self.num_workers >= 1, "num_workers",
-               self.num_workers, "at least 1")
+        _check(self.max_seq_length >= 8, "max_seq_length", self.max_seq_length, "at least 8 tokens")
+        _check(
+            len(self.label_delimiter) >= 1,
+            "label_delimiter",
+            self.label_delimiter,
+            "one or more characters",
+        )
+        _check(
+            self.min_label_count >= 1,
+            "min_label_count",
+            self.min_label_count,
+            "at least 1 document",
+        )
+        _check(
+            self.num_shards is None or self.num_shards >= 1,
+            "num_shards",
+            self.num_shards,
+            "at least 1",
+        )
+        _check(
+            self.max_rejected >= 0,
+            "max_rejected",
+            self.max_rejected,
+            "a share or a number of rows, not negative",
+        )
+        _check(
+            self.num_workers is None or self.num_workers >= 1,
+            "num_workers",
+            self.num_workers,
+            "at least 1",
+        )
         self.split_shares()
 
     def split_shares(self) -> dict[str, float]:
         """Split name to share; the shares sum to 1. A single name takes everything."""
         if ":" not in self.split:
-            _check(self.split.isidentifier(), "split", self.split,
-                   "a name of letters, digits and _, or name:share pairs")
+            _check(
+                self.split.isidentifier(),
+                "split",
+                self.split,
+                "a name of letters, digits and _, or name:share pairs",
+            )
             return {self.split: 1.0}
         shares = {}
         for item in self.split.split(","):
@@ -151,9 +187,12 @@ class PrepareConfig:
             except ValueError:
                 raise UserError(f"--split={self.split}: {item!r} is not NAME:SHARE") from None
             _check(name.strip().isidentifier(), "split", self.split, "names of letters and digits")
-        _check(all(share > 0 for share in shares.values())
-               and abs(sum(shares.values()) - 1) < 1e-6, "split", self.split,
-               "positive shares that sum to 1")
+        _check(
+            all(share > 0 for share in shares.values()) and abs(sum(shares.values()) - 1) < 1e-6,
+            "split",
+            self.split,
+            "positive shares that sum to 1",
+        )
         return shares
 
 
@@ -177,11 +216,22 @@ class ModelConfig:
     head: str = "cls"
 
     def __post_init__(self) -> None:
-        for name in ("vocab_size", "num_labels", "hidden_size", "num_layers",
-                     "num_attention_heads", "intermediate_size", "max_position_embeddings"):
+        for name in (
+            "vocab_size",
+            "num_labels",
+            "hidden_size",
+            "num_layers",
+            "num_attention_heads",
+            "intermediate_size",
+            "max_position_embeddings",
+        ):
             _check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        _check(self.hidden_size % self.num_attention_heads == 0, "hidden_size", self.hidden_size,
-               f"a multiple of --num_attention_heads={self.num_attention_heads}")
+        _check(
+            self.hidden_size % self.num_attention_heads == 0,
+            "hidden_size",
+            self.hidden_size,
+            f"a multiple of --num_attention_heads={self.num_attention_heads}",
+        )
         for name in ("hidden_dropout", "attention_dropout"):
             _check(0 <= getattr(self, name) < 1, name, getattr(self, name), "a rate in [0, 1)")
 
@@ -199,11 +249,19 @@ class PackingConfig:
     max_windows: int
 
     def __post_init__(self) -> None:
-        _check(len(self.row_groups) > 0
-               and all(rows > 0 and length > 0 for rows, length in self.row_groups),
-               "row_groups", self.row_groups, "one or more ROWSxLENGTH, both positive")
-        _check(0 < self.max_documents <= self.max_windows, "max_documents", self.max_documents,
-               f"between 1 and the {self.max_windows} window slots")
+        _check(
+            len(self.row_groups) > 0
+            and all(rows > 0 and length > 0 for rows, length in self.row_groups),
+            "row_groups",
+            self.row_groups,
+            "one or more ROWSxLENGTH, both positive",
+        )
+        _check(
+            0 < self.max_documents <= self.max_windows,
+            "max_documents",
+            self.max_documents,
+            f"between 1 and the {self.max_windows} window slots",
+        )
 
     @property
     def num_tokens(self) -> int:
@@ -222,18 +280,21 @@ class OptimizerConfig:
 
     learning_rate: float = option(1e-4, "Peak learning rate.")
     warmup: float = option(0.1, "Share of all documents over which the rate rises linearly.")
-    schedule: str = option("linear", "How the rate falls after warmup.",
-                           choices=("linear", "cosine", "constant"))
+    schedule: str = option(
+        "linear", "How the rate falls after warmup.", choices=("linear", "cosine", "constant")
+    )
     weight_decay: float = option(0.01, "Decoupled decay; none on biases and LayerNorm.")
     adam_beta1: float = option(0.9, "Decay of the first moment.")
     adam_beta2: float = option(0.999, "Decay of the second moment.")
     adam_epsilon: float = option(1e-8, "Added to the root of the second moment.")
     clip_norm: float = option(1.0, "Largest global gradient norm, after aggregation; 0 = none.")
     layerwise_lr_decay: float = option(
-        1.0, "Factor on the rate from each layer to the one below it; 1 = the same for all.")
+        1.0, "Factor on the rate from each layer to the one below it; 1 = the same for all."
+    )
     head_lr_multiplier: float = option(1.0, "Factor on the rate of the head.")
     ema_decay: float = option(
-        0.0, "Decay a step of the weights' moving average, used for evaluation; 0 = off.")
+        0.0, "Decay a step of the weights' moving average, used for evaluation; 0 = off."
+    )
 
     def __post_init__(self) -> None:
         _check_choices(self)
@@ -243,10 +304,18 @@ class OptimizerConfig:
         for name in ("weight_decay", "clip_norm"):
             _check(getattr(self, name) >= 0, name, getattr(self, name), "a number not below 0")
         _check(self.adam_epsilon > 0, "adam_epsilon", self.adam_epsilon, "a positive number")
-        _check(0 < self.layerwise_lr_decay <= 1, "layerwise_lr_decay", self.layerwise_lr_decay,
-               "a factor in (0, 1]")
-        _check(self.head_lr_multiplier > 0, "head_lr_multiplier", self.head_lr_multiplier,
-               "a positive factor")
+        _check(
+            0 < self.layerwise_lr_decay <= 1,
+            "layerwise_lr_decay",
+            self.layerwise_lr_decay,
+            "a factor in (0, 1]",
+        )
+        _check(
+            self.head_lr_multiplier > 0,
+            "head_lr_multiplier",
+            self.head_lr_multiplier,
+            "a positive factor",
+        )
 
 
 HEADS = ("cls", "mean", "label_attention")
@@ -257,67 +326,117 @@ class TrainConfig:
     """`multihot train`: shards to checkpoints."""
 
     data_dir: str = option("", "Folder that `multihot prepare` wrote.", required=True)
-    model_dir: str = option("", "Folder for checkpoints and metrics; the same one resumes.",
-                            required=True)
+    model_dir: str = option(
+        "", "Folder for checkpoints and metrics; the same one resumes.", required=True
+    )
     init_checkpoint: str | None = option(
-        None, "Folder or hub id of a pretrained BERT; default: from scratch.")
+        None, "Folder or hub id of a pretrained BERT; default: from scratch."
+    )
     hidden_size: int = option(256, "Width of an encoder from scratch.")
     num_layers: int = option(4, "Layers of an encoder from scratch.")
     num_attention_heads: int = option(4, "Attention heads of an encoder from scratch.")
     intermediate_size: int = option(1024, "Feed-forward width of an encoder from scratch.")
     hidden_dropout: float = option(0.1, "Dropout rate of hidden states.")
     attention_dropout: float = option(0.1, "Dropout rate of attention probabilities.")
-    head: str = option("cls", "What stands for a document: BERT's pooler over [CLS], the mean of "
-                       "its tokens, or one attention a label.", choices=HEADS)
+    head: str = option(
+        "cls",
+        "What stands for a document: BERT's pooler over [CLS], the mean of "
+        "its tokens, or one attention a label.",
+        choices=HEADS,
+    )
     strategy: str = option("auto", "Devices to run on.", choices=("auto", "one_device", "cpu"))
-    precision: str = option("auto", "auto: bfloat16 where the accelerator has it, else float32.",
-                            choices=("auto", "float32", "mixed_bfloat16"))
-    jit_compile: str = option("auto", "XLA compilation of the step; auto: yes, except on TPU "
-                              "hosts.", choices=("auto", "true", "false"))
+    precision: str = option(
+        "auto",
+        "auto: bfloat16 where the accelerator has it, else float32.",
+        choices=("auto", "float32", "mixed_bfloat16"),
+    )
+    jit_compile: str = option(
+        "auto",
+        "XLA compilation of the step; auto: yes, except on TPU hosts.",
+        choices=("auto", "true", "false"),
+    )
     tokens_per_replica: int = option(4096, "Tokens of a micro-batch, padding included.")
     row_groups: str | None = option(
-        None, "Rows of a micro-batch as ROWSxLENGTH,...; default: from the lengths of the data.")
+        None, "Rows of a micro-batch as ROWSxLENGTH,...; default: from the lengths of the data."
+    )
     gradient_accumulation: int = option(1, "Micro-batches a replica takes before an update.")
     num_train_epochs: float = option(3.0, "Passes over the training split.")
-    loss: str = option("weighted_bce", "Sigmoid cross-entropy with per-label positive weights.",
-                       choices=("weighted_bce",))
+    loss: str = option(
+        "weighted_bce",
+        "Sigmoid cross-entropy with per-label positive weights.",
+        choices=("weighted_bce",),
+    )
     pos_weight: str = option(
-        "none", "Weights of positives: none, balanced (negatives/positives), sqrt (its root), "
-        "effective (Cui et al. 2019), or a JSON file of {label: weight}.")
+        "none",
+        "Weights of positives: none, balanced (negatives/positives), sqrt (its root), "
+        "effective (Cui et al. 2019), or a JSON file of {label: weight}.",
+    )
     max_pos_weight: float = option(100.0, "Cap on every positive weight.")
     optimizer: OptimizerConfig = OptimizerConfig()
     steps_per_loop: int | None = option(
-        None, "Steps between two looks of the host at the device; default: 1 on a CPU, else 20.")
+        None, "Steps between two looks of the host at the device; default: 1 on a CPU, else 20."
+    )
     checkpoint_every: int | None = option(
-        None, "Steps between checkpoints; default: every tenth of the run.")
+        None, "Steps between checkpoints; default: every tenth of the run."
+    )
     keep_checkpoints: int = option(3, "Newest checkpoints to keep beside the best.")
     evaluate_every: float = option(1.0, "Epochs between evaluations on --eval_split.")
     eval_split: str = option("validation", "Split of the evaluations while training.")
-    best_metric: str = option("mean_average_precision", "Metric that picks the best checkpoint.",
-                              choices=("mean_average_precision", "micro_average_precision",
-                                       "micro_f1", "macro_f1", "loss"))
+    best_metric: str = option(
+        "mean_average_precision",
+        "Metric that picks the best checkpoint.",
+        choices=(
+            "mean_average_precision",
+            "micro_average_precision",
+            "micro_f1",
+            "macro_f1",
+            "loss",
+        ),
+    )
     patience: int = option(0, "Evaluations without a better metric before stopping; 0 = never.")
     seed: int = option(DEFAULT_SEED, "Seed of initial weights, shuffling and dropout.")
 
     def __post_init__(self) -> None:
         _check_choices(self)
-        for name in ("hidden_size", "num_layers", "num_attention_heads", "intermediate_size",
-                     "tokens_per_replica", "gradient_accumulation", "keep_checkpoints"):
+        for name in (
+            "hidden_size",
+            "num_layers",
+            "num_attention_heads",
+            "intermediate_size",
+            "tokens_per_replica",
+            "gradient_accumulation",
+            "keep_checkpoints",
+        ):
             _check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        _check(self.hidden_size % self.num_attention_heads == 0, "hidden_size", self.hidden_size,
-               f"a multiple of --num_attention_heads={self.num_attention_heads}")
+        _check(
+            self.hidden_size % self.num_attention_heads == 0,
+            "hidden_size",
+            self.hidden_size,
+            f"a multiple of --num_attention_heads={self.num_attention_heads}",
+        )
         for name in ("hidden_dropout", "attention_dropout"):
             _check(0 <= getattr(self, name) < 1, name, getattr(self, name), "a rate in [0, 1)")
-        _check(self.num_train_epochs > 0, "num_train_epochs", self.num_train_epochs,
-               "more than 0 epochs")
-        _check(self.evaluate_every > 0, "evaluate_every", self.evaluate_every,
-               "more than 0 epochs")
+        _check(
+            self.num_train_epochs > 0,
+            "num_train_epochs",
+            self.num_train_epochs,
+            "more than 0 epochs",
+        )
+        _check(self.evaluate_every > 0, "evaluate_every", self.evaluate_every, "more than 0 epochs")
         _check(self.max_pos_weight >= 1, "max_pos_weight", self.max_pos_weight, "at least 1")
         _check(self.patience >= 0, "patience", self.patience, "0 or more evaluations")
-        _check(self.checkpoint_every is None or self.checkpoint_every >= 1, "checkpoint_every",
-               self.checkpoint_every, "at least 1 step")
-        _check(self.steps_per_loop is None or self.steps_per_loop >= 1, "steps_per_loop",
-               self.steps_per_loop, "at least 1 step")
+        _check(
+            self.checkpoint_every is None or self.checkpoint_every >= 1,
+            "checkpoint_every",
+            self.checkpoint_every,
+            "at least 1 step",
+        )
+        _check(
+            self.steps_per_loop is None or self.steps_per_loop >= 1,
+            "steps_per_loop",
+            self.steps_per_loop,
+            "at least 1 step",
+        )
         _check(0 <= self.seed < 2**31, "seed", self.seed, "a number in [0, 2^31)")
         if self.row_groups is not None:
             parse_row_groups(self.row_groups)
@@ -335,9 +454,15 @@ def parse_row_groups(text: str) -> tuple[tuple[int, int], ...]:
             for rows, length in (item.split("x") for item in text.split(","))
         )
     except ValueError:
-        raise UserError(f"--row_groups={text}: expected ROWSxLENGTH,..., as 48x128,16x256") from None
-    _check(all(rows > 0 and length > 0 for rows, length in groups), "row_groups", text,
-           "positive rows and lengths")
+        raise UserError(
+            f"--row_groups={text}: expected ROWSxLENGTH,..., as 48x128,16x256"
+        ) from None
+    _check(
+        all(rows > 0 and length > 0 for rows, length in groups),
+        "row_groups",
+        text,
+        "positive rows and lengths",
+    )
     return groups
 
 
@@ -350,9 +475,12 @@ class EvaluateConfig:
     calibration_split: str = option("validation", "Split that fits calibration and thresholds.")
     split: str = option("test", "Split to report on.")
     min_support: int = option(10, "Positives below which a label takes the global threshold.")
-    calibrate: str = option("labels", "What to fit: a scale and shift a label, one for all "
-                            "labels, or none (positive weights are taken back all the same).",
-                            choices=("labels", "global", "none"))
+    calibrate: str = option(
+        "labels",
+        "What to fit: a scale and shift a label, one for all "
+        "labels, or none (positive weights are taken back all the same).",
+        choices=("labels", "global", "none"),
+    )
 
     def __post_init__(self) -> None:
         _check_choices(self)
@@ -365,9 +493,11 @@ class ExportConfig:
 
     model_dir: str = option("", "Folder of a training run.", required=True)
     data_dir: str | None = option(
-        None, "Folder that `multihot prepare` wrote; default: the one that training read.")
-    export_dir: str = option("", "Model folder to write; must not exist or be empty.",
-                             required=True)
+        None, "Folder that `multihot prepare` wrote; default: the one that training read."
+    )
+    export_dir: str = option(
+        "", "Model folder to write; must not exist or be empty.", required=True
+    )
     uncalibrated: bool = option(False, "Export without a calibration of this checkpoint.")
 
     def __post_init__(self) -> None:
@@ -380,28 +510,43 @@ class ScoreConfig:
 
     model: str = option("", "Model folder that `multihot export` wrote.", required=True)
     input: tuple[str, ...] = option(
-        (), "Files, globs or folders of JSONL, CSV, TSV or plain text (`.gz` too), "
-        "comma-separated.", required=True)
+        (),
+        "Files, globs or folders of JSONL, CSV, TSV or plain text (`.gz` too), comma-separated.",
+        required=True,
+    )
     output_dir: str = option("", "Folder for the parts; the same one resumes.", required=True)
     format: str = option("jsonl", "Format of the parts (`.jsonl.gz`).", choices=("jsonl",))
     scores: str = option("all", "Scores to write: all, top:K, or above:P.")
     text_field: str = option("text", "Column of the text.")
-    id_field: str = option("id", "Column of the document's id; rows without one are named by "
-                           "source and row number.")
+    id_field: str = option(
+        "id", "Column of the document's id; rows without one are named by source and row number."
+    )
     rows_per_part: int = option(50_000, "Rows of a part, about.")
     tokens_per_batch: int = option(8192, "Tokens of a micro-batch, padding included.")
-    precision: str = option("auto", "auto: bfloat16 where the accelerator has it, else float32.",
-                            choices=("auto", "float32", "mixed_bfloat16"))
+    precision: str = option(
+        "auto",
+        "auto: bfloat16 where the accelerator has it, else float32.",
+        choices=("auto", "float32", "mixed_bfloat16"),
+    )
     max_rejected: float = option(
-        0.001, "Unusable rows to put up with: a share of the rows if below 1, else a number.")
+        0.001, "Unusable rows to put up with: a share of the rows if below 1, else a number."
+    )
 
     def __post_init__(self) -> None:
         _check_choices(self)
         _check(self.rows_per_part >= 1, "rows_per_part", self.rows_per_part, "at least 1 row")
-        _check(self.tokens_per_batch >= 8, "tokens_per_batch", self.tokens_per_batch,
-               "at least 8 tokens")
-        _check(self.max_rejected >= 0, "max_rejected", self.max_rejected,
-               "a share or a number of rows, not negative")
+        _check(
+            self.tokens_per_batch >= 8,
+            "tokens_per_batch",
+            self.tokens_per_batch,
+            "at least 8 tokens",
+        )
+        _check(
+            self.max_rejected >= 0,
+            "max_rejected",
+            self.max_rejected,
+            "a share or a number of rows, not negative",
+        )
         self.selection()
 
     def selection(self) -> tuple[str, float]:

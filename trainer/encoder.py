@@ -142,8 +142,9 @@ class SelfAttention(keras.layers.Layer):
         contexts, start = [], 0
         for rows, length in row_groups:
             end = start + rows * length
-            contexts.append(self._attend(qkv[start:end], segment_ids[start:end], rows, length,
-                                         dropout))
+            contexts.append(
+                self._attend(qkv[start:end], segment_ids[start:end], rows, length, dropout)
+            )
             start = end
         context = contexts[0] if len(contexts) == 1 else tf.concat(contexts, axis=0)
         return self.output_dense(context)
@@ -189,8 +190,7 @@ class EncoderLayer(keras.layers.Layer):
 
     def build(self, _: Any = None) -> None:
         """Builds the parts."""
-        for part in (self.attention, self.attention_norm, self.inner, self.outer,
-                     self.output_norm):
+        for part in (self.attention, self.attention_norm, self.inner, self.outer, self.output_norm):
             part.build()
 
     def call(
@@ -293,9 +293,7 @@ class Encoder(keras.layers.Layer):
           token_type_ids: int32 [T]; default: zeros.
           dropout: of this micro-batch; None for evaluation.
         """
-        x = self.embeddings(
-            input_ids, position_ids, token_type_ids=token_type_ids, dropout=dropout
-        )
+        x = self.embeddings(input_ids, position_ids, token_type_ids=token_type_ids, dropout=dropout)
         for layer in self.layers:
             x = layer(x, segment_ids, row_groups=row_groups, dropout=dropout)
         return x

@@ -104,8 +104,13 @@ def _read_calibration(config: ExportConfig, best: LoadedRun) -> dict[str, Any]:
     """Scale, shift and thresholds [L]; those of an uncalibrated model if asked for."""
     count = len(best.record.labels)
     if config.uncalibrated:
-        return {"scale": [1.0] * count, "shift": [0.0] * count, "thresholds": [0.5] * count,
-                "calibrated": False, "metrics": None}
+        return {
+            "scale": [1.0] * count,
+            "shift": [0.0] * count,
+            "thresholds": [0.5] * count,
+            "calibrated": False,
+            "metrics": None,
+        }
     folder = os.path.join(config.model_dir, EVALUATION_FOLDER)
     remedy = "run `multihot evaluate` first, or give --uncalibrated"
     try:

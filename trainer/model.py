@@ -30,8 +30,7 @@ class ClsHead(keras.layers.Layer):
         size, spread = config.hidden_size, config.initializer_range
         self._rate = config.hidden_dropout
         self.pooler = Dense(size, size, spread, name="pooler", dtype=self.dtype_policy)
-        self.classifier = Dense(size, config.num_labels, spread, name="classifier",
-                                dtype="float32")
+        self.classifier = Dense(size, config.num_labels, spread, name="classifier", dtype="float32")
 
     def build(self, _: Any = None) -> None:
         """Builds both layers."""

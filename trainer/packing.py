@@ -47,9 +47,7 @@ def _place_rows(
     order = tf.argsort(lengths, direction="DESCENDING", stable=True)
     descending = tf.gather(lengths, order)
     total = tf.reduce_sum(tf.cast(lengths, tf.int64))
-    num_micro_batches = tf.cast(
-        (total + packing.num_tokens - 1) // packing.num_tokens, tf.int32
-    )
+    num_micro_batches = tf.cast((total + packing.num_tokens - 1) // packing.num_tokens, tf.int32)
     free = tf.tile(capacities, [num_micro_batches])
     # How many documents are at least as long as this one and so come first: ends of equal runs.
     run_ends = tf.searchsorted(-descending, -descending, side="right")
@@ -130,9 +128,7 @@ def _deal_rows(
     return tf.concat(starts, axis=1), tf.reduce_max(totals)
 
 
-def _place_documents(
-    lengths: tf.Tensor, packing: PackingConfig
-) -> tuple[tf.Tensor, tf.Tensor]:
+def _place_documents(lengths: tf.Tensor, packing: PackingConfig) -> tuple[tf.Tensor, tf.Tensor]:
     """Where each document begins among all M x T tokens (int32 [N]), and M (int32 scalar)."""
     rows, offsets, num_micro_batches = _place_rows(lengths, packing)
     rows_per_micro_batch = sum(count for count, _ in packing.row_groups)

@@ -69,9 +69,7 @@ class TrainStep:
         self._variables = list(model.named_variables().values())
         rates = (model.config.hidden_dropout, model.config.attention_dropout)
         self._has_dropout = any(rates)
-        self._compute = tf.function(
-            self._accumulate, jit_compile=jit_compile, autograph=False
-        )
+        self._compute = tf.function(self._accumulate, jit_compile=jit_compile, autograph=False)
         self._update = tf.function(optimizer.apply, jit_compile=jit_compile, autograph=False)
         self.progress = Progress()
 
@@ -196,9 +194,7 @@ class Predictor:
         self._packing = packing
 
         def forward(batch: MicroBatches) -> tf.Tensor:
-            return model(
-                batch, row_groups=packing.row_groups, num_documents=packing.max_documents
-            )
+            return model(batch, row_groups=packing.row_groups, num_documents=packing.max_documents)
 
         self._forward = tf.function(forward, jit_compile=jit_compile, autograph=False)
 

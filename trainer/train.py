@@ -7,8 +7,6 @@ import math
 import os
 import platform
 import sys
-from collections.abc import Iterator
-from contextlib import contextmanager
 from dataclasses import dataclass
 
 import keras
@@ -27,14 +25,14 @@ from trainer.input_pipeline import (
     read_micro_batches,
 )
 from trainer.journal import Journal
-from trainer.losses import initial_bias, positive_weights, weighted_bce
-from trainer.metrics import compute_metrics, warn_if_constant
+from trainer.losses import initial_bias, positive_weights
 from trainer.model import Model, build_model
 from trainer.optimizer import AdamW
 from trainer.packing import choose_packing
 from trainer.pretrained import load_pretrained, model_config, resolve_checkpoint
 from trainer.records import TOKENIZER_FOLDER, Metadata, load_metadata
-from trainer.step import Predictor, TrainStep
+from trainer.selection import Evaluation, Selection
+from trainer.step import TrainStep
 from trainer.strategy import choose_precision, is_on_cpu, make_strategy
 from trainer.tokenizer import load_tokenizer
 
@@ -42,8 +40,6 @@ _logger = logging.getLogger(__name__)
 
 _CHECKPOINTS_A_RUN = 10
 _STEPS_PER_LOOP = 20
-# Evaluations while training report F1 at 0.5; `multihot evaluate` fits thresholds.
-_EVALUATION_THRESHOLD = 0.5
 
 
 def run(config: TrainConfig) -> None:
@@ -53,42 +49,41 @@ def run(config: TrainConfig) -> None:
       UserError: for anything about the data, the checkpoint or the flags that the user can mend.
     """
     metadata = load_metadata(config.data_dir)
-    train_split = metadata.split("train")
+    _check_tokenizer(config.data_dir, metadata)
+    split = metadata.split("train")
     groups = parse_row_groups(config.row_groups) if config.row_groups else None
     packing = choose_packing(
-        train_split.length_histogram, config.tokens_per_replica, groups, metadata.max_seq_length
+        split.length_histogram, config.tokens_per_replica, groups, metadata.max_seq_length
     )
-    _check_tokenizer(config.data_dir, metadata)
-    sizes, values = _choose_model(config, metadata)
-    weights = positive_weights(
-        config.pos_weight, train_split.label_counts, train_split.documents,
-        config.max_pos_weight, metadata.labels,
-    )  # fmt: skip
-    total_documents = count_documents(train_split.documents, config.num_train_epochs)
-
-    strategy = make_strategy(config.strategy)
-    precision = choose_precision(config.precision, strategy)
     stream = open_stream(config.data_dir, metadata, "train", packing)
+    # Opened only to find a damaged split now and not after an epoch.
     open_stream(config.data_dir, metadata, config.eval_split, packing)
-
+    sizes, values = _choose_model(config, metadata)
+    pos_weights = positive_weights(
+        config.pos_weight, split.label_counts, split.documents, config.max_pos_weight,
+        metadata.labels,
+    )  # fmt: skip
+    strategy = make_strategy(config.strategy)
+    record = _make_record(
+        config, metadata, sizes, packing, pos_weights, choose_precision(config.precision, strategy)
+    )
     os.makedirs(config.model_dir, exist_ok=True)
-    record = _make_record(config, metadata, sizes, packing, weights, total_documents, precision)
     start_record(config.model_dir, record)
 
     with strategy.scope():
-        model = build_model(sizes, precision, config.seed)
+        model = build_model(sizes, record.precision, config.seed)
         _assign(model, values)
-        bias = initial_bias(train_split.label_counts, train_split.documents, weights)
+        bias = initial_bias(split.label_counts, split.documents, pos_weights)
         model.head.classifier.bias.assign(bias)
         variables = model.named_variables()
         optimizer = AdamW(
             config.optimizer, list(variables.values()), list(variables), sizes.num_layers,
-            total_documents,
+            record.total_documents,
         )  # fmt: skip
-        jit_compile = config.jit_compile != "false"
         step = TrainStep(
-            strategy, model, optimizer, packing, weights, config.seed, jit_compile
-        )
+            strategy, model, optimizer, packing, pos_weights, config.seed,
+            jit_compile=config.jit_compile != "false",
+        )  # fmt: skip
         selection = Selection.fresh()
     checkpoints = Checkpoints(
         config.model_dir,
@@ -101,170 +96,114 @@ def run(config: TrainConfig) -> None:
         config.keep_checkpoints,
     )
     resumed = checkpoints.restore()
-    if selection.finished(config, step, total_documents):
-        print(f"{config.model_dir}: this run is finished; nothing to do. "
-              f"Best {config.best_metric} {selection.shown_best(config)}.")
+    best = f"best {config.best_metric}"
+    if selection.is_finished(config, int(step.progress.documents), record.total_documents):
+        print(
+            f"{config.model_dir}: this run is finished; nothing to do. "
+            f"The {best} is {selection.shown_best()}."
+        )
         return
-    _describe(config, metadata, stream, sizes, packing, strategy, precision, resumed, step)
-    evaluation = _Evaluation(config, metadata, model, optimizer, packing, weights)
-    _train(config, stream, step, total_documents, selection, checkpoints, evaluation,
-           _STEPS_PER_LOOP if not is_on_cpu(strategy) else 1)
-    print(f"{config.model_dir}: trained on {int(step.progress.documents)} documents in "
-          f"{int(step.progress.steps)} steps; best {config.best_metric} "
-          f"{selection.shown_best(config)}. "
-          f"Next: multihot evaluate --model_dir={config.model_dir} --data_dir={config.data_dir}")
+    _describe(record, stream, strategy, int(step.progress.steps) if resumed else None)
+    evaluation = Evaluation(config, metadata, model, optimizer, packing, pos_weights)
+    steps_per_loop = config.steps_per_loop or (1 if is_on_cpu(strategy) else _STEPS_PER_LOOP)
+    milestones = Milestones.of(config, stream.num_documents, record.total_documents, steps_per_loop)
+    _train(config, stream, step, milestones, selection, checkpoints, evaluation)
+    print(
+        f"{config.model_dir}: trained on {int(step.progress.documents)} documents in "
+        f"{int(step.progress.steps)} steps; {best} {selection.shown_best()}. Next: multihot "
+        f"evaluate --model_dir={config.model_dir} --data_dir={config.data_dir}"
+    )
+
+
+@dataclass(frozen=True)
+class Milestones:
+    """Where the loop of steps ends: at an evaluation, a checkpoint, or to show progress.
+
+    Evaluations and, by default, checkpoints are due at counts of documents, because the number of
+    steps of an epoch is not known beforehand.
+    """
+
+    total_documents: int
+    documents_per_evaluation: float
+    documents_per_checkpoint: int
+    steps_per_checkpoint: int | None
+    steps_per_loop: int
+
+    @classmethod
+    def of(
+        cls, config: TrainConfig, num_documents: int, total_documents: int, steps_per_loop: int
+    ) -> "Milestones":
+        """Those of a run over `num_documents` an epoch and `total_documents` in all."""
+        return cls(
+            total_documents,
+            config.evaluate_every * num_documents,
+            math.ceil(total_documents / _CHECKPOINTS_A_RUN),
+            config.checkpoint_every,
+            steps_per_loop,
+        )
+
+    def next_evaluation(self, evaluations: int) -> int:
+        """Documents at which the next evaluation is due, `evaluations` done."""
+        due = math.ceil((evaluations + 1) * self.documents_per_evaluation)
+        return min(due, self.total_documents)
+
+    def next_stop(self, steps: int, documents: int, evaluations: int) -> tuple[int, int]:
+        """(most steps, documents until which) to go on from here in one loop on the device."""
+        until = self.next_evaluation(evaluations)
+        if self.steps_per_checkpoint:
+            left = self.steps_per_checkpoint - steps % self.steps_per_checkpoint
+            return min(self.steps_per_loop, left), until
+        every = self.documents_per_checkpoint
+        return self.steps_per_loop, min(until, (documents // every + 1) * every)
+
+    def is_checkpoint_due(self, steps: int, documents: int, documents_before: int) -> bool:
+        """Whether a loop that began at `documents_before` ended where a checkpoint is due."""
+        if self.steps_per_checkpoint:
+            return steps % self.steps_per_checkpoint == 0
+        every = self.documents_per_checkpoint
+        return documents // every > documents_before // every
 
 
 def _train(
     config: TrainConfig,
     stream: Stream,
     step: TrainStep,
-    total_documents: int,
-    selection: "Selection",
+    milestones: Milestones,
+    selection: Selection,
     checkpoints: Checkpoints,
-    evaluation: "_Evaluation",
-    default_steps_per_loop: int,
+    evaluation: Evaluation,
 ) -> None:
     """Loops of steps, with a checkpoint and an evaluation where they are due."""
     progress = step.progress
-    documents = int(progress.documents)
+    steps, documents = int(progress.steps), int(progress.documents)
     micro_batches = read_micro_batches(
         stream, seed=config.seed, num_epochs=config.num_train_epochs, start=progress.read_position()
     )
-    num_micro_batches = config.gradient_accumulation
-    iterator = iter(group_steps(micro_batches, stream, num_micro_batches))
-    journal = Journal(config.model_dir, int(progress.steps), documents, total_documents)
-    evaluate_every = config.evaluate_every * stream.num_documents
-    save_every = math.ceil(total_documents / _CHECKPOINTS_A_RUN)
-    steps_per_loop = config.steps_per_loop or default_steps_per_loop
+    iterator = iter(group_steps(micro_batches, stream, config.gradient_accumulation))
+    slots = stream.packing.num_tokens * config.gradient_accumulation
+    journal = Journal(config.model_dir, steps, documents, milestones.total_documents)
     try:
-        while not selection.finished(config, step, total_documents):
-            next_evaluation = min(
-                math.ceil((int(selection.evaluations) + 1) * evaluate_every), total_documents
-            )
-            next_save = documents + save_every
-            steps = steps_per_loop
-            if config.checkpoint_every:
-                until_save = config.checkpoint_every - int(progress.steps) % config.checkpoint_every
-                next_save, steps = total_documents, min(steps, until_save)
-            next_save = min(_next_multiple(documents, save_every), next_save)
-            until = min(next_evaluation, total_documents, next_save)
+        while not selection.is_finished(config, documents, milestones.total_documents):
+            evaluations, before = int(selection.evaluations), documents
+            max_steps, until = milestones.next_stop(steps, documents, evaluations)
             sums = step.run(
-                iterator, tf.constant(steps, tf.int64), tf.constant(until, tf.int64)
+                iterator, tf.constant(max_steps, tf.int64), tf.constant(until, tf.int64)
             )
-            before, documents = documents, int(progress.documents)
-            steps_taken = int(progress.steps)
-            journal.log_steps(
-                steps_taken, documents, {name: float(value) for name, value in sums.items()},
-                stream.packing.num_tokens * num_micro_batches, stream.num_documents,
-            )  # fmt: skip
-            due = (
-                steps_taken % config.checkpoint_every == 0
-                if config.checkpoint_every
-                else documents // save_every > before // save_every
-            )
-            if documents >= next_evaluation:
+            steps, documents = int(progress.steps), int(progress.documents)
+            on_host = {name: float(value) for name, value in sums.items()}
+            journal.log_steps(steps, documents, on_host, slots, stream.num_documents)
+            evaluated = documents >= milestones.next_evaluation(evaluations)
+            if evaluated:
                 metrics = evaluation.run()
-                journal.log_evaluation(steps_taken, documents, config.eval_split, metrics)
+                journal.log_evaluation(steps, documents, config.eval_split, metrics)
                 if selection.update(config, metrics):
                     with evaluation.averaged_weights():
-                        checkpoints.save_best(steps_taken)
-                due = True
-            if due:
-                checkpoints.save(steps_taken)
+                        checkpoints.save_best(steps)
+            if evaluated or milestones.is_checkpoint_due(steps, documents, before):
+                checkpoints.save(steps)
                 journal.restart_clock()
     finally:
         journal.close()
-
-
-def _next_multiple(value: int, unit: int) -> int:
-    return (value // unit + 1) * unit
-
-
-@dataclass(frozen=True)
-class Selection:
-    """What picks the best checkpoint and ends a run early, in variables a checkpoint keeps."""
-
-    best: tf.Variable
-    evaluations: tf.Variable
-    without_gain: tf.Variable
-
-    @classmethod
-    def fresh(cls) -> "Selection":
-        """Of a run that has not been evaluated yet."""
-        count = [tf.Variable(0, dtype=tf.int64, trainable=False) for _ in range(2)]
-        return cls(tf.Variable(-math.inf, dtype=tf.float64, trainable=False), *count)
-
-    def update(self, config: TrainConfig, metrics: dict[str, float]) -> bool:
-        """Counts an evaluation; True if it is the best so far (or the first)."""
-        value = metrics[config.best_metric]
-        value = -value if config.best_metric == "loss" else value
-        better = int(self.evaluations) == 0 or value > float(self.best)
-        self.evaluations.assign_add(1)
-        self.without_gain.assign(0 if better else self.without_gain + 1)
-        if better:
-            self.best.assign(value if math.isfinite(value) else -math.inf)
-        return better
-
-    def finished(self, config: TrainConfig, step: TrainStep, total_documents: int) -> bool:
-        """Whether all documents are consumed and evaluated, or patience has run out."""
-        if config.patience and int(self.without_gain) >= config.patience:
-            return True
-        return int(step.progress.documents) >= total_documents
-
-    def shown_best(self, config: TrainConfig) -> str:
-        """The best metric as people expect it."""
-        return f"{abs(float(self.best)):.4f}"
-
-
-class _Evaluation:
-    """The evaluations while training, with the averaged weights if there are any."""
-
-    def __init__(
-        self,
-        config: TrainConfig,
-        metadata: Metadata,
-        model: Model,
-        optimizer: AdamW,
-        packing: PackingConfig,
-        pos_weights: np.ndarray,
-    ) -> None:
-        self._config = config
-        self._metadata = metadata
-        self._optimizer = optimizer
-        self._pos_weights = pos_weights
-        self._predictor = Predictor(model, packing)
-
-    @contextmanager
-    def averaged_weights(self) -> Iterator[None]:
-        """The model with its moving average in place of its weights; nothing without one."""
-        variables, average = self._optimizer.variables, self._optimizer.ema
-        before = [tf.identity(variable) for variable in variables] if average else []
-        for variable, value in zip(variables, average, strict=False):
-            variable.assign(value)
-        try:
-            yield
-        finally:
-            for variable, value in zip(variables, before, strict=False):
-                variable.assign(value)
-
-    def run(self) -> dict[str, float]:
-        """Metrics of --eval_split: those of `compute_metrics` that are one number, and the loss."""
-        config = self._config
-        with self.averaged_weights():
-            predictions = self._predictor.predict_split(
-                config.data_dir, self._metadata, config.eval_split
-            )
-        logits, labels = predictions.logits, predictions.labels
-        loss, count = weighted_bce(
-            tf.constant(logits), tf.constant(labels), tf.ones(len(logits)), self._pos_weights
-        )
-        probabilities = tf.sigmoid(logits - np.log(self._pos_weights)).numpy()
-        warn_if_constant(probabilities)
-        thresholds = np.full(len(self._metadata.labels), _EVALUATION_THRESHOLD)
-        metrics = compute_metrics(probabilities, labels, thresholds)
-        names = ("mean_average_precision", "micro_average_precision", "micro_f1", "macro_f1")
-        return {"loss": float(loss / count)} | {name: float(metrics[name]) for name in names}
 
 
 def _check_tokenizer(data_dir: str, metadata: Metadata) -> None:
@@ -325,8 +264,7 @@ def _make_record(
     metadata: Metadata,
     sizes: ModelConfig,
     packing: PackingConfig,
-    weights: np.ndarray,
-    total_documents: int,
+    pos_weights: np.ndarray,
     precision: str,
 ) -> RunRecord:
     shards = [
@@ -340,9 +278,9 @@ def _make_record(
         model=sizes,
         packing=packing,
         labels=metadata.labels,
-        pos_weights=tuple(float(weight) for weight in weights),
+        pos_weights=tuple(float(weight) for weight in pos_weights),
         max_seq_length=metadata.max_seq_length,
-        total_documents=total_documents,
+        total_documents=count_documents(metadata.split("train").documents, config.num_train_epochs),
         data_fingerprint=hashlib.sha256(data.encode()).hexdigest(),
         tokenizer_fingerprint=metadata.tokenizer_fingerprint,
         precision=precision,
@@ -356,23 +294,17 @@ def _make_record(
 
 
 def _describe(
-    config: TrainConfig,
-    metadata: Metadata,
-    stream: Stream,
-    sizes: ModelConfig,
-    packing: PackingConfig,
-    strategy: tf.distribute.Strategy,
-    precision: str,
-    resumed: bool,
-    step: TrainStep,
+    record: RunRecord, stream: Stream, strategy: tf.distribute.Strategy, step: int | None
 ) -> None:
+    """Says what runs where; `step` is the one it resumes at, None for a new run."""
+    sizes, packing = record.model, record.packing
     groups = ", ".join(f"{rows} x {length}" for rows, length in packing.row_groups)
     print(
-        f"{'resuming at step ' + str(int(step.progress.steps)) if resumed else 'starting'} in "
-        f"{absolute(config.model_dir)}\n"
-        f"  data: {stream.num_documents} documents, {len(metadata.labels)} labels\n"
+        f"{absolute(record.train.model_dir)}: "
+        f"{'starting' if step is None else f'resuming at step {step}'}\n"
+        f"  data: {stream.num_documents} documents, {len(record.labels)} labels\n"
         f"  model: {sizes.num_layers} layers of {sizes.hidden_size}, head {sizes.head}, "
-        f"{precision} on {strategy.extended.worker_devices[0]}\n"
+        f"{record.precision} on {strategy.extended.worker_devices[0]}\n"
         f"  micro-batch: {packing.num_tokens} tokens in rows of {groups}; "
         f"{packing.max_documents} document slots",
         flush=True,

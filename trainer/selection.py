@@ -1,0 +1,107 @@
+"""Evaluations while training, the best one of them, and when to stop early."""
+
+import math
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass
+
+import numpy as np
+import tensorflow as tf
+
+from trainer.config import PackingConfig, TrainConfig
+from trainer.losses import weighted_bce
+from trainer.metrics import compute_metrics, warn_if_constant
+from trainer.model import Model
+from trainer.optimizer import AdamW
+from trainer.records import Metadata
+from trainer.step import Predictor
+
+# Evaluations while training report F1 at 0.5; `multihot evaluate` fits thresholds.
+_THRESHOLD = 0.5
+_SHOWN_METRICS = ("mean_average_precision", "micro_average_precision", "micro_f1", "macro_f1")
+
+
+@dataclass(frozen=True)
+class Selection:
+    """What picks the best checkpoint and ends a run early, in variables a checkpoint keeps."""
+
+    best: tf.Variable
+    evaluations: tf.Variable
+    without_gain: tf.Variable
+
+    @classmethod
+    def fresh(cls) -> "Selection":
+        """Of a run that has not been evaluated yet."""
+        count = [tf.Variable(0, dtype=tf.int64, trainable=False) for _ in range(2)]
+        return cls(tf.Variable(-math.inf, dtype=tf.float64, trainable=False), *count)
+
+    def update(self, config: TrainConfig, metrics: dict[str, float]) -> bool:
+        """Counts an evaluation; True if it is the best so far (or the first)."""
+        value = metrics[config.best_metric]
+        value = -value if config.best_metric == "loss" else value
+        better = int(self.evaluations) == 0 or value > float(self.best)
+        self.evaluations.assign_add(1)
+        self.without_gain.assign(0 if better else self.without_gain + 1)
+        if better:
+            self.best.assign(value if math.isfinite(value) else -math.inf)
+        return better
+
+    def is_finished(self, config: TrainConfig, documents: int, total_documents: int) -> bool:
+        """Whether all documents are consumed, or patience has run out."""
+        if config.patience and int(self.without_gain) >= config.patience:
+            return True
+        return documents >= total_documents
+
+    def shown_best(self) -> str:
+        """The best metric as people expect it."""
+        return f"{abs(float(self.best)):.4f}"
+
+
+class Evaluation:
+    """The evaluations while training, with the averaged weights if there are any."""
+
+    def __init__(
+        self,
+        config: TrainConfig,
+        metadata: Metadata,
+        model: Model,
+        optimizer: AdamW,
+        packing: PackingConfig,
+        pos_weights: np.ndarray,
+    ) -> None:
+        self._config = config
+        self._metadata = metadata
+        self._optimizer = optimizer
+        self._pos_weights = pos_weights
+        self._predictor = Predictor(model, packing)
+
+    @contextmanager
+    def averaged_weights(self) -> Iterator[None]:
+        """The model with its moving average in place of its weights; nothing without one."""
+        variables, average = self._optimizer.variables, self._optimizer.ema
+        before = [tf.identity(variable) for variable in variables] if average else []
+        for variable, value in zip(variables, average, strict=False):
+            variable.assign(value)
+        try:
+            yield
+        finally:
+            for variable, value in zip(variables, before, strict=False):
+                variable.assign(value)
+
+    def run(self) -> dict[str, float]:
+        """Metrics of --eval_split: those of `compute_metrics` that are one number, and the loss."""
+        config = self._config
+        with self.averaged_weights():
+            predictions = self._predictor.predict_split(
+                config.data_dir, self._metadata, config.eval_split
+            )
+        logits, labels = predictions.logits, predictions.labels
+        loss, count = weighted_bce(
+            tf.constant(logits), tf.constant(labels), tf.ones(len(logits)), self._pos_weights
+        )
+        probabilities = tf.sigmoid(logits - np.log(self._pos_weights)).numpy()
+        warn_if_constant(probabilities)
+        thresholds = np.full(len(self._metadata.labels), _THRESHOLD)
+        metrics = compute_metrics(probabilities, labels, thresholds)
+        shown = {name: float(metrics[name]) for name in _SHOWN_METRICS}
+        return {"loss": float(loss / count)} | shown
