@@ -79,6 +79,11 @@ format: install-dev ## format and fix what can be fixed
 	$(BIN)/ruff format .
 	$(BIN)/ruff check --fix .
 
+benchmark: install-dev minilm ## measure beside the peers (hours; benchmarks/README.md)
+	$(BIN)/python benchmarks/prepare_speed.py
+	$(BIN)/python benchmarks/compare_trainer.py
+	$(BIN)/python benchmarks/compare_pipeline.py
+
 lock: install-dev ## resolve setup.py again into requirements/*.txt
 	$(COMPILE) setup.py --extra cpu -o requirements/cpu.txt
 	$(COMPILE) setup.py --extra gpu -o requirements/gpu.txt

@@ -178,6 +178,20 @@ def test_formats_and_small_files_share_a_part(model, documents, tmp_path):
         assert np.abs(values - others).max() < 1e-5
 
 
+def test_short_documents_that_the_sampled_rows_did_not_announce(model, documents, tmp_path):
+    """Only the first 256 rows choose the micro-batches; a row of 128 holds 42 of one word."""
+    rows = [row for row in read_rows(documents) if len(row["text"]) > 500][:256]
+    rows += [{"id": f"short {number}", "text": "a"} for number in range(700)]
+    assert len(rows) == 956
+    source = write_rows(tmp_path / "mixed.jsonl", rows)
+    run_score(model, source, tmp_path / "out", scores="top:1", tokens_per_batch=256)
+    lines = read_scores(tmp_path / "out")
+    assert [line["id"] for line in lines] == [row["id"] for row in rows]
+    (name,) = {name for line in lines[256:] for name in line["scores"]}
+    values = np.array([line["scores"][name] for line in lines[256:]])
+    assert np.ptp(values) < 1e-5
+
+
 def test_selections_write_the_same_numbers(model, documents, tmp_path):
     few = write_rows(tmp_path / "few.jsonl", read_rows(documents)[:40])
     for selection in ("all", "top:3", "above:0.2"):

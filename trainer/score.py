@@ -19,7 +19,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from trainer.config import ScoreConfig
+from trainer.config import PackingConfig, ScoreConfig
 from trainer.errors import UserError
 from trainer.export import ExportedModel, load_exported
 from trainer.packing import BLOCK_MICRO_BATCHES, choose_packing
@@ -120,11 +120,27 @@ def _settle_plan(
         return plan
     parts = plan_parts(inputs, config.rows_per_part)
     histogram = sample_lengths(parts, columns, model.tokenizer, model.max_seq_length)
-    num_tokens = max(config.tokens_per_batch, model.max_seq_length + 8)
-    packing = choose_packing(histogram.tolist(), num_tokens, longest=model.max_seq_length)
+    packing = choose_score_packing(histogram, config.tokens_per_batch)
     plan = Plan(model.fingerprint, settings, packing, inputs, parts)
     save_plan(config.output_dir, plan)
     return plan
+
+
+def choose_score_packing(histogram: np.ndarray, tokens_per_batch: int) -> PackingConfig:
+    """The shape of the micro-batches for documents of these lengths.
+
+    Args:
+      histogram: int64 [max_seq_length + 1], of a sample; the rest may be anything that fits.
+      tokens_per_batch: about how many tokens a micro-batch has.
+    """
+    longest = len(histogram) - 1
+    # Room for rounding the longest row up to a multiple of 8.
+    num_tokens = max(tokens_per_batch, longest + 8)
+    packing = choose_packing(histogram.tolist(), num_tokens, longest=longest)
+    # Without labels a slot costs next to nothing, and a stretch of short documents needs many: one
+    # for every eight tokens, and for a whole row of documents that are [CLS] and [SEP] alone.
+    slots = max(packing.max_documents, packing.num_tokens // 8, packing.max_length // 2)
+    return PackingConfig(packing.row_groups, slots, slots)
 
 
 def sample_lengths(
