@@ -29,6 +29,8 @@ SIZES = {
     "num_attention_heads": 2,
     "intermediate_size": 64,
     "tokens_per_replica": 512,
+    # Learns from scratch within seconds, which the pooler over [CLS] does not.
+    "head": "mean",
 }
 
 
@@ -120,11 +122,11 @@ def test_a_run_learns_and_writes_what_it_did(corpus, finished):
     assert [row["step"] for row in steps] == list(range(1, len(steps) + 1))
     assert steps[-1]["documents"] == 2 * split.documents
     assert np.mean([row["fill"] for row in steps[:-1]]) >= 0.95
-    first, last = (np.mean([row["loss"] for row in part]) for part in (steps[:5], steps[-5:]))
-    assert last < 0.95 * first
+    first, last = (np.mean([row["loss"] for row in part]) for part in (steps[:40], steps[-40:]))
+    assert last < 0.9 * first
     frequencies = np.asarray(load_metadata(corpus).split("validation").label_counts)
     trivial = frequencies.mean() / load_metadata(corpus).split("validation").documents
-    assert evaluations[-1]["mean_average_precision"] > 1.5 * trivial
+    assert evaluations[-1]["mean_average_precision"] > 2 * trivial
     assert len(evaluations) == 2
     assert glob.glob(os.path.join(model_dir, "tensorboard", "events*"))
     assert len(glob.glob(os.path.join(model_dir, "checkpoints", "*.index"))) == 3

@@ -44,6 +44,7 @@ _DAMAGED = (
     tf.errors.OutOfRangeError,
     tf.errors.InvalidArgumentError,
     tf.errors.FailedPreconditionError,
+    IndexError,
     ValueError,
 )
 
