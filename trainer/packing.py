@@ -51,8 +51,11 @@ def _place_rows(
     free = tf.tile(capacities, [num_micro_batches])
     # How many documents are at least as long as this one and so come first: ends of equal runs.
     run_ends = tf.searchsorted(-descending, -descending, side="right")
+    # A row with more documents than a micro-batch has slots could never be dealt; half of them
+    # leaves room for the other rows.
+    most = max(1, packing.max_documents // 2)
 
-    def place(placed, free, rows, lefts):  # type: ignore[no-untyped-def]
+    def place(placed, free, held, rows, lefts):  # type: ignore[no-untyped-def]
         length = descending[placed]
         room = tf.where(free >= length, free, tf.int32.max)
         fitting = tf.reduce_sum(tf.cast(free >= length, tf.int32))
@@ -60,19 +63,23 @@ def _place_rows(
         # top_k, unlike a full sort, costs in proportion to what is taken; ties go to lower rows.
         _, chosen = tf.math.top_k(-room, count)
         left = tf.gather(free, chosen)
-        free = tf.tensor_scatter_nd_sub(free, chosen[:, None], tf.fill([count], length))
+        held = tf.tensor_scatter_nd_add(held, chosen[:, None], tf.ones([count], tf.int32))
+        now_free = tf.where(tf.gather(held, chosen) < most, left - length, 0)
+        free = tf.tensor_scatter_nd_update(free, chosen[:, None], now_free)
         slots = (placed + tf.range(count))[:, None]
         rows = tf.tensor_scatter_nd_update(rows, slots, chosen)
         lefts = tf.tensor_scatter_nd_update(lefts, slots, left)
         # Nothing fits: one more micro-batch's rows.
-        free = tf.cond(fitting > 0, lambda: free, lambda: tf.concat([free, capacities], 0))
-        return placed + count, free, rows, lefts
+        more = tf.where(fitting > 0, 0, 1)
+        free = tf.concat([free, tf.tile(capacities, [more])], 0)
+        held = tf.concat([held, tf.tile(tf.zeros_like(capacities), [more])], 0)
+        return placed + count, free, held, rows, lefts
 
-    _, free, rows, lefts = tf.while_loop(
+    _, free, _, rows, lefts = tf.while_loop(
         lambda placed, *_: placed < num_documents,
         place,
-        (0, free, tf.zeros_like(order), tf.zeros_like(order)),
-        shape_invariants=(tf.TensorShape([]),) + (tf.TensorShape([None]),) * 3,
+        (0, free, tf.zeros_like(free), tf.zeros_like(order), tf.zeros_like(order)),
+        shape_invariants=(tf.TensorShape([]),) + (tf.TensorShape([None]),) * 4,
     )
     rows_per_micro_batch = tf.size(capacities)
     offsets = tf.gather(capacities, rows % rows_per_micro_batch) - lefts
