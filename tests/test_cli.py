@@ -88,6 +88,29 @@ def test_a_mistake_is_one_line_on_standard_error_and_exit_code_2(arguments, expe
     assert done.stderr.count("\n") == 1
 
 
+def test_a_mistake_found_after_tensorflow_is_imported_is_one_line_too(tmp_path):
+    (tmp_path / "in.txt").write_text("some text\n")
+    done = run_command(
+        ["score", f"--model={tmp_path}", f"--input={tmp_path}/in.txt"]
+        + [f"--output_dir={tmp_path}/out"]
+    )
+    assert done.returncode == 2
+    assert done.stderr == (
+        f"multihot score: error: {tmp_path}: no multihot.json; expected a folder that "
+        "`multihot export` wrote\n"
+    )
+
+
+def test_what_an_import_prints_is_passed_on_but_for_the_greeting(tmp_path):
+    script = (
+        "import os, sys; os.environ['TF_CPP_MIN_LOG_LEVEL'] = '2'; from trainer import cli\n"
+        "with cli._without_greeting():\n"
+        "    print('a warning', file=sys.stderr); os.write(2, b'port.cc: ' + cli._GREETING[1])\n"
+    )
+    done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
+    assert (done.returncode, done.stdout, done.stderr) == (0, "", "a warning\n")
+
+
 @pytest.mark.parametrize(
     ("error", "code", "expected"),
     [

@@ -5,11 +5,12 @@ the user can fix (one line on standard error), 130 interrupted; anything else is
 and shows its traceback.
 """
 
+import contextlib
 import difflib
 import importlib
 import os
 import sys
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from trainer import config
@@ -25,6 +26,8 @@ COMMANDS: dict[str, type] = {
     "export": config.ExportConfig,
     "score": config.ScoreConfig,
 }
+
+_GREETING = (b"All log messages before absl::InitializeLog()", b"oneDNN custom operations are on")
 
 USER_FAULT = 2
 INTERRUPTED = 130
@@ -68,7 +71,9 @@ def _run(command: str, arguments: Sequence[str]) -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     try:
         parsed: Any = parse_flags(COMMANDS[command], arguments)
-        importlib.import_module(f"trainer.{command}").run(parsed)
+        with _without_greeting():
+            module = importlib.import_module(f"trainer.{command}")
+        module.run(parsed)
     except UserError as error:
         _fail(name, str(error), USER_FAULT)
     except KeyboardInterrupt:
@@ -84,6 +89,33 @@ def _run(command: str, arguments: Sequence[str]) -> None:
         if not _is_file_system_error(error):
             raise
         _fail(name, str(error), USER_FAULT)
+
+
+@contextlib.contextmanager
+def _without_greeting() -> Iterator[None]:
+    """Keeps TensorFlow's greeting off standard error while it is imported.
+
+    TensorFlow 2.21 prints it before it reads the level that is meant to hide it, so what is printed
+    meanwhile is held back and all other lines are passed on.
+    """
+    if os.environ["TF_CPP_MIN_LOG_LEVEL"] == "0":
+        yield
+        return
+    import tempfile
+
+    standard_error = os.dup(2)
+    with tempfile.TemporaryFile() as held:
+        os.dup2(held.fileno(), 2)
+        try:
+            yield
+        finally:
+            sys.stderr.flush()
+            os.dup2(standard_error, 2)
+            os.close(standard_error)
+            held.seek(0)
+            for line in held:
+                if not any(words in line for words in _GREETING):
+                    os.write(2, line)
 
 
 def _describe_os_error(error: OSError) -> str:
