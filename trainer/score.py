@@ -19,9 +19,9 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from trainer.config import PackingConfig, ScoreConfig
+from trainer.config import PackingConfig, ScoreConfig, absolute
 from trainer.errors import UserError
-from trainer.export import ExportedModel, load_exported
+from trainer.exported import ExportedModel, load_exported
 from trainer.packing import BLOCK_MICRO_BATCHES, choose_packing
 from trainer.parts import (
     REJECTED_FOLDER,
@@ -85,6 +85,11 @@ def run(config: ScoreConfig) -> ScoreSummary:
     columns = Columns(text=config.text_field, id=config.id_field)
     paths = list_files(config.input)
     for path in paths:
+        if os.path.dirname(absolute(path)) == absolute(config.output_dir):
+            raise UserError(
+                f"{path}: lies in --output_dir, where parts would count as input the next time; "
+                "choose another --output_dir"
+            )
         check_columns(path, columns)
     precision = choose_precision(config.precision, make_strategy("auto"))
     model = load_exported(config.model, precision)
