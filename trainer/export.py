@@ -1,46 +1,38 @@
-"""`multihot export`: the best checkpoint and its calibration to one model folder, and back.
+"""`multihot export`: the best checkpoint and its calibration to one model folder.
 
 The calibration folds exactly into the head's kernel and bias, so every consumer of the folder
 (transformers, the SavedModel, `multihot score`) gets calibrated probabilities from a plain sigmoid.
 """
 
 import dataclasses
-import hashlib
 import json
 import os
 import shutil
 import sys
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 import tensorflow as tf
 import transformers
-from safetensors.numpy import load_file, save_file
+from safetensors.numpy import save_file
 
 import trainer
 from trainer.checkpoint import LoadedRun, load_best
-from trainer.config import ExportConfig, ModelConfig, PackingConfig, absolute, from_dict
+from trainer.config import ExportConfig, PackingConfig, absolute
 from trainer.errors import UserError
 from trainer.evaluate import CALIBRATION_FILE, EVALUATION_FOLDER, METRICS_FILE
-from trainer.model import Model, build_model, pad_batch
+from trainer.exported import HEAD_PREFIX, MULTIHOT_FILE
+from trainer.model import Model, pad_batch
 from trainer.packing import choose_packing
 from trainer.pretrained import (
     WEIGHTS_FILE,
     from_variables,
-    model_config,
-    read_tensors,
-    to_variables,
 )
 from trainer.records import TOKENIZER_FOLDER, Metadata, load_metadata
-from trainer.step import Predictor
 from trainer.tokenizer import Tokenizer, load_tokenizer
 
-MULTIHOT_FILE = "multihot.json"
 SAVED_MODEL_FOLDER = "saved_model"
 _FORMAT_VERSION = 1
-# Where our head's tensors live when transformers' classes have no place for them.
-_HEAD_PREFIX = "multihot."
 
 
 def run(config: ExportConfig) -> None:
@@ -160,7 +152,7 @@ def _write_weights(model: Model, folder: str) -> None:
         tensors["classifier.bias"] = values["head/classifier/bias"]
     else:
         head = {name: value for name, value in values.items() if name.startswith("head/")}
-        tensors = encoder | {f"{_HEAD_PREFIX}{name}": value for name, value in head.items()}
+        tensors = encoder | {f"{HEAD_PREFIX}{name}": value for name, value in head.items()}
     save_file(tensors, os.path.join(folder, WEIGHTS_FILE), metadata={"format": "pt"})
 
 
@@ -250,7 +242,6 @@ def _describe(
         "head": record.model.head,
         "max_seq_length": record.max_seq_length,
         "packing": dataclasses.asdict(packing),
-        "length_histogram": metadata.split("train").length_histogram,
         "thresholds": calibration["thresholds"],
         "pos_weights": record.pos_weights,
         "calibration": {
@@ -274,113 +265,6 @@ def _write_json(path: str, values: dict[str, Any]) -> None:
     with open(path, "w", encoding="utf-8") as file:
         json.dump(values, file, indent=1, ensure_ascii=False)
         file.write("\n")
-
-
-@dataclass(frozen=True)
-class ExportedModel:
-    """A model folder, ready to score.
-
-    Attributes:
-      tokenizer, labels, max_seq_length: what turns a text into its record, and scores into names.
-      thresholds: float64 [L], NaN for a label that is never predicted.
-      packing: the shape of the micro-batches that `forward` takes.
-      model: for a `Predictor` of another shape.
-      fingerprint: of the folder's weights, labels, thresholds and tokenizer (SHA-256).
-    """
-
-    tokenizer: Tokenizer
-    labels: tuple[str, ...]
-    max_seq_length: int
-    thresholds: np.ndarray
-    packing: PackingConfig
-    model: Model
-    fingerprint: str
-    predictor: Predictor
-
-    def forward(self, micro_batch: dict[str, tf.Tensor]) -> tf.Tensor:
-        """Calibrated probabilities, float32 [D, L], of one micro-batch."""
-        return tf.sigmoid(self.predictor.logits(micro_batch))
-
-
-def load_exported(
-    folder: str, precision: str = "float32", num_tokens: int | None = None
-) -> ExportedModel:
-    """Loads a model folder.
-
-    Args:
-      folder: what `multihot export` wrote.
-      precision: `float32` or `mixed_bfloat16`.
-      num_tokens: tokens of a micro-batch; default: as exported.
-
-    Raises:
-      UserError: if it is not a model folder, or a damaged one.
-    """
-    path = os.path.join(folder, MULTIHOT_FILE)
-    try:
-        with open(path, encoding="utf-8") as file:
-            description = json.load(file)
-    except (FileNotFoundError, NotADirectoryError):
-        raise UserError(
-            f"{folder}: no {MULTIHOT_FILE}; expected a folder that `multihot export` wrote"
-        ) from None
-    except ValueError as error:
-        raise UserError(f"{path}: damaged ({error}); export the model again") from None
-    tokenizer = load_tokenizer(folder)
-    if tokenizer.fingerprint != description["fingerprints"]["tokenizer"]:
-        raise UserError(f"{folder}: its tokenizer is not the one of {MULTIHOT_FILE}; export again")
-    packing = from_dict(PackingConfig, description["packing"])
-    if num_tokens is not None:
-        packing = choose_packing(
-            description["length_histogram"], num_tokens, longest=description["max_seq_length"]
-        )
-    thresholds = [np.nan if cut is None else cut for cut in description["thresholds"]]
-    model = _load_model(folder, description, precision)
-    return ExportedModel(
-        tokenizer,
-        tuple(description["labels"]),
-        description["max_seq_length"],
-        np.asarray(thresholds, np.float64),
-        packing,
-        model,
-        _fingerprint(folder),
-        Predictor(model, packing),
-    )
-
-
-def _load_model(folder: str, description: dict[str, Any], precision: str) -> Model:
-    sizes = _model_sizes(folder, description)
-    model = build_model(sizes, precision)
-    values = to_variables(read_tensors(folder), sizes, folder)
-    tensors = load_file(os.path.join(folder, WEIGHTS_FILE))
-    if sizes.head == "cls":
-        values["head/classifier/kernel"] = tensors["classifier.weight"].T
-        values["head/classifier/bias"] = tensors["classifier.bias"]
-    else:
-        values |= {
-            name.removeprefix(_HEAD_PREFIX): value
-            for name, value in tensors.items()
-            if name.startswith(_HEAD_PREFIX)
-        }
-    variables = model.named_variables()
-    if set(values) != set(variables):
-        raise UserError(
-            f"{folder}/{WEIGHTS_FILE}: not the tensors of a {sizes.head} model; export it again"
-        )
-    for name, value in values.items():
-        variables[name].assign(value)
-    return model
-
-
-def _model_sizes(folder: str, description: dict[str, Any]) -> ModelConfig:
-    return model_config(folder, len(description["labels"]), description["head"], 0.0, 0.0)
-
-
-def _fingerprint(folder: str) -> str:
-    digest = hashlib.sha256()
-    for name in (MULTIHOT_FILE, WEIGHTS_FILE):
-        with open(os.path.join(folder, name), "rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
-    return digest.hexdigest()
 
 
 if __name__ == "__main__":
