@@ -48,6 +48,7 @@ class _Number(flags.ArgumentParser):
         self.kind = kind
 
     def parse(self, argument: Any) -> int | float:
+        """The number, or a ValueError that says what was expected."""
         try:
             value = self.kind(argument)
         except ValueError:
