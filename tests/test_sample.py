@@ -94,7 +94,10 @@ def test_the_sample_is_the_same_for_any_number_of_processes(documents, tmp_path)
     assert sample.write_sample(str(alone), 1000, seed=17, num_workers=1) == summary
     assert alone.read_bytes() == path.read_bytes()
     other = tmp_path / "other.jsonl"
-    assert sample.write_sample(str(other), 1000, seed=18, num_workers=2).fingerprint != summary.fingerprint
+    assert (
+        sample.write_sample(str(other), 1000, seed=18, num_workers=2).fingerprint
+        != summary.fingerprint
+    )
 
 
 def test_the_sample_is_ragged_skewed_and_without_repetition(documents):
