@@ -4,9 +4,9 @@
 PYTHON ?= python3##           Python that .venv is made with, 3.11 to 3.13
 LOCK ?= cpu##                 environment to install: cpu, gpu or tpu
 OUTPUT ?= runs/default##      folder that `make train` writes to
-DOCUMENTS ?= 12000##          docstrings that `make train` learns from and is measured on
+DOCUMENTS ?= 8000##           docstrings that `make train` learns from and is measured on
 HELD_OUT ?= 1000##            further docstrings that `make train` scores at the end
-EPOCHS ?= 4##                 passes of `make train` over its training split
+EPOCHS ?= 3##                 passes of `make train` over its training split
 HIDDEN_SIZE ?= 128##          width of the encoder that `make train` trains from scratch
 NUM_LAYERS ?= 2##             layers of that encoder
 SEED ?= 17##                  seed of everything that `make train` does
