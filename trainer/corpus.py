@@ -15,6 +15,7 @@ from trainer.errors import UserError
 from trainer.labels import LabelReader, check_unique, read_label_file
 from trainer.ledger import Ledger
 from trainer.records import Metadata
+from trainer.rejected import allowed_rejections, too_many_rejected
 from trainer.scan import ScanPlan, plan_file, rows_per_segment, scan_segment, vocabulary_path
 from trainer.sources import BadRow, Columns, Segment, check_columns
 
@@ -196,15 +197,8 @@ def _check_rows(config: PrepareConfig, num_rejected: int, num_usable: int, path:
     if num_rows == 0:
         raise UserError(f"--input={','.join(config.input)}: no rows; expected at least one")
     limit = config.max_rejected
-    allowed = int(limit * num_rows) if limit < 1 else int(limit)
-    if num_rejected > allowed or not num_usable:
-        with open(path, encoding="utf-8") as file:
-            first = json.loads(next(file))
-        raise UserError(
-            f"{first['source']}: row {first['row']}: {first['reason']}; {num_rejected:,} of "
-            f"{num_rows:,} rows cannot be used, --max_rejected={limit:g} allows {allowed:,}; see "
-            f"{path} for all of them and repair them, or raise --max_rejected"
-        )
+    if num_rejected > allowed_rejections(limit, num_rows) or not num_usable:
+        raise too_many_rejected(path, num_rejected, num_rows, limit, path)
 
 
 def _choose_labels(

@@ -22,6 +22,13 @@ def _token_document(segment_ids: tf.Tensor, window_document: tf.Tensor) -> tf.Te
     return tf.where(segment_ids > 0, document, -1)
 
 
+def _mean_by_document(values: tf.Tensor, document: tf.Tensor, num_documents: int) -> tf.Tensor:
+    """Means (float32 [D, hidden]) of rows of `values` by document; 0 for one without rows."""
+    values = tf.cast(values, tf.float32)
+    counts = _sum_by_document(tf.ones_like(values[:, 0]), document, num_documents)
+    return _sum_by_document(values, document, num_documents) / tf.maximum(counts, 1.0)[:, None]
+
+
 class ClsHead(keras.layers.Layer):
     """BERT's pooler over each window's [CLS], the mean of a document's windows, then one Dense."""
 
@@ -49,13 +56,8 @@ class ClsHead(keras.layers.Layer):
         dropout: Dropout | None = None,
     ) -> tf.Tensor:
         """[T, hidden] to float32 logits [D, L]."""
-        window_document = batch["window_document"]
-        pooled = tf.cast(self.pool(hidden, batch["window_starts"]), tf.float32)
-        windows = _sum_by_document(
-            tf.ones_like(window_document, tf.float32), window_document, num_documents
-        )
-        document = _sum_by_document(pooled, window_document, num_documents)
-        document /= tf.maximum(windows, 1.0)[:, None]
+        pooled = self.pool(hidden, batch["window_starts"])
+        document = _mean_by_document(pooled, batch["window_document"], num_documents)
         if dropout is not None:
             document = dropout(document, self._rate)
         return self.classifier(document)
@@ -88,10 +90,7 @@ class MeanHead(keras.layers.Layer):
     ) -> tf.Tensor:
         """[T, hidden] to float32 logits [D, L]."""
         token_document = _token_document(batch["segment_ids"], batch["window_document"])
-        hidden = tf.cast(hidden, tf.float32)
-        counts = _sum_by_document(tf.ones_like(hidden[:, 0]), token_document, num_documents)
-        document = _sum_by_document(hidden, token_document, num_documents)
-        document /= tf.maximum(counts, 1.0)[:, None]
+        document = _mean_by_document(hidden, token_document, num_documents)
         if dropout is not None:
             document = dropout(document, self._rate)
         return self.classifier(document)

@@ -8,7 +8,6 @@ blocks end where parts end: a part's bytes depend on nothing but its rows, the p
 
 import contextlib
 import itertools
-import json
 import os
 import sys
 import time
@@ -42,6 +41,7 @@ from trainer.plan import (
     plan_parts,
     save_plan,
 )
+from trainer.rejected import allowed_rejections, too_many_rejected
 from trainer.result_lines import LineFormatter
 from trainer.scoring import Block, Scored, read_chunks, score_blocks, tokenize
 from trainer.sources import Columns, check_columns, list_files
@@ -236,18 +236,11 @@ def _check_rejected(config: ScoreConfig, plan: Plan, done: Sequence[Manifest | N
     """Checks the rows that could not be used so far against --max_rejected."""
     limit = config.max_rejected
     num_rows = sum(part.num_rows for part in plan.parts)
-    allowed = int(limit * num_rows) if limit < 1 else int(limit)
     with_rejected = [item for item in done if item is not None and item.rows_rejected]
     rejected = sum(item.rows_rejected for item in with_rejected)
-    if rejected > allowed:
+    if rejected > allowed_rejections(limit, num_rows):
         path = os.path.join(config.output_dir, REJECTED_FOLDER, f"{with_rejected[0].part}.jsonl")
-        with open(path, encoding="utf-8") as file:
-            first = json.loads(next(file))
-        raise UserError(
-            f"{first['source']}: row {first['row']}: {first['reason']}; {rejected:,} of "
-            f"{num_rows:,} rows cannot be used, --max_rejected={limit:g} allows {allowed:,}; see "
-            f"{os.path.dirname(path)} for all of them and repair them, or raise --max_rejected"
-        )
+        raise too_many_rejected(path, rejected, num_rows, limit, os.path.dirname(path))
 
 
 def _print_summary(

@@ -1,0 +1,32 @@
+"""How many unusable rows a command puts up with."""
+
+import json
+
+from trainer.errors import UserError
+
+
+def allowed_rejections(limit: float, num_rows: int) -> int:
+    """Rows that `--max_rejected` allows: a share of the rows if below 1, else a number."""
+    return int(limit * num_rows) if limit < 1 else int(limit)
+
+
+def too_many_rejected(
+    path: str, num_rejected: int, num_rows: int, limit: float, where: str
+) -> UserError:
+    """What to raise, with the first of the rejected rows in it.
+
+    Args:
+      path: JSONL of rejected rows, at least one, with `source`, `row` and `reason`.
+      num_rejected: rows that cannot be used.
+      num_rows: all rows.
+      limit: `--max_rejected`.
+      where: the file or folder that holds all of the rejected rows.
+    """
+    with open(path, encoding="utf-8") as file:
+        first = json.loads(next(file))
+    return UserError(
+        f"{first['source']}: row {first['row']}: {first['reason']}; {num_rejected:,} of "
+        f"{num_rows:,} rows cannot be used, --max_rejected={limit:g} allows "
+        f"{allowed_rejections(limit, num_rows):,}; see {where} for all of them and repair them, "
+        "or raise --max_rejected"
+    )
