@@ -1,6 +1,6 @@
 """Fine-tunes and measures the peer: transformers' Trainer on BertForSequenceClassification.
 
-One run in a process of its own, with PyTorch on two threads; `compare_trainer.py` calls it. Without
+One run in a process of its own, with PyTorch on every core that it may use; `compare_trainer.py` calls it. Without
 --max_steps it trains, predicts validation and test, and writes their logits; with it, it only
 measures speed.
 
@@ -8,6 +8,7 @@ measures speed.
 """
 
 import argparse
+import os
 import time
 from collections.abc import Callable
 from typing import Any
@@ -26,8 +27,6 @@ from transformers import (
     TrainingArguments,
 )
 
-# As many as the machine that the figures are quoted for has cores.
-THREADS = 2
 PREDICTION_BATCH = 32
 
 
@@ -158,7 +157,7 @@ def main() -> None:
     parser.add_argument("--clip_norm", type=float, default=1.0)
     parser.add_argument("--dropout", type=float, default=0.1)
     arguments = parser.parse_args()
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
     transformers.logging.set_verbosity_error()
 
     documents = {split: load_documents(arguments.folder, split) for split in SPLITS}
