@@ -319,6 +319,7 @@ class OptimizerConfig:
 
 
 HEADS = ("cls", "mean", "label_attention")
+STRATEGIES = ("auto", "tpu", "mirrored", "multi_worker", "one_device", "cpu")
 
 
 @dataclass(frozen=True)
@@ -344,11 +345,32 @@ class TrainConfig:
         "its tokens, or one attention a label.",
         choices=HEADS,
     )
-    strategy: str = option("auto", "Devices to run on.", choices=("auto", "one_device", "cpu"))
+    strategy: str = option(
+        "auto",
+        "Devices to run on. auto: several workers if TF_CONFIG or Slurm names them, else a TPU, "
+        "else all GPUs, else the CPU.",
+        choices=STRATEGIES,
+    )
+    tpu: str | None = option(
+        None, "TPU to take: local, a TPU VM's name, or grpc://HOST:PORT; default: a local one."
+    )
+    cpu_replicas: int = option(
+        1, "Replicas that --strategy=mirrored makes of the CPU on a machine without GPUs."
+    )
+    start_timeout: float = option(
+        300.0, "Seconds that a worker waits at the start for the others to appear."
+    )
+    max_restarts: int = option(
+        0, "Times to start again, and resume, after the run ended otherwise than by itself."
+    )
+    max_bad_steps: int = option(
+        20, "Steps in a row with a non-finite loss or gradient before the run stops."
+    )
     precision: str = option(
         "auto",
-        "auto: bfloat16 where the accelerator has it, else float32.",
-        choices=("auto", "float32", "mixed_bfloat16"),
+        "auto: bfloat16 on TPUs and GPUs of compute capability 8.0 and up, float16 on older GPUs, "
+        "float32 on CPUs.",
+        choices=("auto", "float32", "mixed_bfloat16", "mixed_float16"),
     )
     jit_compile: str = option(
         "auto",
@@ -405,6 +427,8 @@ class TrainConfig:
             "intermediate_size",
             "tokens_per_replica",
             "gradient_accumulation",
+            "cpu_replicas",
+            "max_bad_steps",
             "keep_checkpoints",
         ):
             _check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
@@ -425,6 +449,8 @@ class TrainConfig:
         _check(self.evaluate_every > 0, "evaluate_every", self.evaluate_every, "more than 0 epochs")
         _check(self.max_pos_weight >= 1, "max_pos_weight", self.max_pos_weight, "at least 1")
         _check(self.patience >= 0, "patience", self.patience, "0 or more evaluations")
+        _check(self.max_restarts >= 0, "max_restarts", self.max_restarts, "0 or more")
+        _check(self.start_timeout > 0, "start_timeout", self.start_timeout, "more than 0 seconds")
         _check(
             self.checkpoint_every is None or self.checkpoint_every >= 1,
             "checkpoint_every",
