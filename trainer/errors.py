@@ -6,3 +6,10 @@ class UserError(ValueError):
 
     The message says what happened, where, what was expected and what to do.
     """
+
+
+class RunAgain(Exception):
+    """A run that ended early with nothing lost: the same command goes on where it stopped.
+
+    Its message is one line, shown without a traceback; the command exits with code 75.
+    """
