@@ -1,8 +1,8 @@
 """Fine-tunes and measures the peer: transformers' Trainer on BertForSequenceClassification.
 
-One run in a process of its own, with PyTorch on every core that it may use; `compare_trainer.py` calls it. Without
---max_steps it trains, predicts validation and test, and writes their logits; with it, it only
-measures speed.
+One run in a process of its own, with PyTorch on every core that it may use; `compare_trainer.py`
+calls it. Without --max_steps it trains, predicts validation and test, and writes their logits; with
+it, it only measures speed.
 
     python benchmarks/hugging_face.py --folder=DIR --result=FILE.json --batch_size=28 [...]
 """

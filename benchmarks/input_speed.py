@@ -14,7 +14,7 @@ import time
 import tensorflow as tf
 from corpus import find_checkpoint, make_corpus
 
-from trainer.input_pipeline import group_steps, open_stream, read_micro_batches
+from trainer.input_pipeline import Share, deal_steps, open_stream, read_micro_batches
 from trainer.packing import choose_packing
 from trainer.records import load_metadata
 
@@ -55,7 +55,7 @@ def main() -> None:
     stream = open_stream(data_dir, metadata, "train", packing)
     groups = ", ".join(f"{rows} x {length}" for rows, length in packing.row_groups)
     print(f"{split.documents} documents, {split.tokens} tokens; rows of {groups}")
-    count = sum(1 for _ in group_steps(read_micro_batches(stream, seed=0), stream, 1))
+    count = sum(1 for _ in read_micro_batches(stream, seed=0))
     last = (count - 1) * packing.num_tokens
     print(
         f"{count} micro-batches: {split.tokens / (count * packing.num_tokens):.2%} of their "
@@ -63,7 +63,7 @@ def main() -> None:
     )
     for epoch in range(arguments.epochs):
         iterator = iter(
-            group_steps(read_micro_batches(stream, seed=epoch, num_epochs=2), stream, 1)
+            deal_steps(read_micro_batches(stream, seed=epoch, num_epochs=2), stream, 1, Share())
         )
         began = time.perf_counter()
         tokens, documents = drain(iterator, tf.constant(count))

@@ -12,6 +12,15 @@ import pytest
 from trainer.config import PrepareConfig
 
 
+def pytest_configure() -> None:
+    """Gives the tests four logical CPUs; TensorFlow fixes their number when it first runs."""
+    import tensorflow as tf
+
+    tf.config.set_logical_device_configuration(
+        tf.config.list_physical_devices("CPU")[0], [tf.config.LogicalDeviceConfiguration()] * 4
+    )
+
+
 @pytest.fixture(scope="session")
 def minilm() -> str:
     """The folder of all-MiniLM-L6-v2, which `make minilm` installs as a package."""

@@ -10,7 +10,15 @@ import tensorflow as tf
 
 from trainer import input_pipeline
 from trainer.errors import UserError
-from trainer.input_pipeline import Position, group_steps, open_stream, read_micro_batches
+from trainer.input_pipeline import (
+    POSITION_KEYS,
+    Position,
+    Share,
+    deal_steps,
+    open_stream,
+    read_micro_batches,
+    stack_micro_batches,
+)
 from trainer.packing import choose_packing
 from trainer.records import load_metadata, parse_records
 
@@ -83,15 +91,44 @@ def test_seeking_reads_neither_the_shards_before_nor_other_blocks(stream, tmp_pa
     assert flat(rest) == flat(whole)[block * stream.block_documents :]
 
 
-def test_steps_are_filled_up_with_empty_micro_batches(stream):
+def test_a_step_is_dealt_to_hosts_and_replicas_in_the_stream_s_order(stream):
+    """Two hosts of two replicas get, each, their half of what one replica alone gets."""
+    whole = list(read_micro_batches(stream, seed=1))
+    steps = -(-len(whole) // 8)
+    alone = list(deal_steps(read_micro_batches(stream, seed=1), stream, 8, Share()).take(steps))
+    for host in range(2):
+        share = Share(replicas=4, first=2 * host, count=2)
+        dealt = deal_steps(read_micro_batches(stream, seed=1), stream, 8, share).take(2 * steps)
+        for index, element in enumerate(dealt):
+            step, replica = divmod(index, 2)
+            first = 2 * (share.first + replica)
+            for name in ("input_ids", "labels", "document_mask"):
+                np.testing.assert_array_equal(
+                    element[name], alone[step][name][first : first + 2], err_msg=name
+                )
+            np.testing.assert_array_equal(element["position"], alone[step]["position"])
+    for index, step in enumerate(alone):
+        last = whole[min(8 * index + 7, len(whole) - 1)]
+        assert step["position"].numpy().tolist() == [int(last[key]) for key in POSITION_KEYS]
+
+
+def test_steps_are_filled_up_with_empty_micro_batches_and_go_on_without_end(stream):
     total = len(list(read_micro_batches(stream, seed=1)))
-    steps = list(group_steps(read_micro_batches(stream, seed=1), stream, 4))
-    assert len(steps) == -(-total // 4)
+    count = -(-total // 4)
+    steps = list(deal_steps(read_micro_batches(stream, seed=1), stream, 4, Share()).take(count + 2))
     real = sum(int(tf.reduce_sum(step["document_mask"])) for step in steps)
     assert real == stream.num_documents
-    missing = 4 * len(steps) - total
-    assert (steps[-1]["epoch"].numpy() == -1).sum() == missing
+    documents = [int(n) for n in tf.reduce_sum(steps[count - 1]["document_mask"], axis=1)]
+    assert sum(n == 0 for n in documents) == 4 * count - total
+    assert [float(tf.reduce_sum(step["document_mask"])) for step in steps[count:]] == [0, 0]
+    assert all((step["position"].numpy() == -1).all() for step in steps[count:])
     assert "document_id" not in steps[0]
+
+
+def test_stacks_hold_every_document_once(stream):
+    stacks = list(stack_micro_batches(read_micro_batches(stream, seed=None), stream, 4))
+    index = np.concatenate([stack["document_index"].numpy().ravel() for stack in stacks])
+    assert sorted(index[index >= 0]) == list(range(stream.num_documents))
 
 
 def test_an_epoch_of_the_sample_fills_97_percent_of_its_tokens(corpus):

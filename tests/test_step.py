@@ -5,13 +5,12 @@ import pytest
 import tensorflow as tf
 
 from trainer.config import ModelConfig, OptimizerConfig
-from trainer.input_pipeline import group_steps, open_stream, read_micro_batches
+from trainer.input_pipeline import Share, deal_steps, open_stream, read_micro_batches
 from trainer.model import build_model
 from trainer.optimizer import AdamW
 from trainer.packing import choose_packing, empty_micro_batch
 from trainer.records import load_metadata
-from trainer.step import Predictor, TrainStep
-from trainer.strategy import make_strategy
+from trainer.step import Predictor, TrainStep, read_position
 
 RATE = 0.1
 
@@ -46,12 +45,18 @@ def make_step(stream, dropout=RATE, jit_compile=False):
     )
     weights = np.linspace(1, 5, stream.num_labels, dtype=np.float32)
     return TrainStep(
-        make_strategy("cpu"), model, optimizer, stream.packing, weights, 7, jit_compile
+        tf.distribute.OneDeviceStrategy("/cpu:0"),
+        model,
+        optimizer,
+        stream.packing,
+        weights,
+        7,
+        jit_compile,
     )
 
 
 def steps_of(stream, accumulation):
-    return group_steps(read_micro_batches(stream, seed=1), stream, accumulation)
+    return deal_steps(read_micro_batches(stream, seed=1), stream, accumulation, Share())
 
 
 def relative(found, expected):
@@ -63,11 +68,15 @@ def relative(found, expected):
 def test_accumulated_gradients_are_the_sum_of_those_of_each_micro_batch(stream, dropout):
     step = make_step(stream, dropout)
     batches = next(iter(steps_of(stream, 4)))
+    del batches["position"]
     number = tf.constant(3, tf.int64)
-    loss, documents, gradients = step._accumulate(batches, number, tf.constant(0))
+    loss, documents, gradients = step._accumulate(batches, number, tf.constant(0), tf.ones([]))
     parts = [
         step._accumulate(
-            {name: value[i : i + 1] for name, value in batches.items()}, number, tf.constant(i)
+            {name: value[i : i + 1] for name, value in batches.items()},
+            number,
+            tf.constant(i),
+            tf.ones([]),
         )
         for i in range(4)
     ]
@@ -87,7 +96,9 @@ def test_compiled_and_uncompiled_steps_agree(stream):
             for name in batches
             if name in ("labels", "document_mask") or batches[name].dtype == tf.int32
         }
-        loss, _, gradients = step._compute(inputs, tf.constant(3, tf.int64), tf.constant(0))
+        loss, _, gradients = step.compute(
+            inputs, tf.constant(3, tf.int64), tf.constant(0), tf.ones([])
+        )
         found.append((float(loss), [g.numpy() for g in gradients]))
     assert found[0][0] == pytest.approx(found[1][0], rel=1e-5)
     assert relative(found[0][1], found[1][1]) < 1e-4
@@ -98,7 +109,10 @@ def test_an_empty_micro_batch_contributes_nothing(stream):
     empty = empty_micro_batch(stream.packing)
     empty["labels"] = tf.zeros([stream.packing.max_documents, stream.num_labels], tf.uint8)
     loss, documents, gradients = step._accumulate(
-        {name: value[None] for name, value in empty.items()}, tf.constant(0), tf.constant(0)
+        {name: value[None] for name, value in empty.items()},
+        tf.constant(0),
+        tf.constant(0),
+        tf.ones([]),
     )
     assert float(loss) == float(documents) == 0
     assert all(np.array_equal(g.numpy(), np.zeros(g.shape)) for g in gradients)
@@ -123,7 +137,7 @@ def test_the_loop_stops_where_told_counts_right_and_traces_once(stream):
     assert int(step.progress.documents) == stream.num_documents
     assert advance(1000, stream.num_documents)["steps"] == 0
     assert step.run.experimental_get_tracing_count() == 1
-    last = step.progress.read_position()
+    last = read_position(step.progress.position)
     end = list(read_micro_batches(stream, seed=1))[-1]
     assert (last.epoch, last.block, last.micro_batch) == (
         int(end["epoch"]),

@@ -19,6 +19,11 @@ from trainer.records import Metadata, parse_records, verify_shards
 
 # What the micro-batches of a stream carry beside the model's inputs.
 POSITION_KEYS = ("epoch", "block", "next_micro_batch")
+# What travels to the devices: strings cannot, and the loss needs no document's number.
+_STEP_KEYS = frozenset(
+    ("input_ids", "segment_ids", "position_ids", "window_starts", "window_document")
+    + ("labels", "document_mask", *POSITION_KEYS)
+)
 
 
 @dataclass(frozen=True)
@@ -196,22 +201,78 @@ def read_micro_batches(
     )
 
 
-def group_steps(
-    micro_batches: tf.data.Dataset, stream: Stream, num_micro_batches: int
-) -> tf.data.Dataset:
-    """Groups K consecutive micro-batches to a step, the last step filled up with empty ones.
-
-    Strings do not travel to devices, so `document_id` stays behind.
-    """
-    empty = empty_micro_batch(stream.packing) | {
-        "labels": tf.zeros([stream.packing.max_documents, stream.num_labels], tf.uint8),
-    }
-    # An empty micro-batch has no position of its own; -1 makes the last real one's stand.
-    empty |= {key: tf.constant(-1, tf.int64) for key in POSITION_KEYS}
-    padding = tf.data.Dataset.from_tensors(empty).repeat(num_micro_batches - 1)
+def _empty(stream: Stream) -> dict[str, tf.Tensor]:
+    """An empty micro-batch with all that `read_micro_batches` gives; its position is -1."""
+    documents = stream.packing.max_documents
     return (
-        micro_batches.map(lambda item: {k: v for k, v in item.items() if k != "document_id"})
-        .concatenate(padding)
-        .batch(num_micro_batches, drop_remainder=True)
+        empty_micro_batch(stream.packing)
+        | {
+            "labels": tf.zeros([documents, stream.num_labels], tf.uint8),
+            "document_id": tf.fill([documents], ""),
+        }
+        | {key: tf.constant(-1, tf.int64) for key in POSITION_KEYS}
+    )
+
+
+def stack_micro_batches(
+    micro_batches: tf.data.Dataset, stream: Stream, count: int
+) -> tf.data.Dataset:
+    """Stacks `count` consecutive micro-batches, the last stack filled up with empty ones."""
+    padding = tf.data.Dataset.from_tensors(_empty(stream)).repeat(count - 1)
+    stacked = micro_batches.concatenate(padding).batch(count, drop_remainder=True)
+    return stacked.prefetch(tf.data.AUTOTUNE)
+
+
+@dataclass(frozen=True)
+class Share:
+    """The replicas that one host feeds, of all that share a step."""
+
+    replicas: int = 1
+    first: int = 0
+    count: int = 1
+
+
+def deal_steps(
+    micro_batches: tf.data.Dataset, stream: Stream, micro_batches_per_step: int, share: Share
+) -> tf.data.Dataset:
+    """Deals K consecutive micro-batches a step to the replicas; yields one host's share.
+
+    Replica r of R takes micro-batches r K / R to (r + 1) K / R of every step. Every host reads and
+    packs the whole stream and keeps its own part, so that a step holds the same documents whatever
+    the number of hosts, and no host runs dry before another.
+
+    Args:
+      micro_batches: as `read_micro_batches` gives them.
+      stream: theirs.
+      micro_batches_per_step: K, a multiple of the replicas.
+      share: which replicas are this host's.
+
+    Returns:
+      For each step, one element for each of the host's replicas in order: what the model takes,
+      stacked to [K / R, ...], and `position` (int64 [3]), where the stream stands after the step.
+      Past the last document come empty micro-batches without end, whose position is -1.
+    """
+    each = micro_batches_per_step // share.replicas
+    assert each * share.replicas == micro_batches_per_step, (micro_batches_per_step, share)
+    empty = {name: value for name, value in _empty(stream).items() if name in _STEP_KEYS}
+
+    def deal(step: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        # Empty micro-batches only fill up the last step; the last real one's position stands.
+        last = tf.maximum(tf.reduce_sum(tf.cast(step["epoch"] >= 0, tf.int32)) - 1, 0)
+        position = tf.stack([step.pop(key)[last] for key in POSITION_KEYS])
+        mine = {
+            name: tf.reshape(value, [share.replicas, each, *value.shape[1:]])[
+                share.first : share.first + share.count
+            ]
+            for name, value in step.items()
+        }
+        return mine | {"position": tf.tile(position[None], [share.count, 1])}
+
+    return (
+        micro_batches.map(lambda item: {name: item[name] for name in empty})
+        .concatenate(tf.data.Dataset.from_tensors(empty).repeat())
+        .batch(micro_batches_per_step, drop_remainder=True)
+        .map(deal, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+        .unbatch()
         .prefetch(tf.data.AUTOTUNE)
     )

@@ -37,7 +37,11 @@ class ClsHead(keras.layers.Layer):
         size, spread = config.hidden_size, config.initializer_range
         self._rate = config.hidden_dropout
         self.pooler = Dense(size, size, spread, name="pooler", dtype=self.dtype_policy)
-        self.classifier = Dense(size, config.num_labels, spread, name="classifier", dtype="float32")
+        # tanh leaves values of up to 1, so that logits start within about 1 of the labels'
+        # log-odds. BERT's own 0.02 lets little of a label's gradient through to the encoder.
+        self.classifier = Dense(
+            size, config.num_labels, size**-0.5, name="classifier", dtype="float32"
+        )
 
     def build(self, _: Any = None) -> None:
         """Builds both layers."""

@@ -122,6 +122,7 @@ class AdamW:
         self,
         gradients: Sequence[tf.Tensor | tf.IndexedSlices | None],
         documents_consumed: tf.Tensor,
+        loss: tf.Tensor | float = 0.0,
     ) -> dict[str, tf.Tensor]:
         """One update of all weights, slots and averages.
 
@@ -129,15 +130,16 @@ class AdamW:
           gradients: one for each variable, already summed over replicas and micro-batches and
             divided by the number of documents; None leaves a weight as it is.
           documents_consumed: int64 scalar, as for `learning_rate`.
+          loss: float32 scalar whose gradients these are.
 
         Returns:
           float32 scalars `grad_norm` (before clipping) and `learning_rate`, int64 `skipped`: 1 if
-          the norm was not finite, in which case nothing but the counter changes.
+          norm or loss were not finite, in which case nothing but the counter changes.
         """
         config = self.config
         dense = [None if g is None else tf.convert_to_tensor(g) for g in gradients]
         norm = _global_norm([g for g in dense if g is not None])
-        applied = tf.math.is_finite(norm)
+        applied = tf.math.is_finite(norm) & tf.math.is_finite(loss)
         rate = self.learning_rate(documents_consumed)
         clip = config.clip_norm / tf.maximum(norm, config.clip_norm) if config.clip_norm else 1.0
         scalars = self._step_scalars(applied, rate)

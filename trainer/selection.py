@@ -11,10 +11,8 @@ import tensorflow as tf
 from trainer.config import PackingConfig, TrainConfig
 from trainer.losses import weighted_bce
 from trainer.metrics import compute_metrics, warn_if_constant
-from trainer.model import Model
-from trainer.optimizer import AdamW
 from trainer.records import Metadata
-from trainer.step import Predictor
+from trainer.step import Predictor, TrainStep
 
 # Evaluations while training report F1 at 0.5; `multihot evaluate` fits thresholds.
 _THRESHOLD = 0.5
@@ -64,16 +62,16 @@ class Evaluation:
         self,
         config: TrainConfig,
         metadata: Metadata,
-        model: Model,
-        optimizer: AdamW,
+        step: TrainStep,
         packing: PackingConfig,
         pos_weights: np.ndarray,
+        strategy: tf.distribute.Strategy,
     ) -> None:
         self._config = config
         self._metadata = metadata
-        self._optimizer = optimizer
+        self._optimizer = step.optimizer
         self._pos_weights = pos_weights
-        self._predictor = Predictor(model, packing)
+        self._predictor = Predictor(step.model, packing, strategy)
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:

@@ -7,37 +7,66 @@ import tensorflow as tf
 
 from trainer.config import PackingConfig
 from trainer.dropout import Dropout, step_key
-from trainer.input_pipeline import POSITION_KEYS, Position, open_stream, read_micro_batches
+from trainer.input_pipeline import (
+    Position,
+    open_stream,
+    read_micro_batches,
+    stack_micro_batches,
+)
+from trainer.loss_scale import LossScale
 from trainer.losses import weighted_bce
 from trainer.model import Model
 from trainer.optimizer import AdamW
 from trainer.records import Metadata
 
 _MODEL_INPUTS = ("input_ids", "position_ids", "segment_ids", "window_starts", "window_document")
+_SUMS = ("loss", "loss_documents", "documents", "tokens", "skipped", "steps")
+_LATEST = ("learning_rate", "grad_norm", "loss_scale")
 
 MicroBatches = dict[str, tf.Tensor]
 
 
 class Progress:
-    """How far a run is, in variables that a checkpoint keeps.
+    """How far a run is, in variables that a checkpoint keeps; make it in the strategy's scope.
 
     Attributes:
       steps, documents: int64, taken and consumed so far.
       position: int64 [3], the stream's epoch, block and next micro-batch.
+      bad_steps: int64, steps in a row, up to now, whose loss or gradient was not finite.
+      bad_from: int64 [3], the position before the first of them.
     """
 
     def __init__(self) -> None:
-        self.steps = tf.Variable(0, dtype=tf.int64, trainable=False)
-        self.documents = tf.Variable(0, dtype=tf.int64, trainable=False)
-        self.position = tf.Variable([0, 0, 0], dtype=tf.int64, trainable=False)
+        def variable(value: int | list[int]) -> tf.Variable:
+            return tf.Variable(value, dtype=tf.int64, trainable=False)
 
-    def read_position(self) -> Position:
-        """The position on the host."""
-        return Position(*(int(value) for value in self.position.numpy()))
+        self.steps, self.documents, self.bad_steps = variable(0), variable(0), variable(0)
+        self.position, self.bad_from = variable([0, 0, 0]), variable([0, 0, 0])
+
+    def advance(self, documents: tf.Tensor, position: tf.Tensor, is_bad: tf.Tensor) -> None:
+        """Counts a step that consumed `documents` and left the stream at `position`."""
+        begins = is_bad & (self.bad_steps == 0)
+        self.bad_from.assign(tf.where(begins, self.position, self.bad_from))
+        self.bad_steps.assign(tf.where(is_bad, self.bad_steps + 1, 0))
+        self.steps.assign_add(1)
+        self.documents.assign_add(tf.cast(documents, tf.int64))
+        self.position.assign(position)
+
+
+def read_position(variable: tf.Variable) -> Position:
+    """A position of `Progress` on the host."""
+    return Position(*(int(value) for value in variable.numpy()))
 
 
 class TrainStep:
-    """One update from K micro-batches, written against `strategy.run`."""
+    """One update from K micro-batches, written against `strategy.run`.
+
+    Attributes:
+      model, optimizer, loss_scale: what learns, and how; the scale is for float16, else None.
+      progress: how far the run is.
+      stop_requested: bool variable of this host; once it is true, all hosts end the loop after the
+        same step, which may be the one under way.
+    """
 
     def __init__(
         self,
@@ -48,8 +77,10 @@ class TrainStep:
         pos_weights: np.ndarray,
         seed: int,
         jit_compile: bool,
+        loss_scale: LossScale | None = None,
+        max_bad_steps: int = 20,
     ) -> None:
-        """Makes the compiled parts.
+        """Makes the compiled parts; call it outside of the strategy's scope.
 
         Args:
           strategy: whose replicas run the step.
@@ -59,24 +90,31 @@ class TrainStep:
           pos_weights: float32 [L].
           seed: of the dropout masks.
           jit_compile: whether XLA compiles the step's two halves.
+          loss_scale: for float16, else None.
+          max_bad_steps: steps in a row without a finite loss and gradient that end the loop.
         """
         self._strategy = strategy
         self.model = model
-        self._optimizer = optimizer
+        self.optimizer = optimizer
         self._packing = packing
         self._pos_weights = tf.constant(pos_weights, tf.float32)
         self._seed = seed
+        self.loss_scale = loss_scale
+        self._max_bad_steps = max_bad_steps
         self._variables = list(model.named_variables().values())
         rates = (model.config.hidden_dropout, model.config.attention_dropout)
         self._has_dropout = any(rates)
-        self._compute = tf.function(self._accumulate, jit_compile=jit_compile, autograph=False)
-        self._update = tf.function(optimizer.apply, jit_compile=jit_compile, autograph=False)
-        self.progress = Progress()
+        self.compute = tf.function(self._accumulate, jit_compile=jit_compile, autograph=False)
+        self.update = tf.function(self._apply, jit_compile=jit_compile, autograph=False)
+        with strategy.scope():
+            self.progress = Progress()
+        # Not the strategy's: each host has its own, and any thread may set it.
+        self.stop_requested = tf.Variable(False, trainable=False)
 
     def _differentiate(
-        self, batch: MicroBatches, step: tf.Tensor, index: tf.Tensor
+        self, batch: MicroBatches, step: tf.Tensor, index: tf.Tensor, scale: tf.Tensor
     ) -> tuple[tf.Tensor, tf.Tensor, list[tf.Tensor]]:
-        """(loss sum, documents, gradients of the sum) of one micro-batch."""
+        """(loss sum, documents, gradients of the scaled sum) of one micro-batch."""
         dropout = Dropout(step_key(self._seed, step, index)) if self._has_dropout else None
         with tf.GradientTape() as tape:
             logits = self.model(
@@ -88,20 +126,21 @@ class TrainStep:
             loss, documents = weighted_bce(
                 logits, batch["labels"], batch["document_mask"], self._pos_weights
             )
+            scaled = loss * scale
         gradients = tape.gradient(
-            loss, self._variables, unconnected_gradients=tf.UnconnectedGradients.ZERO
+            scaled, self._variables, unconnected_gradients=tf.UnconnectedGradients.ZERO
         )
         return loss, documents, [tf.convert_to_tensor(gradient) for gradient in gradients]
 
     def _accumulate(
-        self, batches: MicroBatches, step: tf.Tensor, first: tf.Tensor
+        self, batches: MicroBatches, step: tf.Tensor, first: tf.Tensor, scale: tf.Tensor
     ) -> tuple[tf.Tensor, tf.Tensor, list[tf.Tensor]]:
         """`_differentiate` summed over this replica's stacked micro-batches."""
         count = batches["input_ids"].shape[0]
 
         def one(index: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, list[tf.Tensor]]:
             batch = {name: value[index] for name, value in batches.items()}
-            return self._differentiate(batch, step, first + index)
+            return self._differentiate(batch, step, first + index, scale)
 
         if count == 1:
             return one(tf.constant(0))
@@ -118,59 +157,86 @@ class TrainStep:
         )
         return loss, documents, gradients
 
-    def _replica_step(self, batches: MicroBatches) -> dict[str, tf.Tensor]:
+    def _apply(
+        self, gradients: list[tf.Tensor], consumed: tf.Tensor, loss: tf.Tensor
+    ) -> dict[str, tf.Tensor]:
+        """The optimizer's update, and the loss scale's."""
+        report = self.optimizer.apply(gradients, consumed, loss)
+        if self.loss_scale is not None:
+            self.loss_scale.update(report["skipped"] == 0)
+        return report
+
+    def _replica_step(self, batches: MicroBatches, stop: tf.Tensor) -> dict[str, tf.Tensor]:
         context = tf.distribute.get_replica_context()
         count = batches["input_ids"].shape[0]
         first = tf.cast(context.replica_id_in_sync_group, tf.int32) * count
         inputs = {name: batches[name] for name in (*_MODEL_INPUTS, "labels", "document_mask")}
-        loss, documents, gradients = self._compute(inputs, self.progress.steps, first)
+        scale = tf.ones([]) if self.loss_scale is None else tf.identity(self.loss_scale.scale)
+        loss, documents, gradients = self.compute(
+            inputs, tf.convert_to_tensor(self.progress.steps), first, scale
+        )
+        tokens = tf.math.count_nonzero(batches["segment_ids"], dtype=tf.float32)
         # Aggregation happens here and nowhere else: sums over replicas, then one division by the
         # number of documents of the whole step, then (in the optimizer) clipping.
-        loss, documents, gradients = context.all_reduce(
-            tf.distribute.ReduceOp.SUM, (loss, documents, gradients)
+        counts, gradients = context.all_reduce(
+            tf.distribute.ReduceOp.SUM, (tf.stack([loss, documents, tokens, stop]), gradients)
         )
-        divisor = tf.maximum(documents, 1.0)
+        loss, documents, tokens, stop = tf.unstack(counts)
+        divisor = tf.maximum(documents, 1.0) * scale
         gradients = [gradient / divisor for gradient in gradients]
-        report = self._update(gradients, tf.convert_to_tensor(self.progress.documents))
-        tokens = tf.math.count_nonzero(batches["segment_ids"], dtype=tf.float32)
-        return report | {"loss": loss, "documents": documents, "tokens": tokens}
-
-    def _advance(self, batches: MicroBatches, documents: tf.Tensor) -> None:
-        progress = self.progress
-        progress.steps.assign_add(1)
-        progress.documents.assign_add(tf.cast(documents, tf.int64))
-        # Empty micro-batches only fill up the last step; the last real one's position stands.
-        last = tf.reduce_sum(tf.cast(batches["epoch"] >= 0, tf.int32)) - 1
-        progress.position.assign(tf.stack([batches[key][last] for key in POSITION_KEYS]))
+        report = self.update(gradients, tf.convert_to_tensor(self.progress.documents), loss)
+        applied = report["skipped"] == 0
+        return report | {
+            "loss": tf.where(applied, loss, 0.0),
+            "loss_documents": tf.where(applied, documents, 0.0),
+            "documents": documents,
+            "tokens": tokens,
+            "loss_scale": scale,
+            "stop": stop,
+            "position": batches["position"],
+        }
 
     @tf.function
     def run(
         self, iterator: tf.data.Iterator, max_steps: tf.Tensor, until: tf.Tensor
     ) -> dict[str, tf.Tensor]:
-        """Takes steps on the device, at most `max_steps`, until `until` documents are consumed.
+        """Takes steps on the device until one of four things ends the loop.
+
+        These are: `max_steps` steps; `until` documents consumed; a host that requested a stop; too
+        many bad steps in a row.
 
         Args:
-          iterator: over what `group_steps` gave.
+          iterator: over `deal_steps`, distributed by the strategy.
           max_steps: int64 scalar tensor, so that other values do not trace again.
           until: int64 scalar tensor.
 
         Returns:
-          Sums over the steps (`loss`, `documents`, `tokens`, `skipped`, `steps`) and the last
-          step's `learning_rate` and `grad_norm`, float32 scalars.
+          Sums over the steps: `documents`, `tokens`, `skipped`, `steps`, and over those that were
+          not skipped `loss` and its `loss_documents`; the last step's `learning_rate`, `grad_norm`
+          and `loss_scale`; `stop`, above 0 if a host requested one. float32 scalars.
         """
-        sums = {name: tf.zeros([]) for name in ("loss", "documents", "tokens", "skipped", "steps")}
-        last = {name: tf.zeros([]) for name in ("learning_rate", "grad_norm")}
-        step = tf.constant(0, tf.int64)
-        while step < max_steps and self.progress.documents < until:
-            batches = next(iterator)
-            report = self._strategy.run(self._replica_step, args=(batches,))
-            report = self._strategy.experimental_local_results(report)[0]
-            self._advance(batches, report["documents"])
+        sums = {name: tf.zeros([]) for name in _SUMS}
+        last = {name: tf.zeros([]) for name in _LATEST}
+        step, stop = tf.constant(0, tf.int64), tf.zeros([])
+        while (
+            step < max_steps
+            and self.progress.documents < until
+            and self.progress.bad_steps < self._max_bad_steps
+            and stop == 0
+        ):
+            # The flag goes through the all-reduce, so that all hosts leave after the same step.
+            arguments = (next(iterator), tf.cast(self.stop_requested, tf.float32))
+            reports = self._strategy.run(self._replica_step, args=arguments)
+            report = {
+                name: self._strategy.experimental_local_results(value)[0]
+                for name, value in reports.items()
+            }
+            self.progress.advance(report["documents"], report["position"], report["skipped"] > 0)
             report["steps"] = tf.ones([])
-            sums = {name: sums[name] + tf.cast(report[name], tf.float32) for name in sums}
-            last = {name: report[name] for name in last}
-            step += 1
-        return sums | last
+            sums = {name: sums[name] + tf.cast(report[name], tf.float32) for name in _SUMS}
+            last = {name: report[name] for name in _LATEST}
+            step, stop = step + 1, report["stop"]
+        return sums | last | {"stop": stop}
 
 
 @dataclass(frozen=True)
@@ -186,21 +252,57 @@ class Predictions:
 
 
 class Predictor:
-    """A compiled forward pass over micro-batches of one shape."""
+    """A compiled forward pass over micro-batches of one shape, on all replicas of a strategy."""
 
-    def __init__(self, model: Model, packing: PackingConfig, jit_compile: bool = False) -> None:
-        """Args: model, packing: as trained; jit_compile: whether XLA compiles the pass."""
+    def __init__(
+        self,
+        model: Model,
+        packing: PackingConfig,
+        strategy: tf.distribute.Strategy | None = None,
+        jit_compile: bool = False,
+    ) -> None:
+        """Makes the compiled pass.
+
+        Args:
+          model, packing: as trained.
+          strategy: whose replicas share the micro-batches; default: where TensorFlow puts it.
+          jit_compile: whether XLA compiles the pass.
+        """
         self.model = model
         self._packing = packing
+        self._strategy = strategy or tf.distribute.get_strategy()
 
         def forward(batch: MicroBatches) -> tf.Tensor:
             return model(batch, row_groups=packing.row_groups, num_documents=packing.max_documents)
 
         self._forward = tf.function(forward, jit_compile=jit_compile, autograph=False)
+        self._on_replicas = tf.function(
+            lambda batch: self._strategy.run(self._forward, args=(batch,)), autograph=False
+        )
 
     def logits(self, batch: MicroBatches) -> tf.Tensor:
         """Logits float32 [D, L] of one micro-batch."""
         return self._forward({name: batch[name] for name in _MODEL_INPUTS})
+
+    def _stacked_logits(self, batches: MicroBatches) -> np.ndarray:
+        """Logits float32 [R, D, L] of one micro-batch for each of the R replicas.
+
+        Every host gets all of them, so that all come to the same metrics and decisions.
+        """
+        strategy = self._strategy
+        count = strategy.num_replicas_in_sync
+        inputs = {name: batches[name] for name in _MODEL_INPUTS}
+        if count == 1:
+            inputs = {name: value[0] for name, value in inputs.items()}
+            return self._on_replicas(inputs).numpy()[None]
+
+        def of_replica(context: tf.distribute.DistributedValues) -> MicroBatches:
+            index = context.replica_id_in_sync_group
+            return {name: value[index] for name, value in inputs.items()}
+
+        values = strategy.experimental_distribute_values_from_function(of_replica)
+        logits = strategy.gather(self._on_replicas(values), axis=0).numpy()
+        return logits.reshape([count, -1, logits.shape[-1]])
 
     def predict_split(self, data_dir: str, metadata: Metadata, split_name: str) -> Predictions:
         """Scores every document of a split exactly once.
@@ -213,10 +315,12 @@ class Predictor:
         logits = np.full((count, width), np.nan, np.float32)
         labels = np.zeros((count, width), bool)
         ids = np.empty(count, object)
-        for batch in read_micro_batches(stream, seed=None).prefetch(tf.data.AUTOTUNE):
-            real = batch["document_index"].numpy() >= 0
-            index = batch["document_index"].numpy()[real]
-            logits[index] = self.logits(batch).numpy()[real]
-            labels[index] = batch["labels"].numpy()[real]
-            ids[index] = batch["document_id"].numpy()[real]
+        micro_batches = read_micro_batches(stream, seed=None)
+        replicas = self._strategy.num_replicas_in_sync
+        for batches in stack_micro_batches(micro_batches, stream, replicas):
+            real = batches["document_index"].numpy() >= 0
+            index = batches["document_index"].numpy()[real]
+            logits[index] = self._stacked_logits(batches)[real]
+            labels[index] = batches["labels"].numpy()[real]
+            ids[index] = batches["document_id"].numpy()[real]
         return Predictions([item.decode("utf-8", "replace") for item in ids], logits, labels)
