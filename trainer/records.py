@@ -16,8 +16,9 @@ from typing import Any
 from trainer.atomic import write_atomically
 from trainer.config import from_dict
 from trainer.errors import UserError
+from trainer.seal import seal, unseal
 
-SCHEMA_VERSION = 1
+SCHEMA_VERSION = 2
 METADATA_FILE = "metadata.json"
 TOKENIZER_FOLDER = "tokenizer"
 
@@ -72,8 +73,8 @@ class Metadata:
         return self.splits[name]
 
     def save(self, data_dir: str) -> None:
-        """Writes metadata.json into `data_dir`, atomically."""
-        content = json.dumps(dataclasses.asdict(self), indent=1, ensure_ascii=False)
+        """Writes metadata.json into `data_dir`, atomically, with a checksum of its content."""
+        content = json.dumps(seal(dataclasses.asdict(self)), indent=1, ensure_ascii=False)
         write_atomically(os.path.join(data_dir, METADATA_FILE), content + "\n")
 
 
@@ -100,6 +101,7 @@ def load_metadata(data_dir: str) -> Metadata:
             "run this version's `multihot prepare` again"
         )
     try:
+        values = unseal(values)
         splits = {
             name: from_dict(
                 Split, split | {"shards": [from_dict(Shard, shard) for shard in split["shards"]]}
@@ -107,7 +109,7 @@ def load_metadata(data_dir: str) -> Metadata:
             for name, split in values["splits"].items()
         }
         return from_dict(Metadata, values | {"splits": splits})
-    except (KeyError, TypeError, UserError) as error:
+    except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: damaged ({error}); run `multihot prepare` again") from None
 
 
