@@ -1,8 +1,14 @@
 """`multihot COMMAND --flag=value …`: finds the command's module, imports it, and runs it.
 
-Imports nothing heavy itself, so that help answers at once. Exit codes: 0 done, 2 something that
-the user can fix (one line on standard error), 130 interrupted; anything else is a fault of ours
-and shows its traceback.
+Imports nothing heavy itself, so that help answers at once. Exit codes:
+
+  0    done
+  2    something that the user can fix, in one line on standard error
+  75   stopped, nothing lost: run the same command again (EX_TEMPFAIL of sysexits.h). `train` ends
+       so after SIGTERM, a first SIGINT, a notice of the machine's end, or the loss of a worker
+  130  interrupted: by SIGINT, in `train` by a second one
+
+Anything else is a fault of ours and shows its traceback.
 """
 
 import contextlib
@@ -11,10 +17,11 @@ import importlib
 import os
 import sys
 from collections.abc import Iterator, Sequence
-from typing import Any
+from types import ModuleType
+from typing import Any, NoReturn
 
 from trainer import config
-from trainer.errors import UserError
+from trainer.errors import INTERRUPTED, RUN_AGAIN, USER_FAULT, RunAgain, UserError
 from trainer.flags import describe_flags, parse_flags
 
 # In the order in which a user meets them. Each is the module trainer.<name> with a run(config).
@@ -28,9 +35,6 @@ COMMANDS: dict[str, type] = {
 }
 
 _GREETING = (b"All log messages before absl::InitializeLog()", b"oneDNN custom operations are on")
-
-USER_FAULT = 2
-INTERRUPTED = 130
 
 
 def summarize(command: str) -> str:
@@ -71,11 +75,14 @@ def _run(command: str, arguments: Sequence[str]) -> None:
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     try:
         parsed: Any = parse_flags(COMMANDS[command], arguments)
-        with _without_greeting():
-            module = importlib.import_module(f"trainer.{command}")
-        module.run(parsed)
+        if command == "train":
+            _train(parsed, arguments)
+        else:
+            _import(command).run(parsed)
     except UserError as error:
         _fail(name, str(error), USER_FAULT)
+    except RunAgain as error:
+        _fail(name, str(error), RUN_AGAIN)
     except KeyboardInterrupt:
         _fail(name, "interrupted", INTERRUPTED)
     except ModuleNotFoundError as error:
@@ -89,6 +96,26 @@ def _run(command: str, arguments: Sequence[str]) -> None:
         if not _is_file_system_error(error):
             raise
         _fail(name, str(error), USER_FAULT)
+
+
+def _train(parsed: config.TrainConfig, arguments: Sequence[str]) -> None:
+    """Runs `train`, here or restarted in child processes."""
+    if parsed.max_restarts:
+        from trainer.supervisor import supervise
+
+        child = [sys.executable, "-m", "trainer.cli", "train", *arguments, "--max_restarts=0"]
+        sys.exit(supervise(child, parsed.max_restarts))
+    from trainer.interruption import Interruption
+
+    # Before TensorFlow and NumPy start threads, which would take the signals otherwise.
+    with Interruption():
+        _import("train").run(parsed)
+
+
+def _import(command: str) -> ModuleType:
+    """The module of a command."""
+    with _without_greeting():
+        return importlib.import_module(f"trainer.{command}")
 
 
 @contextlib.contextmanager
@@ -139,7 +166,7 @@ def _is_file_system_error(error: Exception) -> bool:
     )
 
 
-def _fail(name: str, message: str, code: int) -> None:
+def _fail(name: str, message: str, code: int) -> NoReturn:
     print(f"{name}: error: {' '.join(message.split())}", file=sys.stderr)
     sys.exit(code)
 

@@ -1,4 +1,11 @@
-"""The one exception that means: the user can fix this."""
+"""How a command ends otherwise than well, and the exit codes that say so."""
+
+import os
+from typing import NoReturn
+
+USER_FAULT = 2
+RUN_AGAIN = 75  # EX_TEMPFAIL of sysexits.h: the same command is expected to succeed later.
+INTERRUPTED = 130  # What a shell says of a program that SIGINT ended.
 
 
 class UserError(ValueError):
@@ -9,7 +16,23 @@ class UserError(ValueError):
 
 
 class RunAgain(Exception):
-    """A run that ended early with nothing lost: the same command goes on where it stopped.
+    """The run stopped through no fault of its own: one line, exit code 75, no traceback.
 
-    Its message is one line, shown without a traceback; the command exits with code 75.
+    A machine that is taken away, a worker that was lost: the same command goes on from the last
+    checkpoint. The message says what happened and what to do.
     """
+
+
+def end_process(message: str, code: int, standard_error: int = 2) -> NoReturn:
+    """Prints an error line of `train` and ends this process at once, from whichever thread calls.
+
+    For threads that watch a main thread which may be inside TensorFlow and never return: nothing
+    is cleaned up, which is as safe as a SIGKILL because nothing is written under a final name.
+
+    Args:
+      message: becomes one line.
+      code: of the exit.
+      standard_error: file descriptor to write to.
+    """
+    os.write(standard_error, f"multihot train: error: {' '.join(message.split())}\n".encode())
+    os._exit(code)

@@ -47,7 +47,7 @@ from trainer.scoring import Block, Scored, read_chunks, score_blocks, tokenize
 from trainer.sources import Columns, check_columns, list_files
 from trainer.stages import run_ahead
 from trainer.step import Predictor
-from trainer.strategy import choose_precision, make_strategy
+from trainer.strategy import choose_scoring_precision
 from trainer.tokenizer import Tokenizer
 
 # Flags that change what is written; a rerun has to give them as they were.
@@ -91,7 +91,7 @@ def run(config: ScoreConfig) -> ScoreSummary:
                 "choose another --output_dir"
             )
         check_columns(path, columns)
-    precision = choose_precision(config.precision, make_strategy("auto"))
+    precision = choose_scoring_precision(config.precision)
     model = load_exported(config.model, precision)
     with open_output_folder(config.output_dir):
         start = time.perf_counter()
