@@ -61,14 +61,16 @@ def folders(tmp_path_factory):
     packing = choose_packing(splits["train"].length_histogram, 256)
     record = RunRecord(
         TrainConfig(data_dir=data_dir, model_dir=model_dir), sizes, packing, LABELS, WEIGHTS,
-        MAX_LENGTH, 400, "d" * 64, "t" * 64, "float32", {},
+        MAX_LENGTH, 400, "d" * 64, "t" * 64, "float32", 1, {},
     )  # fmt: skip
     start_record(model_dir, record)
     model = build_model(sizes, seed=4)
     # An untrained encoder, but large weights in the head, so that documents differ.
-    model.head.classifier.kernel.assign(model.head.classifier.kernel * 60.0)
+    model.head.classifier.kernel.assign(model.head.classifier.kernel * 5.0)
     variables = {"model": model.named_variables()}
-    Checkpoints(model_dir, variables, 1).save_best(7)
+    checkpoints = Checkpoints(model_dir, variables, 1)
+    checkpoints.save_best(7)
+    checkpoints.close()
     return data_dir, model_dir
 
 

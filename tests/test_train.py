@@ -17,7 +17,8 @@ import pytest
 import tensorflow as tf
 
 from trainer import train
-from trainer.checkpoint import load_best
+from trainer.checkpoint import load_best, load_record
+from trainer.checkpoint_folder import CheckpointFolder
 from trainer.config import OptimizerConfig, TrainConfig
 from trainer.errors import UserError
 from trainer.records import load_metadata
@@ -59,9 +60,13 @@ def start(config):
     )
 
 
+def newest(model_dir):
+    folder = CheckpointFolder(os.path.join(str(model_dir), "checkpoints"))
+    return folder.find(folder.steps()[-1])
+
+
 def last_checkpoint(model_dir):
-    path = tf.train.latest_checkpoint(os.path.join(str(model_dir), "checkpoints"))
-    reader = tf.train.load_checkpoint(path)
+    reader = tf.train.load_checkpoint(newest(model_dir))
     return {
         name: reader.get_tensor(name)
         for name in reader.get_variable_to_shape_map()
@@ -160,12 +165,11 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(
     corpus, finished, tmp_path, caplog
 ):
     model_dir = copied(finished, tmp_path)
-    newest = tf.train.latest_checkpoint(os.path.join(model_dir, "checkpoints"))
-    data = f"{newest}.data-00000-of-00001"
+    data = f"{newest(model_dir)}.data-00000-of-00001"
     os.truncate(data, os.path.getsize(data) // 2)
     with caplog.at_level(logging.WARNING):
         train.run(config_of(corpus, model_dir))
-    assert any(newest in record.getMessage() for record in caplog.records)
+    assert any(data in record.getMessage() for record in caplog.records)
     assert_same_run(model_dir, finished[0])
 
 
@@ -179,12 +183,12 @@ def test_no_readable_checkpoint_is_an_error_and_not_a_fresh_start(corpus, finish
 
 def test_a_checkpoint_of_other_sizes_is_named(corpus, finished, tmp_path):
     model_dir = copied(finished, tmp_path)
-    path = os.path.join(model_dir, "config.json")
-    with open(path, encoding="utf-8") as file:
-        record = json.load(file)
-    record["train"]["intermediate_size"] = record["model"]["intermediate_size"] = 128
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump(record, file)
+    record = load_record(model_dir)
+    changed = {
+        name: dataclasses.replace(getattr(record, name), intermediate_size=128)
+        for name in ("train", "model")
+    }
+    dataclasses.replace(record, **changed).save(model_dir)
     with pytest.raises(UserError, match=r"intermediate/\w+ has shape .*64.*expected .*128"):
         train.run(config_of(corpus, model_dir, intermediate_size=128))
     with pytest.raises(UserError, match="other sizes"):

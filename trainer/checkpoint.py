@@ -1,218 +1,224 @@
-"""What a run writes down: its config, its checkpoints, the best one, and how to come back.
+"""A run's checkpoints and its best weights: saved while it goes on, and read only if whole.
 
 A model folder holds `config.json` (the run), `checkpoints/` (the newest few, to resume), `best/`
-(the weights that evaluation liked best) and `metrics.jsonl`. TensorFlow writes each checkpoint
-aside and only then names it in a state file, so that a killed save is never taken for one.
+(the weights that evaluation liked best) and `metrics.jsonl`.
 """
 
-import dataclasses
-import glob
 import hashlib
-import json
 import logging
 import os
-import shutil
+from collections import deque
+from collections.abc import Callable
+from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
-from trainer.atomic import write_atomically
-from trainer.config import ModelConfig, PackingConfig, TrainConfig, from_dict
+from trainer import storage
+from trainer.checkpoint_folder import (
+    BEST_FOLDER,
+    CHECKPOINT_FOLDER,
+    CheckpointFolder,
+    DamagedError,
+    Values,
+    Variables,
+    check_shapes,
+    one_line,
+)
+from trainer.config import PackingConfig
 from trainer.errors import UserError
 from trainer.model import Model, build_model
+from trainer.run_record import RunRecord, load_record, start_record
 
-CONFIG_FILE = "config.json"
-CHECKPOINT_FOLDER = "checkpoints"
-BEST_FOLDER = "best"
+# A run's record belongs to what this module is asked for, though it has a room of its own.
+__all__ = [
+    "Checkpoints",
+    "LoadedRun",
+    "RunRecord",
+    "check_shapes",
+    "fingerprint_weights",
+    "load_best",
+    "load_record",
+    "start_record",
+]
 
-# Flags that may differ when a run is resumed: they change neither the data nor the arithmetic.
-# Everything else must be the same, or the rerun would not be the run that was never interrupted.
-RESUMABLE_FLAGS = (
-    "data_dir",
-    "model_dir",
-    "strategy",
-    "steps_per_loop",
-    "checkpoint_every",
-    "keep_checkpoints",
+# Said of devices and other workers, not of a folder that is full or cannot be written to.
+_NOT_OF_FILES = (
+    tf.errors.UnavailableError,
+    tf.errors.AbortedError,
+    tf.errors.CancelledError,
+    tf.errors.DeadlineExceededError,
+    tf.errors.InternalError,
 )
 
-_DAMAGED = (
-    tf.errors.DataLossError,
-    tf.errors.NotFoundError,
-    tf.errors.OutOfRangeError,
-    tf.errors.InvalidArgumentError,
-    tf.errors.FailedPreconditionError,
-    IndexError,
-    ValueError,
-)
+# Checkpoints waiting to be written, each a copy of the variables: a best one and a newest one.
+_MOST_PENDING = 2
 
 _logger = logging.getLogger(__name__)
 
 
-@dataclass(frozen=True)
-class RunRecord:
-    """A run's config.json: what was asked for, and what followed from it and the data."""
-
-    train: TrainConfig
-    model: ModelConfig
-    packing: PackingConfig
-    labels: tuple[str, ...]
-    pos_weights: tuple[float, ...]
-    max_seq_length: int
-    total_documents: int
-    data_fingerprint: str
-    tokenizer_fingerprint: str
-    precision: str
-    versions: dict[str, str]
-
-
-def load_record(model_dir: str) -> RunRecord:
-    """Reads a run's config.json.
-
-    Raises:
-      UserError: if there is none or it cannot be understood.
-    """
-    path = os.path.join(model_dir, CONFIG_FILE)
-    try:
-        with open(path, encoding="utf-8") as file:
-            return from_dict(RunRecord, json.load(file))
-    except FileNotFoundError:
-        raise UserError(
-            f"{model_dir}: no {CONFIG_FILE}; expected the --model_dir of a `multihot train`"
-        ) from None
-    except (ValueError, TypeError, KeyError) as error:
-        raise UserError(f"{path}: damaged or of another version ({error})") from None
-
-
-def start_record(model_dir: str, record: RunRecord) -> None:
-    """Writes config.json of a new run, or checks that a rerun is the same run.
-
-    Raises:
-      UserError: naming what changed since the run was started.
-    """
-    path = os.path.join(model_dir, CONFIG_FILE)
-    if not os.path.exists(path):
-        write_atomically(path, json.dumps(dataclasses.asdict(record), indent=1) + "\n")
-        return
-    before = load_record(model_dir)
-    changes = _changed_flags(before.train, record.train)
-    if changes:
-        raise UserError(
-            f"{model_dir}: holds a run with other flags: {'; '.join(changes)}; give the same "
-            "flags to resume it, or another --model_dir"
-        )
-    for name in ("data_fingerprint", "tokenizer_fingerprint"):
-        if getattr(before, name) != getattr(record, name):
-            what = name.removesuffix("_fingerprint")
-            raise UserError(
-                f"{record.train.data_dir}: not the {what} that the run in {model_dir} began with "
-                f"(fingerprint {getattr(record, name)[:12]}, expected "
-                f"{getattr(before, name)[:12]}); restore it, or take another --model_dir"
-            )
-    if before.model != record.model:
-        raise UserError(
-            f"{model_dir}: holds a model of other sizes than --init_checkpoint now has; give the "
-            "same checkpoint to resume it, or another --model_dir"
-        )
-
-
-def _changed_flags(before: Any, now: Any) -> list[str]:
-    changes = []
-    for item in dataclasses.fields(before):
-        old, new = getattr(before, item.name), getattr(now, item.name)
-        if dataclasses.is_dataclass(old):
-            changes += _changed_flags(old, new)
-        elif old != new and item.name not in RESUMABLE_FLAGS:
-            changes.append(f"--{item.name} was {old}, now {new}")
-    return changes
-
-
 class Checkpoints:
-    """The newest checkpoints of a run, and the best one."""
+    """The newest checkpoints of a run, and the best one.
+
+    They are written by a thread of their own, from a copy of the variables as they are at the
+    call, so that training goes on meanwhile. TensorFlow's own asynchronous checkpoints
+    (`CheckpointOptions(enable_async=True)`) copy as soundly, on one device and on mirrored ones,
+    but keep an error to themselves until the next write, so that a disk that is full at the last
+    checkpoint would go unnoticed. Here `save`, `save_best`, `wait` and `close` raise it.
+    """
 
     def __init__(
-        self, model_dir: str, variables: dict[str, dict[str, tf.Variable]], keep: int
+        self, model_dir: str, variables: Variables, keep: int, is_chief: bool = True
     ) -> None:
-        """Args: variables: what to keep, as {"model": {name: variable}, ...}; keep: how many."""
+        """Touches nothing yet.
+
+        Args:
+          model_dir: folder of the run, the same one for all hosts.
+          variables: what to keep, as {"model": {name: variable}, ...}; on several replicas
+            mirrored ones, which a host can read by itself.
+          keep: how many of the newest to keep.
+          is_chief: whether this host writes and removes; the others only read.
+        """
         self._model_dir = model_dir
         self._variables = variables
-        for folder in (CHECKPOINT_FOLDER, BEST_FOLDER):
-            _remove_unfinished(os.path.join(model_dir, folder))
-        self._manager = tf.train.CheckpointManager(
-            tf.train.Checkpoint(**variables),
-            os.path.join(model_dir, CHECKPOINT_FOLDER),
-            max_to_keep=keep,
-            checkpoint_name="step",
-        )
-        self._best = tf.train.CheckpointManager(
-            tf.train.Checkpoint(model=variables["model"]),
-            os.path.join(model_dir, BEST_FOLDER),
-            max_to_keep=1,
-            checkpoint_name="step",
-        )
+        self._keep = keep
+        self._is_chief = is_chief
+        self._newest = CheckpointFolder(os.path.join(model_dir, CHECKPOINT_FOLDER))
+        self._best = CheckpointFolder(os.path.join(model_dir, BEST_FOLDER))
+        self._damaged: set[int] = set()
+        self._writer = ThreadPoolExecutor(1, "checkpoints")
+        self._pending: deque[Future[None]] = deque()
+        self._error: Exception | None = None
 
     def save(self, step: int) -> None:
-        """Saves everything under the number of steps taken."""
-        self._manager.save(checkpoint_number=step)
+        """Begins to save everything under the number of steps taken.
+
+        When it is saved, older checkpoints than the newest `keep`, those that `restore` found
+        damaged, and all but the last of the best are removed.
+
+        Raises:
+          UserError: if an earlier one could not be saved: no room, or no permission to write.
+        """
+        self._begin(self._save, step, self._variables)
 
     def save_best(self, step: int) -> None:
-        """Saves the weights as the best so far."""
-        self._best.save(checkpoint_number=step)
+        """Begins to save the weights as the best so far.
+
+        The best before it stays until the next `save`: a run that is killed in between resumes
+        from a checkpoint that knows of no better one.
+
+        Raises:
+          UserError: as `save`.
+        """
+        self._begin(self._best.write, step, {"model": self._variables["model"]})
+
+    def wait(self) -> None:
+        """Returns when everything is saved.
+
+        Raises:
+          UserError: if something could not be saved: no room, or no permission to write.
+        """
+        while self._pending:
+            self._pending.popleft().result()
+        if self._error is not None:
+            raise self._error
+
+    def close(self) -> None:
+        """Waits as `wait` does; nothing can be saved afterwards."""
+        try:
+            self.wait()
+        finally:
+            self._writer.shutdown()
 
     def restore(self) -> bool:
         """Restores the newest checkpoint that is whole; False if the run has none yet.
 
         Raises:
-          UserError: if there are checkpoints but none can be read.
+          UserError: if there are checkpoints but none is whole, or they are of another model.
         """
-        paths = list(reversed(self._manager.checkpoints))
-        for path in paths:
+        steps, unlisted = self._newest.steps(), self._newest.steps_without_manifest()
+        for step in reversed(steps):
             try:
-                check_shapes(path, self._variables)
-                status = tf.train.Checkpoint(**self._variables).restore(path)
-                status.assert_existing_objects_matched()
-                return True
-            except _DAMAGED as error:
-                if isinstance(error, UserError):
-                    raise
-                _logger.warning(
-                    "%s: cannot be read (%s); going back to the one before", path, _line(error)
-                )
-        if paths:
+                self._newest.read(step, self._variables)
+            except DamagedError as error:
+                _logger.warning("%s; going back to the checkpoint before", error)
+                self._damaged.add(step)
+                continue
+            self._tidy(step)
+            return True
+        # Killed while it saved its first checkpoint, a run leaves one step without a manifest.
+        if steps or len(unlisted) > 1:
             raise UserError(
-                f"{self._model_dir}: none of {len(paths)} checkpoints can be read; restore one, "
-                "or start again in another --model_dir"
+                f"{self._newest.path}: none of {len(steps) + len(unlisted)} checkpoints can be "
+                "read; restore one, or start again in another --model_dir"
             )
+        self._tidy(None)
         return False
 
+    def _tidy(self, restored: int | None) -> None:
+        """Removes what killed runs left behind, now that it is known where this one stands."""
+        if not self._is_chief:
+            return
+        for folder in (self._newest, self._best):
+            folder.remove_unfinished()
+            for step in folder.steps_without_manifest():
+                _logger.warning(
+                    "%s: no manifest step-%d.json, because its save was cut short or the manifest "
+                    "is lost; not used, and removed",
+                    os.path.join(folder.path, f"step-{step}"), step,
+                )  # fmt: skip
+                folder.remove(step)
+        best = self._best.steps()
+        if restored is not None and best and best[0] <= restored:
+            # The later ones are of steps that are still to be taken again.
+            for step in best:
+                if step > restored:
+                    self._best.remove(step)
 
-def _remove_unfinished(folder: str) -> None:
-    """Removes what TensorFlow was writing when an earlier run was killed."""
-    for path in glob.glob(os.path.join(glob.escape(folder), "*_temp")):
-        shutil.rmtree(path, ignore_errors=True)
+    def _begin(self, write: Callable[[int, Values], None], step: int, variables: Variables) -> None:
+        """Hands a copy of variables to the writer; raises what it could not save before."""
+        if not self._is_chief:
+            return
+        while len(self._pending) >= _MOST_PENDING:
+            self._pending.popleft().result()
+        if self._error is not None:
+            raise self._error
+        values = {
+            group: {name: variable.numpy() for name, variable in members.items()}
+            for group, members in variables.items()
+        }
+        self._pending.append(self._writer.submit(self._run, write, step, values))
 
-
-def check_shapes(path: str, variables: dict[str, dict[str, tf.Variable]]) -> None:
-    """Compares a checkpoint's tensors with the variables that shall take them.
-
-    Raises:
-      UserError: naming the first tensor of another size.
-    """
-    shapes = tf.train.load_checkpoint(path).get_variable_to_shape_map()
-    for group, members in variables.items():
-        for name, variable in members.items():
-            key = f"{group}/{name.replace('.', '..').replace('/', '.S')}/.ATTRIBUTES/VARIABLE_VALUE"
-            if key in shapes and tuple(shapes[key]) != tuple(variable.shape):
-                raise UserError(
-                    f"{path}: {name} has shape {tuple(shapes[key])}, expected "
-                    f"{tuple(variable.shape)}; the checkpoint belongs to a model of other sizes"
+    def _run(self, write: Callable[[int, Values], None], step: int, values: Values) -> None:
+        """Writes, unless something before could not be: the last checkpoint knows of the best."""
+        if self._error is not None:
+            return
+        try:
+            write(step, values)
+        except (OSError, tf.errors.OpError) as error:
+            self._error = storage.explain(error) or error
+            if self._error is error and not isinstance(error, _NOT_OF_FILES):
+                self._error = UserError(
+                    f"{self._model_dir}: the checkpoint of step {step} cannot be saved "
+                    f"({one_line(error)}); make room, or the folder writable, and run the same "
+                    "command again: it goes on from the last one that is whole"
                 )
+        except Exception as error:
+            self._error = error
 
-
-def _line(error: Exception) -> str:
-    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+    def _save(self, step: int, values: Values) -> None:
+        """Saves a checkpoint, then removes what it makes superfluous."""
+        self._newest.write(step, values)
+        self._damaged.discard(step)
+        others = [other for other in self._newest.steps() if other != step]
+        whole = [other for other in others if other not in self._damaged]
+        kept = whole[max(0, len(whole) - self._keep + 1) :]
+        for other in others:
+            if other not in kept:
+                self._newest.remove(other)
+        for other in self._best.steps()[:-1]:
+            self._best.remove(other)
 
 
 @dataclass(frozen=True)
@@ -242,27 +248,24 @@ def load_best(model_dir: str) -> LoadedRun:
       UserError: if the folder holds no run, no best checkpoint, or a damaged one.
     """
     record = load_record(model_dir)
-    folder = os.path.join(model_dir, BEST_FOLDER)
-    path = tf.train.latest_checkpoint(folder)
-    if path is None:
+    folder = CheckpointFolder(os.path.join(model_dir, BEST_FOLDER))
+    steps, unlisted = folder.steps(), folder.steps_without_manifest()
+    if unlisted and not steps:
         raise UserError(
-            f"{folder}: no checkpoint yet; run `multihot train` until its first evaluation"
+            f"{folder.path}: no manifest step-{unlisted[-1]}.json, so that checkpoint may be cut "
+            "short; restore it or train again"
+        )
+    if not steps:
+        raise UserError(
+            f"{folder.path}: no checkpoint yet; run `multihot train` until its first evaluation"
         )
     model = build_model(record.model)
     variables = model.named_variables()
     try:
-        check_shapes(path, {"model": variables})
-        status = tf.train.Checkpoint(model=variables).restore(path)
-        status.assert_existing_objects_matched().expect_partial()
-    except _DAMAGED as error:
-        if isinstance(error, UserError):
-            raise
-        raise UserError(
-            f"{path}: cannot be read ({_line(error)}); restore it or train again"
-        ) from None
-    except AssertionError as error:
-        raise UserError(f"{path}: {_line(error)}; it belongs to another model") from None
-    return LoadedRun(model, record, fingerprint_weights(variables), int(path.rsplit("-", 1)[1]))
+        folder.read(steps[-1], {"model": variables})
+    except DamagedError as error:
+        raise UserError(f"{error}; restore it or train again") from None
+    return LoadedRun(model, record, fingerprint_weights(variables), steps[-1])
 
 
 def fingerprint_weights(variables: dict[str, tf.Variable]) -> str:
