@@ -2,14 +2,24 @@
 
 import os
 
+from trainer import storage
+
 
 def write_atomically(path: str, content: str | bytes) -> None:
-    """Writes a file aside, flushes it to the disk and renames it to `path`.
+    """Writes a file so that a reader, even after a crash, finds it as before or whole.
+
+    A local file is written aside, flushed to the disk and renamed to `path`. For a URL one upload
+    is enough: TensorFlow gathers the bytes in a local temporary file, and an object in Cloud
+    Storage appears, or takes the place of the one before, only when its upload has ended.
 
     Raises:
       OSError: if the folder cannot be written to; `path` is then as it was before.
+      RunAgain: if a store does not answer.
     """
     data = content.encode("utf-8") if isinstance(content, str) else content
+    if storage.is_remote(path):
+        storage.upload(path, data)
+        return
     aside = path + ".tmp"
     try:
         with open(aside, "wb") as file:

@@ -13,6 +13,7 @@ from typing import Any
 
 import numpy as np
 
+from trainer import storage
 from trainer.atomic import write_atomically
 from trainer.calibration import fit_calibration, fit_thresholds, sigmoid
 from trainer.checkpoint import LoadedRun, RunRecord, load_best
@@ -94,7 +95,7 @@ def run(config: EvaluateConfig) -> None:
         "thresholds": thresholds,
     }
     folder = os.path.join(config.model_dir, EVALUATION_FOLDER)
-    os.makedirs(folder, exist_ok=True)
+    storage.make_folder(folder)
     _write_json(os.path.join(folder, METRICS_FILE), settings | report_values)
     _write_json(os.path.join(folder, CALIBRATION_FILE), settings | calibration_values)
     _print_table(config, metadata, metrics, fitted, trivial)

@@ -16,6 +16,7 @@ from typing import Any
 import tokenizers
 from tokenizers import Tokenizer as Backend
 
+from trainer import storage
 from trainer.errors import UserError
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
@@ -136,19 +137,25 @@ def _content(token: Any) -> str | None:
 def load_tokenizer(name_or_folder: str) -> Tokenizer:
     """Loads a tokenizer by hub id, or from a folder that `save` or `save_pretrained` wrote.
 
+    A URL has to hold tokenizer.json and tokenizer_config.json; older layouts are read locally only.
+
     Raises:
       UserError: if there is none of that name, or it is not of BERT's kind.
     """
     config_path = os.path.join(name_or_folder, _CONFIG_FILE)
     tokenizer_path = os.path.join(name_or_folder, _TOKENIZER_FILE)
-    if os.path.exists(config_path) and os.path.exists(tokenizer_path):
+    if storage.exists(config_path) and storage.exists(tokenizer_path):
+        contents, definition = storage.read_bytes(config_path), storage.read_bytes(tokenizer_path)
         try:
-            with open(config_path, encoding="utf-8") as file:
-                config = json.load(file)
-            backend = Backend.from_file(tokenizer_path)
+            config = json.loads(contents)
+            backend = Backend.from_buffer(definition)
         except Exception as error:  # `tokenizers` raises bare Exception.
             raise UserError(f"{name_or_folder}: not a readable tokenizer ({error})") from None
         return _wrap(backend, config, name_or_folder)
+    if storage.is_remote(name_or_folder):
+        raise UserError(
+            f"{name_or_folder}: no {_TOKENIZER_FILE} with {_CONFIG_FILE}; check the URL"
+        )
     if name_or_folder.startswith((".", os.path.sep)) and not os.path.isdir(name_or_folder):
         raise UserError(f"--tokenizer={name_or_folder}: no such folder; check the path")
     return _convert(name_or_folder)

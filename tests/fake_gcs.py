@@ -1,0 +1,324 @@
+"""A fake of Google Cloud Storage in memory, with faults on demand.
+
+It knows what TensorFlow's gs:// asks for: the JSON API's metadata, lists, resumable uploads,
+deletes, rewrites and composes, and the XML API's downloads of a range. It proves our wiring and our
+handling of errors, not Google's servers.
+"""
+
+import json
+import os
+import random
+import re
+import socket
+import struct
+import sys
+import threading
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+from http.server import ThreadingHTTPServer
+from urllib.parse import parse_qs, unquote, urlsplit
+
+from gcs_proxy import AUTHORITY_FILE, ProxyHandler, make_tls_context
+
+_FAULTS = ("429", "503", "reset before", "reset after", "half", "slow")
+_SLOW_SECONDS = 0.1
+_LIST_PAGE = 3  # Small, so that every list takes several pages.
+
+
+@dataclass
+class Stored:
+    """An object; its generation is the number of the write that made it."""
+
+    data: bytes
+    generation: int
+
+
+@dataclass
+class FakeStorage:
+    """Buckets of objects, sessions of uploads, and what goes wrong.
+
+    Attributes:
+      buckets: by bucket and name.
+      statuses: buckets that answer every request with this status, such as 403 or 503.
+      fault_rate: share of the other requests that fail in one of the ways of `_FAULTS`.
+      faults: how often each did.
+    """
+
+    buckets: dict[str, dict[str, Stored]]
+    statuses: dict[str, int] = field(default_factory=dict)
+    fault_rate: float = 0.0
+    seed: int = 0
+    faults: dict[str, int] = field(default_factory=dict)
+    requests: int = 0
+
+    def __post_init__(self) -> None:
+        self.lock = threading.RLock()
+        self.sessions: dict[str, tuple[str, str, bytearray]] = {}
+        self.generation = 0
+        self._random = random.Random(self.seed)
+
+    def draw_fault(self) -> str:
+        """The next fault of the plan, or none."""
+        with self.lock:
+            self.requests += 1
+            if self._random.random() >= self.fault_rate:
+                return ""
+            fault = self._random.choice(_FAULTS)
+            self.faults[fault] = self.faults.get(fault, 0) + 1
+            return fault
+
+    def put(self, bucket: str, name: str, data: bytes) -> Stored:
+        """Stores an object under a new generation."""
+        with self.lock:
+            self.generation += 1
+            self.buckets[bucket][name] = Stored(data, self.generation)
+            return self.buckets[bucket][name]
+
+    def put_folder(self, bucket: str, prefix: str, folder: str) -> None:
+        """Stores the files of a local folder and of those in it."""
+        for place, _, names in os.walk(folder):
+            for name in names:
+                path = os.path.join(place, name)
+                with open(path, "rb") as file:
+                    self.put(bucket, f"{prefix}/{os.path.relpath(path, folder)}", file.read())
+
+    def get_folder(self, bucket: str, prefix: str, folder: str) -> None:
+        """Writes the objects under a prefix to a local folder."""
+        for name, stored in self.buckets[bucket].items():
+            if name.startswith(prefix + "/") and not name.endswith("/"):
+                path = os.path.join(folder, os.path.relpath(name, prefix))
+                os.makedirs(os.path.dirname(path), exist_ok=True)
+                with open(path, "wb") as file:
+                    file.write(stored.data)
+
+
+class Refused(Exception):
+    """A request that is answered with an error's status."""
+
+    def __init__(self, status: int, message: str) -> None:
+        super().__init__(message)
+        self.status = status
+
+
+class _Handler(ProxyHandler):
+    """One connection of a client."""
+
+    storage: FakeStorage
+
+    def _handle(self) -> None:
+        body = self._read_body()
+        fault = self.storage.draw_fault()
+        if fault in ("429", "503"):
+            return self._answer(int(fault), {"error": {"code": int(fault), "message": "injected"}})
+        if fault == "reset before":
+            return self._reset()
+        if fault == "slow":
+            time.sleep(_SLOW_SECONDS)
+        if fault == "half" and self.command == "PUT":
+            self._put_half(body)
+            return self._reset()
+        try:
+            with self.storage.lock:
+                status, content, headers = self._dispatch(body)
+        except Refused as refused:
+            status, headers = refused.status, {}
+            content = {"error": {"code": status, "message": str(refused)}}
+        if fault == "reset after":
+            return self._reset()
+        self._answer(status, content, headers, cut=fault == "half")
+
+    do_GET = do_PUT = do_POST = do_DELETE = _handle
+
+    def _read_body(self) -> bytes:
+        if self.headers.get("Transfer-Encoding") != "chunked":
+            return self.rfile.read(int(self.headers.get("Content-Length", 0)))
+        chunks = []
+        while size := int(self.rfile.readline(), 16):
+            chunks.append(self.rfile.read(size))
+            self.rfile.readline()
+        self.rfile.readline()
+        return b"".join(chunks)
+
+    def _answer(
+        self, status: int, content: object, headers: dict | None = None, cut: bool = False
+    ) -> None:
+        data = content if isinstance(content, bytes) else json.dumps(content).encode()
+        self.send_response(status)
+        for name, value in (headers or {}).items():
+            self.send_header(name, value)
+        self.send_header("Content-Length", str(len(data)))
+        self.end_headers()
+        self.wfile.write(data[: len(data) // 2] if cut else data)
+        if cut:
+            self._reset()
+
+    def _reset(self) -> None:
+        """Ends the connection with a TCP reset, without TLS's farewell."""
+        self.close_connection = True
+        raw = socket.socket(fileno=self.connection.detach())
+        raw.setsockopt(socket.SOL_SOCKET, socket.SO_LINGER, struct.pack("ii", 1, 0))
+        raw.close()
+
+    def _dispatch(self, body: bytes) -> tuple[int, object, dict[str, str]]:
+        """Status, JSON or bytes, and headers of the answer to a request."""
+        url = urlsplit(self.path)
+        path, query = url.path, {name: values[0] for name, values in parse_qs(url.query).items()}
+        json_api = re.fullmatch(r"(/upload)?/storage/v1/b/([^/]+)(?:/o(?:/([^/]+))?)?(/.*)?", path)
+        if json_api is None:  # The XML API, which serves downloads.
+            bucket, _, name = unquote(path).lstrip("/").partition("/")
+            return self._download(self._find(bucket, name))
+        upload, bucket, name, action = json_api.groups()
+        objects = self._objects(bucket)
+        name = unquote(name) if name else ""
+        if upload:
+            return self._upload(bucket, query, body)
+        if action:
+            return 200, self._make_from(bucket, name, action, body), {}
+        if not path.startswith(f"/storage/v1/b/{bucket}/o"):
+            return 200, {"name": bucket, "location": "NOWHERE"}, {}
+        if not name:
+            return 200, self._list(objects, query), {}
+        stored = self._find(bucket, name)
+        if self.command == "DELETE":
+            del objects[name]
+            return 204, b"", {}
+        return 200, _describe(name, stored), {}
+
+    def _objects(self, bucket: str) -> dict[str, Stored]:
+        status = self.storage.statuses.get(bucket)
+        if status is not None:
+            raise Refused(status, f"every request to {bucket} ends so")
+        if bucket not in self.storage.buckets:
+            raise Refused(404, "The specified bucket does not exist.")
+        return self.storage.buckets[bucket]
+
+    def _find(self, bucket: str, name: str) -> Stored:
+        stored = self._objects(bucket).get(name)
+        if stored is None:
+            raise Refused(404, f"No such object: {bucket}/{name}")
+        return stored
+
+    def _download(self, stored: Stored) -> tuple[int, bytes, dict[str, str]]:
+        wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
+        if wanted is None:
+            return 200, stored.data, {}
+        first, last = map(int, wanted.groups())
+        if first >= len(stored.data):
+            raise Refused(416, "The requested range cannot be satisfied.")
+        part = stored.data[first : last + 1]
+        where = f"bytes {first}-{first + len(part) - 1}/{len(stored.data)}"
+        return 206, part, {"Content-Range": where}
+
+    def _list(self, objects: dict[str, Stored], query: dict[str, str]) -> dict:
+        prefix, delimiter = query.get("prefix", ""), query.get("delimiter")
+        entries: dict[str, Stored | None] = {}
+        for name in sorted(objects):
+            if name.startswith(prefix):
+                rest = name[len(prefix) :]
+                if delimiter and delimiter in rest:
+                    entries[prefix + rest.split(delimiter)[0] + delimiter] = None
+                else:
+                    entries[name] = objects[name]
+        left = [name for name in entries if name > query.get("pageToken", "")]
+        page = left[: min(_LIST_PAGE, int(query.get("maxResults", _LIST_PAGE)))]
+        answer: dict = {
+            "items": [_describe(name, stored) for name in page if (stored := entries[name])],
+            "prefixes": [name for name in page if entries[name] is None],
+        }
+        return answer | ({"nextPageToken": page[-1]} if len(left) > len(page) else {})
+
+    def _upload(
+        self, bucket: str, query: dict[str, str], body: bytes
+    ) -> tuple[int, object, dict[str, str]]:
+        """Begins a resumable upload, takes a part of it, or says how much has arrived."""
+        sessions = self.storage.sessions
+        if self.command == "POST":
+            self._check_generation(bucket, query)
+            identity = str(len(sessions))
+            sessions[identity] = (bucket, query["name"], bytearray())
+            where = f"/upload/storage/v1/b/{bucket}/o?upload_id={identity}"
+            return 200, b"", {"Location": f"https://www.googleapis.com{where}"}
+        _, name, received = sessions[query["upload_id"]]
+        # No range comes with an object of no bytes; "*" asks how far the upload has come.
+        sent = re.fullmatch(
+            r"bytes (?:(\d+)-\d+|\*)/(\d+)", self.headers.get("Content-Range", "bytes */0")
+        )
+        assert sent is not None, self.headers["Content-Range"]
+        if sent.group(1) is not None:
+            assert int(sent.group(1)) == len(received), "a part that does not follow"
+            received += body
+        if len(received) == int(sent.group(2)):
+            return 200, _describe(name, self.storage.put(bucket, name, bytes(received))), {}
+        return 308, b"", {"Range": f"bytes=0-{len(received) - 1}"} if received else {}
+
+    def _put_half(self, body: bytes) -> None:
+        """Half of an upload's part arrives."""
+        identity = parse_qs(urlsplit(self.path).query)["upload_id"][0]
+        self.storage.sessions[identity][2].extend(body[: len(body) // 2])
+
+    def _check_generation(self, bucket: str, query: dict[str, str]) -> None:
+        if "ifGenerationMatch" in query:
+            stored = self._objects(bucket).get(query["name"])
+            if int(query["ifGenerationMatch"]) != (stored.generation if stored else 0):
+                raise Refused(412, "At least one of the pre-conditions did not hold.")
+
+    def _make_from(self, bucket: str, name: str, action: str, body: bytes) -> dict:
+        """An object from others: a rewrite (copy) or a compose."""
+        if action == "/compose":
+            sources = json.loads(body)["sourceObjects"]
+            data = b"".join(self._find(bucket, source["name"]).data for source in sources)
+            return _describe(name, self.storage.put(bucket, name, data))
+        target = re.fullmatch(r"/rewriteTo/b/([^/]+)/o/([^/]+)", action)
+        if target is None:
+            raise Refused(400, f"{action}: unknown")
+        copy = self.storage.put(
+            target.group(1), unquote(target.group(2)), self._find(bucket, name).data
+        )
+        return {"done": True, "resource": _describe(unquote(target.group(2)), copy)}
+
+
+def _describe(name: str, stored: Stored) -> dict[str, str]:
+    return {
+        "name": name,
+        "size": str(len(stored.data)),
+        "generation": str(stored.generation),
+        "updated": "2024-05-01T00:00:00.000Z",
+    }
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Lets clients break off, which killed processes do, but not a fault of our own pass."""
+        if not isinstance(sys.exception(), OSError):
+            super().handle_error(request, client_address)
+
+
+@contextmanager
+def serve(storage: FakeStorage, folder: str) -> Iterator[dict[str, str]]:
+    """Serves it; gives the environment in which a process's gs:// comes here.
+
+    Args:
+      storage: what to serve.
+      folder: for the certificates.
+    """
+    handler = type(
+        "Handler", (_Handler,), {"storage": storage, "tls_context": make_tls_context(folder)}
+    )
+    server = _Server(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield {
+            "HTTPS_PROXY": f"http://127.0.0.1:{server.server_port}",
+            "CURL_CA_BUNDLE": os.path.join(folder, AUTHORITY_FILE),
+            "GOOGLE_AUTH_TOKEN_FOR_TESTING": "token",
+            "NO_GCE_CHECK": "true",
+            "GCS_RETRY_CONFIG_INIT_DELAY_TIME_US": "1000",
+            "GCS_RETRY_CONFIG_MAX_DELAY_TIME_US": "10000",
+        }
+    finally:
+        server.shutdown()
+        server.server_close()

@@ -1,0 +1,89 @@
+"""A proxy that answers for googleapis.com itself, so that TensorFlow's gs:// reaches a fake.
+
+TensorFlow has Google's hosts built in and speaks TLS only, but it obeys HTTPS_PROXY and trusts the
+authorities in CURL_CA_BUNDLE: CONNECT is answered with a certificate of a throw-away authority, and
+the requests inside are handled as if they had come in the clear.
+"""
+
+import datetime
+import os
+import ssl
+from http.server import BaseHTTPRequestHandler
+
+from cryptography import x509
+from cryptography.hazmat.primitives import hashes, serialization
+from cryptography.hazmat.primitives.asymmetric import ec
+from cryptography.x509.oid import NameOID
+
+AUTHORITY_FILE = "authority.pem"
+_HOSTS = ("*.googleapis.com", "googleapis.com")
+
+
+def make_tls_context(folder: str) -> ssl.SSLContext:
+    """A server's context for Google's hosts; its authority's certificate goes to `folder`."""
+    authority_key, key = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
+    issuer = _name("throw-away authority")
+    authority = (
+        _certificate(issuer, issuer, authority_key)
+        .add_extension(x509.BasicConstraints(ca=True, path_length=0), critical=True)
+        .sign(authority_key, hashes.SHA256())
+    )
+    hosts = x509.SubjectAlternativeName([x509.DNSName(host) for host in _HOSTS])
+    certificate = (
+        _certificate(_name(_HOSTS[0]), issuer, key)
+        .add_extension(hosts, critical=False)
+        .sign(authority_key, hashes.SHA256())
+    )
+    with open(os.path.join(folder, AUTHORITY_FILE), "wb") as file:
+        file.write(authority.public_bytes(serialization.Encoding.PEM))
+    server = os.path.join(folder, "server.pem")
+    with open(server, "wb") as file:
+        file.write(
+            key.private_bytes(
+                serialization.Encoding.PEM,
+                serialization.PrivateFormat.PKCS8,
+                serialization.NoEncryption(),
+            )
+        )
+        file.write(certificate.public_bytes(serialization.Encoding.PEM))
+    context = ssl.SSLContext(ssl.PROTOCOL_TLS_SERVER)
+    context.load_cert_chain(server)
+    return context
+
+
+def _name(common_name: str) -> x509.Name:
+    return x509.Name([x509.NameAttribute(NameOID.COMMON_NAME, common_name)])
+
+
+def _certificate(
+    subject: x509.Name, issuer: x509.Name, key: ec.EllipticCurvePrivateKey
+) -> x509.CertificateBuilder:
+    now = datetime.datetime.now(datetime.UTC)
+    return (
+        x509.CertificateBuilder()
+        .subject_name(subject)
+        .issuer_name(issuer)
+        .public_key(key.public_key())
+        .serial_number(x509.random_serial_number())
+        .not_valid_before(now - datetime.timedelta(days=1))
+        .not_valid_after(now + datetime.timedelta(days=1))
+    )
+
+
+class ProxyHandler(BaseHTTPRequestHandler):
+    """Answers CONNECT and goes on inside the TLS connection."""
+
+    protocol_version = "HTTP/1.1"
+    tls_context: ssl.SSLContext
+
+    def do_CONNECT(self) -> None:
+        """Takes the connection over instead of passing it on."""
+        self.send_response(200)
+        self.end_headers()
+        self.connection = self.tls_context.wrap_socket(self.connection, server_side=True)
+        self.rfile = self.connection.makefile("rb")
+        self.wfile = self.connection.makefile("wb", buffering=0)
+        self.close_connection = False
+
+    def log_message(self, *arguments: object) -> None:
+        """Keeps requests out of the tests' output."""
