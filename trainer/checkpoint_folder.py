@@ -259,5 +259,6 @@ def check_shapes(path: str, variables: Variables) -> None:
 
 
 def one_line(error: Exception) -> str:
-    """The first line of what an error says, or its name if it says nothing."""
-    return str(error).strip().splitlines()[0][:200] if str(error).strip() else type(error).__name__
+    """The first line of what an error says, without TensorFlow's names of operations."""
+    text = re.sub(r"\{\{.*?\}\}|\[Op:.*?\]", "", str(error)).strip()
+    return text.splitlines()[0].strip()[:500] if text else type(error).__name__
