@@ -1,6 +1,7 @@
 """What a run reports while it goes on: metrics.jsonl, TensorBoard, a progress bar."""
 
 import json
+import logging
 import os
 import time
 from typing import Any
@@ -8,26 +9,50 @@ from typing import Any
 import tensorflow as tf
 from tqdm import tqdm
 
+from trainer import storage
 from trainer.atomic import write_atomically
 
 METRICS_FILE = "metrics.jsonl"
 _TENSORBOARD_FOLDER = "tensorboard"
 
+# Every flush of the board uploads its file again, so that on a store only the clock (two minutes)
+# and our own flushes cause one.
+_QUEUE, _REMOTE_QUEUE = 10, 1_000_000
+
+_logger = logging.getLogger(__name__)
+
 
 class Journal:
     """The record of a run; on resume it is cut to the step that was restored."""
 
-    def __init__(self, model_dir: str, step: int, documents: int, total_documents: int) -> None:
-        """Opens it for a run that stands at `step`, `documents` of `total_documents` consumed."""
-        self._path = os.path.join(model_dir, METRICS_FILE)
-        _cut(self._path, step)
-        self._file = open(self._path, "a", encoding="utf-8")  # noqa: SIM115 (closed by close)
-        self._board = tf.summary.create_file_writer(os.path.join(model_dir, _TENSORBOARD_FOLDER))
+    def __init__(
+        self,
+        model_dir: str,
+        step: int,
+        documents: int,
+        total_documents: int,
+        is_chief: bool = True,
+    ) -> None:
+        """Opens it for a run that stands at `step`, `documents` of `total_documents` consumed.
+
+        Args:
+          is_chief: whether this host reports; the others write and show nothing.
+        """
+        self._is_chief = is_chief
+        self._began = time.perf_counter()
+        if not is_chief:
+            return
+        path = os.path.join(model_dir, METRICS_FILE)
+        is_remote = storage.is_remote(model_dir)
+        self._rows = _RemoteRows(path, step) if is_remote else _LocalRows(path, step)
+        self._board = tf.summary.create_file_writer(
+            os.path.join(model_dir, _TENSORBOARD_FOLDER),
+            max_queue=_REMOTE_QUEUE if is_remote else _QUEUE,
+        )
         self._bar = tqdm(
             total=total_documents, initial=documents, unit=" documents", desc="train",
             mininterval=1.0, dynamic_ncols=True,
         )  # fmt: skip
-        self._began = time.perf_counter()
 
     def restart_clock(self) -> None:
         """Leaves out of the next speed what is not training, such as an evaluation."""
@@ -44,6 +69,8 @@ class Journal:
           slots: tokens of a step, padding included.
           num_documents: documents of an epoch.
         """
+        if not self._is_chief:
+            return
         seconds = time.perf_counter() - self._began
         self.restart_clock()
         row = {
@@ -59,7 +86,7 @@ class Journal:
             "tokens_per_second": sums["tokens"] / seconds,
             "seconds": seconds,
         }
-        self._write(row)
+        self._rows.add(row)
         self._bar.set_postfix(
             loss=f"{row['loss']:.4f}", tokens_per_second=f"{row['tokens_per_second']:.0f}",
             refresh=False,
@@ -71,35 +98,100 @@ class Journal:
 
     def log_evaluation(self, step: int, documents: int, split: str, metrics: dict) -> None:
         """Reports an evaluation: numbers to file and board, a line to the screen."""
-        self._write({"step": step, "documents": documents, "split": split, "evaluation": metrics})
+        if not self._is_chief:
+            return
+        row = {"step": step, "documents": documents, "split": split, "evaluation": metrics}
+        self._rows.add(row)
         with self._board.as_default(step=step):
             for name, value in metrics.items():
                 tf.summary.scalar(f"{split}/{name}", value)
         shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
         self._bar.write(f"step {step}: {split} {shown}")
 
+    def flush(self) -> None:
+        """Has all rows so far on the disk or in the store when it returns.
+
+        Call it before a checkpoint is saved: a run that resumes there finds all rows before it.
+
+        Raises:
+          OSError, RunAgain: if they cannot be written.
+        """
+        if self._is_chief:
+            self._rows.flush()
+            self._board.flush()
+
     def close(self) -> None:
         """Flushes and closes everything."""
-        self._bar.close()
-        self._board.close()
-        self._file.close()
+        if self._is_chief:
+            self._bar.close()
+            try:
+                self._rows.close()
+            finally:
+                self._board.close()
 
-    def _write(self, row: dict[str, Any]) -> None:
-        self._file.write(json.dumps(row) + "\n")
+
+class _LocalRows:
+    """The rows of a file, each written as it comes."""
+
+    def __init__(self, path: str, step: int) -> None:
+        _cut(path, step)
+        self._file = open(path, "ab")  # noqa: SIM115 (closed by close)
+
+    def add(self, row: dict[str, Any]) -> None:
+        self._file.write(_line(row))
         self._file.flush()
 
+    def flush(self) -> None:
+        os.fsync(self._file.fileno())
 
-def _cut(path: str, step: int) -> None:
-    """Drops the rows after `step`, and a last row that a killed run left half-written."""
-    if not os.path.exists(path):
-        return
+    def close(self) -> None:
+        self._file.close()
+
+
+class _RemoteRows:
+    """The rows of an object, which cannot be appended to: kept, and uploaded all again."""
+
+    def __init__(self, url: str, step: int) -> None:
+        self._url = url
+        self._lines = _cut(url, step)
+        self._is_changed = False
+
+    def add(self, row: dict[str, Any]) -> None:
+        self._lines.append(_line(row))
+        self._is_changed = True
+
+    def flush(self) -> None:
+        if self._is_changed:
+            write_atomically(self._url, b"".join(self._lines))
+            self._is_changed = False
+
+    def close(self) -> None:
+        self.flush()
+
+
+def _line(row: dict[str, Any]) -> bytes:
+    return json.dumps(row).encode() + b"\n"
+
+
+def _cut(path: str, step: int) -> list[bytes]:
+    """The lines of the rows up to `step`; drops the others from the file.
+
+    A last line without an end was being written when a run was killed; any other line that is no
+    row is damage, which is said.
+    """
+    if not storage.exists(path):
+        return []
+    lines = storage.read_bytes(path).splitlines(keepends=True)
     kept = []
-    with open(path, encoding="utf-8") as file:
-        for line in file:
-            try:
-                row = json.loads(line)
-            except ValueError:
-                break
-            if row["step"] <= step:
-                kept.append(line)
-    write_atomically(path, "".join(kept))
+    for number, line in enumerate(lines, 1):
+        try:
+            is_kept = json.loads(line)["step"] <= step
+        except (ValueError, TypeError, KeyError):
+            is_kept = False
+            if line.endswith(b"\n"):
+                _logger.warning("%s: line %d is damaged and left out", path, number)
+        if is_kept:
+            kept.append(line if line.endswith(b"\n") else line + b"\n")
+    if kept != lines:
+        write_atomically(path, b"".join(kept))
+    return kept

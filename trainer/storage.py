@@ -165,7 +165,7 @@ def explain(error: Exception, url: str | None = None) -> OSError | RunAgain | No
       given for what the user can mend; None for any other kind of error.
     """
     text = " ".join(str(error).split())
-    if not re.search(r"HTTP (request|response)", text):
+    if "Error executing an HTTP request" not in text:  # As all of them say.
         return None
     found = re.search(r"\w+://[^\s'\"]+", text.rpartition(" when ")[2])
     place = url or (found.group() if found else "Cloud Storage")
