@@ -20,7 +20,7 @@ from collections.abc import Iterator, Sequence
 from types import ModuleType
 from typing import Any, NoReturn
 
-from trainer import config
+from trainer import config, storage
 from trainer.errors import INTERRUPTED, RUN_AGAIN, USER_FAULT, RunAgain, UserError
 from trainer.flags import describe_flags, parse_flags
 
@@ -93,6 +93,11 @@ def _run(command: str, arguments: Sequence[str]) -> None:
     except OSError as error:
         _fail(name, _describe_os_error(error), USER_FAULT)
     except Exception as error:
+        of_store = storage.explain(error)
+        if isinstance(of_store, RunAgain):
+            _fail(name, str(of_store), RUN_AGAIN)
+        if of_store is not None:
+            _fail(name, _describe_os_error(of_store), USER_FAULT)
         if not _is_file_system_error(error):
             raise
         _fail(name, str(error), USER_FAULT)
