@@ -21,7 +21,7 @@ from trainer.config import EvaluateConfig
 from trainer.errors import UserError
 from trainer.metrics import CONVENTIONS, calibration_errors, compute_metrics, warn_if_constant
 from trainer.packing import choose_packing
-from trainer.records import Metadata, load_metadata
+from trainer.records import Metadata, load_metadata, naming_damaged_shards
 from trainer.step import Predictions, Predictor
 
 EVALUATION_FOLDER = "evaluation"
@@ -115,7 +115,8 @@ def _predict(config: EvaluateConfig, metadata: Metadata, best: LoadedRun) -> dic
     predictor = Predictor(best.model, choose_packing(histogram.tolist(), num_tokens))
     predictions = {}
     for name in names:
-        predictions[name] = predictor.predict_split(config.data_dir, metadata, name)
+        with naming_damaged_shards(config.data_dir, metadata, name):
+            predictions[name] = predictor.predict_split(config.data_dir, metadata, name)
         if not np.isfinite(predictions[name].logits).all():
             raise UserError(
                 f"{config.model_dir}: the best checkpoint's logits on {name!r} are not finite; "

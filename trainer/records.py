@@ -5,11 +5,13 @@ This is the only file that names features. A record is a `tf.train.Example` with
 unique). Multi-hot is made at read time: storing it dense is waste at 4,000 labels.
 """
 
+import contextlib
 import dataclasses
 import functools
 import json
 import os
 import struct
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -157,6 +159,24 @@ def verify_shards(
                 f"damaged or replaced; {remedy}"
             )
     return paths
+
+
+@contextlib.contextmanager
+def naming_damaged_shards(data_dir: str, metadata: Metadata, *split_names: str) -> Iterator[None]:
+    """Finds the shard in question when TensorFlow comes upon a record that is damaged.
+
+    Raises:
+      UserError: naming the shard.
+      tf.errors.DataLossError: if all shards are as they were written.
+    """
+    import tensorflow as tf
+
+    try:
+        yield
+    except tf.errors.DataLossError:
+        for name in split_names:
+            verify_shards(data_dir, metadata, name, read_remote=True)
+        raise
 
 
 _VARINTS: dict[int, bytes] = {}

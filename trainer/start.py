@@ -11,6 +11,7 @@ import numpy as np
 import tensorflow as tf
 
 import trainer
+from trainer import storage
 from trainer.checkpoint import RunRecord
 from trainer.config import ModelConfig, PackingConfig, TrainConfig
 from trainer.errors import UserError
@@ -63,10 +64,11 @@ def choose_model(
             attention_dropout=config.attention_dropout,
             head=config.head,
         ), {}
-    folder = resolve_checkpoint(config.init_checkpoint)
-    sizes = model_config(
-        folder, len(metadata.labels), config.head, config.hidden_dropout, config.attention_dropout
-    )
+    rates = config.hidden_dropout, config.attention_dropout
+    with storage.local_copy(config.init_checkpoint) as local:
+        folder = resolve_checkpoint(local)
+        sizes = model_config(folder, len(metadata.labels), config.head, *rates)
+        values = load_pretrained(folder, sizes)
     for name, found, needed in (
         ("vocab_size", sizes.vocab_size, metadata.vocab_size),
         ("max_position_embeddings", sizes.max_position_embeddings, metadata.max_seq_length),
@@ -77,7 +79,7 @@ def choose_model(
                 f"in {config.data_dir} needs {needed}; prepare the data with this checkpoint's "
                 "tokenizer and a --max_seq_length that it allows"
             )
-    return sizes, load_pretrained(folder, sizes)
+    return sizes, values
 
 
 def make_record(
