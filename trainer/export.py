@@ -17,6 +17,7 @@ import transformers
 from safetensors.numpy import save_file
 
 import trainer
+from trainer import storage
 from trainer.checkpoint import LoadedRun, load_best
 from trainer.config import ExportConfig, PackingConfig, absolute
 from trainer.errors import UserError
@@ -41,6 +42,7 @@ def run(config: ExportConfig) -> None:
     Raises:
       UserError: if the run has no checkpoint or calibration that fits, or the folder is taken.
     """
+    storage.require_local("export_dir", config.export_dir)
     if os.path.exists(config.export_dir) and (
         not os.path.isdir(config.export_dir) or os.listdir(config.export_dir)
     ):
@@ -106,10 +108,8 @@ def _read_calibration(config: ExportConfig, best: LoadedRun) -> dict[str, Any]:
     folder = os.path.join(config.model_dir, EVALUATION_FOLDER)
     remedy = "run `multihot evaluate` first, or give --uncalibrated"
     try:
-        with open(os.path.join(folder, CALIBRATION_FILE), encoding="utf-8") as file:
-            calibration = json.load(file)
-        with open(os.path.join(folder, METRICS_FILE), encoding="utf-8") as file:
-            metrics = json.load(file)
+        calibration = json.loads(storage.read_text(os.path.join(folder, CALIBRATION_FILE)))
+        metrics = json.loads(storage.read_text(os.path.join(folder, METRICS_FILE)))
     except FileNotFoundError:
         raise UserError(f"{folder}: no calibration of this run; {remedy}") from None
     except ValueError as error:

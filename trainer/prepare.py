@@ -22,6 +22,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from trainer import storage
 from trainer.config import PrepareConfig
 from trainer.corpus import Corpus, VocabularyTexts, columns_of, read_corpus
 from trainer.errors import UserError
@@ -68,6 +69,7 @@ def run(config: PrepareConfig) -> Timing:
     Raises:
       UserError: for anything wrong with the input, the flags or the folder.
     """
+    storage.require_local("data_dir", config.data_dir)
     started = time.monotonic()
     previous = _load_previous(config)
     with _work_folder(config.data_dir) as work_dir:

@@ -18,6 +18,7 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import BinaryIO, cast
 
+from trainer import storage
 from trainer.atomic import write_atomically
 from trainer.config import SampleConfig
 from trainer.errors import UserError
@@ -290,6 +291,7 @@ def _writer(path: str, raw: BinaryIO) -> BinaryIO:
 
 def run(config: SampleConfig) -> None:
     """`multihot sample`: writes the corpus, and beside it what it was made of (`.about`)."""
+    storage.require_local("output", config.output)
     with disk_errors(f"--output={config.output}"):
         os.makedirs(os.path.dirname(os.path.abspath(config.output)), exist_ok=True)
         summary = write_sample(config.output, config.num_documents, config.seed)

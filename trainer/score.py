@@ -18,6 +18,7 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
+from trainer import storage
 from trainer.config import PackingConfig, ScoreConfig, absolute
 from trainer.errors import UserError
 from trainer.exported import ExportedModel, load_exported
@@ -82,6 +83,7 @@ def run(config: ScoreConfig) -> ScoreSummary:
       UserError: if an input, the model or the output folder is not usable, the folder was begun
         with another model, other inputs or other settings, or too many rows cannot be used.
     """
+    storage.require_local("output_dir", config.output_dir)
     columns = Columns(text=config.text_field, id=config.id_field)
     paths = list_files(config.input)
     for path in paths:

@@ -19,7 +19,7 @@ from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from typing import Any, BinaryIO, cast
 
-from trainer.errors import RunAgain
+from trainer.errors import RunAgain, UserError
 
 # A request's answer takes tens of milliseconds and no work of ours; a split has many shards.
 _REQUESTS_AT_ONCE = 16
@@ -28,6 +28,19 @@ _REQUESTS_AT_ONCE = 16
 def is_remote(path: str) -> bool:
     """Whether `path` is a URL and not a local path."""
     return "://" in path
+
+
+def require_local(flag: str, path: str) -> None:
+    """Refuses a URL for what is written to local folders only.
+
+    Raises:
+      UserError: naming the flag.
+    """
+    if is_remote(path):
+        raise UserError(
+            f"--{flag}={path}: expected a local path; write there, and take it to the store with "
+            "`gcloud storage cp -r`"
+        )
 
 
 def exists(path: str) -> bool:
