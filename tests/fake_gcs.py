@@ -5,26 +5,33 @@ deletes, rewrites and composes, and the XML API's downloads of a range. It prove
 handling of errors, not Google's servers.
 """
 
+import itertools
 import json
 import os
 import random
 import re
 import socket
 import struct
-import sys
 import threading
 import time
+from collections import Counter
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
-from http.server import ThreadingHTTPServer
 from urllib.parse import parse_qs, unquote, urlsplit
 
-from gcs_proxy import AUTHORITY_FILE, ProxyHandler, make_tls_context
+from gcs_proxy import ProxyHandler, serve_proxy
 
-_FAULTS = ("429", "503", "reset before", "reset after", "half", "slow")
+FAULTS = ("429", "503", "reset before", "reset after", "half", "slow")
 _SLOW_SECONDS = 0.1
 _LIST_PAGE = 3  # Small, so that every list takes several pages.
+
+
+def random_faults(seed: int, rate: float) -> Iterator[str]:
+    """A plan without an end in which this share of the requests goes wrong."""
+    draw = random.Random(seed)
+    while True:
+        yield draw.choice(FAULTS) if draw.random() < rate else ""
 
 
 @dataclass
@@ -42,31 +49,26 @@ class FakeStorage:
     Attributes:
       buckets: by bucket and name.
       statuses: buckets that answer every request with this status, such as 403 or 503.
-      fault_rate: share of the other requests that fail in one of the ways of `_FAULTS`.
-      faults: how often each did.
+      plan: for each of the other requests, one of `FAULTS` or "" for none.
+      faults: how often each came.
     """
 
     buckets: dict[str, dict[str, Stored]]
     statuses: dict[str, int] = field(default_factory=dict)
-    fault_rate: float = 0.0
-    seed: int = 0
-    faults: dict[str, int] = field(default_factory=dict)
-    requests: int = 0
+    plan: Iterator[str] = field(default_factory=lambda: itertools.repeat(""))
+    faults: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
         self.lock = threading.RLock()
         self.sessions: dict[str, tuple[str, str, bytearray]] = {}
         self.generation = 0
-        self._random = random.Random(self.seed)
 
-    def draw_fault(self) -> str:
-        """The next fault of the plan, or none."""
+    def next_fault(self) -> str:
+        """What the plan has for this request."""
         with self.lock:
-            self.requests += 1
-            if self._random.random() >= self.fault_rate:
-                return ""
-            fault = self._random.choice(_FAULTS)
-            self.faults[fault] = self.faults.get(fault, 0) + 1
+            fault = next(self.plan)
+            if fault:
+                self.faults[fault] += 1
             return fault
 
     def put(self, bucket: str, name: str, data: bytes) -> Stored:
@@ -109,7 +111,7 @@ class _Handler(ProxyHandler):
 
     def _handle(self) -> None:
         body = self._read_body()
-        fault = self.storage.draw_fault()
+        fault = self.storage.next_fault()
         if fault in ("429", "503"):
             return self._answer(int(fault), {"error": {"code": int(fault), "message": "injected"}})
         if fault == "reset before":
@@ -288,37 +290,17 @@ def _describe(name: str, stored: Stored) -> dict[str, str]:
     }
 
 
-class _Server(ThreadingHTTPServer):
-    daemon_threads = True
-
-    def handle_error(self, request: object, client_address: object) -> None:
-        """Lets clients break off, which killed processes do, but not a fault of our own pass."""
-        if not isinstance(sys.exception(), OSError):
-            super().handle_error(request, client_address)
-
-
 @contextmanager
 def serve(storage: FakeStorage, folder: str) -> Iterator[dict[str, str]]:
     """Serves it; gives the environment in which a process's gs:// comes here.
 
     Args:
       storage: what to serve.
-      folder: for the certificates.
+      folder: for certificates.
     """
-    handler = type(
-        "Handler", (_Handler,), {"storage": storage, "tls_context": make_tls_context(folder)}
-    )
-    server = _Server(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
-    try:
-        yield {
-            "HTTPS_PROXY": f"http://127.0.0.1:{server.server_port}",
-            "CURL_CA_BUNDLE": os.path.join(folder, AUTHORITY_FILE),
-            "GOOGLE_AUTH_TOKEN_FOR_TESTING": "token",
-            "NO_GCE_CHECK": "true",
+    handler = type("Handler", (_Handler,), {"storage": storage})
+    with serve_proxy(handler, folder) as environment:
+        yield environment | {
             "GCS_RETRY_CONFIG_INIT_DELAY_TIME_US": "1000",
             "GCS_RETRY_CONFIG_MAX_DELAY_TIME_US": "10000",
         }
-    finally:
-        server.shutdown()
-        server.server_close()

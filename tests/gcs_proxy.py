@@ -8,18 +8,22 @@ the requests inside are handled as if they had come in the clear.
 import datetime
 import os
 import ssl
-from http.server import BaseHTTPRequestHandler
+import sys
+import threading
+from collections.abc import Iterator
+from contextlib import contextmanager
+from http.server import BaseHTTPRequestHandler, ThreadingHTTPServer
 
 from cryptography import x509
 from cryptography.hazmat.primitives import hashes, serialization
 from cryptography.hazmat.primitives.asymmetric import ec
 from cryptography.x509.oid import NameOID
 
-AUTHORITY_FILE = "authority.pem"
+_AUTHORITY_FILE = "authority.pem"
 _HOSTS = ("*.googleapis.com", "googleapis.com")
 
 
-def make_tls_context(folder: str) -> ssl.SSLContext:
+def _make_tls_context(folder: str) -> ssl.SSLContext:
     """A server's context for Google's hosts; its authority's certificate goes to `folder`."""
     authority_key, key = (ec.generate_private_key(ec.SECP256R1()) for _ in range(2))
     issuer = _name("throw-away authority")
@@ -34,7 +38,7 @@ def make_tls_context(folder: str) -> ssl.SSLContext:
         .add_extension(hosts, critical=False)
         .sign(authority_key, hashes.SHA256())
     )
-    with open(os.path.join(folder, AUTHORITY_FILE), "wb") as file:
+    with open(os.path.join(folder, _AUTHORITY_FILE), "wb") as file:
         file.write(authority.public_bytes(serialization.Encoding.PEM))
     server = os.path.join(folder, "server.pem")
     with open(server, "wb") as file:
@@ -87,3 +91,35 @@ class ProxyHandler(BaseHTTPRequestHandler):
 
     def log_message(self, *arguments: object) -> None:
         """Keeps requests out of the tests' output."""
+
+
+class _Server(ThreadingHTTPServer):
+    daemon_threads = True
+
+    def handle_error(self, request: object, client_address: object) -> None:
+        """Lets clients break off, which killed processes do, but not a fault of our own pass."""
+        if not isinstance(sys.exception(), OSError):
+            super().handle_error(request, client_address)
+
+
+@contextmanager
+def serve_proxy(handler: type[ProxyHandler], folder: str) -> Iterator[dict[str, str]]:
+    """Serves a handler; gives the environment in which a process takes it for Google's hosts.
+
+    Args:
+      handler: of the requests inside the TLS connections.
+      folder: for certificates.
+    """
+    handler.tls_context = _make_tls_context(folder)
+    server = _Server(("127.0.0.1", 0), handler)
+    threading.Thread(target=server.serve_forever, daemon=True).start()
+    try:
+        yield {
+            "HTTPS_PROXY": f"http://127.0.0.1:{server.server_port}",
+            "CURL_CA_BUNDLE": os.path.join(folder, _AUTHORITY_FILE),
+            "GOOGLE_AUTH_TOKEN_FOR_TESTING": "token",
+            "NO_GCE_CHECK": "true",
+        }
+    finally:
+        server.shutdown()
+        server.server_close()
