@@ -66,10 +66,10 @@ class _Manifest:
 
     @property
     def prefix(self) -> str:
-        """What the names of all files begin with."""
-        return next(
-            file.name.removesuffix(".index") for file in self.files if file.name.endswith(".index")
-        )
+        """What the names of all files begin with; empty if there is no index among them."""
+        ending = ".index"
+        found = (file.name for file in self.files if file.name.endswith(ending))
+        return next(found, "").removesuffix(ending)
 
 
 class CheckpointFolder:
@@ -191,12 +191,13 @@ class CheckpointFolder:
             values = json.loads(storage.read_text(path))
             files = tuple(from_dict(_File, file) for file in values["files"])
             manifest = from_dict(_Manifest, values | {"files": files})
-            whole = manifest.step == step and all(
-                file.name.startswith(f"{manifest.prefix}.") for file in files
+            prefix = manifest.prefix
+            whole = (manifest.step == step and prefix != "") and all(
+                file.name.startswith(f"{prefix}.") for file in files
             )
         except FileNotFoundError:
             raise DamagedError(f"{path}: missing") from None
-        except (ValueError, TypeError, KeyError, AttributeError, StopIteration) as error:
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
             raise DamagedError(f"{path}: not a manifest ({error})") from None
         if not whole:
             raise DamagedError(f"{path}: does not speak of the files of step {step}")
