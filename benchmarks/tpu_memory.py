@@ -1,0 +1,53 @@
+"""Compiles the train, evaluation and scoring steps for TPUs and prints what a chip needs.
+
+No TPU takes part: the figures are the compiler's.
+"""
+
+import argparse
+import os
+
+os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+
+from launch.lowering import lower_steps
+from launch.preflight import DEFAULT_PYTHON, compile_programs
+from launch.targets import DEFAULT_TOPOLOGIES, GIB, parse_target
+from trainer.config import ModelConfig, OptimizerConfig, PackingConfig, parse_row_groups
+
+# BERT-base's vocabulary and width.
+_VOCAB_SIZE, _HIDDEN_SIZE, _HEADS, _INTERMEDIATE_SIZE = 30522, 768, 12, 3072
+
+
+def main() -> None:
+    """Compiles every step for every target, the smallest program first."""
+    parser = argparse.ArgumentParser(description=__doc__)
+    parser.add_argument("--targets", default=",".join(DEFAULT_TOPOLOGIES.values()))
+    parser.add_argument("--num_layers", type=int, default=12)
+    parser.add_argument("--num_labels", type=int, default=100)
+    parser.add_argument("--row_groups", default="128x128", help="of a replica's micro-batch")
+    parser.add_argument("--tokens_per_document", type=int, default=32, help="gives the slots")
+    arguments = parser.parse_args()
+    model = ModelConfig(
+        vocab_size=_VOCAB_SIZE,
+        num_labels=arguments.num_labels,
+        hidden_size=_HIDDEN_SIZE,
+        num_layers=arguments.num_layers,
+        num_attention_heads=_HEADS,
+        intermediate_size=_INTERMEDIATE_SIZE,
+    )
+    groups = parse_row_groups(arguments.row_groups)
+    tokens = sum(rows * length for rows, length in groups)
+    slots = tokens // arguments.tokens_per_document
+    packing = PackingConfig(groups, slots, slots)
+    print(f"{tokens} tokens a replica in rows of {arguments.row_groups}, {model}", flush=True)
+    for target in map(parse_target, arguments.targets.split(",")):
+        programs = lower_steps(model, OptimizerConfig(), packing, packing, replicas=target.chips)
+        for name in ("score", "evaluate", "train"):
+            compiled = compile_programs({name: programs[name]}, target, DEFAULT_PYTHON)[name]
+            print(
+                f"{target.topology} {name}: {compiled} ({target.hbm_bytes / GIB:.2f} GiB there)",
+                flush=True,
+            )
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,158 @@
+"""The train, evaluation and scoring steps as HLO, as one chip of a slice runs them."""
+
+from collections.abc import Callable
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+from tensorflow.compiler.tf2xla.ops import gen_xla_ops
+from tensorflow.python.distribute import one_device_strategy
+
+from trainer.config import ModelConfig, OptimizerConfig, PackingConfig
+from trainer.model import Model, build_model
+from trainer.optimizer import AdamW
+from trainer.packing import empty_micro_batch
+from trainer.step import Predictor, TrainStep
+
+# Only scales the schedule; any number gives the same program.
+_TOTAL_DOCUMENTS = 1_000_000
+
+
+class SliceStrategy(tf.distribute.Strategy):
+    """One replica's view of a slice: reductions over replicas stay operations of the program.
+
+    TPUStrategy makes the same program of a step, but only next to a TPU. Its operations can be
+    compiled here; they cannot run.
+    """
+
+    def __init__(self, replicas: int) -> None:
+        """Args: replicas: chips of the slice."""
+        super().__init__(_SliceExtended(self, replicas))
+
+
+class _SliceExtended(one_device_strategy.OneDeviceExtended):
+    def __init__(self, strategy: SliceStrategy, replicas: int) -> None:
+        super().__init__(strategy, "/cpu:0")
+        self._replicas = replicas
+
+    def _reduce_to(
+        self, reduce_op: tf.distribute.ReduceOp, value: tf.Tensor, destinations: Any, options: Any
+    ) -> tf.Tensor:
+        assert reduce_op == tf.distribute.ReduceOp.SUM, reduce_op
+        return gen_xla_ops.xla_all_reduce(
+            input=value,
+            group_assignment=[list(range(self._replicas))],
+            reduce_op="Add",
+            mode="CrossReplica",
+        )
+
+    @property
+    def _num_replicas_in_sync(self) -> int:
+        return self._replicas
+
+
+def lower(function: Callable[..., Any], *arguments: Any) -> bytes:
+    """A serialized HLO module of a function of tensors.
+
+    Args:
+      function: what to lower; the variables that it reads become further parameters of the
+        program, those that it updates further outputs, which take their parameter's memory.
+      *arguments: nested TensorSpecs of static shapes.
+
+    Raises:
+      tf.errors.InvalidArgumentError: if XLA has no such operation, on any device.
+    """
+    # TensorFlow takes the specs of a flat list of arguments only.
+    flat = tf.nest.flatten(arguments)
+    compiled = tf.function(
+        lambda *values: function(*tf.nest.pack_sequence_as(arguments, values)),
+        jit_compile=True,
+        autograph=False,
+    )
+    return compiled.experimental_get_compiler_ir(*flat)(stage="hlo_serialized")
+
+
+def lower_steps(
+    model_config: ModelConfig,
+    optimizer_config: OptimizerConfig,
+    packing: PackingConfig,
+    scoring_packing: PackingConfig,
+    *,
+    replicas: int,
+    accumulation: int = 1,
+    precision: str = "mixed_bfloat16",
+) -> dict[str, bytes]:
+    """Lowers the steps of a job.
+
+    Args:
+      model_config, optimizer_config: sizes and rates.
+      packing: of a micro-batch in training and evaluation.
+      scoring_packing: of a micro-batch in scoring.
+      replicas: chips that share a train step; evaluation and scoring need nothing of each other.
+      accumulation: micro-batches a replica in each train step.
+      precision: `mixed_bfloat16` or `float32`.
+
+    Returns:
+      Serialized HLO modules: `train` (forward and backward pass, the sum over replicas, clipping,
+      AdamW), `evaluate` (logits) and `score` (probabilities).
+    """
+    model = build_model(model_config, precision)
+    evaluation, scoring = Predictor(model, packing), Predictor(model, scoring_packing)
+    return {
+        "train": _lower_train(model, optimizer_config, packing, replicas, accumulation),
+        "evaluate": lower(evaluation.logits, _micro_batch(packing)),
+        "score": lower(
+            lambda batch: tf.sigmoid(scoring.logits(batch)), _micro_batch(scoring_packing)
+        ),
+    }
+
+
+def _lower_train(
+    model: Model,
+    config: OptimizerConfig,
+    packing: PackingConfig,
+    replicas: int,
+    accumulation: int,
+) -> bytes:
+    variables = model.named_variables()
+    optimizer = AdamW(
+        config,
+        list(variables.values()),
+        list(variables),
+        model.config.num_layers,
+        _TOTAL_DOCUMENTS,
+    )
+    num_labels = model.config.num_labels
+    strategy = SliceStrategy(replicas)
+    step = TrainStep(
+        strategy,
+        model,
+        optimizer,
+        packing,
+        np.ones(num_labels, np.float32),
+        seed=0,
+        # The whole step is lowered as one program, as on a TPU.
+        jit_compile=False,
+    )
+    labels = tf.TensorSpec([packing.max_documents, num_labels], tf.uint8)
+    batches = {
+        name: tf.TensorSpec([accumulation, *spec.shape], spec.dtype)
+        for name, spec in (_micro_batch(packing) | {"labels": labels}).items()
+    }
+    batches["position"] = tf.TensorSpec([3], tf.int64)
+    count = tf.TensorSpec([], tf.int64)
+    return lower(
+        lambda *arguments: strategy.run(step._replica_step, args=arguments),
+        batches,
+        count,
+        count,
+        tf.TensorSpec([], tf.float32),
+    )
+
+
+def _micro_batch(packing: PackingConfig) -> dict[str, tf.TensorSpec]:
+    return {
+        name: tf.TensorSpec(value.shape, value.dtype)
+        for name, value in empty_micro_batch(packing).items()
+        if name != "document_index"
+    }

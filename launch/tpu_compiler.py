@@ -1,0 +1,111 @@
+"""Compiles programs for a TPU slice with libtpu, no TPU needed: a process of its own.
+
+The newest libtpu, which this wants, aborts next to TensorFlow for TPUs. So this file runs in an
+environment that holds jax and libtpu and neither TensorFlow nor this project's other files:
+
+    .venv-preflight/bin/python launch/tpu_compiler.py --topology=v5e:2x2 --replicas=4 train.hlo ...
+
+Each file holds a serialized HLO module. One line of JSON a file goes to standard output: its
+`path`, and either `error` or `seconds` (of compilation), `flops` and `bytes_accessed` (of one
+replica by XLA's cost model, which counts on-chip memory as well as HBM) and the bytes of one chip's
+HBM by kind: `arguments`, `outputs`, `aliased` (outputs that reuse an argument's memory),
+`temporaries` and `code`.
+"""
+
+import argparse
+import json
+import os
+import time
+from typing import Any
+
+# Without these libtpu asks a metadata server that no machine but a TPU VM has.
+os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
+os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
+os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
+# Several compilations at once share no chip, so need no lock on one.
+os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
+
+import numpy as np
+from jax._src.interpreters import mlir
+from jax._src.lib import _jax
+from jax._src.lib.mlir import ir
+from jax.experimental import topologies
+
+
+def read_program(path: str) -> ir.Module:
+    """A serialized HLO module in StableHLO, the language that the compiler's client takes.
+
+    TensorFlow ends a program with a copy of each updated variable. StableHLO has no such
+    operation; without it the compiler itself decides where one is needed.
+    """
+    with open(path, "rb") as file:
+        serialized = _jax.mlir.hlo_to_stablehlo(file.read())
+    with mlir.make_ir_context():
+        module = ir.Module.parse(serialized)
+    copies = []
+
+    def collect(operation: ir.Operation) -> ir.WalkResult:
+        if operation.name == "mhlo.copy":
+            copies.append(operation)
+        return ir.WalkResult.ADVANCE
+
+    module.operation.walk(collect)
+    for copy in copies:
+        copy.results[0].replace_all_uses_with(copy.operands[0])
+        copy.erase()
+    return module
+
+
+def compile_program(path: str, devices: list[Any], optimization_level: int) -> dict[str, Any]:
+    """Compiles one file with one replica on each device and describes the result.
+
+    Args:
+      path: of the serialized HLO module.
+      devices: of a topology.
+      optimization_level: 0 for the compiler's default, 1 for its least effort.
+    """
+    options = _jax.CompileOptions()
+    options.num_replicas = len(devices)
+    options.device_assignment = _jax.DeviceAssignment.create(
+        np.array([[device.id] for device in devices])
+    )
+    options.executable_build_options.optimization_level = optimization_level
+    program = read_program(path)
+    start = time.monotonic()
+    try:
+        compiled = devices[0].client.compile(program, _jax.DeviceList(tuple(devices)), options)
+    except _jax.JaxRuntimeError as error:
+        return {"path": path, "error": str(error)}
+    seconds = time.monotonic() - start
+    memory, cost = compiled.get_compiled_memory_stats(), compiled.cost_analysis()
+    return {
+        "path": path,
+        "seconds": seconds,
+        "flops": cost["flops"],
+        "bytes_accessed": cost["bytes accessed"],
+        "arguments": memory.argument_size_in_bytes,
+        "outputs": memory.output_size_in_bytes,
+        "aliased": memory.alias_size_in_bytes,
+        "temporaries": memory.temp_size_in_bytes,
+        "code": memory.generated_code_size_in_bytes,
+    }
+
+
+def main() -> None:
+    """Compiles the files of the command line, one after the other."""
+    parser = argparse.ArgumentParser(description="Compile HLO modules for a TPU slice.")
+    parser.add_argument("--topology", required=True, help="such as v5e:2x2")
+    parser.add_argument("--replicas", type=int, required=True, help="chips that run the program")
+    parser.add_argument(
+        "--optimization_level", type=int, default=0, help="0: the default; 1: least"
+    )
+    parser.add_argument("paths", nargs="+", help="files of serialized HLO modules")
+    arguments = parser.parse_args()
+    topology = topologies.get_topology_desc(platform="tpu", topology_name=arguments.topology)
+    devices = list(topology.devices)[: arguments.replicas]
+    for path in arguments.paths:
+        print(json.dumps(compile_program(path, devices, arguments.optimization_level)), flush=True)
+
+
+if __name__ == "__main__":
+    main()
