@@ -24,7 +24,7 @@ from gcs_proxy import ProxyHandler, serve_proxy
 
 FAULTS = ("429", "503", "reset before", "reset after", "half", "slow")
 _SLOW_SECONDS = 0.1
-_LIST_PAGE = 3  # Small, so that every list takes several pages.
+_LIST_PAGE = 8  # Small, so that lists take several pages.
 
 
 def random_faults(seed: int, rate: float) -> Iterator[str]:
