@@ -40,29 +40,20 @@ class Cluster:
         """How many there are, this process among them."""
         return len(self.addresses)
 
-    @property
-    def peers(self) -> dict[str, str]:
-        """Address and name (`chief`, `worker 2`) of all but this process."""
-        return {
-            address: "chief" if index == 0 else f"worker {index}"
-            for index, address in enumerate(self.addresses)
-            if index != self.index
-        }
+    def name(self, index: int) -> str:
+        """A worker for the user: `chief (HOST:PORT)`, `worker 1 (HOST:PORT)`."""
+        return f"{f'worker {index}' if index else 'chief'} ({self.addresses[index]})"
 
     def find_missing(self, seconds: float = PROBE_SECONDS) -> list[str]:
-        """The peers that accept no connection, as `worker 1 (HOST:PORT)`.
+        """The names of the other workers that accept no connection.
 
         Args:
           seconds: to wait for each; all are asked at once.
         """
-        peers = self.peers
+        peers = [index for index in range(self.num_workers) if index != self.index]
         with ThreadPoolExecutor(max_workers=max(1, len(peers))) as pool:
-            answers = pool.map(lambda address: _answers(address, seconds), peers)
-        return [
-            f"{name} ({address})"
-            for (address, name), there in zip(peers.items(), answers, strict=True)
-            if not there
-        ]
+            answers = pool.map(lambda index: _answers(self.addresses[index], seconds), peers)
+        return [self.name(index) for index, there in zip(peers, answers, strict=True) if not there]
 
 
 def _answers(address: str, seconds: float) -> bool:

@@ -1,12 +1,8 @@
-"""What keeps a worker from waiting for ever for one that never comes or has gone.
-
-Threads that watch over calls into TensorFlow: while the main thread waits in C++, neither a signal
-nor an exception reaches it.
-"""
+"""What keeps a worker from waiting for ever for one that has gone, and says which it is."""
 
 import contextlib
 import threading
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Iterator, Sequence
 from types import TracebackType
 
 import tensorflow as tf
@@ -24,49 +20,6 @@ _LOST = (
 )
 # Raised for a lost peer too, but also for faults of ours.
 _PERHAPS_LOST = (tf.errors.InternalError, tf.errors.UnknownError, tf.errors.FailedPreconditionError)
-
-
-class Deadline:
-    """Ends this process with exit code 75 if a block takes too long.
-
-    For the first meeting of the workers, and for the connection to a TPU.
-    """
-
-    def __init__(self, seconds: float, describe: Callable[[], str]) -> None:
-        """Args: seconds: that the block may take; describe: says at its end who is missing."""
-        self._describe = describe
-        self._timer = threading.Timer(seconds, self._give_up)
-        self._timer.daemon = True
-
-    def __enter__(self) -> "Deadline":
-        self._timer.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._timer.cancel()
-
-    def _give_up(self) -> None:
-        end_process(self._describe(), RUN_AGAIN)
-
-
-def start_deadline(cluster: Cluster, seconds: float) -> Deadline:
-    """The deadline for the workers' first meeting, which names those who did not come."""
-
-    def describe() -> str:
-        missing = cluster.find_missing()
-        who = describe_missing(missing) if missing else "all other workers answer but do not join"
-        return (
-            f"no start within --start_timeout={seconds:g} seconds: {who}; start all "
-            f"{cluster.num_workers} workers that {cluster.source} names, then run the same command "
-            "again"
-        )
-
-    return Deadline(seconds, describe)
 
 
 def describe_missing(missing: Sequence[str]) -> str:

@@ -9,12 +9,16 @@ from tensorflow.python.client.device_lib import list_local_devices
 
 from trainer.cluster import Cluster, read_cluster
 from trainer.config import TrainConfig
-from trainer.errors import UserError
-from trainer.peers import PeerWatch, naming_lost_workers, start_deadline
+from trainer.errors import RUN_AGAIN, RunAgain, UserError
+from trainer.exit_timer import ExitTimer
+from trainer.meeting import meet
+from trainer.peers import PeerWatch, naming_lost_workers
 from trainer.tpu import connect_tpu, find_tpu
 
 # bfloat16 runs at full speed from this compute capability on.
 _BFLOAT16_CAPABILITY = (8, 0)
+# Joining takes a second or two, and for ever if one of the workers that just met is lost then.
+_JOIN_SECONDS = 45.0
 
 
 def make_strategy(config: TrainConfig) -> tf.distribute.Strategy:
@@ -109,6 +113,13 @@ def _mirrored_devices(cpu_replicas: int) -> list[str]:
 
 def _connect_workers(cluster: Cluster, seconds: float) -> tf.distribute.Strategy:
     """The strategy over all workers, once all are there."""
+    print(f"waiting for {cluster.num_workers} workers that {cluster.source} names", flush=True)
+    meet(cluster, seconds)
+    print(
+        f"all {cluster.num_workers} workers met; joining them (given up, with exit code "
+        f"{RUN_AGAIN}, if one of them leaves meanwhile)",
+        flush=True,
+    )
     gpus = len(tf.config.get_visible_devices("GPU"))
     kinds = tf.distribute.experimental.CommunicationImplementation
     options = tf.distribute.experimental.CommunicationOptions(
@@ -123,7 +134,7 @@ def _connect_workers(cluster: Cluster, seconds: float) -> tf.distribute.Strategy
         rpc_layer="grpc",
     )
     try:
-        with start_deadline(cluster, seconds), naming_lost_workers(cluster):
+        with ExitTimer(_JOIN_SECONDS), naming_lost_workers(cluster):
             return tf.distribute.MultiWorkerMirroredStrategy(
                 cluster_resolver=resolver, communication_options=options
             )
@@ -158,8 +169,9 @@ def is_chief(strategy: tf.distribute.Strategy) -> bool:
 def watching_workers(strategy: tf.distribute.Strategy) -> Iterator[None]:
     """Sees to it that a block of collective work ends when another worker is lost.
 
-    A block that ends well ends on all workers together: the one that is done first waits, so that
-    none takes it for lost. With a strategy in a single process there is nothing to see to.
+    A block that ends well, or with a stop that all workers agreed on, ends on all of them together:
+    who is done first waits for the chief's last checkpoint, so that none takes it for lost. With a
+    strategy in a single process there is nothing to see to.
 
     Raises:
       RunAgain: for an error that a lost worker caused, naming the worker.
@@ -169,7 +181,11 @@ def watching_workers(strategy: tf.distribute.Strategy) -> Iterator[None]:
         yield
         return
     with PeerWatch(cluster), naming_lost_workers(cluster):
-        yield
+        try:
+            yield
+        except RunAgain:
+            _wait_for_all(strategy)
+            raise
         _wait_for_all(strategy)
 
 

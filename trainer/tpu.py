@@ -8,8 +8,9 @@ from importlib import metadata
 import tensorflow as tf
 
 from trainer.cluster import Cluster
-from trainer.errors import RunAgain, UserError
-from trainer.peers import Deadline, describe_missing
+from trainer.errors import RUN_AGAIN, RunAgain, UserError
+from trainer.exit_timer import ExitTimer
+from trainer.peers import describe_missing
 
 LOCAL = "local"
 
@@ -70,13 +71,12 @@ def connect_tpu(address: str | None, seconds: float) -> tf.distribute.TPUStrateg
                 "its address, then run the same command again"
             )
     # A TPU that another process holds, or whose runtime is stuck, can keep these calls waiting.
-    with Deadline(
-        seconds,
-        lambda: (
-            f"--tpu={address}: not ready within --start_timeout={seconds:g} seconds; end other "
-            "programs that use it, then run the same command again"
-        ),
-    ):
+    print(
+        f"connecting to TPU {address}, for at most --start_timeout={seconds:g} seconds (then exit "
+        f"code {RUN_AGAIN}: end other programs that use it, and run the same command again)",
+        flush=True,
+    )
+    with ExitTimer(seconds):
         try:
             if address != LOCAL:
                 tf.config.experimental_connect_to_cluster(resolver)
@@ -103,7 +103,7 @@ def _resolve(address: str) -> tf.distribute.cluster_resolver.TPUClusterResolver:
 
 
 def _workers(resolver: tf.distribute.cluster_resolver.TPUClusterResolver) -> Cluster:
-    """The TPU's hosts, as peers of this process."""
+    """The TPU's hosts, as the other workers of this process."""
     hosts = resolver.cluster_spec().as_dict()[resolver.task_type]
     return Cluster((socket.gethostname(), *hosts), 0, "--tpu")
 
