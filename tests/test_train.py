@@ -6,6 +6,7 @@ import json
 import logging
 import os
 import random
+import resource
 import shutil
 import signal
 import subprocess
@@ -52,11 +53,13 @@ def flags_of(config):
     return [f"--{name}={value}" for name, value in values.items() if value is not None]
 
 
-def start(config):
+def start(config, file_size=resource.RLIM_INFINITY):
+    """A run in a process of its own, whose files may grow to so many bytes."""
     return subprocess.Popen(
         [sys.executable, "-m", "trainer.cli", "train", *flags_of(config)],
         stdout=subprocess.DEVNULL,
         stderr=subprocess.PIPE,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (file_size, file_size)),
     )
 
 
@@ -171,6 +174,21 @@ def test_a_damaged_newest_checkpoint_gives_way_to_the_one_before(
         train.run(config_of(corpus, model_dir))
     assert any(data in record.getMessage() for record in caplog.records)
     assert_same_run(model_dir, finished[0])
+
+
+def test_a_checkpoint_that_finds_no_room_is_one_line_and_exit_code_2(corpus, finished, tmp_path):
+    """The run resumes from the first of three checkpoints, and cannot save the second."""
+    model_dir = copied(finished, tmp_path)
+    folder = CheckpointFolder(os.path.join(model_dir, "checkpoints"))
+    first, *others = folder.steps()
+    for step in others:
+        folder.remove(step)
+    process = start(config_of(corpus, model_dir), file_size=100_000)
+    _, error = process.communicate()
+    assert process.returncode == 2
+    assert b"Traceback" not in error and b"cannot be saved" in error.splitlines()[-1]
+    assert folder.steps() == [first] and folder.steps_without_manifest() == []
+    assert folder.find(first).endswith(f"step-{first}")
 
 
 def test_no_readable_checkpoint_is_an_error_and_not_a_fresh_start(corpus, finished, tmp_path):
