@@ -5,7 +5,6 @@ deletes, rewrites and composes, and the XML API's downloads of a range. It prove
 handling of errors, not Google's servers.
 """
 
-import itertools
 import json
 import os
 import random
@@ -15,23 +14,22 @@ import struct
 import threading
 import time
 from collections import Counter
-from collections.abc import Iterator
+from collections.abc import Callable, Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass, field
 from urllib.parse import parse_qs, unquote, urlsplit
 
 from gcs_proxy import ProxyHandler, serve_proxy
 
-FAULTS = ("429", "503", "reset before", "reset after", "half", "slow")
+_FAULTS = ("429", "503", "reset before", "reset after", "half", "slow")
 _SLOW_SECONDS = 0.1
 _LIST_PAGE = 8  # Small, so that lists take several pages.
 
 
-def random_faults(seed: int, rate: float) -> Iterator[str]:
-    """A plan without an end in which this share of the requests goes wrong."""
+def random_faults(seed: int, rate: float) -> Callable[[str], str]:
+    """A plan in which this share of the requests goes wrong."""
     draw = random.Random(seed)
-    while True:
-        yield draw.choice(FAULTS) if draw.random() < rate else ""
+    return lambda request: draw.choice(_FAULTS) if draw.random() < rate else ""
 
 
 @dataclass
@@ -49,13 +47,13 @@ class FakeStorage:
     Attributes:
       buckets: by bucket and name.
       statuses: buckets that answer every request with this status, such as 403 or 503.
-      plan: for each of the other requests, one of `FAULTS` or "" for none.
+      plan: for each of the other requests ("GET /path?query"), one of `_FAULTS` or "" for none.
       faults: how often each came.
     """
 
     buckets: dict[str, dict[str, Stored]]
     statuses: dict[str, int] = field(default_factory=dict)
-    plan: Iterator[str] = field(default_factory=lambda: itertools.repeat(""))
+    plan: Callable[[str], str] = lambda request: ""
     faults: Counter[str] = field(default_factory=Counter)
 
     def __post_init__(self) -> None:
@@ -63,10 +61,10 @@ class FakeStorage:
         self.sessions: dict[str, tuple[str, str, bytearray]] = {}
         self.generation = 0
 
-    def next_fault(self) -> str:
-        """What the plan has for this request."""
+    def next_fault(self, request: str) -> str:
+        """What the plan has for a request."""
         with self.lock:
-            fault = next(self.plan)
+            fault = self.plan(request)
             if fault:
                 self.faults[fault] += 1
             return fault
@@ -111,7 +109,7 @@ class _Handler(ProxyHandler):
 
     def _handle(self) -> None:
         body = self._read_body()
-        fault = self.storage.next_fault()
+        fault = self.storage.next_fault(f"{self.command} {self.path}")
         if fault in ("429", "503"):
             return self._answer(int(fault), {"error": {"code": int(fault), "message": "injected"}})
         if fault == "reset before":
