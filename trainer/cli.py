@@ -113,8 +113,8 @@ def _train(parsed: config.TrainConfig, arguments: Sequence[str]) -> None:
     from trainer.interruption import Interruption
 
     # Before TensorFlow and NumPy start threads, which would take the signals otherwise.
-    with Interruption():
-        _import("train").run(parsed)
+    with Interruption() as interruption:
+        _import("train").run(parsed, interruption)
 
 
 def _import(command: str) -> ModuleType:

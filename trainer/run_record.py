@@ -90,7 +90,8 @@ def start_record(model_dir: str, record: RunRecord, is_chief: bool = True) -> Ru
       is_chief: whether this host writes; the others only read.
 
     Returns:
-      `record`, on a resumed run with the micro-batches per step that it began with.
+      `record`, on a resumed run with the micro-batches a step and the precision that it began
+      with, whatever devices it is on now.
 
     Raises:
       UserError: naming what changed since the run was started.
@@ -122,7 +123,11 @@ def start_record(model_dir: str, record: RunRecord, is_chief: bool = True) -> Ru
             f"{model_dir}: holds a model of other sizes than --init_checkpoint now has; give the "
             "same checkpoint to resume it, or another --model_dir"
         )
-    return dataclasses.replace(record, micro_batches_per_step=before.micro_batches_per_step)
+    return dataclasses.replace(
+        record,
+        micro_batches_per_step=before.micro_batches_per_step,
+        precision=before.precision,
+    )
 
 
 def _check_nothing_left(model_dir: str) -> None:

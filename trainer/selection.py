@@ -21,16 +21,23 @@ _SHOWN_METRICS = ("mean_average_precision", "micro_average_precision", "micro_f1
 
 @dataclass(frozen=True)
 class Selection:
-    """What picks the best checkpoint and ends a run early, in variables a checkpoint keeps."""
+    """What picks the best checkpoint and ends a run early, in variables a checkpoint keeps.
+
+    Attributes:
+      best: float64, the best value so far, as something to maximise.
+      evaluations, without_gain: int64, made so far, and since the best one.
+      pending: int64, 1 from the step that an evaluation is due at until it is made.
+    """
 
     best: tf.Variable
     evaluations: tf.Variable
     without_gain: tf.Variable
+    pending: tf.Variable
 
     @classmethod
     def fresh(cls) -> "Selection":
         """Of a run that has not been evaluated yet."""
-        count = [tf.Variable(0, dtype=tf.int64, trainable=False) for _ in range(2)]
+        count = [tf.Variable(0, dtype=tf.int64, trainable=False) for _ in range(3)]
         return cls(tf.Variable(-math.inf, dtype=tf.float64, trainable=False), *count)
 
     def update(self, config: TrainConfig, metrics: dict[str, float]) -> bool:
@@ -39,13 +46,16 @@ class Selection:
         value = -value if config.best_metric == "loss" else value
         better = int(self.evaluations) == 0 or value > float(self.best)
         self.evaluations.assign_add(1)
+        self.pending.assign(0)
         self.without_gain.assign(0 if better else self.without_gain + 1)
         if better:
             self.best.assign(value if math.isfinite(value) else -math.inf)
         return better
 
     def is_finished(self, config: TrainConfig, documents: int, total_documents: int) -> bool:
-        """Whether all documents are consumed, or patience has run out."""
+        """Whether all is consumed and evaluated, or patience has run out."""
+        if int(self.pending):
+            return False
         if config.patience and int(self.without_gain) >= config.patience:
             return True
         return documents >= total_documents
@@ -71,7 +81,9 @@ class Evaluation:
         self._metadata = metadata
         self._optimizer = step.optimizer
         self._pos_weights = pos_weights
-        self._predictor = Predictor(step.model, packing, strategy)
+        self._predictor = Predictor(
+            step.model, packing, strategy, stop_requested=step.stop_requested
+        )
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
@@ -87,7 +99,11 @@ class Evaluation:
                 variable.assign(value)
 
     def run(self) -> dict[str, float]:
-        """Metrics of --eval_split: those of `compute_metrics` that are one number, and the loss."""
+        """Metrics of --eval_split: those of `compute_metrics` that are one number, and the loss.
+
+        Raises:
+          StoppedError: if a host requested a stop meanwhile.
+        """
         config = self._config
         with self.averaged_weights():
             predictions = self._predictor.predict_split(

@@ -27,7 +27,7 @@ MicroBatches = dict[str, tf.Tensor]
 
 
 class Progress:
-    """How far a run is, in variables that a checkpoint keeps; make it in the strategy's scope.
+    """How far a run is, in variables of the host that a checkpoint keeps.
 
     Attributes:
       steps, documents: int64, taken and consumed so far.
@@ -106,9 +106,8 @@ class TrainStep:
         self._has_dropout = any(rates)
         self.compute = tf.function(self._accumulate, jit_compile=jit_compile, autograph=False)
         self.update = tf.function(self._apply, jit_compile=jit_compile, autograph=False)
-        with strategy.scope():
-            self.progress = Progress()
-        # Not the strategy's: each host has its own, and any thread may set it.
+        self.progress = Progress()
+        # Any thread may set it.
         self.stop_requested = tf.Variable(False, trainable=False)
 
     def _differentiate(
@@ -166,15 +165,15 @@ class TrainStep:
             self.loss_scale.update(report["skipped"] == 0)
         return report
 
-    def _replica_step(self, batches: MicroBatches, stop: tf.Tensor) -> dict[str, tf.Tensor]:
+    def _replica_step(
+        self, batches: MicroBatches, steps: tf.Tensor, consumed: tf.Tensor, stop: tf.Tensor
+    ) -> dict[str, tf.Tensor]:
         context = tf.distribute.get_replica_context()
         count = batches["input_ids"].shape[0]
         first = tf.cast(context.replica_id_in_sync_group, tf.int32) * count
         inputs = {name: batches[name] for name in (*_MODEL_INPUTS, "labels", "document_mask")}
         scale = tf.ones([]) if self.loss_scale is None else tf.identity(self.loss_scale.scale)
-        loss, documents, gradients = self.compute(
-            inputs, tf.convert_to_tensor(self.progress.steps), first, scale
-        )
+        loss, documents, gradients = self.compute(inputs, steps, first, scale)
         tokens = tf.math.count_nonzero(batches["segment_ids"], dtype=tf.float32)
         # Aggregation happens here and nowhere else: sums over replicas, then one division by the
         # number of documents of the whole step, then (in the optimizer) clipping.
@@ -184,7 +183,7 @@ class TrainStep:
         loss, documents, tokens, stop = tf.unstack(counts)
         divisor = tf.maximum(documents, 1.0) * scale
         gradients = [gradient / divisor for gradient in gradients]
-        report = self.update(gradients, tf.convert_to_tensor(self.progress.documents), loss)
+        report = self.update(gradients, consumed, loss)
         applied = report["skipped"] == 0
         return report | {
             "loss": tf.where(applied, loss, 0.0),
@@ -218,20 +217,26 @@ class TrainStep:
         sums = {name: tf.zeros([]) for name in _SUMS}
         last = {name: tf.zeros([]) for name in _LATEST}
         step, stop = tf.constant(0, tf.int64), tf.zeros([])
+        progress = self.progress
         while (
             step < max_steps
-            and self.progress.documents < until
-            and self.progress.bad_steps < self._max_bad_steps
+            and progress.documents < until
+            and progress.bad_steps < self._max_bad_steps
             and stop == 0
         ):
-            # The flag goes through the all-reduce, so that all hosts leave after the same step.
-            arguments = (next(iterator), tf.cast(self.stop_requested, tf.float32))
+            arguments = (
+                next(iterator),
+                tf.convert_to_tensor(progress.steps),
+                tf.convert_to_tensor(progress.documents),
+                # Through the all-reduce, so that all hosts leave after the same step.
+                tf.cast(self.stop_requested, tf.float32),
+            )
             reports = self._strategy.run(self._replica_step, args=arguments)
             report = {
                 name: self._strategy.experimental_local_results(value)[0]
                 for name, value in reports.items()
             }
-            self.progress.advance(report["documents"], report["position"], report["skipped"] > 0)
+            progress.advance(report["documents"], report["position"], report["skipped"] > 0)
             report["steps"] = tf.ones([])
             sums = {name: sums[name] + tf.cast(report[name], tf.float32) for name in _SUMS}
             last = {name: report[name] for name in _LATEST}
@@ -251,6 +256,10 @@ class Predictions:
     labels: np.ndarray
 
 
+class StoppedError(Exception):
+    """A host requested a stop before all was predicted."""
+
+
 class Predictor:
     """A compiled forward pass over micro-batches of one shape, on all replicas of a strategy."""
 
@@ -260,6 +269,7 @@ class Predictor:
         packing: PackingConfig,
         strategy: tf.distribute.Strategy | None = None,
         jit_compile: bool = False,
+        stop_requested: tf.Variable | None = None,
     ) -> None:
         """Makes the compiled pass.
 
@@ -267,18 +277,29 @@ class Predictor:
           model, packing: as trained.
           strategy: whose replicas share the micro-batches; default: where TensorFlow puts it.
           jit_compile: whether XLA compiles the pass.
+          stop_requested: this host's, as `TrainStep` has it; default: nobody does.
         """
         self.model = model
         self._packing = packing
         self._strategy = strategy or tf.distribute.get_strategy()
+        self._stop_requested = stop_requested
 
         def forward(batch: MicroBatches) -> tf.Tensor:
             return model(batch, row_groups=packing.row_groups, num_documents=packing.max_documents)
 
         self._forward = tf.function(forward, jit_compile=jit_compile, autograph=False)
-        self._on_replicas = tf.function(
-            lambda batch: self._strategy.run(self._forward, args=(batch,)), autograph=False
-        )
+        self._on_replicas = tf.function(self._predict, autograph=False)
+
+    def _predict(self, batches: MicroBatches, stop: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """Each replica's logits, and how many requested a stop."""
+
+        def of_replica(batch: MicroBatches, stop: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+            context = tf.distribute.get_replica_context()
+            # The identity puts the flag on the replica's own device, where a sum expects it.
+            stops = context.all_reduce(tf.distribute.ReduceOp.SUM, tf.identity(stop))
+            return self._forward(batch), stops
+
+        return self._strategy.run(of_replica, args=(batches, stop))
 
     def logits(self, batch: MicroBatches) -> tf.Tensor:
         """Logits float32 [D, L] of one micro-batch."""
@@ -288,27 +309,31 @@ class Predictor:
         """Logits float32 [R, D, L] of one micro-batch for each of the R replicas.
 
         Every host gets all of them, so that all come to the same metrics and decisions.
+
+        Raises:
+          StoppedError: on all hosts, if one requested a stop.
         """
         strategy = self._strategy
-        count = strategy.num_replicas_in_sync
         inputs = {name: batches[name] for name in _MODEL_INPUTS}
-        if count == 1:
-            inputs = {name: value[0] for name, value in inputs.items()}
-            return self._on_replicas(inputs).numpy()[None]
 
         def of_replica(context: tf.distribute.DistributedValues) -> MicroBatches:
             index = context.replica_id_in_sync_group
             return {name: value[index] for name, value in inputs.items()}
 
         values = strategy.experimental_distribute_values_from_function(of_replica)
-        logits = strategy.gather(self._on_replicas(values), axis=0).numpy()
-        return logits.reshape([count, -1, logits.shape[-1]])
+        requested = False if self._stop_requested is None else self._stop_requested
+        logits, stops = self._on_replicas(values, tf.cast(requested, tf.float32))
+        if float(strategy.experimental_local_results(stops)[0]) > 0:
+            raise StoppedError
+        gathered = strategy.gather(logits, axis=0).numpy()
+        return gathered.reshape([strategy.num_replicas_in_sync, -1, gathered.shape[-1]])
 
     def predict_split(self, data_dir: str, metadata: Metadata, split_name: str) -> Predictions:
         """Scores every document of a split exactly once.
 
         Raises:
           UserError: if the split is missing or damaged.
+          StoppedError: on all hosts, if one requested a stop.
         """
         stream = open_stream(data_dir, metadata, split_name, self._packing)
         count, width = stream.num_documents, stream.num_labels

@@ -5,13 +5,14 @@ import json
 import os
 import sys
 from dataclasses import dataclass
+from typing import NoReturn
 
 import tensorflow as tf
 
 from trainer.atomic import write_atomically
 from trainer.checkpoint import Checkpoints, RunRecord, start_record
 from trainer.config import TrainConfig, absolute, parse_row_groups
-from trainer.errors import UserError
+from trainer.errors import RunAgain, UserError
 from trainer.input_pipeline import (
     Position,
     Share,
@@ -20,6 +21,7 @@ from trainer.input_pipeline import (
     open_stream,
     read_micro_batches,
 )
+from trainer.interruption import Interruption
 from trainer.journal import Journal
 from trainer.losses import positive_weights
 from trainer.milestones import Milestones
@@ -27,8 +29,15 @@ from trainer.packing import choose_packing
 from trainer.records import load_metadata
 from trainer.selection import Evaluation, Selection
 from trainer.start import build_step, check_tokenizer, choose_model, make_record
-from trainer.step import TrainStep, read_position
-from trainer.strategy import choose_precision, is_chief, is_on_cpu, make_strategy, should_jit
+from trainer.step import StoppedError, TrainStep, read_position
+from trainer.strategy import (
+    choose_precision,
+    is_chief,
+    is_on_cpu,
+    make_strategy,
+    should_jit,
+    watching_workers,
+)
 
 BAD_STEPS_FILE = "bad_steps.json"
 _STEPS_PER_LOOP = 20
@@ -57,11 +66,16 @@ class Run:
         return self.selection.is_finished(self.config, self.documents, self.record.total_documents)
 
 
-def run(config: TrainConfig) -> None:
+def run(config: TrainConfig, interruption: Interruption | None = None) -> None:
     """Trains, or resumes, or says that there is nothing left to do.
+
+    Args:
+      config: the command's flags.
+      interruption: tells of requests to stop; default: there are none.
 
     Raises:
       UserError: for anything about the data, the checkpoint or the flags that the user can mend.
+      RunAgain: if the run was stopped, or lost a worker; it goes on when it is run again.
     """
     metadata = load_metadata(config.data_dir)
     check_tokenizer(config.data_dir, metadata)
@@ -87,28 +101,40 @@ def run(config: TrainConfig) -> None:
         make_record(config, metadata, sizes, packing, pos_weights, precision, replicas),
         chief,
     )
+    _check_divisible(record, replicas)
     step = build_step(record, metadata, values, strategy, should_jit(config.jit_compile, strategy))
-    with strategy.scope():
-        selection = Selection.fresh()
+    selection = Selection.fresh()
     checkpoints = Checkpoints(
         config.model_dir, _state(step, selection), config.keep_checkpoints, chief
     )
     this = Run(config, record, stream, strategy, step, selection, checkpoints)
-    resumed = checkpoints.restore()
-    best = f"best {config.best_metric}"
-    if this.is_finished:
-        print(
-            f"{config.model_dir}: this run is finished; nothing to do. "
-            f"The {best} is {selection.shown_best()}."
-        )
-        return
-    _describe(this, int(step.progress.steps) if resumed else None)
-    _train(this, Evaluation(config, metadata, step, packing, pos_weights, strategy))
+    with watching_workers(strategy):
+        resumed = checkpoints.restore()
+        best = f"best {config.best_metric}"
+        if this.is_finished:
+            print(
+                f"{config.model_dir}: this run is finished; nothing to do. "
+                f"The {best} is {selection.shown_best()}."
+            )
+            return
+        _describe(this, int(step.progress.steps) if resumed else None)
+        if interruption is not None:
+            interruption.on_request(lambda: step.stop_requested.assign(True))
+        _train(this, Evaluation(config, metadata, step, packing, pos_weights, strategy))
     print(
         f"{config.model_dir}: trained on {this.documents} documents in "
         f"{int(step.progress.steps)} steps; {best} {selection.shown_best()}. Next: multihot "
         f"evaluate --model_dir={config.model_dir} --data_dir={config.data_dir}"
     )
+
+
+def _check_divisible(record: RunRecord, replicas: int) -> None:
+    if record.micro_batches_per_step % replicas:
+        raise UserError(
+            f"{record.train.model_dir}: this run takes {record.micro_batches_per_step} "
+            f"micro-batches a step, which {replicas} replicas cannot share evenly; resume it on a "
+            "number of replicas that divides them, or start another --model_dir"
+        )
 
 
 def _state(step: TrainStep, selection: Selection) -> dict[str, dict[str, tf.Variable]]:
@@ -157,30 +183,72 @@ def _train(this: Run, evaluation: Evaluation) -> None:
     try:
         while not this.is_finished:
             evaluations, before = int(this.selection.evaluations), documents
-            max_steps, until = milestones.next_stop(steps, documents, evaluations)
-            sums = step.run(
-                iterator, tf.constant(max_steps, tf.int64), tf.constant(until, tf.int64)
-            )
-            on_host = {name: float(value) for name, value in sums.items()}
-            steps, documents = int(progress.steps), this.documents
-            journal.log_steps(steps, documents, on_host, slots, this.stream.num_documents)
-            if int(progress.bad_steps) >= config.max_bad_steps:
-                _give_up(this)
-            evaluated = documents >= milestones.next_evaluation(evaluations)
+            if not int(this.selection.pending):
+                max_steps, until = milestones.next_stop(steps, documents, evaluations)
+                sums = step.run(
+                    iterator, tf.constant(max_steps, tf.int64), tf.constant(until, tf.int64)
+                )
+                on_host = {name: float(value) for name, value in sums.items()}
+                steps, documents = int(progress.steps), this.documents
+                journal.log_steps(steps, documents, on_host, slots, this.stream.num_documents)
+                if int(progress.bad_steps) >= config.max_bad_steps:
+                    _give_up(this)
+                _check_not_dry(this, on_host)
+                due = documents >= milestones.next_evaluation(evaluations)
+                this.selection.pending.assign(int(due))
+                if on_host["stop"]:
+                    _stop(this)
+            evaluated = bool(int(this.selection.pending))
             if evaluated:
-                metrics = evaluation.run()
-                journal.log_evaluation(steps, documents, config.eval_split, metrics)
-                if this.selection.update(config, metrics):
-                    with evaluation.averaged_weights():
-                        this.checkpoints.save_best(steps)
+                _evaluate(this, evaluation, journal)
             if evaluated or milestones.is_checkpoint_due(steps, documents, before):
                 this.checkpoints.save(steps)
                 journal.restart_clock()
     finally:
-        journal.close()
+        try:
+            this.checkpoints.close()
+        finally:
+            journal.close()
 
 
-def _give_up(this: Run) -> None:
+def _evaluate(this: Run, evaluation: Evaluation, journal: Journal) -> None:
+    """Measures, writes down what it found, and keeps the weights if they are the best."""
+    steps = int(this.step.progress.steps)
+    try:
+        metrics = evaluation.run()
+    except StoppedError:
+        _stop(this)
+    journal.log_evaluation(steps, this.documents, this.config.eval_split, metrics)
+    if this.selection.update(this.config, metrics):
+        with evaluation.averaged_weights():
+            this.checkpoints.save_best(steps)
+
+
+def _stop(this: Run) -> NoReturn:
+    """Saves where the run stands and ends it.
+
+    Raises:
+      RunAgain: always.
+    """
+    steps = int(this.step.progress.steps)
+    this.checkpoints.save(steps)
+    this.checkpoints.wait()
+    raise RunAgain(
+        f"{this.config.model_dir}: stopped as requested after step {steps}, and saved; run the "
+        "same command again to go on"
+    )
+
+
+def _check_not_dry(this: Run, sums: dict[str, float]) -> None:
+    """Raises UserError if the stream ended before all documents came."""
+    if sums["steps"] and not sums["documents"]:
+        raise UserError(
+            f"{this.config.data_dir}: the shards hold fewer documents than metadata.json says "
+            f"({this.documents} came of {this.record.total_documents}); prepare them again"
+        )
+
+
+def _give_up(this: Run) -> NoReturn:
     """Ends a run whose numbers went wrong, and writes down which documents it met there.
 
     Raises:
