@@ -88,19 +88,19 @@ def lower_steps(
       model_config, optimizer_config: sizes and rates.
       packing: of a micro-batch in training and evaluation.
       scoring_packing: of a micro-batch in scoring.
-      replicas: chips that share a train step; evaluation and scoring need nothing of each other.
+      replicas: chips that share a step; in scoring they have nothing to tell each other.
       accumulation: micro-batches a replica in each train step.
       precision: `mixed_bfloat16` or `float32`.
 
     Returns:
       Serialized HLO modules: `train` (forward and backward pass, the sum over replicas, clipping,
-      AdamW), `evaluate` (logits) and `score` (probabilities).
+      AdamW), `evaluate` (logits, and the sum of requests to stop) and `score` (probabilities).
     """
-    model = build_model(model_config, precision)
-    evaluation, scoring = Predictor(model, packing), Predictor(model, scoring_packing)
+    model, strategy = build_model(model_config, precision), SliceStrategy(replicas)
+    evaluation, scoring = Predictor(model, packing, strategy), Predictor(model, scoring_packing)
     return {
-        "train": _lower_train(model, optimizer_config, packing, replicas, accumulation),
-        "evaluate": lower(evaluation.logits, _micro_batch(packing)),
+        "train": _lower_train(strategy, model, optimizer_config, packing, accumulation),
+        "evaluate": lower(evaluation._predict, _micro_batch(packing), tf.TensorSpec([])),
         "score": lower(
             lambda batch: tf.sigmoid(scoring.logits(batch)), _micro_batch(scoring_packing)
         ),
@@ -108,10 +108,10 @@ def lower_steps(
 
 
 def _lower_train(
+    strategy: SliceStrategy,
     model: Model,
     config: OptimizerConfig,
     packing: PackingConfig,
-    replicas: int,
     accumulation: int,
 ) -> bytes:
     variables = model.named_variables()
@@ -123,7 +123,6 @@ def _lower_train(
         _TOTAL_DOCUMENTS,
     )
     num_labels = model.config.num_labels
-    strategy = SliceStrategy(replicas)
     step = TrainStep(
         strategy,
         model,

@@ -26,13 +26,11 @@ class Target:
 
     Attributes:
       topology: libtpu's name of it, such as `v5e:2x2`.
-      kind: the generation, such as `v5e`.
       chips: how many there are, one replica on each.
       hbm_bytes: what a program can have of one chip's memory.
     """
 
     topology: str
-    kind: str
     chips: int
     hbm_bytes: int
 
@@ -53,4 +51,4 @@ def parse_target(text: str) -> Target:
             f"--target={text}: expected a TPU slice such as "
             f"{', '.join(DEFAULT_TOPOLOGIES.values())}"
         )
-    return Target(topology, match[1], math.prod(sizes), HBM_BYTES[match[1]])
+    return Target(topology, math.prod(sizes), HBM_BYTES[match[1]])
