@@ -26,7 +26,7 @@ from trainer.journal import Journal
 from trainer.losses import positive_weights
 from trainer.milestones import Milestones
 from trainer.packing import choose_packing
-from trainer.records import load_metadata
+from trainer.records import load_metadata, naming_damaged_shards
 from trainer.selection import Evaluation, Selection
 from trainer.start import build_step, check_tokenizer, choose_model, make_record
 from trainer.step import StoppedError, TrainStep, read_position
@@ -120,7 +120,8 @@ def run(config: TrainConfig, interruption: Interruption | None = None) -> None:
         _describe(this, int(step.progress.steps) if resumed else None)
         if interruption is not None:
             interruption.on_request(lambda: step.stop_requested.assign(True))
-        _train(this, Evaluation(config, metadata, step, packing, pos_weights, strategy))
+        with naming_damaged_shards(config.data_dir, metadata, "train", config.eval_split):
+            _train(this, Evaluation(config, metadata, step, packing, pos_weights, strategy))
     print(
         f"{config.model_dir}: trained on {this.documents} documents in "
         f"{int(step.progress.steps)} steps; {best} {selection.shown_best()}. Next: multihot "
@@ -197,12 +198,12 @@ def _train(this: Run, evaluation: Evaluation) -> None:
                 due = documents >= milestones.next_evaluation(evaluations)
                 this.selection.pending.assign(int(due))
                 if on_host["stop"]:
-                    _stop(this)
+                    _stop(this, journal)
             evaluated = bool(int(this.selection.pending))
             if evaluated:
                 _evaluate(this, evaluation, journal)
             if evaluated or milestones.is_checkpoint_due(steps, documents, before):
-                this.checkpoints.save(steps)
+                _save(this, journal)
                 journal.restart_clock()
     finally:
         try:
@@ -217,25 +218,30 @@ def _evaluate(this: Run, evaluation: Evaluation, journal: Journal) -> None:
     try:
         metrics = evaluation.run()
     except StoppedError:
-        _stop(this)
+        _stop(this, journal)
     journal.log_evaluation(steps, this.documents, this.config.eval_split, metrics)
     if this.selection.update(this.config, metrics):
         with evaluation.averaged_weights():
             this.checkpoints.save_best(steps)
 
 
-def _stop(this: Run) -> NoReturn:
+def _save(this: Run, journal: Journal) -> None:
+    """Begins to save where the run stands, after the rows that a resumed run expects there."""
+    journal.flush()
+    this.checkpoints.save(int(this.step.progress.steps))
+
+
+def _stop(this: Run, journal: Journal) -> NoReturn:
     """Saves where the run stands and ends it.
 
     Raises:
       RunAgain: always.
     """
-    steps = int(this.step.progress.steps)
-    this.checkpoints.save(steps)
+    _save(this, journal)
     this.checkpoints.wait()
     raise RunAgain(
-        f"{this.config.model_dir}: stopped as requested after step {steps}, and saved; run the "
-        "same command again to go on"
+        f"{this.config.model_dir}: stopped as requested after step "
+        f"{int(this.step.progress.steps)}, and saved; run the same command again to go on"
     )
 
 
