@@ -194,7 +194,7 @@ def explain(error: Exception, url: str | None = None) -> OSError | RunAgain | No
         return FileNotFoundError(errno.ENOENT, "not found; check bucket and folder", place)
     if status is not None and status not in (408, 429) and status < 500:
         return OSError(errno.EIO, f"the store refused the request (HTTP {status})", place)
-    curl = re.search(r"libcurl code \d+ meaning '([^']*)'", text)
+    curl = re.search(r"libcurl code \d+ meaning '(.*?)',", text)
     reason = f"HTTP {status}" if status else curl.group(1) if curl else text[:200]
     return RunAgain(
         f"{place}: the store did not answer ({reason}), however often it was asked; run the same "
