@@ -21,7 +21,8 @@ from trainer import train
 from trainer.checkpoint import load_best, load_record
 from trainer.checkpoint_folder import CheckpointFolder
 from trainer.config import OptimizerConfig, TrainConfig
-from trainer.errors import UserError
+from trainer.errors import RUN_AGAIN, UserError
+from trainer.input_pipeline import open_stream, read_micro_batches
 from trainer.records import load_metadata
 
 NUM_KILLS = 5
@@ -104,21 +105,120 @@ def finished(corpus, tmp_path_factory):
     return str(model_dir), time.monotonic() - began
 
 
-def test_killed_at_random_moments_it_ends_with_the_same_bits(corpus, finished, tmp_path):
+def interrupt_until_finished(config, seconds, number, most, moments):
+    """Starts a run again and again, ends it at random moments, then lets it finish.
+
+    Args:
+      config: the run's.
+      seconds: an uninterrupted run takes.
+      number: the signal, SIGKILL or SIGTERM.
+      most: interruptions.
+      moments: random.Random.
+
+    Returns:
+      How many runs were interrupted.
+    """
+    done = 0
+    while True:
+        process = start(config)
+        if done < most:
+            try:
+                process.wait(moments.uniform(0.1 * seconds, 1.1 * seconds))
+            except subprocess.TimeoutExpired:
+                process.send_signal(number)
+                done += 1
+        _, error = process.communicate()
+        if process.returncode == 0:
+            return done
+        expected = {signal.SIGKILL: -signal.SIGKILL, signal.SIGTERM: RUN_AGAIN}[number]
+        assert process.returncode == expected, error.decode()
+        assert b"Traceback" not in error
+
+
+@pytest.mark.parametrize("number, most", [(signal.SIGKILL, NUM_KILLS), (signal.SIGTERM, 2)])
+def test_interrupted_at_random_moments_it_ends_with_the_same_bits(
+    corpus, finished, tmp_path, number, most
+):
     reference, seconds = finished
     seed = random.randrange(10**6)
-    print("seed of the kills:", seed)
-    moments = random.Random(seed)
+    print("seed of the moments:", seed)
     config = config_of(corpus, tmp_path / "run")
-    for _ in range(NUM_KILLS):
-        process = start(config)
-        time.sleep(moments.uniform(0.3 * seconds, 0.9 * seconds))
-        process.send_signal(signal.SIGKILL)
-        process.wait()
-    process = start(config)
-    assert process.wait() == 0, process.stderr.read().decode()
+    interrupt_until_finished(config, seconds, number, most, random.Random(seed))
     assert_same_run(config.model_dir, reference)
     assert not glob.glob(os.path.join(config.model_dir, "**", "*_temp"), recursive=True)
+
+
+@pytest.mark.long
+@pytest.mark.parametrize("number", [signal.SIGKILL, signal.SIGTERM])
+def test_fifty_interruptions(corpus, finished, tmp_path, number):
+    """As many runs as it takes; each ends as the one that nothing interrupted."""
+    reference, seconds = finished
+    seed = random.randrange(10**6)
+    moments, done, runs = random.Random(seed), 0, 0
+    while done < 50:
+        config = config_of(corpus, tmp_path / f"run-{runs}")
+        done += interrupt_until_finished(config, seconds, number, min(10, 50 - done), moments)
+        assert_same_run(config.model_dir, reference)
+        runs += 1
+    print(f"{done} x {signal.Signals(number).name} in {runs} runs, seed {seed}")
+
+
+def test_on_another_number_of_replicas_it_goes_on_with_the_same_documents(corpus, tmp_path):
+    """Begun on two replicas, stopped, and ended on one, which takes two micro-batches a step."""
+    rows = {}
+    for name, stop in (("whole", False), ("resumed", True)):
+        config = config_of(
+            corpus, tmp_path / name, num_train_epochs=1.0, strategy="mirrored", cpu_replicas=2,
+            evaluate_every=0.5,
+        )  # fmt: skip
+        process = start(config)
+        if stop:
+            while not glob.glob(os.path.join(config.model_dir, "checkpoints", "*.json")):
+                time.sleep(0.05)
+            process.send_signal(signal.SIGTERM)
+            assert process.wait() == RUN_AGAIN, process.stderr.read().decode()
+            assert max(row["step"] for row in rows_of(config.model_dir)) < 60
+            with pytest.raises(UserError, match="2 micro-batches a step, which 3 replicas cannot"):
+                three = dataclasses.replace(config, cpu_replicas=3)
+                train.run(three)
+            process = start(dataclasses.replace(config, strategy="cpu", cpu_replicas=1))
+        assert process.wait() == 0, process.stderr.read().decode()
+        rows[name] = [row for row in rows_of(config.model_dir) if "loss" in row]
+    found, expected = rows["resumed"], rows["whole"]
+    assert [row["documents"] for row in found] == [row["documents"] for row in expected]
+    assert len(found) > 60
+    np.testing.assert_allclose(
+        [row["loss"] for row in found], [row["loss"] for row in expected], rtol=1e-3
+    )
+
+
+def test_too_many_bad_steps_end_the_run_and_name_their_documents(corpus, tmp_path):
+    """A rate that throws the weights out of float32's range at the first update."""
+    config = config_of(
+        corpus, tmp_path / "run", max_bad_steps=3, steps_per_loop=2, gradient_accumulation=2,
+        optimizer=OptimizerConfig(learning_rate=1e38, warmup=0.0),
+    )  # fmt: skip
+    with pytest.raises(UserError, match="not finite in 3 steps in a row, from step 2 on"):
+        train.run(config)
+    with open(tmp_path / "run" / train.BAD_STEPS_FILE, encoding="utf-8") as file:
+        bad = json.load(file)
+    assert [row["step"] for row in bad] == [2, 3, 4]
+    metadata = load_metadata(corpus)
+    stream = open_stream(corpus, metadata, "train", load_record(config.model_dir).packing)
+    batches = list(read_micro_batches(stream, seed=config.seed).take(8))
+    ids = [
+        [name.decode() for name in batch["document_id"].numpy()[batch["document_mask"] > 0]]
+        for batch in batches
+    ]
+    assert [row["document_ids"] for row in bad] == [
+        ids[2] + ids[3],
+        ids[4] + ids[5],
+        ids[6] + ids[7],
+    ]
+    rows = rows_of(config.model_dir)
+    assert [row["skipped"] for row in rows] == [1, 2]
+    assert rows[0]["loss"] is not None and rows[1]["loss"] is None
+    assert CheckpointFolder(str(tmp_path / "run" / "checkpoints")).steps() == []
 
 
 def test_a_run_learns_and_writes_what_it_did(corpus, finished):

@@ -2,6 +2,7 @@
 
 import json
 import logging
+import math
 import os
 import time
 from typing import Any
@@ -65,7 +66,8 @@ class Journal:
 
         Args:
           step, documents: where the run stands.
-          sums: what `TrainStep.run` returned, on the host.
+          sums: what `TrainStep.run` returned, on the host. The loss is that of the steps that
+            were not skipped.
           slots: tokens of a step, padding included.
           num_documents: documents of an epoch.
         """
@@ -77,9 +79,11 @@ class Journal:
             "step": step,
             "documents": documents,
             "epoch": documents / num_documents,
-            "loss": sums["loss"] / max(sums["documents"], 1.0),
+            # JSON has no infinity; where all steps were skipped there is no loss either.
+            "loss": sums["loss"] / sums["loss_documents"] if sums["loss_documents"] else None,
             "learning_rate": sums["learning_rate"],
-            "grad_norm": sums["grad_norm"],
+            "grad_norm": sums["grad_norm"] if math.isfinite(sums["grad_norm"]) else None,
+            "loss_scale": sums["loss_scale"],
             "skipped": int(sums["skipped"]),
             "fill": sums["tokens"] / (slots * sums["steps"]),
             "documents_per_second": sums["documents"] / seconds,
@@ -87,14 +91,16 @@ class Journal:
             "seconds": seconds,
         }
         self._rows.add(row)
+        loss = "-" if row["loss"] is None else f"{row['loss']:.4f}"
         self._bar.set_postfix(
-            loss=f"{row['loss']:.4f}", tokens_per_second=f"{row['tokens_per_second']:.0f}",
+            loss=loss, tokens_per_second=f"{row['tokens_per_second']:.0f}",
             refresh=False,
         )  # fmt: skip
         self._bar.update(documents - self._bar.n)
         with self._board.as_default(step=step):
             for name in ("loss", "learning_rate", "grad_norm", "tokens_per_second"):
-                tf.summary.scalar(f"train/{name}", row[name])
+                if row[name] is not None:
+                    tf.summary.scalar(f"train/{name}", row[name])
 
     def log_evaluation(self, step: int, documents: int, split: str, metrics: dict) -> None:
         """Reports an evaluation: numbers to file and board, a line to the screen."""
