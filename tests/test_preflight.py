@@ -1,5 +1,7 @@
 """What a TPU runs compiles for one, without one: BERT-base's width, two layers, small batches."""
 
+import dataclasses
+
 import pytest
 import tensorflow as tf
 
@@ -59,6 +61,37 @@ def test_the_three_steps_compile_and_fit(programs, name):
     assert weights < score.arguments < 1.01 * weights
     # A backward pass costs two forward passes.
     assert 2.9 < train.flops / evaluate.flops < 3.2
+
+
+@needs_compiler
+@pytest.mark.parametrize(
+    ("head", "accumulation", "ema_decay", "precision"),
+    [("label_attention", 2, 0.99, "mixed_bfloat16"), ("mean", 1, 0.0, "float32")],
+)
+def test_what_else_a_run_may_choose_compiles(head, accumulation, ema_decay, precision):
+    model = dataclasses.replace(
+        MODEL,
+        vocab_size=1024,
+        hidden_size=128,
+        num_layers=1,
+        num_attention_heads=2,
+        intermediate_size=256,
+        head=head,
+    )
+    packing = PackingConfig(((4, 128),), max_documents=16, max_windows=24)
+    programs = lower_steps(
+        model,
+        OptimizerConfig(ema_decay=ema_decay),
+        packing,
+        packing,
+        replicas=CHIPS,
+        accumulation=accumulation,
+        precision=precision,
+    )
+    compiled = compile_programs(programs, parse_target("v5e"), least_effort=True)
+    # Weights and two slots, and the average of the weights where there is one.
+    copies = compiled["train"].arguments / compiled["evaluate"].arguments
+    assert copies == pytest.approx(4 if ema_decay else 3, rel=0.1)
 
 
 def test_the_steps_sum_over_the_chips_of_a_slice(programs):
