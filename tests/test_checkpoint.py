@@ -285,7 +285,7 @@ while True:
 """
 
 
-@pytest.mark.parametrize("kills", [2, pytest.param(50, marks=pytest.mark.long)])
+@pytest.mark.parametrize("kills", [2, pytest.param(25, marks=pytest.mark.long)])
 def test_killed_while_saving_it_comes_back_to_a_state_that_was_saved(kills, tmp_path):
     seed = random.randrange(10**6)
     print("seed of the kills:", seed)
