@@ -6,8 +6,10 @@ import os
 
 from trainer.journal import METRICS_FILE, Journal
 
-SUMS = {"loss": 3.0, "documents": 4.0, "loss_documents": 4.0, "loss_scale": 1.0, "tokens": 30.0, "steps": 1.0, "learning_rate": 0.1,
-        "grad_norm": 1.0, "skipped": 0.0}  # fmt: skip
+SUMS = {
+    "loss": 3.0, "loss_documents": 4.0, "documents": 4.0, "tokens": 30.0, "steps": 1.0,
+    "learning_rate": 0.1, "grad_norm": 1.0, "loss_scale": 1.0, "skipped": 0.0,
+}  # fmt: skip
 
 
 def write(path, *lines):
