@@ -110,6 +110,14 @@ def start_record(model_dir: str, record: RunRecord, is_chief: bool = True) -> Ru
             f"{model_dir}: holds a run with other flags: {'; '.join(changes)}; give the same "
             "flags to resume it, or another --model_dir"
         )
+    was, now = before.train.gradient_accumulation, record.train.gradient_accumulation
+    if was != now and before.micro_batches_per_step != record.micro_batches_per_step:
+        raise UserError(
+            f"{model_dir}: --gradient_accumulation was {was}, now {now}, which makes "
+            f"{record.micro_batches_per_step} micro-batches a step of "
+            f"{before.micro_batches_per_step}; leave it as it was (a run keeps its micro-batches "
+            "a step on any number of replicas), or take another --model_dir"
+        )
     for name in ("data_fingerprint", "tokenizer_fingerprint"):
         if getattr(before, name) != getattr(record, name):
             what = name.removesuffix("_fingerprint")
