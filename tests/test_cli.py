@@ -9,7 +9,7 @@ import types
 import pytest
 
 from trainer import cli
-from trainer.errors import UserError
+from trainer.errors import RunAgain, UserError
 
 SCORE = ["score", "--model=m", "--input=i", "--output_dir=o"]
 
@@ -157,3 +157,11 @@ def test_a_command_gets_its_config(monkeypatch):
     fake_score(monkeypatch, seen.append)
     assert cli.main([*SCORE, "--scores=top:3"]) is None
     assert seen == [cli.config.ScoreConfig(model="m", input=("i",), output_dir="o", scores="top:3")]
+
+
+def test_what_is_to_be_run_again_is_one_line_and_exit_code_75(monkeypatch, capsys):
+    fake_score(monkeypatch, raising(RunAgain("gs://b: no answer;\nrun again")))
+    with pytest.raises(SystemExit) as caught:
+        cli.main(SCORE)
+    assert caught.value.code == 75
+    assert capsys.readouterr().err == "multihot score: error: gs://b: no answer; run again\n"

@@ -5,7 +5,8 @@ Imports nothing heavy itself, so that help answers at once. Exit codes:
   0    done
   2    something that the user can fix, in one line on standard error
   75   stopped, nothing lost: run the same command again (EX_TEMPFAIL of sysexits.h). `train` ends
-       so after SIGTERM, a first SIGINT, a notice of the machine's end, or the loss of a worker
+       so after SIGTERM, a first SIGINT, a notice of the machine's end, or the loss of a worker,
+       and every command when a store does not answer
   130  interrupted: by SIGINT, in `train` by a second one
 
 Anything else is a fault of ours and shows its traceback.
@@ -21,7 +22,14 @@ from types import ModuleType
 from typing import Any, NoReturn
 
 from trainer import config, storage
-from trainer.errors import INTERRUPTED, RUN_AGAIN, USER_FAULT, RunAgain, UserError
+from trainer.errors import (
+    INTERRUPTED,
+    RUN_AGAIN,
+    USER_FAULT,
+    RunAgain,
+    UserError,
+    end_process,
+)
 from trainer.flags import describe_flags, parse_flags
 
 # In the order in which a user meets them. Each is the module trainer.<name> with a run(config).
@@ -82,7 +90,11 @@ def _run(command: str, arguments: Sequence[str]) -> None:
     except UserError as error:
         _fail(name, str(error), USER_FAULT)
     except RunAgain as error:
-        _fail(name, str(error), RUN_AGAIN)
+        if command != "train":
+            _fail(name, str(error), RUN_AGAIN)
+        # Without TensorFlow's own farewell, in which it calls workers that may be gone.
+        sys.stdout.flush()
+        end_process(str(error), RUN_AGAIN)
     except KeyboardInterrupt:
         _fail(name, "interrupted", INTERRUPTED)
     except ModuleNotFoundError as error:
