@@ -18,6 +18,7 @@ import pytest
 import tensorflow as tf
 
 from trainer import train
+from trainer.bad_steps import BAD_STEPS_FILE
 from trainer.checkpoint import load_best, load_record
 from trainer.checkpoint_folder import CheckpointFolder
 from trainer.config import OptimizerConfig, TrainConfig
@@ -200,7 +201,7 @@ def test_too_many_bad_steps_end_the_run_and_name_their_documents(corpus, tmp_pat
     )  # fmt: skip
     with pytest.raises(UserError, match="not finite in 3 steps in a row, from step 2 on"):
         train.run(config)
-    with open(tmp_path / "run" / train.BAD_STEPS_FILE, encoding="utf-8") as file:
+    with open(tmp_path / "run" / BAD_STEPS_FILE, encoding="utf-8") as file:
         bad = json.load(file)
     assert [row["step"] for row in bad] == [2, 3, 4]
     metadata = load_metadata(corpus)

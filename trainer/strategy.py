@@ -184,23 +184,27 @@ def watching_workers(strategy: tf.distribute.Strategy) -> Iterator[None]:
         try:
             yield
         except RunAgain:
-            _wait_for_all(strategy)
+            is_same_everywhere(strategy, 0)
             raise
-        _wait_for_all(strategy)
+        is_same_everywhere(strategy, 0)
 
 
-def _wait_for_all(strategy: tf.distribute.Strategy) -> None:
-    """Returns once every worker has called it."""
+def is_same_everywhere(strategy: tf.distribute.Strategy, value: int) -> bool:
+    """Whether all workers call this with the same value, below 2^24; returns once all have."""
 
     @tf.function
-    def meet() -> tf.Tensor:
+    def sum_over_replicas() -> tf.Tensor:
         return strategy.run(
             lambda: tf.distribute.get_replica_context().all_reduce(
-                tf.distribute.ReduceOp.SUM, tf.ones([])
+                tf.distribute.ReduceOp.SUM,
+                tf.stack([tf.constant(value, tf.float64), tf.constant(value**2, tf.float64)]),
             )
         )
 
-    strategy.experimental_local_results(meet())[0].numpy()
+    sums = strategy.experimental_local_results(sum_over_replicas())[0].numpy()
+    # Only equal values have the sum and the sum of squares of as many copies of this one.
+    count = strategy.num_replicas_in_sync
+    return bool(sums[0] == count * value and sums[1] == count * value**2)
 
 
 def is_on_cpu(strategy: tf.distribute.Strategy) -> bool:

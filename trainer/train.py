@@ -1,6 +1,5 @@
 """`multihot train`: shards to checkpoints, the run as one story from top to bottom."""
 
-import itertools
 import json
 import os
 import sys
@@ -10,11 +9,11 @@ from typing import NoReturn
 import tensorflow as tf
 
 from trainer.atomic import write_atomically
+from trainer.bad_steps import BAD_STEPS_FILE, find_bad_documents
 from trainer.checkpoint import Checkpoints, RunRecord, start_record
 from trainer.config import TrainConfig, absolute, parse_row_groups
 from trainer.errors import RunAgain, UserError
 from trainer.input_pipeline import (
-    Position,
     Share,
     Stream,
     deal_steps,
@@ -34,12 +33,13 @@ from trainer.strategy import (
     choose_precision,
     is_chief,
     is_on_cpu,
+    is_same_everywhere,
     make_strategy,
+    num_workers,
     should_jit,
     watching_workers,
 )
 
-BAD_STEPS_FILE = "bad_steps.json"
 _STEPS_PER_LOOP = 20
 
 
@@ -94,22 +94,24 @@ def run(config: TrainConfig, interruption: Interruption | None = None) -> None:
     )  # fmt: skip
     # Before anything else that TensorFlow executes: several workers have to find each other first.
     strategy = make_strategy(config)
-    chief, replicas = is_chief(strategy), strategy.num_replicas_in_sync
-    precision = choose_precision(config.precision, strategy)
-    record = start_record(
-        config.model_dir,
-        make_record(config, metadata, sizes, packing, pos_weights, precision, replicas),
-        chief,
-    )
-    _check_divisible(record, replicas)
-    step = build_step(record, metadata, values, strategy, should_jit(config.jit_compile, strategy))
-    selection = Selection.fresh()
-    checkpoints = Checkpoints(
-        config.model_dir, _state(step, selection), config.keep_checkpoints, chief
-    )
-    this = Run(config, record, stream, strategy, step, selection, checkpoints)
     with watching_workers(strategy):
-        resumed = checkpoints.restore()
+        record = start_record(
+            config.model_dir,
+            make_record(
+                config, metadata, sizes, packing, pos_weights,
+                choose_precision(config.precision, strategy), strategy.num_replicas_in_sync,
+            ),
+            is_chief(strategy),
+        )  # fmt: skip
+        _check_divisible(record, strategy.num_replicas_in_sync)
+        jit_compile = should_jit(config.jit_compile, strategy)
+        step = build_step(record, metadata, values, strategy, jit_compile)
+        selection = Selection.fresh()
+        checkpoints = Checkpoints(
+            config.model_dir, _state(step, selection), config.keep_checkpoints, is_chief(strategy)
+        )
+        this = Run(config, record, stream, strategy, step, selection, checkpoints)
+        resumed = _restore(this)
         best = f"best {config.best_metric}"
         if this.is_finished:
             print(
@@ -120,13 +122,30 @@ def run(config: TrainConfig, interruption: Interruption | None = None) -> None:
         _describe(this, int(step.progress.steps) if resumed else None)
         if interruption is not None:
             interruption.on_request(lambda: step.stop_requested.assign(True))
+        evaluation = Evaluation(config, metadata, step, packing, pos_weights, strategy)
         with naming_damaged_shards(config.data_dir, metadata, "train", config.eval_split):
-            _train(this, Evaluation(config, metadata, step, packing, pos_weights, strategy))
+            _train(this, evaluation)
     print(
         f"{config.model_dir}: trained on {this.documents} documents in "
         f"{int(step.progress.steps)} steps; {best} {selection.shown_best()}. Next: multihot "
         f"evaluate --model_dir={config.model_dir} --data_dir={config.data_dir}"
     )
+
+
+def _restore(this: Run) -> bool:
+    """Restores the newest checkpoint; False if there is none yet.
+
+    Raises:
+      UserError: if none can be read, or not all workers read the same one.
+    """
+    resumed = this.checkpoints.restore()
+    step = int(this.step.progress.steps)
+    if num_workers(this.strategy) > 1 and not is_same_everywhere(this.strategy, step):
+        raise UserError(
+            f"{this.config.model_dir}: the workers see different checkpoints in it; expected one "
+            "folder that all of them share, on a common disk or gs://"
+        )
+    return resumed
 
 
 def _check_divisible(record: RunRecord, replicas: int) -> None:
@@ -260,37 +279,19 @@ def _give_up(this: Run) -> NoReturn:
     Raises:
       UserError: always.
     """
-    progress, size = this.step.progress, this.record.micro_batches_per_step
-    count = int(progress.bad_steps)
-    ids = _document_ids(this, read_position(progress.bad_from), count * size)
-    first = int(progress.steps) - count + 1
-    rows = [
-        {"step": first + index, "document_ids": list(itertools.chain(*ids[start : start + size]))}
-        for index, start in enumerate(range(0, len(ids), size))
-    ]
-    path = os.path.join(this.config.model_dir, BAD_STEPS_FILE)
+    config, progress = this.config, this.step.progress
+    rows = find_bad_documents(
+        this.stream, config.seed, config.num_train_epochs, progress,
+        this.record.micro_batches_per_step,
+    )  # fmt: skip
+    path = os.path.join(config.model_dir, BAD_STEPS_FILE)
     if is_chief(this.strategy):
         write_atomically(path, json.dumps(rows, indent=1) + "\n")
     raise UserError(
-        f"{this.config.model_dir}: loss or gradient not finite in {count} steps in a row, from "
-        f"step {first} on; their documents are in {path}, and the last good checkpoint is kept; "
-        "try a lower --learning_rate, another --precision, or remove those documents"
+        f"{config.model_dir}: loss or gradient not finite in {len(rows)} steps in a row, from "
+        f"step {rows[0]['step']} on; their documents are in {path}, and the last good checkpoint "
+        "is kept; try a lower --learning_rate, another --precision, or remove those documents"
     )
-
-
-def _document_ids(this: Run, start: Position, count: int) -> list[list[str]]:
-    """The ids of the documents of `count` micro-batches from `start` on, by micro-batch."""
-    config = this.config
-    micro_batches = read_micro_batches(
-        this.stream, seed=config.seed, num_epochs=config.num_train_epochs, start=start
-    )
-    return [
-        [name.decode("utf-8", "replace") for name in names[mask > 0]]
-        for names, mask in (
-            (batch["document_id"].numpy(), batch["document_mask"].numpy())
-            for batch in micro_batches.take(count)
-        )
-    ]
 
 
 def _describe(this: Run, step: int | None) -> None:
