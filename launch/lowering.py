@@ -100,7 +100,7 @@ def lower_steps(
     evaluation, scoring = Predictor(model, packing, strategy), Predictor(model, scoring_packing)
     return {
         "train": _lower_train(strategy, model, optimizer_config, packing, accumulation),
-        "evaluate": lower(evaluation._predict, _micro_batch(packing), tf.TensorSpec([])),
+        "evaluate": lower(evaluation.predict, _micro_batch(packing), tf.TensorSpec([])),
         "score": lower(
             lambda batch: tf.sigmoid(scoring.logits(batch)), _micro_batch(scoring_packing)
         ),
@@ -141,7 +141,7 @@ def _lower_train(
     batches["position"] = tf.TensorSpec([3], tf.int64)
     count = tf.TensorSpec([], tf.int64)
     return lower(
-        lambda *arguments: strategy.run(step._replica_step, args=arguments),
+        lambda *arguments: strategy.run(step.replica_step, args=arguments),
         batches,
         count,
         count,

@@ -74,12 +74,13 @@ class Pair:
         task = {"type": "worker", "index": index}
         return json.dumps({"cluster": {"worker": self.addresses}, "task": task})
 
-    def wait_for_step(self, step):
-        """Returns once a checkpoint of that step, or of a later one, is there."""
-        end = time.monotonic() + 120
+    def wait_for_checkpoint(self):
+        """Returns once this run has written one, and so is under way."""
+        step = newest_step(self.model_dir) + 1
+        end = time.monotonic() + WHOLE_RUN_SECONDS
         while newest_step(self.model_dir) < step:
             assert all(process.poll() is None for process in self.processes.values()), self.ends()
-            assert time.monotonic() < end, f"no checkpoint of step {step}"
+            assert time.monotonic() < end, f"no checkpoint from step {step} on"
             time.sleep(0.05)
 
     def kill(self, index, number=signal.SIGKILL):
@@ -145,7 +146,7 @@ def assert_lost(end, name):
 def interrupt_and_finish(config, finished, hosts=LOOPBACK, prefixes=((), ())):
     """SIGTERM, SIGKILL of the worker, SIGKILL of the chief, each in a run that goes on."""
     pair = Pair(config, hosts, prefixes)
-    pair.wait_for_step(10)
+    pair.wait_for_checkpoint()
     pair.kill(1, signal.SIGTERM)
     ends = pair.ends()
     assert [code for code, _ in ends] == [75, 75]
@@ -154,12 +155,12 @@ def interrupt_and_finish(config, finished, hosts=LOOPBACK, prefixes=((), ())):
     assert steps[0][1] == steps[1][1] == str(newest_step(config.model_dir))
 
     pair = Pair(config, hosts, prefixes)
-    pair.wait_for_step(30)
+    pair.wait_for_checkpoint()
     pair.kill(1)
     assert_lost(pair.ends()[0], f"worker 1 ({pair.addresses[1]})")
 
     pair = Pair(config, hosts, prefixes)
-    pair.wait_for_step(50)
+    pair.wait_for_checkpoint()
     pair.kill(0)
     assert_lost(pair.ends()[1], f"chief ({pair.addresses[0]})")
 
@@ -221,7 +222,7 @@ def test_a_cut_link_between_two_hosts_ends_both(corpus, finished, tmp_path):
     config = config_of(corpus, tmp_path / "run")
     with namespaces() as (hosts, prefixes, set_link):
         pair = Pair(config, hosts, prefixes)
-        pair.wait_for_step(10)
+        pair.wait_for_checkpoint()
         set_link("down")
         ends = pair.ends()
         assert_lost(ends[0], f"worker 1 ({pair.addresses[1]})")
@@ -238,7 +239,7 @@ def test_a_cut_link_between_two_hosts_ends_both(corpus, finished, tmp_path):
 def test_a_worker_that_is_frozen_ends_the_other(corpus, tmp_path):
     """It still accepts connections, so that only its missing heartbeats tell."""
     pair = Pair(config_of(corpus, tmp_path / "run"))
-    pair.wait_for_step(10)
+    pair.wait_for_checkpoint()
     pair.kill(1, signal.SIGSTOP)
     began = time.monotonic()
     assert pair.processes[0].wait(MOST_SECONDS) == 75

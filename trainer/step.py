@@ -165,9 +165,20 @@ class TrainStep:
             self.loss_scale.update(report["skipped"] == 0)
         return report
 
-    def _replica_step(
+    def replica_step(
         self, batches: MicroBatches, steps: tf.Tensor, consumed: tf.Tensor, stop: tf.Tensor
     ) -> dict[str, tf.Tensor]:
+        """One replica's part of a step; all replicas return the same, but for `position`.
+
+        Args:
+          batches: this replica's share, as `deal_steps` gives it.
+          steps, consumed: int64 scalars, steps taken and documents consumed before this one.
+          stop: float32 scalar, 1 if this host asks for a stop.
+
+        Returns:
+          Scalars of the whole step: `loss` and `loss_documents` (0 if it was skipped), `documents`,
+          `tokens`, `skipped`, `learning_rate`, `grad_norm`, `loss_scale` and `stop`; `position`.
+        """
         context = tf.distribute.get_replica_context()
         count = batches["input_ids"].shape[0]
         first = tf.cast(context.replica_id_in_sync_group, tf.int32) * count
@@ -231,7 +242,7 @@ class TrainStep:
                 # Through the all-reduce, so that all hosts leave after the same step.
                 tf.cast(self.stop_requested, tf.float32),
             )
-            reports = self._strategy.run(self._replica_step, args=arguments)
+            reports = self._strategy.run(self.replica_step, args=arguments)
             report = {
                 name: self._strategy.experimental_local_results(value)[0]
                 for name, value in reports.items()
@@ -288,9 +299,9 @@ class Predictor:
             return model(batch, row_groups=packing.row_groups, num_documents=packing.max_documents)
 
         self._forward = tf.function(forward, jit_compile=jit_compile, autograph=False)
-        self._on_replicas = tf.function(self._predict, autograph=False)
+        self._on_replicas = tf.function(self.predict, autograph=False)
 
-    def _predict(self, batches: MicroBatches, stop: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    def predict(self, batches: MicroBatches, stop: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """Each replica's logits, and how many requested a stop."""
 
         def of_replica(batch: MicroBatches, stop: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
