@@ -157,8 +157,8 @@ def run_ours(arguments: argparse.Namespace, kind: str, number: int) -> None:
 
 def _predict(model_dir: str, data_dir: str) -> dict[str, np.ndarray]:
     from trainer.checkpoint import load_best
+    from trainer.predictor import Predictor
     from trainer.records import load_metadata
-    from trainer.step import Predictor
 
     best, metadata = load_best(model_dir), load_metadata(data_dir)
     predictor = Predictor(best.model, best.packing)

@@ -12,7 +12,8 @@ from trainer.config import ModelConfig, OptimizerConfig, PackingConfig
 from trainer.model import Model, build_model
 from trainer.optimizer import AdamW
 from trainer.packing import empty_micro_batch
-from trainer.step import Predictor, TrainStep
+from trainer.predictor import Predictor
+from trainer.step import TrainStep
 
 # Only scales the schedule; any number gives the same program.
 _TOTAL_DOCUMENTS = 1_000_000

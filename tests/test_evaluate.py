@@ -16,8 +16,8 @@ from trainer.errors import UserError
 from trainer.evaluate import run, trivial_metrics
 from trainer.model import build_model
 from trainer.packing import choose_packing
+from trainer.predictor import Predictor
 from trainer.records import Metadata, Shard, Split, checksum, encode_record, load_metadata
-from trainer.step import Predictor
 
 LABELS = ("common", "usual", "rare", "absent")
 RATES = (0.45, 0.2, 0.02, 0.0)

@@ -22,8 +22,8 @@ from trainer.config import (
 from trainer.errors import UserError
 from trainer.exported import load_exported
 from trainer.packing import pack
+from trainer.predictor import Predictor
 from trainer.records import load_metadata
-from trainer.step import Predictor
 
 
 def train_model(corpus, model_dir, head):

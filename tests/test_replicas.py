@@ -9,8 +9,9 @@ from trainer.input_pipeline import Share, deal_steps, open_stream, read_micro_ba
 from trainer.loss_scale import GROWTH_STEPS, INITIAL_SCALE, LossScale
 from trainer.model import build_model
 from trainer.packing import choose_packing
+from trainer.predictor import Predictor
 from trainer.records import load_metadata
-from trainer.step import Predictor, TrainStep
+from trainer.step import TrainStep
 
 MICRO_BATCHES = 4
 RATE = 0.5

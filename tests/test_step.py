@@ -9,8 +9,9 @@ from trainer.input_pipeline import Share, deal_steps, open_stream, read_micro_ba
 from trainer.model import build_model
 from trainer.optimizer import AdamW
 from trainer.packing import choose_packing, empty_micro_batch
+from trainer.predictor import Predictor
 from trainer.records import load_metadata
-from trainer.step import Predictor, TrainStep, read_position
+from trainer.step import TrainStep, read_position
 
 RATE = 0.1
 

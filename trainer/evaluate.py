@@ -21,8 +21,8 @@ from trainer.config import EvaluateConfig
 from trainer.errors import UserError
 from trainer.metrics import CONVENTIONS, calibration_errors, compute_metrics, warn_if_constant
 from trainer.packing import choose_packing
+from trainer.predictor import Predictions, Predictor
 from trainer.records import Metadata, load_metadata, naming_damaged_shards
-from trainer.step import Predictions, Predictor
 
 EVALUATION_FOLDER = "evaluation"
 METRICS_FILE = "metrics.json"

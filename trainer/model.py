@@ -10,6 +10,9 @@ from trainer.config import ModelConfig
 from trainer.dropout import Dropout
 from trainer.encoder import Dense, Encoder, RowGroups
 
+# What a model takes of a micro-batch.
+INPUTS = ("input_ids", "position_ids", "segment_ids", "window_starts", "window_document")
+
 
 def _sum_by_document(values: tf.Tensor, document: tf.Tensor, num_documents: int) -> tf.Tensor:
     """Sums rows of `values` by document; rows whose document is -1 count nowhere."""

@@ -42,12 +42,12 @@ from trainer.plan import (
     plan_parts,
     save_plan,
 )
+from trainer.predictor import Predictor
 from trainer.rejected import allowed_rejections, too_many_rejected
 from trainer.result_lines import LineFormatter
 from trainer.scoring import Block, Scored, read_chunks, score_blocks, tokenize
 from trainer.sources import Columns, check_columns, list_files
 from trainer.stages import run_ahead
-from trainer.step import Predictor
 from trainer.strategy import choose_scoring_precision
 from trainer.tokenizer import Tokenizer
 

@@ -13,8 +13,8 @@ import tensorflow as tf
 from trainer.config import PackingConfig
 from trainer.packing import pack
 from trainer.plan import Part
+from trainer.predictor import Predictor
 from trainer.sources import BadRow, Columns, Row, Segment, read_segment
-from trainer.step import Predictor
 from trainer.tokenizer import Tokenizer
 
 _ROWS_A_CHUNK = 512

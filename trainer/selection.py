@@ -11,8 +11,9 @@ import tensorflow as tf
 from trainer.config import PackingConfig, TrainConfig
 from trainer.losses import weighted_bce
 from trainer.metrics import compute_metrics, warn_if_constant
+from trainer.predictor import Predictor
 from trainer.records import Metadata
-from trainer.step import Predictor, TrainStep
+from trainer.step import TrainStep
 
 # Evaluations while training report F1 at 0.5; `multihot evaluate` fits thresholds.
 _THRESHOLD = 0.5

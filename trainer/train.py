@@ -25,10 +25,11 @@ from trainer.journal import Journal
 from trainer.losses import positive_weights
 from trainer.milestones import Milestones
 from trainer.packing import choose_packing
+from trainer.predictor import StoppedError
 from trainer.records import load_metadata, naming_damaged_shards
 from trainer.selection import Evaluation, Selection
 from trainer.start import build_step, check_tokenizer, choose_model, make_record
-from trainer.step import StoppedError, TrainStep, read_position
+from trainer.step import TrainStep, read_position
 from trainer.strategy import (
     choose_precision,
     is_chief,
