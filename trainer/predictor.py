@@ -57,7 +57,7 @@ class Predictor:
             return model(batch, row_groups=packing.row_groups, num_documents=packing.max_documents)
 
         self._forward = tf.function(forward, jit_compile=jit_compile, autograph=False)
-        self._on_replicas = tf.function(self.predict, autograph=False)
+        self._on_replicas = tf.function(self._gather, autograph=False)
 
     def predict(self, batches: MicroBatches, stop: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """Each replica's logits, and how many requested a stop."""
@@ -69,6 +69,13 @@ class Predictor:
             return self._forward(batch), stops
 
         return self._strategy.run(of_replica, args=(batches, stop))
+
+    def _gather(self, batches: MicroBatches, stop: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """All replicas' logits [R D, L], and how many requested a stop."""
+        logits, stops = self.predict(batches, stop)
+        # Called outside of a function, `gather` would be traced again at every call.
+        gathered = self._strategy.gather(logits, axis=0)
+        return gathered, self._strategy.experimental_local_results(stops)[0]
 
     def logits(self, batch: MicroBatches) -> tf.Tensor:
         """Logits float32 [D, L] of one micro-batch."""
@@ -92,10 +99,9 @@ class Predictor:
         values = strategy.experimental_distribute_values_from_function(of_replica)
         requested = False if self._stop_requested is None else self._stop_requested
         logits, stops = self._on_replicas(values, tf.cast(requested, tf.float32))
-        if float(strategy.experimental_local_results(stops)[0]) > 0:
+        if float(stops) > 0:
             raise StoppedError
-        gathered = strategy.gather(logits, axis=0).numpy()
-        return gathered.reshape([strategy.num_replicas_in_sync, -1, gathered.shape[-1]])
+        return logits.numpy().reshape([strategy.num_replicas_in_sync, -1, logits.shape[-1]])
 
     def predict_split(self, data_dir: str, metadata: Metadata, split_name: str) -> Predictions:
         """Scores every document of a split exactly once.
