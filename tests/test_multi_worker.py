@@ -137,6 +137,16 @@ def finished(corpus, tmp_path_factory):
     return config.model_dir
 
 
+def test_two_workers_are_two_replicas_of_one_process(corpus, finished, tmp_path):
+    """The same documents, masks and sums: every tensor of the run's end has the same bits."""
+    config = config_of(corpus, tmp_path / "run", strategy="mirrored", cpu_replicas=2)
+    values = dataclasses.asdict(config)
+    values |= values.pop("optimizer")
+    flags = [f"--{name}={value}" for name, value in values.items() if value is not None]
+    subprocess.run([sys.executable, "-m", "trainer.cli", "train", *flags], check=True)
+    assert_same_weights(config.model_dir, finished)
+
+
 def assert_lost(end, name):
     code, said = end
     assert code == 75
