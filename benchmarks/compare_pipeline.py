@@ -23,7 +23,6 @@ import numpy as np
 from corpus import CORPUS_FILE, run_multihot, write_json
 
 SYSTEMS = ("score", "pipeline")
-THREADS = 2
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -82,7 +81,7 @@ def time_pipeline(model: str, path: str, batch_size: int, output: str) -> float:
     import torch
     from transformers import pipeline
 
-    torch.set_num_threads(THREADS)
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
     classify = pipeline("text-classification", model=model, tokenizer=model, device="cpu")
     with open(path, encoding="utf-8") as file:
         texts = [json.loads(line)["text"] for line in file]
