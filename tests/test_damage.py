@@ -225,13 +225,20 @@ def test_a_resumed_run_keeps_the_micro_batches_of_its_steps(original, tmp_path):
     shutil.copytree(original, root)
     model_dir = os.path.join(root, "run")
     record = load_record(model_dir)
-    now = dataclasses.replace(
+    on_two = dataclasses.replace(
         record,
-        train=dataclasses.replace(record.train, strategy="mirrored", gradient_accumulation=3),
+        train=dataclasses.replace(record.train, strategy="mirrored"),
+        micro_batches_per_step=2,
+    )
+    assert start_record(model_dir, on_two) == dataclasses.replace(on_two, micro_batches_per_step=1)
+    assert load_record(model_dir) == record
+    on_more = dataclasses.replace(
+        record,
+        train=dataclasses.replace(record.train, gradient_accumulation=3),
         micro_batches_per_step=6,
     )
-    assert start_record(model_dir, now) == dataclasses.replace(now, micro_batches_per_step=1)
-    assert load_record(model_dir) == record
+    with pytest.raises(UserError, match="--gradient_accumulation was 1, now 3, which makes 6"):
+        start_record(model_dir, on_more)
     other = dataclasses.replace(record, train=dataclasses.replace(record.train, seed=18))
     with pytest.raises(UserError, match="--seed was 17, now 18"):
         start_record(model_dir, other)

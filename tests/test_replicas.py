@@ -1,5 +1,7 @@
 """One semantics for any number of replicas: the same documents, masks, gradients and weights."""
 
+import functools
+
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -47,7 +49,9 @@ def one_device():
     return tf.distribute.OneDeviceStrategy("/cpu:0")
 
 
+@functools.cache
 def mirrored(replicas):
+    """One for all tests: strategies in one process number their collective sums alike."""
     return tf.distribute.MirroredStrategy([f"/cpu:{index}" for index in range(replicas)])
 
 
@@ -172,7 +176,7 @@ def test_float16_rescales_after_an_overflow_and_goes_on(stream):
     )
     iterator = deal(stream, strategy)
     # Far above what float16 holds (65,504), so that the first steps overflow.
-    step.loss_scale.scale.assign(2.0**40)
+    step.loss_scale.scale.assign(2.0**30)
     before = values(variables.values())
     first = take(step, iterator, 1)
     assert first["skipped"] == 1 and first["loss_documents"] == 0 < first["documents"]
@@ -182,7 +186,7 @@ def test_float16_rescales_after_an_overflow_and_goes_on(stream):
     report = take(step, iterator, 30)
     scale = float(step.loss_scale.scale)
     skipped = int(report["skipped"])
-    assert 0 < skipped < 30 and scale == 2.0 ** (39 - skipped)
+    assert 0 < skipped < 30 and scale == 2.0 ** (29 - skipped)
     assert int(step.progress.bad_steps) == 0 and int(step.optimizer.skipped) == skipped + 1
     assert np.isfinite(report["loss"]) and report["loss"] > 0
     assert int(step.loss_scale.good_steps) == 30 - skipped

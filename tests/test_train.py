@@ -284,7 +284,7 @@ def test_a_checkpoint_that_finds_no_room_is_one_line_and_exit_code_2(corpus, fin
     first, *others = folder.steps()
     for step in others:
         folder.remove(step)
-    process = start(config_of(corpus, model_dir), file_size=100_000)
+    process = start(config_of(corpus, model_dir), file_size=300_000)
     _, error = process.communicate()
     assert process.returncode == 2
     assert b"Traceback" not in error and b"cannot be saved" in error.splitlines()[-1]

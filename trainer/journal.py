@@ -141,11 +141,16 @@ class _LocalRows:
 
     def __init__(self, path: str, step: int) -> None:
         _cut(path, step)
+        self._path = path
         self._file = open(path, "ab")  # noqa: SIM115 (closed by close)
 
     def add(self, row: dict[str, Any]) -> None:
-        self._file.write(_line(row))
-        self._file.flush()
+        try:
+            self._file.write(_line(row))
+            self._file.flush()
+        except OSError as error:
+            # Writing, unlike opening, does not say which file it is.
+            raise OSError(error.errno, error.strerror, self._path) from None
 
     def flush(self) -> None:
         os.fsync(self._file.fileno())
