@@ -274,5 +274,6 @@ def deal_steps(
         .batch(micro_batches_per_step, drop_remainder=True)
         .map(deal, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
         .unbatch()
-        .prefetch(tf.data.AUTOTUNE)
+        # Two steps ahead; AUTOTUNE would let the endless empty ones fill the memory at the end.
+        .prefetch(2 * share.count)
     )
