@@ -26,16 +26,18 @@ with Interruption() as interruption:
     while left:
         left = ctypes.CDLL(None).sleep(left)
     print("stopped", interruption.requested, flush=True)
+ctypes.CDLL(None).sleep(1)
 """
 
 
-def start(*arguments, **options):
+def start(*arguments, interrupt=signal.SIG_DFL):
+    """Starts the program; these tests may themselves run where SIGINT is ignored."""
     process = subprocess.Popen(
         [sys.executable, "-c", PROGRAM, *arguments],
         stdout=subprocess.PIPE,
         stderr=subprocess.PIPE,
         text=True,
-        **options,
+        preexec_fn=lambda: signal.signal(signal.SIGINT, interrupt),
     )
     assert process.stdout.readline() == "ready\n"
     return process
@@ -88,15 +90,23 @@ def test_before_the_first_step_a_request_ends_the_process():
 
 def test_an_interrupt_that_is_ignored_stays_ignored():
     """As in a shell script's background job, which a Ctrl-C at the terminal is not meant for."""
-    ignore = {"preexec_fn": lambda: signal.signal(signal.SIGINT, signal.SIG_IGN)}
-    process = start("training", **ignore)
+    process = start("training", interrupt=signal.SIG_IGN)
     process.send_signal(signal.SIGINT)
     out, _ = process.communicate()
     assert process.returncode == 0 and out == "stopped False\n"
 
 
-def test_a_callback_that_comes_late_is_called_at_once_and_signals_are_let_go_at_the_end():
+def test_a_sigterm_after_the_end_does_not_change_the_exit_code():
+    process = start("training")
+    assert process.stdout.readline() == "stopped False\n"
+    time.sleep(0.2)
+    process.send_signal(signal.SIGTERM)
+    assert process.wait() == 0
+
+
+def test_a_callback_that_comes_late_is_called_at_once_and_interrupts_are_let_go_at_the_end():
     called = []
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, [])
     with Interruption() as interruption:
         interruption.on_request(lambda: called.append("first"))
         assert signal.SIGTERM in signal.pthread_sigmask(signal.SIG_BLOCK, [])
@@ -104,7 +114,7 @@ def test_a_callback_that_comes_late_is_called_at_once_and_signals_are_let_go_at_
         interruption.request("another")
         interruption.on_request(lambda: called.append("late"))
     assert sorted(called) == ["first", "late"] and interruption.reason == "a test"
-    assert signal.SIGTERM not in signal.pthread_sigmask(signal.SIG_BLOCK, [])
+    assert signal.pthread_sigmask(signal.SIG_SETMASK, mask) == mask | {signal.SIGTERM}
 
 
 class Metadata(http.server.BaseHTTPRequestHandler):

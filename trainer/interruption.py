@@ -26,6 +26,9 @@ class Interruption:
     exit code 75. From then on it is passed on, and whoever trains stops after the step under way. A
     second SIGINT ends the process at once, with exit code 130. A signal that is ignored, as `nohup`
     and shells without job control have it for background jobs, stays ignored.
+
+    SIGTERM stays blocked after `__exit__`: the run is over, the process is about to end, and its
+    exit code says more about the run than "killed by a signal".
     """
 
     def __init__(self) -> None:
@@ -63,7 +66,7 @@ class Interruption:
         if self._signals:
             signal.pthread_kill(self._thread.ident or 0, min(self._signals))
         self._thread.join()
-        signal.pthread_sigmask(signal.SIG_SETMASK, self._mask)
+        signal.pthread_sigmask(signal.SIG_SETMASK, self._mask | {signal.SIGTERM})
         os.close(self._standard_error)
 
     @property
