@@ -1,0 +1,256 @@
+"""What the report draws of a model's scores, bounded in size whatever the corpus (NumPy only).
+
+`evaluate` holds the scores and calls `collect`; `report` draws what it returned later, without the
+model. Every list is bounded: curves by points and by labels, mistakes by number.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from trainer.metrics import CALIBRATION_BINS, rank_cuts
+from trainer.scored import ScoredDocuments
+
+# Curves of more labels than this would not be looked at, and cost about 4 KB each.
+MAX_CURVE_LABELS = 256
+MAX_CURVE_POINTS = 100
+MAX_COOCCURRENCE_LABELS = 30
+# Of each kind, and of them of one label.
+MAX_MISTAKES = 20
+MAX_MISTAKES_PER_LABEL = 3
+# Other labels of a document that a mistake lists.
+MAX_NAMED_LABELS = 20
+# Scores of all labels together that are ranked for the micro curves (float32, 64 MiB).
+MAX_MICRO_SCORES = 1 << 24
+# Edges of the score histograms in log-odds: most labels are rare, and nearly all of their
+# probabilities would fall into the first bin of [0, 1].
+HISTOGRAM_EDGES = np.linspace(-7.0, 7.0, 29)
+# Of a 95 % interval, in standard deviations.
+_DEVIATIONS = 1.959964
+
+
+def collect(
+    reported: ScoredDocuments,
+    fitted: ScoredDocuments,
+    thresholds: np.ndarray,
+    labels: Sequence[str],
+) -> dict[str, Any]:
+    """Curves, histograms, co-occurrence and mistakes, as JSON values.
+
+    Args:
+      reported: the split to report on.
+      fitted: the split that calibration and thresholds were fitted to.
+      thresholds: float [L]; NaN for a label that is never predicted.
+      labels: L names.
+
+    Returns:
+      `documents` that were looked at and `num_documents` of the split; `labels`; `curve_labels`,
+      indices of the labels with curves, the most frequent first; `micro`, the curves of all labels
+      together, of `micro_documents`; `curves`, those of each curve label; `fitted`, lists [L] of
+      counts and of precision, recall and F1 on the fitted split; `cooccurrence`; `mistakes`.
+    """
+    thresholds = np.asarray(thresholds, np.float64)
+    assert reported.labels.shape[1] == len(thresholds) == len(labels)
+    chosen = most_frequent(reported.labels, MAX_CURVE_LABELS)
+    step = max(1, -(-reported.labels.size // MAX_MICRO_SCORES))
+    every = (
+        reported.probabilities[::step],
+        reported.raw_probabilities[::step],
+        reported.labels[::step],
+    )
+    return {
+        "documents": len(reported.ids),
+        "num_documents": reported.num_documents,
+        "labels": list(labels),
+        "curve_labels": chosen.tolist(),
+        "micro_documents": len(every[0]),
+        "micro": label_curves(*(values.ravel() for values in every)),
+        "curves": [
+            label_curves(
+                reported.probabilities[:, index],
+                reported.raw_probabilities[:, index],
+                reported.labels[:, index],
+            )
+            for index in chosen
+        ],
+        "fitted": _decisions(fitted, thresholds),
+        "cooccurrence": cooccurrence(reported, thresholds),
+        "mistakes": confident_mistakes(reported, thresholds),
+    }
+
+
+def most_frequent(labels: np.ndarray, most: int) -> np.ndarray:
+    """Indices of the labels, bool [N, L], with the most positives; of equal ones, the first."""
+    return np.argsort(-labels.sum(axis=0), kind="stable")[:most]
+
+
+def label_curves(
+    probabilities: np.ndarray, raw_probabilities: np.ndarray, positive: np.ndarray
+) -> dict[str, Any]:
+    """The curves of one label, or of all labels as one.
+
+    Args:
+      probabilities: float [N], calibrated.
+      raw_probabilities: float [N], before calibration.
+      positive: bool [N].
+
+    Returns:
+      `precision_recall`, `reliability` (`before` and `after` calibration) and `histogram`
+      (documents of each class in the bins of `HISTOGRAM_EDGES`).
+    """
+    inside = np.clip(probabilities.astype(np.float64), 1e-12, 1 - 1e-12)
+    log_odds = np.clip(np.log(inside / (1 - inside)), HISTOGRAM_EDGES[0], HISTOGRAM_EDGES[-1])
+    return {
+        "precision_recall": precision_recall(probabilities, positive),
+        "reliability": {
+            "before": reliability(raw_probabilities, positive),
+            "after": reliability(probabilities, positive),
+        },
+        "histogram": {
+            "positive": np.histogram(log_odds[positive], HISTOGRAM_EDGES)[0].tolist(),
+            "negative": np.histogram(log_odds[~positive], HISTOGRAM_EDGES)[0].tolist(),
+        },
+    }
+
+
+def precision_recall(probabilities: np.ndarray, positive: np.ndarray) -> dict[str, list[float]]:
+    """Points of the precision-recall curve: recall's levels, each as the first cut reaches it.
+
+    Returns:
+      `recall`, `precision` and the lowest `score` predicted, from the strictest cut down, at most
+      `MAX_CURVE_POINTS` of them; nothing without positives.
+    """
+    cuts = rank_cuts(probabilities, positive)
+    if cuts.positives == 0:
+        return {"recall": [], "precision": [], "score": []}
+    levels = np.unique(np.ceil(np.linspace(0, cuts.positives, MAX_CURVE_POINTS)).clip(min=1))
+    first = np.unique(np.searchsorted(cuts.true_positives, levels))
+    return {
+        "recall": _rounded(cuts.true_positives[first] / cuts.positives),
+        "precision": _rounded(cuts.true_positives[first] / cuts.predicted[first]),
+        "score": _rounded(cuts.scores[first]),
+    }
+
+
+def reliability(probabilities: np.ndarray, positive: np.ndarray) -> dict[str, list[float]]:
+    """Bins of equal mass, equal scores never parted, as the calibration error has them.
+
+    Returns:
+      Of each bin the `documents`, the mean `probability`, the `share` of positives, and its 95 %
+      interval `low` to `high` (Wilson 1927).
+    """
+    if len(probabilities) == 0:
+        return {name: [] for name in ("documents", "probability", "share", "low", "high")}
+    order = np.argsort(probabilities)
+    ranked = probabilities[order].astype(np.float64)
+    edges = np.arange(1, CALIBRATION_BINS) * len(ranked) // CALIBRATION_BINS
+    starts = np.unique(np.append(0, np.searchsorted(ranked, ranked[edges], side="left")))
+    documents = np.diff(np.append(starts, len(ranked)))
+    share = np.add.reduceat(positive[order].astype(np.float64), starts) / documents
+    squared = _DEVIATIONS**2
+    centre = (share + squared / (2 * documents)) / (1 + squared / documents)
+    spread = share * (1 - share) / documents + squared / (4 * documents**2)
+    half = _DEVIATIONS * np.sqrt(spread) / (1 + squared / documents)
+    return {
+        "documents": documents.tolist(),
+        "probability": _rounded(np.add.reduceat(ranked, starts) / documents),
+        "share": _rounded(share),
+        "low": _rounded(np.clip(centre - half, 0, 1)),
+        "high": _rounded(np.clip(centre + half, 0, 1)),
+    }
+
+
+def cooccurrence(scored: ScoredDocuments, thresholds: np.ndarray) -> dict[str, Any]:
+    """Documents in which two labels occur together, `true` and `predicted`.
+
+    Returns:
+      `labels`, indices of the most frequent ones, and both matrices of counts over them, whose
+      diagonals count each label alone.
+    """
+    chosen = most_frequent(scored.labels, MAX_COOCCURRENCE_LABELS)
+    true = scored.labels[:, chosen].astype(np.float64)
+    predicted = (scored.probabilities[:, chosen] >= thresholds[chosen]).astype(np.float64)
+    return {
+        "labels": chosen.tolist(),
+        "true": (true.T @ true).astype(np.int64).tolist(),
+        "predicted": (predicted.T @ predicted).astype(np.int64).tolist(),
+    }
+
+
+def confident_mistakes(
+    scored: ScoredDocuments, thresholds: np.ndarray
+) -> dict[str, list[dict[str, Any]]]:
+    """The mistakes that the model was surest of, at most one a document and kind.
+
+    Returns:
+      `false_positives` by falling, `missed` by rising probability: each with the `document` (its
+      id), its `index` in the split, `label`, `probability`, `threshold`, and the indices of the
+      document's labels, `true` and `predicted`, at most `MAX_NAMED_LABELS` each.
+    """
+    found: dict[str, list[dict[str, Any]]] = {"false_positives": [], "missed": []}
+    for kind, mistakes in found.items():
+        used: set[int] = set()
+        for document, label in _surest(scored, thresholds, is_missed=kind == "missed"):
+            if document in used:
+                continue
+            used.add(document)
+            mistakes.append(_describe(scored, thresholds, document, label))
+            if len(mistakes) == MAX_MISTAKES:
+                break
+    return found
+
+
+def _surest(
+    scored: ScoredDocuments, thresholds: np.ndarray, is_missed: bool
+) -> list[tuple[int, int]]:
+    """(document, label) of a few mistakes of each label, the surest of all first."""
+    candidates = []
+    for label, threshold in enumerate(thresholds):
+        scores, positive = scored.probabilities[:, label], scored.labels[:, label]
+        predicted = scores >= threshold
+        wrong = np.flatnonzero(~predicted & positive if is_missed else predicted & ~positive)
+        keys = scores[wrong] if is_missed else -scores[wrong]
+        for place in np.argsort(keys, kind="stable")[:MAX_MISTAKES_PER_LABEL]:
+            candidates.append((float(keys[place]), int(wrong[place]), label))
+    return [(document, label) for _, document, label in sorted(candidates)]
+
+
+def _describe(
+    scored: ScoredDocuments, thresholds: np.ndarray, document: int, label: int
+) -> dict[str, Any]:
+    scores = scored.probabilities[document]
+    predicted = np.flatnonzero(scores >= thresholds)
+    by_score = predicted[np.argsort(-scores[predicted], kind="stable")]
+    threshold = float(thresholds[label])
+    return {
+        "document": scored.ids[document],
+        "index": int(scored.indices[document]),
+        "label": label,
+        "probability": float(scores[label]),
+        "threshold": None if np.isnan(threshold) else threshold,
+        "true": np.flatnonzero(scored.labels[document])[:MAX_NAMED_LABELS].tolist(),
+        "predicted": by_score[:MAX_NAMED_LABELS].tolist(),
+    }
+
+
+def _decisions(scored: ScoredDocuments, thresholds: np.ndarray) -> dict[str, list[float]]:
+    """Counts and precision, recall and F1 of each label at its threshold; 0 for 0/0."""
+    num_labels = len(thresholds)
+    right, predicted, support = np.zeros((3, num_labels), np.int64)
+    for index, threshold in enumerate(thresholds):
+        is_predicted = scored.probabilities[:, index] >= threshold
+        positive = scored.labels[:, index]
+        right[index] = np.count_nonzero(is_predicted & positive)
+        predicted[index], support[index] = np.count_nonzero(is_predicted), positive.sum()
+    return {
+        "support": support.tolist(),
+        "precision": _rounded(right / np.maximum(predicted, 1)),
+        "recall": _rounded(right / np.maximum(support, 1)),
+        "f1": _rounded(2 * right / np.maximum(predicted + support, 1)),
+    }
+
+
+def _rounded(values: np.ndarray) -> list[float]:
+    """To four significant digits, which is finer than a pixel."""
+    return [float(f"{value:.4g}") for value in values.tolist()]
