@@ -89,7 +89,7 @@ def make_corpus(folder: str, documents: int, max_seq_length: int, checkpoint: st
 def _write_arrays(data_dir: str, path: str) -> None:
     import tensorflow as tf
 
-    from trainer.losses import initial_bias
+    from trainer.label_weights import initial_bias
     from trainer.records import load_metadata, parse_records, verify_shards
 
     metadata = load_metadata(data_dir)
@@ -97,7 +97,8 @@ def _write_arrays(data_dir: str, path: str) -> None:
     for split in SPLITS:
         shards = verify_shards(data_dir, metadata, split)
         serialized = list(tf.data.TFRecordDataset(shards).as_numpy_iterator())
-        names, tokens, labels = parse_records(tf.constant(serialized))
+        names, windows, labels, _ = parse_records(tf.constant(serialized))
+        tokens = windows.merge_dims(1, 2)
         hot = np.zeros((len(serialized), len(metadata.labels)), bool)
         hot[labels.value_rowids().numpy(), labels.flat_values.numpy()] = True
         arrays[f"{split}/names"] = np.array([name.decode() for name in names.numpy()])

@@ -1,6 +1,7 @@
 """The train, evaluation and scoring steps as HLO, as one chip of a slice runs them."""
 
 from collections.abc import Callable
+from functools import partial
 from typing import Any
 
 import numpy as np
@@ -9,6 +10,7 @@ from tensorflow.compiler.tf2xla.ops import gen_xla_ops
 from tensorflow.python.distribute import one_device_strategy
 
 from trainer.config import ModelConfig, OptimizerConfig, PackingConfig
+from trainer.losses import weighted_bce
 from trainer.model import Model, build_model
 from trainer.optimizer import AdamW
 from trainer.packing import empty_micro_batch
@@ -129,7 +131,7 @@ def _lower_train(
         model,
         optimizer,
         packing,
-        np.ones(num_labels, np.float32),
+        partial(weighted_bce, pos_weights=np.ones(num_labels, np.float32)),
         seed=0,
         # The whole step is lowered as one program, as on a TPU.
         jit_compile=False,

@@ -16,7 +16,7 @@ from trainer.calibration import (
     fit_thresholds,
     sigmoid,
 )
-from trainer.losses import positive_weights
+from trainer.label_weights import positive_weights
 from trainer.metrics import calibration_errors, rank_cuts
 
 

@@ -1,6 +1,7 @@
 """One semantics for any number of replicas: the same documents, masks, gradients and weights."""
 
 import functools
+from functools import partial
 
 import numpy as np
 import pytest
@@ -9,6 +10,7 @@ import tensorflow as tf
 from trainer.config import ModelConfig
 from trainer.input_pipeline import Share, deal_steps, open_stream, read_micro_batches
 from trainer.loss_scale import GROWTH_STEPS, INITIAL_SCALE, LossScale
+from trainer.losses import weighted_bce
 from trainer.model import build_model
 from trainer.packing import choose_packing
 from trainer.predictor import Predictor
@@ -67,8 +69,8 @@ def make_step(stream, strategy, dropout=0.0, precision="float32", max_bad_steps=
         scale = LossScale() if precision == "mixed_float16" else None
     weights = np.linspace(1, 5, stream.num_labels, dtype=np.float32)
     return TrainStep(
-        strategy, model, optimizer, stream.packing, weights, 7, jit_compile=False,
-        loss_scale=scale, max_bad_steps=max_bad_steps,
+        strategy, model, optimizer, stream.packing, partial(weighted_bce, pos_weights=weights), 7,
+        jit_compile=False, loss_scale=scale, max_bad_steps=max_bad_steps,
     )  # fmt: skip
 
 

@@ -1,11 +1,14 @@
 """The step: one semantics whatever the accumulation, no NaN from nothing, one trace."""
 
+from functools import partial
+
 import numpy as np
 import pytest
 import tensorflow as tf
 
 from trainer.config import ModelConfig, OptimizerConfig
 from trainer.input_pipeline import Share, deal_steps, open_stream, read_micro_batches
+from trainer.losses import weighted_bce
 from trainer.model import build_model
 from trainer.optimizer import AdamW
 from trainer.packing import choose_packing, empty_micro_batch
@@ -50,7 +53,7 @@ def make_step(stream, dropout=RATE, jit_compile=False):
         model,
         optimizer,
         stream.packing,
-        weights,
+        partial(weighted_bce, pos_weights=weights),
         7,
         jit_compile,
     )

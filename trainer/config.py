@@ -108,7 +108,17 @@ class PrepareConfig:
     )
     vocab_size: int = option(8192, "WordPieces of a vocabulary that is trained.")
     max_seq_length: int = option(
-        512, "Longest document in tokens, [CLS] and [SEP] included; longer ones are cut."
+        512,
+        "Longest window in tokens, [CLS] and [SEP] included; a longer document becomes several "
+        "windows, see --max_windows.",
+    )
+    window_stride: int = option(
+        0,
+        "Tokens of text from one window's start to the next; 0 stands for max_seq_length - 2, "
+        "windows that do not overlap.",
+    )
+    max_windows: int = option(
+        1, "Most windows of a document; what lies behind them is cut off. 1 cuts at max_seq_length."
     )
     split: str = option(
         "train:0.8,validation:0.1,test:0.1",
@@ -120,6 +130,9 @@ class PrepareConfig:
     )
     id_field: str = option(
         "id", "Column of the document's id; rows without one are named by source and row number."
+    )
+    keep_columns: tuple[str, ...] = option(
+        (), "Columns to keep with each document, comma-separated, so that metrics can go by value."
     )
     label_delimiter: str = option(",", "What separates labels in a string of labels.")
     labels: str | None = option(
@@ -137,6 +150,25 @@ class PrepareConfig:
         _check_choices(self)
         _check(self.vocab_size >= 128, "vocab_size", self.vocab_size, "at least 128 WordPieces")
         _check(self.max_seq_length >= 8, "max_seq_length", self.max_seq_length, "at least 8 tokens")
+        _check(
+            0 <= self.window_stride <= self.max_seq_length - 2,
+            "window_stride",
+            self.window_stride,
+            f"0 to {self.max_seq_length - 2} tokens, which is --max_seq_length less [CLS] and [SEP]",
+        )
+        _check(self.max_windows >= 1, "max_windows", self.max_windows, "at least 1 window")
+        _check(
+            self.window_stride == 0 or self.max_windows > 1,
+            "window_stride",
+            self.window_stride,
+            "--max_windows of 2 or more beside it: one window has no next one",
+        )
+        _check(
+            "" not in self.keep_columns and len(set(self.keep_columns)) == len(self.keep_columns),
+            "keep_columns",
+            ",".join(self.keep_columns),
+            "names of columns, each once",
+        )
         _check(
             len(self.label_delimiter) >= 1,
             "label_delimiter",
@@ -318,6 +350,57 @@ class OptimizerConfig:
         )
 
 
+LOSSES = (
+    "weighted_bce",
+    "focal",
+    "asymmetric",
+    "class_balanced",
+    "distribution_balanced",
+    "logit_adjusted",
+)
+
+
+@dataclass(frozen=True)
+class LossConfig:
+    """The loss and its constants."""
+
+    loss: str = option(
+        "weighted_bce",
+        "weighted_bce: sigmoid cross-entropy; the start, and the one whose probabilities can be "
+        "corrected exactly. focal (Lin et al. 2017): worth trying where most documents are easy "
+        "and drown the hard ones. asymmetric (Ridnik et al. 2021): where each document has few of "
+        "many labels, or positives are missing from the labels. class_balanced (Cui et al. 2019): "
+        "where rare labels matter as much as common ones. distribution_balanced (Wu et al. 2020, "
+        "Huang et al. 2021): where rare labels come together with common ones. logit_adjusted "
+        "(Menon et al. 2020): where labels will be about equally frequent in use.",
+        choices=LOSSES,
+    )
+    focal_gamma: float = option(
+        2.0, "How much focal and distribution_balanced play down easy documents; 0 = not."
+    )
+    asymmetric_gamma_positive: float = option(0.0, "The same of asymmetric's positives.")
+    asymmetric_gamma_negative: float = option(4.0, "The same of asymmetric's negatives.")
+    asymmetric_margin: float = option(
+        0.05, "Probability below which asymmetric leaves negatives alone."
+    )
+    logit_adjustment: float = option(
+        1.0, "Share of the labels' log-odds that logit_adjusted adds to the logits."
+    )
+    label_smoothing: float = option(
+        0.0, "Share of each label's target that is spread evenly over yes and no."
+    )
+
+    def __post_init__(self) -> None:
+        _check_choices(self)
+        for name in ("focal_gamma", "asymmetric_gamma_positive", "logit_adjustment"):
+            _check(getattr(self, name) >= 0, name, getattr(self, name), "a number not below 0")
+        gamma = self.asymmetric_gamma_negative
+        # Between 0 and 1 the gradient at the margin would be infinite.
+        _check(gamma == 0 or gamma >= 1, "asymmetric_gamma_negative", gamma, "0, or 1 or more")
+        for name in ("asymmetric_margin", "label_smoothing"):
+            _check(0 <= getattr(self, name) < 1, name, getattr(self, name), "a number in [0, 1)")
+
+
 HEADS = ("cls", "mean", "label_attention")
 STRATEGIES = ("auto", "tpu", "mirrored", "multi_worker", "one_device", "cpu")
 
@@ -383,17 +466,14 @@ class TrainConfig:
     )
     gradient_accumulation: int = option(1, "Micro-batches a replica takes before an update.")
     num_train_epochs: float = option(3.0, "Passes over the training split.")
-    loss: str = option(
-        "weighted_bce",
-        "Sigmoid cross-entropy with per-label positive weights.",
-        choices=("weighted_bce",),
-    )
     pos_weight: str = option(
         "none",
-        "Weights of positives: none, balanced (negatives/positives), sqrt (its root), "
-        "effective (Cui et al. 2019), or a JSON file of {label: weight}.",
+        "Weights of positives: none, balanced (negatives/positives), balanced_classes (the same, "
+        "and negatives weigh documents/(2 negatives), as scikit-learn's 'balanced'), sqrt (the "
+        "root of balanced), effective (Cui et al. 2019), or a JSON file of {label: weight}.",
     )
     max_pos_weight: float = option(100.0, "Cap on every positive weight.")
+    objective: LossConfig = LossConfig()
     optimizer: OptimizerConfig = OptimizerConfig()
     steps_per_loop: int | None = option(
         None, "Steps between two looks of the host at the device; default: 1 on a CPU, else 20."

@@ -38,6 +38,8 @@ RESUMABLE_FLAGS = (
 class RunRecord:
     """A run's config.json: what was asked for, and what followed from it and the data.
 
+    `pos_weights` and `label_weights` are [L]: of positives against negatives, and of whole labels.
+    `exact_correction` says whether log(pos_weights), taken off the logits, undoes the weights.
     `micro_batches_per_step` is K: replicas times accumulation when the run began, and what it
     keeps whatever it is resumed on.
     """
@@ -47,6 +49,8 @@ class RunRecord:
     packing: PackingConfig
     labels: tuple[str, ...]
     pos_weights: tuple[float, ...]
+    label_weights: tuple[float, ...]
+    exact_correction: bool
     max_seq_length: int
     total_documents: int
     data_fingerprint: str

@@ -8,11 +8,11 @@ from dataclasses import dataclass
 import numpy as np
 import tensorflow as tf
 
-from trainer.config import PackingConfig, TrainConfig
-from trainer.losses import weighted_bce
+from trainer.config import TrainConfig
 from trainer.metrics import compute_metrics, warn_if_constant
 from trainer.predictor import Predictor
 from trainer.records import Metadata
+from trainer.run_record import RunRecord
 from trainer.step import TrainStep
 
 # Evaluations while training report F1 at 0.5; `multihot evaluate` fits thresholds.
@@ -71,19 +71,21 @@ class Evaluation:
 
     def __init__(
         self,
-        config: TrainConfig,
+        record: RunRecord,
         metadata: Metadata,
         step: TrainStep,
-        packing: PackingConfig,
-        pos_weights: np.ndarray,
         strategy: tf.distribute.Strategy,
     ) -> None:
-        self._config = config
+        self._config = record.train
         self._metadata = metadata
         self._optimizer = step.optimizer
-        self._pos_weights = pos_weights
+        self._loss = step.loss
+        # What positive weights add to the logits, where it is known exactly.
+        self._shift = (
+            np.log(np.asarray(record.pos_weights, np.float32)) if record.exact_correction else 0.0
+        )
         self._predictor = Predictor(
-            step.model, packing, strategy, stop_requested=step.stop_requested
+            step.model, record.packing, strategy, stop_requested=step.stop_requested
         )
 
     @contextmanager
@@ -111,10 +113,8 @@ class Evaluation:
                 config.data_dir, self._metadata, config.eval_split
             )
         logits, labels = predictions.logits, predictions.labels
-        loss, count = weighted_bce(
-            tf.constant(logits), tf.constant(labels), tf.ones(len(logits)), self._pos_weights
-        )
-        probabilities = tf.sigmoid(logits - np.log(self._pos_weights)).numpy()
+        loss, count = self._loss(tf.constant(logits), tf.constant(labels), tf.ones(len(logits)))
+        probabilities = tf.sigmoid(logits - self._shift).numpy()
         warn_if_constant(probabilities)
         thresholds = np.full(len(self._metadata.labels), _THRESHOLD)
         metrics = compute_metrics(probabilities, labels, thresholds)

@@ -16,8 +16,9 @@ from trainer.checkpoint import RunRecord
 from trainer.config import ModelConfig, PackingConfig, TrainConfig
 from trainer.errors import UserError
 from trainer.input_pipeline import count_documents
+from trainer.label_weights import initial_bias, label_weights, positive_weights
 from trainer.loss_scale import LossScale
-from trainer.losses import initial_bias
+from trainer.losses import has_exact_correction, logit_offset, make_loss
 from trainer.model import Model, build_model
 from trainer.optimizer import AdamW
 from trainer.pretrained import load_pretrained, model_config, resolve_checkpoint
@@ -87,7 +88,6 @@ def make_record(
     metadata: Metadata,
     sizes: ModelConfig,
     packing: PackingConfig,
-    pos_weights: np.ndarray,
     precision: str,
     replicas: int,
 ) -> RunRecord:
@@ -98,12 +98,16 @@ def make_record(
         for shard in metadata.split(name).shards
     ]
     data = json.dumps([metadata.labels, metadata.max_seq_length, shards])
+    counts = metadata.split("train").label_counts, metadata.split("train").documents
+    positive = positive_weights(config.pos_weight, *counts, config.max_pos_weight, metadata.labels)
     return RunRecord(
         train=config,
         model=sizes,
         packing=packing,
         labels=metadata.labels,
-        pos_weights=tuple(float(weight) for weight in pos_weights),
+        pos_weights=tuple(positive.tolist()),
+        label_weights=tuple(label_weights(config.pos_weight, *counts).tolist()),
+        exact_correction=has_exact_correction(config.objective),
         max_seq_length=metadata.max_seq_length,
         total_documents=count_documents(metadata.split("train").documents, config.num_train_epochs),
         data_fingerprint=hashlib.sha256(data.encode()).hexdigest(),
@@ -136,12 +140,14 @@ def build_step(
       jit_compile: whether XLA compiles it.
     """
     config, split = record.train, metadata.split("train")
+    counts = split.label_counts, split.documents
     pos_weights = np.asarray(record.pos_weights, np.float32)
+    loss = make_loss(config.objective, pos_weights, np.asarray(record.label_weights), *counts)
     with strategy.scope():
         model = build_model(record.model, record.precision, config.seed)
         _assign(model, values)
         model.head.classifier.bias.assign(
-            initial_bias(split.label_counts, split.documents, pos_weights)
+            initial_bias(*counts, pos_weights) - logit_offset(config.objective, *counts)
         )
         variables = model.named_variables()
         optimizer = AdamW(
@@ -150,7 +156,7 @@ def build_step(
         )  # fmt: skip
         loss_scale = LossScale() if record.precision == "mixed_float16" else None
     return TrainStep(
-        strategy, model, optimizer, record.packing, pos_weights, config.seed, jit_compile,
+        strategy, model, optimizer, record.packing, loss, config.seed, jit_compile,
         loss_scale, config.max_bad_steps,
     )  # fmt: skip
 

@@ -1,13 +1,12 @@
 """The train step, and the loop of steps that runs on the device."""
 
-import numpy as np
 import tensorflow as tf
 
 from trainer.config import PackingConfig
 from trainer.dropout import Dropout, step_key
 from trainer.input_pipeline import Position
 from trainer.loss_scale import LossScale
-from trainer.losses import weighted_bce
+from trainer.losses import Loss
 from trainer.model import INPUTS, Model
 from trainer.optimizer import AdamW
 
@@ -53,7 +52,7 @@ class TrainStep:
     """One update from K micro-batches, written against `strategy.run`.
 
     Attributes:
-      model, optimizer, loss_scale: what learns, and how; the scale is for float16, else None.
+      model, loss, optimizer, loss_scale: what learns, and how; the scale is for float16, else None.
       progress: how far the run is.
       stop_requested: bool variable of this host; once it is true, all hosts end the loop after the
         same step, which may be the one under way.
@@ -65,7 +64,7 @@ class TrainStep:
         model: Model,
         optimizer: AdamW,
         packing: PackingConfig,
-        pos_weights: np.ndarray,
+        loss: Loss,
         seed: int,
         jit_compile: bool,
         loss_scale: LossScale | None = None,
@@ -78,7 +77,7 @@ class TrainStep:
           model: what learns; its variables are the optimizer's, in the same order.
           optimizer: takes aggregated gradients.
           packing: the shape of a micro-batch.
-          pos_weights: float32 [L].
+          loss: what is minimised.
           seed: of the dropout masks.
           jit_compile: whether XLA compiles the step's two halves.
           loss_scale: for float16, else None.
@@ -88,7 +87,7 @@ class TrainStep:
         self.model = model
         self.optimizer = optimizer
         self._packing = packing
-        self._pos_weights = tf.constant(pos_weights, tf.float32)
+        self.loss = loss
         self._seed = seed
         self.loss_scale = loss_scale
         self._max_bad_steps = max_bad_steps
@@ -113,9 +112,7 @@ class TrainStep:
                 num_documents=self._packing.max_documents,
                 dropout=dropout,
             )
-            loss, documents = weighted_bce(
-                logits, batch["labels"], batch["document_mask"], self._pos_weights
-            )
+            loss, documents = self.loss(logits, batch["labels"], batch["document_mask"])
             scaled = loss * scale
         gradients = tape.gradient(
             scaled, self._variables, unconnected_gradients=tf.UnconnectedGradients.ZERO

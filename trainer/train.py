@@ -22,7 +22,6 @@ from trainer.input_pipeline import (
 )
 from trainer.interruption import Interruption
 from trainer.journal import Journal
-from trainer.losses import positive_weights
 from trainer.milestones import Milestones
 from trainer.packing import choose_packing
 from trainer.predictor import StoppedError
@@ -89,17 +88,13 @@ def run(config: TrainConfig, interruption: Interruption | None = None) -> None:
     # Opened only to find a damaged split now and not after an epoch.
     open_stream(config.data_dir, metadata, config.eval_split, packing)
     sizes, values = choose_model(config, metadata)
-    pos_weights = positive_weights(
-        config.pos_weight, split.label_counts, split.documents, config.max_pos_weight,
-        metadata.labels,
-    )  # fmt: skip
     # Before anything else that TensorFlow executes: several workers have to find each other first.
     strategy = make_strategy(config)
     with watching_workers(strategy):
         record = start_record(
             config.model_dir,
             make_record(
-                config, metadata, sizes, packing, pos_weights,
+                config, metadata, sizes, packing,
                 choose_precision(config.precision, strategy), strategy.num_replicas_in_sync,
             ),
             is_chief(strategy),
@@ -123,7 +118,7 @@ def run(config: TrainConfig, interruption: Interruption | None = None) -> None:
         _describe(this, int(step.progress.steps) if resumed else None)
         if interruption is not None:
             interruption.on_request(lambda: step.stop_requested.assign(True))
-        evaluation = Evaluation(config, metadata, step, packing, pos_weights, strategy)
+        evaluation = Evaluation(record, metadata, step, strategy)
         with naming_damaged_shards(config.data_dir, metadata, "train", config.eval_split):
             _train(this, evaluation)
     print(
