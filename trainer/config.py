@@ -594,6 +594,30 @@ class EvaluateConfig:
 
 
 @dataclass(frozen=True)
+class ReportConfig:
+    """`multihot report`: an evaluation to one page, report.html in the model folder."""
+
+    model_dir: str = option("", "Folder of a run that `multihot evaluate` measured.", required=True)
+    data_dir: str | None = option(
+        None, "Folder that `multihot prepare` wrote; default: the one that training read."
+    )
+    baseline_documents: int = option(
+        10_000,
+        "Most documents of each split that the TF-IDF baseline reads (it takes a minute or two, "
+        "once); 0 leaves the baseline out.",
+    )
+
+    def __post_init__(self) -> None:
+        _check_choices(self)
+        _check(
+            self.baseline_documents >= 0,
+            "baseline_documents",
+            self.baseline_documents,
+            "0 or more documents",
+        )
+
+
+@dataclass(frozen=True)
 class ExportConfig:
     """`multihot export`: best checkpoint to a model folder."""
 
