@@ -16,15 +16,8 @@ import sys
 import time
 
 from trainer.config import PackingConfig
-from trainer.records import (
-    Metadata,
-    Shard,
-    Split,
-    checksum,
-    encode_record,
-    frame_records,
-    load_metadata,
-)
+from trainer.records import Metadata, Shard, Split, checksum, encode_record, load_metadata
+from trainer.wire import frame_records
 
 LENGTH = 10
 VOCABULARY = 1024
@@ -60,7 +53,7 @@ def main() -> None:
 def write(folder: str, documents: int, num_shards: int) -> None:
     """A data folder of documents that differ in their id alone."""
     os.makedirs(folder)
-    template = encode_record("#" * 8, [2, *range(10, 8 + LENGTH), 3], [0])
+    template = encode_record("#" * 8, [[2, *range(10, 8 + LENGTH), 3]], [0])
     before, after = template.split(b"#" * 8)
     shards = []
     for number in range(num_shards):
@@ -75,7 +68,10 @@ def write(folder: str, documents: int, num_shards: int) -> None:
         )
     print(f"{documents} documents, {sum(shard.bytes for shard in shards) / 1e6:.0f} MB")
     histogram = (0,) * LENGTH + (documents,)
-    split = Split(documents, documents * LENGTH, 0, 0, (documents,), histogram, tuple(shards))
+    split = Split(
+        documents, documents * LENGTH, 0, 0, (documents,), histogram, tuple(shards),
+        documents, (0, documents), 1,
+    )  # fmt: skip
     Metadata(("label",), 128, VOCABULARY, "0" * 64, {"train": split}, {}, {}).save(folder)
 
 

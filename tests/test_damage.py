@@ -40,13 +40,16 @@ def write_split(folder, documents, shards):
         with tf.io.TFRecordWriter(path) as writer:
             for number in range(shard, documents, shards):
                 ids = [2, 10 + number // 40, 10 + number % 40, 9, 3]
-                writer.write(encode_record(f"document {number}", ids, [1]))
+                writer.write(encode_record(f"document {number}", [ids], [1]))
         count = len(range(shard, documents, shards))
         described.append(
             Shard(os.path.basename(path), count, os.path.getsize(path), checksum(path))
         )
     histogram = (0,) * length + (documents,)
-    return Split(documents, documents * length, 0, 0, (0, documents), histogram, tuple(described))
+    return Split(
+        documents, documents * length, 0, 0, (0, documents), histogram, tuple(described),
+        documents, (0, documents), 1,
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -38,11 +38,14 @@ def write_split(folder, name, documents, longest, seed):
             ids += [10 + k for k in np.flatnonzero(row)]
             ids = [2, *ids, 3]
             histogram[len(ids)] += 1
-            writer.write(encode_record(f"{name}-{number}", ids, np.flatnonzero(row).tolist()))
+            writer.write(encode_record(f"{name}-{number}", [ids], np.flatnonzero(row).tolist()))
     shard = Shard(os.path.basename(path), documents, os.path.getsize(path), checksum(path))
     tokens = int(histogram @ np.arange(len(histogram)))
     counts = tuple(int(count) for count in labels.sum(axis=0))
-    return Split(documents, tokens, 0, 0, counts, tuple(map(int, histogram)), (shard,))
+    return Split(
+        documents, tokens, 0, 0, counts, tuple(map(int, histogram)), (shard,),
+        documents, (0, documents), int(labels.sum(axis=1).max()),
+    )  # fmt: skip
 
 
 @pytest.fixture(scope="module")

@@ -42,7 +42,7 @@ def flat(lists):
 
 def test_every_document_comes_once_an_epoch_with_its_own_labels(stream):
     records = tf.data.TFRecordDataset(stream.paths).batch(10_000)
-    ids, _, labels = parse_records(next(iter(records)))
+    ids, _, labels, _ = parse_records(next(iter(records)))
     expected = dict(zip([i.decode() for i in ids.numpy()], labels.to_list(), strict=True))
     seen = {}
     for batch in read_micro_batches(stream, seed=1, num_epochs=1):

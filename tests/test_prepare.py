@@ -18,7 +18,7 @@ import pytest
 from trainer import prepare
 from trainer.config import PrepareConfig
 from trainer.errors import UserError
-from trainer.records import encode_record, load_metadata, parse_records, verify_shards
+from trainer.records import load_metadata, parse_records, verify_shards
 from trainer.sample import write_sample
 from trainer.shards import choose_shards, mix
 from trainer.tokenizer import load_tokenizer, train_tokenizer
@@ -73,7 +73,8 @@ def read_split(data_dir: str, split: str) -> list[tuple[str, list[int], list[int
     rows = []
     for path in verify_shards(data_dir, load_metadata(data_dir), split):
         records = list(tf.data.TFRecordDataset(path).as_numpy_iterator())
-        ids, input_ids, labels = parse_records(tf.constant(records))
+        ids, windows, labels, _ = parse_records(tf.constant(records))
+        input_ids = windows.merge_dims(1, 2)
         names = [name.decode() for name in ids.numpy()]
         rows += list(zip(names, input_ids.to_list(), labels.to_list(), strict=True))
     return rows
@@ -414,23 +415,6 @@ def test_a_failure_while_writing_leaves_nothing(tmp_path, tokenizer_dir, monkeyp
     with pytest.raises(RuntimeError, match="power cut"):
         prepare.run(config(path, tmp_path / "data", split="all", tokenizer=tokenizer_dir))
     assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]
-
-
-def test_records_are_tensorflows_byte_for_byte():
-    from tensorflow.core.example.example_pb2 import Example
-
-    random = np.random.default_rng(0)
-    numbers = [0, 1, 127, 128, 16_383, 16_384, 30_521, 2**40]
-    for length in (0, 1, 5, 700):
-        input_ids = random.choice(numbers, length).tolist()
-        labels = sorted(random.choice(5000, min(length, 9), replace=False).tolist())
-        example = Example()
-        feature = example.features.feature
-        feature["id"].bytes_list.value.append(("é" * length).encode())
-        feature["input_ids"].int64_list.value.extend(input_ids)
-        feature["labels"].int64_list.value.extend(labels)
-        expected = example.SerializeToString(deterministic=True)
-        assert encode_record("é" * length, input_ids, labels) == expected
 
 
 def test_shards_are_chosen_evenly_and_without_pattern():

@@ -5,15 +5,30 @@ import subprocess
 import sys
 
 import pytest
+import tokenizers
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from trainer.errors import UserError
-from trainer.tokenizer import SPECIAL_TOKENS, load_tokenizer, train_tokenizer
+from trainer.tokenizer import SPECIAL_TOKENS, Tokenizer, load_tokenizer, train_tokenizer
 
 TEXTS = [
     "The quick brown fox jumps over the lazy dog.",
     "Tokenisers tokenise tokens; the tokenised token is a token.",
     "Ünïcödé, 漢字 and émigrés: naïve?",
 ] * 3
+
+
+WORDS = [f"w{first}{second}" for first in "abcdefghijkl" for second in "mnopqrstuv"]
+
+
+@pytest.fixture(scope="module")
+def numbered() -> Tokenizer:
+    """A tokenizer to which each of WORDS is one token."""
+    tokenizer = train_tokenizer(TEXTS, 200)
+    vocabulary = {token: i for i, token in enumerate([*SPECIAL_TOKENS, *WORDS])}
+    tokenizer.backend.model = tokenizers.models.WordPiece(vocabulary, unk_token="[UNK]")
+    return tokenizer
 
 
 def test_ids_are_those_of_transformers(minilm, real_texts):
@@ -29,6 +44,59 @@ def test_ids_are_those_of_transformers(minilm, real_texts):
         assert truncated == [len(document) > max_seq_length for document in whole]
     assert (tokenizer.vocab_size, tokenizer.pad_id) == (30522, 0)
     assert (tokenizer.cls_id, tokenizer.sep_id) == (101, 102)
+
+
+@pytest.mark.parametrize("max_seq_length, window_stride", [(8, 0), (8, 1), (128, 0), (128, 63)])
+def test_windows_are_those_of_the_librarys_truncation(
+    minilm, real_texts, max_seq_length, window_stride
+):
+    tokenizer = load_tokenizer(minilm)
+    found, lost = tokenizer.encode_windows(real_texts, max_seq_length, window_stride, 10_000)
+    peer = load_tokenizer(minilm).backend
+    room = max_seq_length - 2
+    peer.enable_truncation(max_seq_length, stride=room - (window_stride or room))
+    expected = [
+        [encoding.ids, *(window.ids for window in encoding.overflowing)]
+        for encoding in peer.encode_batch(real_texts)
+    ]
+    assert found == expected and not any(lost)
+    # The first ones are the same however few there may be.
+    for most in (1, 3):
+        found, lost = tokenizer.encode_windows(real_texts, max_seq_length, window_stride, most)
+        assert found == [windows[:most] for windows in expected]
+        assert lost == [len(windows) > most for windows in expected]
+    ids, truncated = tokenizer.encode_batch(real_texts, max_seq_length)
+    windows, lost = tokenizer.encode_windows(real_texts, max_seq_length, window_stride, 1)
+    assert (windows, lost) == ([[document] for document in ids], truncated)
+
+
+@given(
+    words=st.integers(0, 120),
+    max_seq_length=st.integers(8, 40),
+    stride=st.integers(0, 38),
+    max_windows=st.integers(1, 9),
+)
+@settings(max_examples=300, deadline=None)
+def test_windows_cover_a_document_and_overlap_as_the_stride_says(
+    numbered, words, max_seq_length, stride, max_windows
+):
+    stride = min(stride, max_seq_length - 2)
+    text = " ".join(WORDS[:words])
+    (windows,), (is_lost,) = numbered.encode_windows([text], max_seq_length, stride, max_windows)
+    whole = numbered.encode_batch([text], 1 << 20)[0][0][1:-1]
+    assert len(whole) == len(set(whole)) == words
+    assert 1 <= len(windows) <= max_windows
+    for number, window in enumerate(windows):
+        assert window[0] == numbered.cls_id and window[-1] == numbered.sep_id
+        assert len(window) <= max_seq_length
+        first = number * (stride or max_seq_length - 2)
+        assert window[1:-1] == whole[first : first + max_seq_length - 2]
+    assert all(len(window) == max_seq_length for window in windows[:-1])
+    covered = {token for window in windows for token in window[1:-1]}
+    assert is_lost == (len(covered) < words)
+    assert not is_lost or len(windows) == max_windows
+    # No window comes after the one that reaches the end.
+    assert len(windows) == 1 or whole[-1] not in windows[-2]
 
 
 def test_saved_files_make_the_same_tokenizer(minilm, real_texts, tmp_path):

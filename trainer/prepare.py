@@ -229,6 +229,7 @@ def _second_pass(
     histogram = np.zeros((num_splits, plan.max_seq_length + 1), np.int64)
     truncated = np.zeros(num_splits, np.int64)
     label_counts = np.zeros((num_splits, plan.num_labels), np.int64)
+    max_labels = np.zeros(num_splits, np.int64)
     write = partial(write_segment, plan, label_map=corpus.label_map)
     with tqdm(
         total=corpus.ledger.num_rows, desc="pass 2: tokenising", unit=" documents", mininterval=1
@@ -240,6 +241,7 @@ def _second_pass(
             histogram += segment.length_histogram
             truncated += segment.truncated
             label_counts += segment.label_counts
+            max_labels = np.maximum(max_labels, segment.max_labels)
             progress.update(len(splits[index]))
     offsets.flush()
     gather = partial(write_shard, plan, offsets_path=offsets_path, num_segments=num_segments)
@@ -256,6 +258,9 @@ def _second_pass(
             label_counts=tuple(label_counts[place].tolist()),
             length_histogram=tuple(histogram[place].tolist()),
             shards=tuple(shards[first_shards[place] : first_shards[place + 1]]),
+            windows=int(histogram[place].sum()),
+            window_histogram=(0, int(histogram[place].sum())),
+            max_labels_per_document=int(max_labels[place]),
         )
         for place, name in enumerate(plan.split_names)
     }

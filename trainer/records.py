@@ -1,27 +1,29 @@
 """The record schema: what a shard holds, and the metadata.json that describes the shards.
 
 This is the only file that names features. A record is a `tf.train.Example` with `id` (bytes),
-`input_ids` (int64 list with [CLS] and [SEP], never padded) and `labels` (int64 list, sorted,
-unique). Multi-hot is made at read time: storing it dense is waste at 4,000 labels.
+`input_ids` (int64 list: all windows of the document one after another, each with its own [CLS] and
+[SEP], never padded), `window_lengths` (int64 list that says where one ends; it sums to the number
+of `input_ids`), `labels` (int64 list, sorted, unique) and, where columns were kept, `slices` (one
+bytes value a column). Multi-hot is made at read time: storing it dense is waste at 4,000 labels.
 """
 
 import contextlib
 import dataclasses
-import functools
+import itertools
 import json
 import os
-import struct
-from collections.abc import Iterator
-from dataclasses import dataclass
-from typing import Any
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any, NamedTuple
 
 from trainer import storage
 from trainer.atomic import write_atomically
 from trainer.config import from_dict
 from trainer.errors import UserError
 from trainer.seal import seal, unseal
+from trainer.wire import encode_bytes_feature, encode_field, encode_int64_feature
 
-SCHEMA_VERSION = 2
+SCHEMA_VERSION = 3
 METADATA_FILE = "metadata.json"
 TOKENIZER_FOLDER = "tokenizer"
 
@@ -38,7 +40,21 @@ class Shard:
 
 @dataclass(frozen=True)
 class Split:
-    """One split. `length_histogram[i]` is the documents of i tokens, [CLS] and [SEP] included."""
+    """One split.
+
+    Attributes:
+      documents: how many there are.
+      tokens: of all windows, [CLS] and [SEP] included.
+      truncated: documents that lost tokens, even though they may have several windows.
+      rejected: rows that could not be used, of the call that made the split.
+      label_counts: documents of each label.
+      length_histogram: at place i the windows of i tokens, [CLS] and [SEP] included.
+      shards: the files.
+      windows: of all documents.
+      window_histogram: at place n the documents of n windows.
+      max_labels_per_document: the most labels that a document has.
+      text_index: the file by which `prepare` finds texts again, or None.
+    """
 
     documents: int
     tokens: int
@@ -47,11 +63,29 @@ class Split:
     label_counts: tuple[int, ...]
     length_histogram: tuple[int, ...]
     shards: tuple[Shard, ...]
+    windows: int
+    window_histogram: tuple[int, ...]
+    max_labels_per_document: int
+    text_index: Shard | None = None
 
 
 @dataclass(frozen=True)
 class Metadata:
-    """Everything that a reader of the shards has to know; written last, atomically."""
+    """Everything that a reader of the shards has to know; written last, atomically.
+
+    Attributes:
+      labels: names in the order of their indices.
+      max_seq_length: the longest window in tokens.
+      vocab_size: rows that embeddings need.
+      tokenizer_fingerprint: of the tokenizer beside the shards.
+      splits: by name, in the order in which they were made.
+      source: `calls`: for each call of `prepare` its inputs, seed, rejected rows and splits.
+      dropped_labels: names that are known and left out, and their documents.
+      slice_columns: names of the kept columns.
+      window_stride: tokens of text from one window's start to the next; 0: they do not overlap.
+      max_windows: the most windows of a document.
+      checks: what `prepare` found remarkable, see `trainer/checks.py`.
+    """
 
     labels: tuple[str, ...]
     max_seq_length: int
@@ -60,6 +94,10 @@ class Metadata:
     splits: dict[str, Split]
     source: dict[str, Any]
     dropped_labels: dict[str, int]
+    slice_columns: tuple[str, ...] = ()
+    window_stride: int = 0
+    max_windows: int = 1
+    checks: dict[str, Any] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 
     def split(self, name: str) -> Split:
@@ -104,15 +142,19 @@ def load_metadata(data_dir: str) -> Metadata:
         )
     try:
         values = unseal(values)
-        splits = {
-            name: from_dict(
-                Split, split | {"shards": [from_dict(Shard, shard) for shard in split["shards"]]}
-            )
-            for name, split in values["splits"].items()
-        }
+        splits = {name: _read_split(split) for name, split in values["splits"].items()}
         return from_dict(Metadata, values | {"splits": splits})
     except (KeyError, TypeError, ValueError) as error:
         raise UserError(f"{path}: damaged ({error}); run `multihot prepare` again") from None
+
+
+def _read_split(values: dict[str, Any]) -> Split:
+    index = values["text_index"]
+    files = {
+        "shards": [from_dict(Shard, shard) for shard in values["shards"]],
+        "text_index": index and from_dict(Shard, index),
+    }
+    return from_dict(Split, values | files)
 
 
 def checksum(path: str) -> str:
@@ -179,46 +221,17 @@ def naming_damaged_shards(data_dir: str, metadata: Metadata, *split_names: str) 
         raise
 
 
-_VARINTS: dict[int, bytes] = {}
-
-
-@functools.cache
-def _varint(number: int) -> bytes:
-    """A number in seven-bit groups, the lowest first."""
-    digits, rest = bytearray(), number
-    while rest > 127:
-        digits.append(rest & 127 | 128)
-        rest >>= 7
-    digits.append(rest)
-    return bytes(digits)
-
-
-def _packed_varints(numbers: list[int]) -> bytes:
-    """Varints one after the other; each number's is computed once a process."""
-    try:
-        return b"".join(map(_VARINTS.__getitem__, numbers))
-    except KeyError:
-        _VARINTS.update((number, _varint(number)) for number in numbers)
-        return b"".join(map(_VARINTS.__getitem__, numbers))
-
-
-def _field(number: int, payload: bytes) -> bytes:
-    """A length-delimited field of a protocol buffer."""
-    return _varint(number << 3 | 2) + _varint(len(payload)) + payload
-
-
-_ID_NAME, _INPUT_IDS_NAME, _LABELS_NAME = (
-    _field(1, name) for name in (b"id", b"input_ids", b"labels")
+_ID_NAME, _INPUT_IDS_NAME, _LABELS_NAME, _SLICES_NAME, _WINDOW_LENGTHS_NAME = (
+    encode_field(1, name) for name in (b"id", b"input_ids", b"labels", b"slices", b"window_lengths")
 )
 
 
-def _int64_feature(encoded_name: bytes, values: list[int]) -> bytes:
-    packed = _packed_varints(values)
-    value = _field(3, _field(1, packed) if packed else b"")
-    return _field(1, encoded_name + _field(2, value))
-
-
-def encode_record(document_id: str, input_ids: list[int], labels: list[int]) -> bytes:
+def encode_record(
+    document_id: str,
+    windows: Sequence[list[int]],
+    labels: list[int],
+    slices: Sequence[str] = (),
+) -> bytes:
     """One document as a serialised `tf.train.Example`.
 
     Written by hand, byte for byte as TensorFlow does, because the processes that prepare data
@@ -226,56 +239,65 @@ def encode_record(document_id: str, input_ids: list[int], labels: list[int]) -> 
 
     Args:
       document_id: any text.
-      input_ids: token ids with [CLS] and [SEP], not padded.
+      windows: one or more lists of token ids, each with [CLS] and [SEP], not padded.
       labels: label indices, sorted and unique.
+      slices: values of the kept columns, in the order of metadata.json's `slice_columns`.
     """
-    identifier = _field(1, _field(1, document_id.encode("utf-8", "replace")))
-    return _field(
-        1,
-        _field(1, _ID_NAME + _field(2, identifier))
-        + _int64_feature(_INPUT_IDS_NAME, input_ids)
-        + _int64_feature(_LABELS_NAME, labels),
+    input_ids = windows[0] if len(windows) == 1 else list(itertools.chain(*windows))
+    features = (
+        encode_bytes_feature(_ID_NAME, [document_id.encode("utf-8", "replace")])
+        + encode_int64_feature(_INPUT_IDS_NAME, input_ids)
+        + encode_int64_feature(_LABELS_NAME, labels)
     )
+    if slices:
+        values = [value.encode("utf-8", "replace") for value in slices]
+        features += encode_bytes_feature(_SLICES_NAME, values)
+    features += encode_int64_feature(_WINDOW_LENGTHS_NAME, list(map(len, windows)))
+    return encode_field(1, features)
 
 
-def frame_records(records: list[bytes]) -> list[bytes]:
-    """Records as they stand in a TFRecord file: length, its checksum, record, its checksum."""
-    from google_crc32c import value as crc32c
+class Records(NamedTuple):
+    """A batch of N parsed records, as tensors.
 
-    framed = []
-    for record in records:
-        length = struct.pack("<Q", len(record))
-        checksums = _masked(crc32c(length)), _masked(crc32c(record))
-        framed.append(b"".join((length, checksums[0], record, checksums[1])))
-    return framed
+    Attributes:
+      ids: string [N].
+      windows: int32 `tf.RaggedTensor` [N, None, None]: documents, their windows, those's tokens.
+      labels: int32 `tf.RaggedTensor` [N, None], label indices, sorted and unique.
+      slices: string [N, C], values of the kept columns.
+    """
+
+    ids: Any
+    windows: Any
+    labels: Any
+    slices: Any
 
 
-def _masked(crc: int) -> bytes:
-    rotated = (crc >> 15 | crc << 17) & 0xFFFFFFFF
-    return struct.pack("<I", (rotated + 0xA282EAD8) & 0xFFFFFFFF)
-
-
-def parse_records(serialized: Any) -> tuple[Any, Any, Any]:
+def parse_records(serialized: Any, num_slice_columns: int = 0) -> Records:
     """Parses a batch of records, in graph mode.
 
     Args:
       serialized: string tensor [N].
-
-    Returns:
-      ids (string [N]), input_ids (int32 ragged [N, None]), labels (int32 ragged [N, None]).
+      num_slice_columns: C, how many of the kept columns to read: all, or none of them.
     """
     import tensorflow as tf
 
-    parsed = tf.io.parse_example(
-        serialized,
-        {
-            "id": tf.io.FixedLenFeature([], tf.string),
-            "input_ids": tf.io.RaggedFeature(tf.int64, row_splits_dtype=tf.int64),
-            "labels": tf.io.RaggedFeature(tf.int64, row_splits_dtype=tf.int64),
-        },
+    ragged = tf.io.RaggedFeature(tf.int64, row_splits_dtype=tf.int64)
+    features = {
+        "id": tf.io.FixedLenFeature([], tf.string),
+        "input_ids": ragged,
+        "labels": ragged,
+        "window_lengths": ragged,
+    }
+    if num_slice_columns:
+        features["slices"] = tf.io.FixedLenFeature([num_slice_columns], tf.string)
+    parsed = tf.io.parse_example(serialized, features)
+    lengths = parsed["window_lengths"]
+    windows = tf.RaggedTensor.from_row_lengths(
+        tf.cast(parsed["input_ids"].flat_values, tf.int32), lengths.flat_values, validate=False
     )
-    return (
-        parsed["id"],
-        tf.cast(parsed["input_ids"], tf.int32),
-        tf.cast(parsed["labels"], tf.int32),
+    return Records(
+        ids=parsed["id"],
+        windows=lengths.with_flat_values(windows),
+        labels=tf.cast(parsed["labels"], tf.int32),
+        slices=parsed.get("slices", tf.fill([tf.size(parsed["id"]), 0], "")),
     )

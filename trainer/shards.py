@@ -14,9 +14,10 @@ from dataclasses import dataclass
 import numpy as np
 
 from trainer.ledger import map_ragged, segment_path
-from trainer.records import Shard, checksum, encode_record, frame_records
+from trainer.records import Shard, checksum, encode_record
 from trainer.sources import Columns, Row, Segment, read_segment
 from trainer.tokenizer import Tokenizer, load_tokenizer
+from trainer.wire import frame_records
 
 _TEXTS_A_BATCH = 256
 _FRAME_BYTES = 16  # Of a TFRecord: its length (8), two checksums (4 each).
@@ -65,12 +66,14 @@ class WrittenSegment:
       length_histogram: int64 [S, max_seq_length + 1].
       truncated: int64 [S].
       label_counts: int64 [S, L].
+      max_labels: int64 [S], the most labels of a document.
     """
 
     shard_offsets: np.ndarray
     length_histogram: np.ndarray
     truncated: np.ndarray
     label_counts: np.ndarray
+    max_labels: np.ndarray
 
 
 def mix(values: np.ndarray, seed: int) -> np.ndarray:
@@ -128,7 +131,7 @@ def write_segment(
     for batch in _batches(segment, plan.columns, positions):
         documents, cut = tokenizer.encode_batch([row.text for row in batch], plan.max_seq_length)
         encoded = [
-            encode_record(row.id, ids, sorted(label_list[bounds[at] : bounds[at + 1]]))
+            encode_record(row.id, [ids], sorted(label_list[bounds[at] : bounds[at + 1]]))
             for at, (row, ids) in enumerate(zip(batch, documents, strict=True), done)
         ]
         batch_splits = splits[done : done + len(batch)]
@@ -140,10 +143,12 @@ def write_segment(
         done += len(batch)
     label_counts = np.zeros((len(plan.split_names), plan.num_labels), np.int64)
     np.add.at(label_counts, (np.repeat(splits, np.diff(label_splits)), labels), 1)
+    max_labels = np.zeros(len(plan.split_names), np.int64)
+    np.maximum.at(max_labels, splits, np.diff(label_splits))
     with open(records_path(plan.work_dir, index), "wb") as file:
         sizes = [file.write(b"".join(of_shard)) for of_shard in records]
     offsets = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
-    return WrittenSegment(offsets, histogram, truncated, label_counts)
+    return WrittenSegment(offsets, histogram, truncated, label_counts, max_labels)
 
 
 @functools.cache

@@ -73,6 +73,49 @@ class Tokenizer:
                 ids[index] = [*ids[index][: max_seq_length - 1], self.sep_id]
         return ids, truncated
 
+    def encode_windows(
+        self, texts: list[str], max_seq_length: int, window_stride: int, max_windows: int
+    ) -> tuple[list[list[list[int]]], list[bool]]:
+        """Tokenises documents into windows, which overlap where the stride is short.
+
+        A document that fits is one window; window n of a longer one holds the tokens from
+        n * window_stride on. Windows end with the first that reaches the document's end. They are
+        those of the Rust library's truncation with overflow, cut here because one `Tokenizer`
+        serves several lengths at once and the library keeps its setting in the tokenizer.
+
+        Args:
+          texts: N documents.
+          max_seq_length: longest window in tokens, [CLS] and [SEP] included.
+          window_stride: tokens of text from one window's start to the next, at most
+            max_seq_length - 2; 0 stands for that: windows do not overlap.
+          max_windows: the most windows of a document; what lies behind them is lost.
+
+        Returns:
+          N lists of windows, each a list of ids [CLS] ... [SEP]; N flags, true where tokens were
+          lost. With max_windows=1 the windows are what `encode_batch` gives.
+        """
+        room = max_seq_length - 2
+        stride = window_stride or room
+        documents: list[list[list[int]]] = []
+        lost = []
+        for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=True):
+            ids = encoding.ids
+            if len(ids) <= max_seq_length:
+                documents.append([ids])
+                lost.append(False)
+                continue
+            # Windows beside the first until one reaches the end, of len(ids) - 2 tokens of text.
+            needed = 1 - (max_seq_length - len(ids)) // stride
+            starts = range(1, 1 + min(needed, max_windows) * stride, stride)
+            documents.append(
+                [
+                    [self.cls_id, *ids[at : min(at + room, len(ids) - 1)], self.sep_id]
+                    for at in starts
+                ]
+            )
+            lost.append(needed > max_windows)
+        return documents, lost
+
     def save(self, folder: str, model_max_length: int | None = None) -> None:
         """Writes the files from which `transformers.AutoTokenizer` makes the same tokenizer.
 

@@ -1,0 +1,66 @@
+"""Protocol buffers and TFRecord files by hand, for processes that must not import TensorFlow."""
+
+import functools
+import struct
+
+_VARINTS: dict[int, bytes] = {}
+
+
+@functools.cache
+def _varint(number: int) -> bytes:
+    """A number in seven-bit groups, the lowest first."""
+    digits, rest = bytearray(), number
+    while rest > 127:
+        digits.append(rest & 127 | 128)
+        rest >>= 7
+    digits.append(rest)
+    return bytes(digits)
+
+
+def _packed_varints(numbers: list[int]) -> bytes:
+    """Varints one after the other; each number's is computed once a process."""
+    try:
+        return b"".join(map(_VARINTS.__getitem__, numbers))
+    except KeyError:
+        _VARINTS.update((number, _varint(number)) for number in numbers)
+        return b"".join(map(_VARINTS.__getitem__, numbers))
+
+
+def encode_field(number: int, payload: bytes) -> bytes:
+    """A length-delimited field of a protocol buffer."""
+    return _varint(number << 3 | 2) + _varint(len(payload)) + payload
+
+
+def encode_int64_feature(encoded_name: bytes, values: list[int]) -> bytes:
+    """An entry of a `tf.train.Features` map that holds whole numbers, none of them negative.
+
+    Args:
+      encoded_name: the feature's name as `encode_field(1, name)` gives it.
+      values: the numbers, in order.
+    """
+    packed = _packed_varints(values)
+    value = encode_field(3, encode_field(1, packed) if packed else b"")
+    return encode_field(1, encoded_name + encode_field(2, value))
+
+
+def encode_bytes_feature(encoded_name: bytes, values: list[bytes]) -> bytes:
+    """An entry of a `tf.train.Features` map that holds byte strings."""
+    strings = b"".join([encode_field(1, value) for value in values])
+    return encode_field(1, encoded_name + encode_field(2, encode_field(1, strings)))
+
+
+def frame_records(records: list[bytes]) -> list[bytes]:
+    """Records as they stand in a TFRecord file: length, its checksum, record, its checksum."""
+    from google_crc32c import value as crc32c
+
+    framed = []
+    for record in records:
+        length = struct.pack("<Q", len(record))
+        checksums = _masked(crc32c(length)), _masked(crc32c(record))
+        framed.append(b"".join((length, checksums[0], record, checksums[1])))
+    return framed
+
+
+def _masked(crc: int) -> bytes:
+    rotated = (crc >> 15 | crc << 17) & 0xFFFFFFFF
+    return struct.pack("<I", (rotated + 0xA282EAD8) & 0xFFFFFFFF)
