@@ -120,8 +120,8 @@ def _pack_block(
         block_seed = tf.random.experimental.stateless_fold_in(tf.stack([seed, epoch]), block)
         permutation = tf.random.experimental.stateless_shuffle(tf.range(count), block_seed)
         index, serialized = tf.gather(index, permutation), tf.gather(serialized, permutation)
-    ids, input_ids, labels = parse_records(serialized)
-    packed = pack(input_ids, stream.packing)
+    ids, windows, labels, _ = parse_records(serialized)
+    packed = pack(windows.merge_dims(1, 2), stream.packing)
     chosen = packed.pop("document_index")
     num_micro_batches = tf.shape(chosen)[0]
 
