@@ -84,15 +84,15 @@ def parse_arguments() -> argparse.Namespace:
     return arguments
 
 
-def open_folder(arguments: argparse.Namespace) -> None:
-    """Makes the output folder, or checks that its results are of the same settings."""
+def open_folder(arguments: argparse.Namespace, names: Sequence[str]) -> None:
+    """Makes the output folder, or checks that its results are of the same settings `names`."""
     os.makedirs(os.path.join(arguments.output, "results"), exist_ok=True)
     path = os.path.join(arguments.output, "settings.json")
-    settings = {name: getattr(arguments, name) for name in SETTINGS}
+    settings = {name: getattr(arguments, name) for name in names}
     if os.path.exists(path):
         with open(path, encoding="utf-8") as file:
             before = json.load(file)
-        changed = [name for name in SETTINGS if before.get(name) != settings[name]]
+        changed = [name for name in names if before.get(name) != settings[name]]
         if changed:
             sys.exit(
                 f"{arguments.output}: holds results of another --{changed[0]} "
@@ -151,11 +151,12 @@ def run_ours(arguments: argparse.Namespace, kind: str, number: int) -> None:
     )
     path = result_path(arguments, kind, OURS, number)
     if kind == "quality":
-        np.savez(path.removesuffix(".json") + ".npz", **_predict(model_dir, data_dir))
+        np.savez(path.removesuffix(".json") + ".npz", **predict(model_dir, data_dir))
     write_json(path, _read_speed(os.path.join(model_dir, "metrics.jsonl")))
 
 
-def _predict(model_dir: str, data_dir: str) -> dict[str, np.ndarray]:
+def predict(model_dir: str, data_dir: str) -> dict[str, np.ndarray]:
+    """Logits [N, L] of validation and test by the best checkpoint."""
     from trainer.checkpoint import load_best
     from trainer.predictor import Predictor
     from trainer.records import load_metadata
@@ -309,7 +310,7 @@ def check_documents_per_step(quality: Sequence[dict[int, dict[str, float]]]) -> 
 def main() -> None:
     """Runs what is missing and prints what there is."""
     arguments = parse_arguments()
-    open_folder(arguments)
+    open_folder(arguments, SETTINGS)
     make_corpus(
         arguments.output, arguments.documents, arguments.max_seq_length, arguments.checkpoint
     )

@@ -58,20 +58,24 @@ def run_multihot(*arguments: str) -> None:
     subprocess.run([sys.executable, "-m", "trainer.cli", *arguments], check=True)
 
 
-def make_corpus(folder: str, documents: int, max_seq_length: int, checkpoint: str) -> None:
+def make_corpus(
+    folder: str, documents: int, max_seq_length: int, checkpoint: str, held_out: int | None = None
+) -> None:
     """Writes corpus, shards and arrays into `folder`, unless they are there already.
 
     Args:
       folder: where to.
-      documents: of the training split; validation and test get a quarter of that each.
+      documents: of the training split.
       max_seq_length: longest document in tokens.
       checkpoint: folder whose tokenizer is used.
+      held_out: documents of validation, and of test; default: a quarter of the training split's.
     """
+    held_out = documents // 4 if held_out is None else held_out
+    total = documents + 2 * held_out
     corpus, data_dir, arrays = (
         os.path.join(folder, name) for name in (CORPUS_FILE, DATA_FOLDER, ARRAYS_FILE)
     )
     if not os.path.exists(corpus):
-        total = documents + 2 * (documents // 4)
         run_multihot("sample", f"--output={corpus}", f"--num_documents={total}")
     if not os.path.exists(os.path.join(data_dir, "metadata.json")):
         run_multihot(
@@ -80,7 +84,8 @@ def make_corpus(folder: str, documents: int, max_seq_length: int, checkpoint: st
             f"--data_dir={data_dir}",
             f"--tokenizer={checkpoint}",
             f"--max_seq_length={max_seq_length}",
-            "--split=train:0.66666667,validation:0.16666667,test:0.16666666",
+            f"--split=train:{documents / total:.8f},validation:{held_out / total:.8f},"
+            f"test:{1 - (documents + held_out) / total:.8f}",
         )
     if not os.path.exists(arrays):
         _write_arrays(data_dir, arrays)
