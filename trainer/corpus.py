@@ -17,7 +17,7 @@ from trainer.ledger import Ledger
 from trainer.records import Metadata
 from trainer.rejected import allowed_rejections, too_many_rejected
 from trainer.scan import ScanPlan, plan_file, rows_per_segment, scan_segment, vocabulary_path
-from trainer.sources import BadRow, Columns, Segment, check_columns
+from trainer.sources import BadRow, Columns, Segment, check_columns, column_names
 
 REJECTED_FOLDER = "rejected"
 VOCABULARY_TEXTS = 100_000
@@ -63,9 +63,15 @@ class Corpus:
         return total
 
 
-def columns_of(config: PrepareConfig) -> Columns:
-    """The columns that the flags name."""
-    return Columns(config.text_field, config.id_field, config.label_field)
+def columns_of(config: PrepareConfig, previous: Metadata | None) -> Columns:
+    """The columns that the flags name; those to keep are the folder's, if it has splits already."""
+    kept = config.keep_columns if previous is None else previous.slice_columns
+    return Columns(config.text_field, config.id_field, config.label_field, kept)
+
+
+def hash_seed(config: PrepareConfig, previous: Metadata | None) -> int:
+    """The seed of text hashes: of the call that made the folder, so that texts are found again."""
+    return config.seed if previous is None else int(previous.source["calls"][0]["seed"])
 
 
 def read_corpus(
@@ -87,7 +93,7 @@ def read_corpus(
     Raises:
       UserError: if a column is missing, or too many rows are unusable, or too few usable.
     """
-    columns = columns_of(config)
+    columns = columns_of(config, previous)
     for path in files:
         check_columns(path, columns)
     segments, unreadable = _plan_segments(files, columns, work_dir, pool)
@@ -95,7 +101,7 @@ def read_corpus(
     plan = ScanPlan(
         columns=columns,
         labels=_label_reader(config, previous),
-        seed=config.seed,
+        seed=hash_seed(config, previous),
         vocabulary_share=_vocabulary_share(config, previous, num_rows),
         work_dir=work_dir,
     )
@@ -105,6 +111,7 @@ def read_corpus(
     )
     num_rejected = _scan(plan, segments, unreadable, ledger, rejected_path, pool)
     _check_rows(config, num_rejected, ledger.num_rows, rejected_path)
+    _check_kept(config, columns, ledger, files)
     labels, dropped = _choose_labels(config, plan.labels, ledger)
     places = {name: place for place, name in enumerate(labels)}
     label_map = np.array([places.get(name, -1) for name in ledger.names], np.int64)
@@ -199,6 +206,20 @@ def _check_rows(config: PrepareConfig, num_rejected: int, num_usable: int, path:
     limit = config.max_rejected
     if num_rejected > allowed_rejections(limit, num_rows) or not num_usable:
         raise too_many_rejected(path, num_rejected, num_rows, limit, path)
+
+
+def _check_kept(
+    config: PrepareConfig, columns: Columns, ledger: Ledger, files: Sequence[str]
+) -> None:
+    """Checks that every column to keep is one that some row has."""
+    missing = [name for name in columns.kept if name not in ledger.kept]
+    if missing:
+        found = ", ".join(column_names(files[0]) or ["none"])
+        raise UserError(
+            f"--keep_columns={','.join(columns.kept)}: no row of --input={','.join(config.input)} "
+            f"has a column {missing[0]!r}; {files[0]} has {found}; correct the name, or keep "
+            "fewer columns"
+        )
 
 
 def _choose_labels(

@@ -6,7 +6,7 @@ byte a row says which split it went to.
 """
 
 import os
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
 
@@ -45,6 +45,7 @@ class Ledger:
       label_counts: rows of each of them.
       first_rows: for each segment the number of its first row; the last entry counts all rows.
       characters: total length of the texts.
+      kept: the kept columns that any row had.
     """
 
     def __init__(self, work_dir: str, most_rows: int):
@@ -53,6 +54,7 @@ class Ledger:
         self.label_counts: list[int] = []
         self.first_rows = [0]
         self.characters = 0
+        self.kept: set[str] = set()
         self._num_buckets = min(MOST_BUCKETS, -(-max(most_rows, 1) // ROWS_PER_BUCKET))
         self._buckets = [open(self._bucket_path(i), "wb") for i in range(self._num_buckets)]
 
@@ -87,6 +89,7 @@ class Ledger:
             np.save(self._buckets[bucket], np.diff(scanned.label_splits)[rows])
             np.save(self._buckets[bucket], row_labels)
         self.first_rows.append(self.num_rows + len(scanned.positions))
+        self.kept |= scanned.kept
         self.characters += int(scanned.characters.sum())
 
     def assign_splits(
@@ -108,12 +111,20 @@ class Ledger:
         assigned = np.memmap(path, np.uint8, "w+", shape=(self.num_rows,))
         if len(shares) > 1:
             splitter = StratifiedSplitter(shares, label_counts, self.num_rows)
-            for bucket in range(self._num_buckets):
-                rows, hashes, label_splits, labels = self._load_bucket(bucket)
+            for rows, hashes, label_splits, labels in self.buckets():
                 mapped = map_ragged(label_splits, labels, label_map)
                 assigned[rows] = splitter.assign(hashes, *mapped)
         assigned.flush()
         return assigned
+
+    def buckets(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+        """The rows again, bucket by bucket, each of which holds a higher range of text hashes.
+
+        Yields:
+          rows (int64 [N]), their text hashes (uint64 [N]), and their labels by the numbers of this
+          ledger, ragged, as label_splits (int64 [N + 1]) and labels (int32 [M]).
+        """
+        return map(self._load_bucket, range(self._num_buckets))
 
     def _load_bucket(self, bucket: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
         empty = [np.zeros(0, kind) for kind in (np.int64, np.uint64, np.int64, np.int32)]

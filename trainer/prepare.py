@@ -207,7 +207,7 @@ def _plan_writing(
     else:
         wanted = np.maximum(wanted, MIN_SHARDS)
     return WritePlan(
-        columns=columns_of(config),
+        columns=columns_of(config, previous),
         work_dir=work_dir,
         tokenizer_dir=os.path.join(work_dir, TOKENIZER_FOLDER),
         max_seq_length=max_seq_length,

@@ -35,7 +35,8 @@ _COPY_BYTES = 1 << 22
 class ScanPlan:
     """What every segment's scan is told.
 
-    `vocabulary_share` is the share of texts to keep for a vocabulary; `seed` seeds the hashes.
+    `vocabulary_share` is the share of texts to keep for a vocabulary; `seed` seeds the hashes:
+    the same one for all splits of a data folder, so that a text is found again.
     """
 
     columns: Columns
@@ -56,6 +57,7 @@ class ScannedSegment:
       label_splits: int64 [N + 1]; row i has labels[label_splits[i]:label_splits[i + 1]].
       labels: int32 [M], indices into `names`.
       names: the label names that occur.
+      kept: the kept columns that occur.
       rejected: the rows that cannot be used.
     """
 
@@ -65,6 +67,7 @@ class ScannedSegment:
     label_splits: np.ndarray
     labels: np.ndarray
     names: list[str]
+    kept: set[str]
     rejected: list[BadRow]
 
 
@@ -119,7 +122,9 @@ def _copy_table(path: str, columns: Columns, copy_path: str) -> list[BadRow]:
                 copy.write("\n")
                 continue
             labels = row.labels if len(columns.labels) > 1 else (row.labels,)
-            values = dict(zip(columns.labels, labels, strict=True))
+            kept = zip(columns.kept, row.kept, strict=True)
+            values = {name: value for name, value in kept if value is not None}
+            values |= dict(zip(columns.labels, labels, strict=True))
             values |= {columns.text: row.text, columns.id: row.id}
             copy.write(json.dumps(values, ensure_ascii=False) + "\n")
     return rejected
@@ -146,6 +151,7 @@ def scan_segment(plan: ScanPlan, index: int, segment: Segment) -> ScannedSegment
     counts: list[int] = []
     labels: list[int] = []
     names: dict[str, int] = {}
+    kept: set[str] = set()
     rejected: list[BadRow] = []
     below = int(plan.vocabulary_share * 2**32)
     with _vocabulary_file(plan, index) as vocabulary:
@@ -161,6 +167,9 @@ def scan_segment(plan: ScanPlan, index: int, segment: Segment) -> ScannedSegment
             if text_hash % 2**32 < below:
                 cut = row.text[:_VOCABULARY_TEXT_CHARACTERS]
                 vocabulary.write(json.dumps([len(positions), cut]) + "\n")
+            if len(kept) < len(plan.columns.kept):
+                values = zip(plan.columns.kept, row.kept, strict=True)
+                kept.update(name for name, value in values if value is not None)
             positions.append(row.position)
             hashes.append(text_hash)
             characters.append(len(row.text))
@@ -173,6 +182,7 @@ def scan_segment(plan: ScanPlan, index: int, segment: Segment) -> ScannedSegment
         label_splits=np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).astype(np.int64),
         labels=np.array(labels, np.int32),
         names=list(names),
+        kept=kept,
         rejected=rejected,
     )
 
