@@ -38,6 +38,7 @@ COMMANDS: dict[str, type] = {
     "prepare": config.PrepareConfig,
     "train": config.TrainConfig,
     "evaluate": config.EvaluateConfig,
+    "report": config.ReportConfig,
     "export": config.ExportConfig,
     "score": config.ScoreConfig,
 }

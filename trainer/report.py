@@ -1,0 +1,201 @@
+"""`multihot report`: an evaluation as one page that opens anywhere.
+
+Reads what `train` and `evaluate` wrote, and from the data folder the texts of the mistakes and what
+the TF-IDF baseline is fitted to.
+"""
+
+import json
+import logging
+import os
+import sys
+from typing import Any
+
+import numpy as np
+
+from trainer import storage
+from trainer.atomic import write_atomically
+from trainer.baselines import measure_baseline
+from trainer.checkpoint import load_best
+from trainer.config import ReportConfig
+from trainer.documents import leading_places, read_documents
+from trainer.errors import UserError
+from trainer.evaluate import EVALUATION_FOLDER, METRICS_FILE, TRAIN_SPLIT, split_fingerprint
+from trainer.records import METADATA_FILE, TOKENIZER_FOLDER, Metadata, load_metadata
+from trainer.report_page import Material, render
+from trainer.run_record import load_record
+from trainer.tokenizer import load_tokenizer
+
+REPORT_FILE = "report.html"
+CURVES_FILE = "curves.json"
+BASELINE_FILE = "baseline.json"
+HISTORY_FILE = "metrics.jsonl"
+MAX_CHARACTERS = 600
+# Scores of the baseline that are held at a time (float32, 160 MB).
+MAX_BASELINE_SCORES = 40_000_000
+# Tokens are at least this few characters in nearly every document, so that so many times the
+# characters that are shown need not be decoded.
+_TOKENS_TO_DECODE = MAX_CHARACTERS
+
+_logger = logging.getLogger(__name__)
+
+
+def run(config: ReportConfig) -> None:
+    """Writes report.html into the model folder.
+
+    Raises:
+      UserError: if there is no evaluation, it is not one of the best checkpoint, or the data folder
+        is not the one that it read.
+    """
+    record = load_record(config.model_dir)
+    folder = os.path.join(config.model_dir, EVALUATION_FOLDER)
+    metrics = _read_evaluation(folder, METRICS_FILE, config.model_dir)
+    curves = _read_evaluation(folder, CURVES_FILE, config.model_dir)
+    _check_checkpoint(config, metrics, curves)
+    data_dir = config.data_dir or record.train.data_dir
+    metadata = _open_data(config, data_dir, metrics)
+    baseline, texts = None, {}
+    if metadata is not None:
+        baseline = _find_baseline(config, data_dir, metadata, metrics, folder)
+        texts = _read_texts(data_dir, metadata, metrics["split"], curves["mistakes"])
+    history = _read_history(config.model_dir)
+    page = render(
+        Material(config.model_dir, record, metrics, curves, history, metadata, baseline, texts)
+    ).encode("utf-8")
+    path = os.path.join(config.model_dir, REPORT_FILE)
+    write_atomically(path, page)
+    print(f"Wrote {path} ({len(page) / 1e6:.1f} MB); open it in a browser")
+
+
+def _read_evaluation(folder: str, name: str, model_dir: str) -> dict[str, Any]:
+    path = os.path.join(folder, name)
+    remedy = f"run `multihot evaluate --model_dir={model_dir} --data_dir=...` first"
+    try:
+        values = json.loads(storage.read_text(path))
+    except FileNotFoundError:
+        raise UserError(f"{path}: not there, so there is nothing to report; {remedy}") from None
+    except ValueError as error:
+        raise UserError(f"{path}: not valid JSON ({error}); {remedy}") from None
+    if not isinstance(values, dict) or "fingerprints" not in values:
+        raise UserError(f"{path}: not what `multihot evaluate` writes; {remedy}")
+    return values
+
+
+def _check_checkpoint(config: ReportConfig, *evaluated: dict[str, Any]) -> None:
+    best = load_best(config.model_dir).fingerprint
+    for values in evaluated:
+        found = values["fingerprints"]["checkpoint"]
+        if found != best:
+            raise UserError(
+                f"{config.model_dir}: the evaluation is of checkpoint {found[:12]}, but the best "
+                f"one is now {best[:12]}; run `multihot evaluate --model_dir={config.model_dir} "
+                "--data_dir=...` again"
+            )
+
+
+def _open_data(config: ReportConfig, data_dir: str, metrics: dict[str, Any]) -> Metadata | None:
+    """metadata.json of the data that was evaluated; None, with a warning, if it has gone."""
+    if config.data_dir is None and not storage.exists(os.path.join(data_dir, METADATA_FILE)):
+        _logger.warning(
+            "%s: not there any more; the report goes without the data's page, the texts of "
+            "mistakes and the TF-IDF baseline, unless --data_dir names where it is now",
+            data_dir,
+        )
+        return None
+    metadata = load_metadata(data_dir)
+    for name, expected in metrics["fingerprints"]["splits"].items():
+        found = split_fingerprint(metadata, name)
+        if found != expected:
+            raise UserError(
+                f"{data_dir}: not the data that was evaluated (split {name!r} has fingerprint "
+                f"{found[:12]}, expected {expected[:12]}); name the folder that `multihot "
+                "evaluate` read with --data_dir, or evaluate again"
+            )
+    return metadata
+
+
+def _find_baseline(
+    config: ReportConfig,
+    data_dir: str,
+    metadata: Metadata,
+    metrics: dict[str, Any],
+    folder: str,
+) -> dict[str, Any] | None:
+    """The TF-IDF baseline: as it was kept, if that was of the same data, or else fitted now."""
+    if config.baseline_documents == 0:
+        return None
+    if TRAIN_SPLIT not in metadata.splits:
+        _logger.warning("%s: no split %r, so no TF-IDF baseline", data_dir, TRAIN_SPLIT)
+        return None
+    names = (TRAIN_SPLIT, metrics["calibration_split"], metrics["split"])
+    settings = {
+        "splits": {name: split_fingerprint(metadata, name) for name in names},
+        "calibration_split": metrics["calibration_split"],
+        "split": metrics["split"],
+        "min_support": metrics["min_support"],
+        "baseline_documents": config.baseline_documents,
+    }
+    path = os.path.join(folder, BASELINE_FILE)
+    kept = _read_kept(path)
+    if kept.get("settings") == settings:
+        return kept
+    print("Fitting the TF-IDF baseline ...", flush=True)
+    most = min(config.baseline_documents, MAX_BASELINE_SCORES // len(metadata.labels))
+    documents = [
+        read_documents(data_dir, metadata, name, leading_places(metadata.split(name), most))
+        for name in names
+    ]
+    baseline = {"settings": settings} | measure_baseline(*documents, metrics["min_support"])
+    write_atomically(path, json.dumps(_without_nan(baseline), indent=1) + "\n")
+    return baseline
+
+
+def _read_kept(path: str) -> dict[str, Any]:
+    """What an earlier report kept; nothing if that is missing or cannot be read."""
+    try:
+        values = json.loads(storage.read_text(path))
+    except (FileNotFoundError, ValueError):
+        return {}
+    return values if isinstance(values, dict) else {}
+
+
+def _without_nan(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _without_nan(item) for key, item in value.items()}
+    return None if isinstance(value, float) and not np.isfinite(value) else value
+
+
+def _read_texts(
+    data_dir: str, metadata: Metadata, split: str, mistakes: dict[str, list[dict[str, Any]]]
+) -> dict[int, str]:
+    """Texts of the mistaken documents by place in the split, decoded from their tokens and cut."""
+    found = [mistake["index"] for kind in mistakes.values() for mistake in kind]
+    places = np.unique(np.array(found, np.int64))
+    documents = read_documents(data_dir, metadata, split, places)
+    backend = load_tokenizer(os.path.join(data_dir, TOKENIZER_FOLDER)).backend
+    texts = {}
+    for place, tokens in zip(places.tolist(), documents.tokens, strict=True):
+        text = backend.decode(tokens[:_TOKENS_TO_DECODE].tolist(), skip_special_tokens=True)
+        is_cut = len(text) > MAX_CHARACTERS or len(tokens) > _TOKENS_TO_DECODE
+        texts[place] = text[:MAX_CHARACTERS].rstrip() + (" …" if is_cut else "")
+    return texts
+
+
+def _read_history(model_dir: str) -> list[dict[str, Any]]:
+    """Rows of metrics.jsonl; a last one that a killed run left half-written is passed over."""
+    try:
+        lines = storage.read_text(os.path.join(model_dir, HISTORY_FILE)).splitlines()
+    except FileNotFoundError:
+        return []
+    rows = []
+    for line in lines:
+        try:
+            rows.append(json.loads(line))
+        except ValueError:
+            break
+    return rows
+
+
+if __name__ == "__main__":
+    from trainer.cli import main
+
+    main(["report", *sys.argv[1:]])

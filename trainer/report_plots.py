@@ -1,0 +1,295 @@
+"""The report's plots: Bokeh figures as JSON, drawn by its JavaScript in the page.
+
+Bokeh: its core is 1.3 MB inlined, a quarter of what other interactive libraries take. Names of
+labels are data here: they reach the page inside JSON and are drawn as plain text, never as HTML or
+as TeX, for which Bokeh would load a library from the network. Legends stand in the page's own text,
+where they cover no data. The plots have no tools but hovering, so that a finger scrolls the page.
+"""
+
+from collections.abc import Sequence
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+from bokeh.embed import json_item
+from bokeh.models import (
+    ColumnDataSource,
+    FactorRange,
+    FixedTicker,
+    HoverTool,
+    LinearColorMapper,
+    NumeralTickFormatter,
+    PlainText,
+    Range1d,
+)
+from bokeh.palettes import Blues256
+from bokeh.plotting import figure
+
+from trainer.report_data import HISTOGRAM_EDGES
+
+# Of Okabe and Ito's palette, told apart with every kind of colour vision.
+BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#AA4499", "#7A828A"
+INK, RULE = "#2B3138", "#E3E7EB"
+SERIES = (BLUE, ORANGE, GREEN, PURPLE)
+SHARES = Blues256[::-1]
+# Probabilities that mark an axis of log-odds.
+_MARKED = (0.001, 0.01, 0.1, 0.5, 0.9, 0.99, 0.999)
+_LONGEST_TICK = 22
+
+
+@dataclass(frozen=True)
+class Plot:
+    """One plot of the page.
+
+    Attributes:
+      name: of the figure, and the id of its element.
+      title, caption: text above it.
+      keys: its legend, as (colour, words).
+      item: what `Bokeh.embed.embed_item` takes.
+    """
+
+    name: str
+    title: str
+    caption: str
+    keys: tuple[tuple[str, str], ...]
+    item: dict[str, Any]
+
+
+def make_plot(
+    drawn: figure, title: str, caption: str, keys: Sequence[tuple[str, str]] = ()
+) -> Plot:
+    """A figure with its words."""
+    return Plot(drawn.name, title, caption, tuple(keys), json_item(drawn, drawn.name))
+
+
+def start_figure(name: str, x: str, y: str, height: int = 260, **options: Any) -> figure:
+    """An empty figure in the report's style; `x` and `y` name its axes."""
+    drawn = figure(
+        name=name, height=height, sizing_mode="stretch_width", toolbar_location=None, tools="",
+        min_border_right=14, min_border_left=4, outline_line_color=None, **options,
+    )  # fmt: skip
+    drawn.xaxis.axis_label, drawn.yaxis.axis_label = x, y
+    for axis in drawn.axis:
+        axis.axis_label_text_font_style = "normal"
+        axis.axis_label_text_font_size = "12px"
+        axis.axis_label_text_color = axis.major_label_text_color = INK
+        axis.major_label_text_font_size = "11px"
+        axis.axis_line_color = axis.major_tick_line_color = GREY
+        axis.minor_tick_line_color = None
+        axis.axis_label_text_font = axis.major_label_text_font = "system-ui, sans-serif"
+    drawn.grid.grid_line_color = RULE
+    return drawn
+
+
+def draw_headline(
+    rows: Sequence[tuple[str, dict[str, float | None]]],
+    intervals: dict[str, tuple[float, float]],
+    systems: Sequence[tuple[str, str]],
+) -> Plot:
+    """Metrics, a row each, of several systems.
+
+    Args:
+      rows: (name shown, value by system).
+      intervals: of the first system, by name shown.
+      systems: (colour, name), the model first.
+    """
+    names = [name for name, _ in rows][::-1]
+    drawn = start_figure(
+        "headline", "", "", 60 + 34 * len(names), y_range=FactorRange(*names), x_range=(0, 1)
+    )
+    drawn.ygrid.grid_line_color = None
+    kept = [name for name in names if name in intervals]
+    drawn.segment(
+        [intervals[name][0] for name in kept], kept, [intervals[name][1] for name in kept], kept,
+        line_color=BLUE, line_width=7, line_alpha=0.25,
+    )  # fmt: skip
+    markers = ("circle", "diamond", "square")
+    for (color, system), marker in reversed(list(zip(systems, markers, strict=False))):
+        pairs = [(name, values[system]) for name, values in rows if values.get(system) is not None]
+        drawn.scatter(
+            [value for _, value in pairs], [name for name, _ in pairs],
+            marker=marker, size=10, color=color,
+        )  # fmt: skip
+    return make_plot(drawn, "At a glance", "Bands are 95 % bootstrap intervals.", systems)
+
+
+def draw_lines(
+    name: str,
+    title: str,
+    y: str,
+    lines: Sequence[tuple[str, Sequence[float], Sequence[float]]],
+    caption: str = "",
+    x: str = "epochs",
+) -> Plot:
+    """Lines as (what, x, y), dotted where there are few points."""
+    drawn = start_figure(name, x, y)
+    keys = []
+    for color, (words, xs, ys) in zip(SERIES, lines, strict=False):
+        drawn.line(xs, ys, line_color=color, line_width=2)
+        if len(xs) <= 40:
+            drawn.scatter(xs, ys, size=6, color=color)
+        keys.append((color, words))
+    drawn.yaxis.formatter.use_scientific = name == "learning_rate"
+    return make_plot(drawn, title, caption, keys if len(keys) > 1 else ())
+
+
+def draw_points(
+    name: str,
+    title: str,
+    caption: str,
+    axes: tuple[str, str],
+    columns: dict[str, Sequence[Any]],
+    has_log_x: bool = False,
+    has_diagonal: bool = False,
+) -> Plot:
+    """A point a label, with its `label`, `x`, `y` and `support` when it is pointed at."""
+    kind = "log" if has_log_x else "linear"
+    drawn = start_figure(name, *axes, height=300, x_axis_type=kind)
+    if not has_log_x:
+        drawn.x_range = Range1d(-0.02, 1.02)
+    drawn.y_range = Range1d(-0.03, 1.03)
+    if has_diagonal:
+        drawn.line([0, 1], [0, 1], line_color=GREY, line_dash="dashed")
+    points = drawn.scatter(
+        "x", "y", source=ColumnDataSource(columns, name=f"{name}_source"),
+        size=9, fill_color=BLUE, fill_alpha=0.45, line_color=BLUE,
+    )  # fmt: skip
+    tips = [("label", "@label"), (axes[0], "@x{0.[000]}"), (axes[1], "@y{0.000}")]
+    tips.append(("positives", "@support"))
+    drawn.add_tools(HoverTool(renderers=[points], tooltips=tips))
+    return make_plot(drawn, title, caption)
+
+
+def draw_shares(
+    name: str,
+    title: str,
+    caption: str,
+    axes: tuple[str, str],
+    series: Sequence[tuple[str, Sequence[float], Sequence[float]]],
+    has_log_y: bool = False,
+) -> Plot:
+    """Points a split (what, x, y), joined by steps unless the y axis is logarithmic."""
+    drawn = start_figure(name, *axes, y_axis_type="log" if has_log_y else "linear")
+    keys = []
+    for color, (words, xs, ys) in zip(SERIES, series, strict=False):
+        if has_log_y:
+            drawn.scatter(xs, ys, size=6, fill_color=color, fill_alpha=0.4, line_color=color)
+        else:
+            drawn.step(xs, ys, mode="center", line_color=color, line_width=2)
+        keys.append((color, words))
+    drawn.yaxis.formatter = NumeralTickFormatter(format="0.[000]%")
+    return make_plot(drawn, title, caption, keys)
+
+
+def draw_label_curves() -> tuple[Plot, ...]:
+    """Precision-recall, reliability and histogram, empty: the page fills in the chosen label."""
+    recall = start_figure("precision_recall", "recall", "precision", 300)
+    recall.x_range, recall.y_range = Range1d(-0.02, 1.02), Range1d(-0.03, 1.03)
+    share = _source("prevalence_source", "x", "y")
+    recall.line("x", "y", source=share, line_color=GREY, line_dash="dashed")
+    curve = _source("precision_recall_source", "recall", "precision", "score")
+    recall.step("recall", "precision", source=curve, mode="before", line_color=BLUE, line_width=2)
+    dots = recall.scatter("recall", "precision", source=curve, size=4, color=BLUE)
+    chosen = _source("operating_point_source", "recall", "precision")
+    recall.scatter(
+        "recall", "precision", source=chosen, size=12, fill_color=None, line_color=ORANGE,
+        line_width=3,
+    )  # fmt: skip
+    tips = [("recall", "@recall{0.000}"), ("precision", "@precision{0.000}")]
+    recall.add_tools(HoverTool(renderers=[dots], tooltips=[*tips, ("at", "@score{0.0000}")]))
+    return (
+        make_plot(
+            recall, "Precision and recall", "",
+            ((BLUE, "all cuts"), (ORANGE, "at the threshold"), (GREY, "share of positives")),
+        ),
+        _draw_reliability(),
+        _draw_histogram(),
+    )  # fmt: skip
+
+
+def _draw_reliability() -> Plot:
+    drawn = start_figure("reliability", "mean probability", "share of positives", 300)
+    both = Range1d(0, 1, name="reliability_range")
+    drawn.x_range = drawn.y_range = both
+    drawn.line([0, 1], [0, 1], line_color=GREY, line_dash="dashed")
+    before = _source("before_source", "probability", "share", "documents")
+    after = _source("after_source", "probability", "share", "documents", "low", "high")
+    drawn.line("probability", "share", source=before, line_color=ORANGE, line_alpha=0.6)
+    drawn.scatter(
+        "probability", "share", source=before, size=7, fill_color="white", line_color=ORANGE
+    )
+    drawn.segment("probability", "low", "probability", "high", source=after, line_color=BLUE)
+    drawn.line("probability", "share", source=after, line_color=BLUE, line_width=2)
+    dots = drawn.scatter("probability", "share", source=after, size=7, color=BLUE)
+    tips = [("probability", "@probability{0.0000}"), ("positives", "@share{0.0000}")]
+    drawn.add_tools(HoverTool(renderers=[dots], tooltips=[*tips, ("scores", "@documents")]))
+    keys = ((BLUE, "calibrated, with 95 % intervals"), (ORANGE, "before calibration"))
+    return make_plot(drawn, "Reliability", "", keys)
+
+
+def _draw_histogram() -> Plot:
+    drawn = start_figure("histogram", "probability (spaced by log-odds)", "share of its class", 300)
+    drawn.y_range.start = 0
+    source = _source("histogram_source", "left", "right", "positive", "negative")
+    edges = {"left": "left", "right": "right", "source": source, "line_color": "white"}
+    drawn.quad(top="negative", bottom=0, fill_color=GREY, fill_alpha=0.45, **edges)
+    drawn.quad(top="positive", bottom=0, fill_color=BLUE, fill_alpha=0.55, **edges)
+    drawn.vspan(x="x", source=_source("threshold_source", "x"), line_color=ORANGE, line_width=2)
+    places = {float(np.log(p / (1 - p))): f"{p:g}" for p in _MARKED}
+    drawn.xaxis.ticker = FixedTicker(ticks=list(places))
+    drawn.xaxis.major_label_overrides = places
+    drawn.x_range = Range1d(float(HISTOGRAM_EDGES[0]), float(HISTOGRAM_EDGES[-1]))
+    keys = ((BLUE, "has the label"), (GREY, "has it not"), (ORANGE, "threshold"))
+    return make_plot(drawn, "Scores by class", "", keys)
+
+
+def draw_cooccurrence(
+    kind: str, title: str, names: Sequence[str], counts: Sequence[Sequence[int]]
+) -> Plot:
+    """A matrix of the share of a row's documents that have the column's label too.
+
+    Args:
+      kind: `true` or `predicted`.
+      names: K labels.
+      counts: K rows of K numbers of documents, the diagonal each label's own.
+    """
+    pairs = np.array(counts, np.float64).reshape(len(names), len(names))
+    own = np.diag(pairs)[:, None]
+    shares = pairs / np.maximum(own, 1)
+    rows, columns = (axis.ravel() for axis in np.indices(pairs.shape))
+    apart = rows != columns
+    rows, columns = rows[apart], columns[apart]
+    drawn = start_figure(f"cooccurrence_{kind}", "", "", 150 + 14 * len(names))
+    data = {
+        "x": columns.tolist(),
+        "y": rows.tolist(),
+        "row": [names[index] for index in rows],
+        "column": [names[index] for index in columns],
+        "share": shares[rows, columns].tolist(),
+        "documents": pairs[rows, columns].tolist(),
+    }
+    cells = drawn.rect(
+        "x", "y", 1, 1, source=ColumnDataSource(data),
+        fill_color={"field": "share", "transform": LinearColorMapper(SHARES, low=0, high=1)},
+        line_color="white", line_width=1,
+    )  # fmt: skip
+    drawn.x_range = Range1d(-0.5, len(names) - 0.5)
+    drawn.y_range = Range1d(len(names) - 0.5, -0.5)
+    for axis in drawn.axis:
+        axis.ticker = FixedTicker(ticks=list(range(len(names))))
+        axis.major_label_overrides = {i: PlainText(_cut(name)) for i, name in enumerate(names)}
+        axis.major_tick_line_color = axis.axis_line_color = None
+        axis.major_label_text_font_size = "10px"
+    drawn.xaxis.major_label_orientation = "vertical"
+    drawn.grid.grid_line_color = None
+    tips = [("of", "@row"), ("with", "@column"), ("share", "@share{0.0%}")]
+    drawn.add_tools(HoverTool(renderers=[cells], tooltips=[*tips, ("documents", "@documents")]))
+    return make_plot(drawn, title, "")
+
+
+def _source(name: str, *columns: str) -> ColumnDataSource:
+    return ColumnDataSource({column: [] for column in columns}, name=name)
+
+
+def _cut(name: str) -> str:
+    return name if len(name) <= _LONGEST_TICK else name[: _LONGEST_TICK - 1] + "…"

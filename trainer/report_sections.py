@@ -1,0 +1,239 @@
+"""What stands in the report's sections: rows of tables, and plots of what is in them."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from trainer.records import Metadata
+from trainer.report_plots import (
+    Plot,
+    draw_cooccurrence,
+    draw_lines,
+    draw_points,
+    draw_shares,
+)
+from trainer.run_record import RunRecord
+
+TRAIN_SPLIT = "train"
+MAX_HISTORY_POINTS = 300
+MAX_LENGTH_BINS = 40
+# Evaluations while training that are drawn, besides the loss.
+EVALUATED = {
+    "mean_average_precision": "mean average precision",
+    "micro_average_precision": "micro average precision",
+    "micro_f1": "micro-F1",
+    "macro_f1": "macro-F1",
+}
+# Columns of the table of labels: name, title, how it is shown.
+LABEL_COLUMNS = (
+    ("support", "positives", "count"),
+    ("f1", "F1", "number"),
+    ("precision", "precision", "number"),
+    ("recall", "recall", "number"),
+    ("threshold", "threshold", "number"),
+    ("average_precision", "AP", "number"),
+    ("roc_auc", "ROC-AUC", "number"),
+    ("expected_calibration_error", "calib. error", "number"),
+    ("expected_calibration_error_before", "before", "number"),
+)
+
+
+def history_plots(history: Sequence[dict[str, Any]]) -> tuple[Plot, ...]:
+    """Learning curves: loss, evaluations, learning rate and speed; none without a history."""
+    steps = [row for row in history if "evaluation" not in row]
+    evaluations = [row for row in history if "evaluation" in row]
+    if not steps:
+        return ()
+    an_epoch = steps[-1]["documents"] / max(steps[-1]["epoch"], 1e-12)
+    at = [row["epoch"] for row in steps]
+    evaluated_at = [row["documents"] / an_epoch for row in evaluations]
+
+    def of_steps(name: str, words: str) -> tuple[str, list[float], list[float]]:
+        return (words, *_thin(at, [row.get(name) for row in steps]))
+
+    def of_evaluations(name: str, words: str) -> tuple[str, list[float], list[float]]:
+        return (words, *_thin(evaluated_at, [row["evaluation"].get(name) for row in evaluations]))
+
+    split = evaluations[-1]["split"] if evaluations else ""
+    losses = [of_steps("loss", "training"), of_evaluations("loss", split)]
+    measured = [of_evaluations(name, words) for name, words in EVALUATED.items()]
+    plots = [draw_lines("loss", "Loss", "loss", [line for line in losses if line[1]])]
+    if any(line[1] for line in measured):
+        title = f"On {split} while training"
+        plots.append(draw_lines("evaluations", title, "", [line for line in measured if line[1]]))
+    rate = of_steps("learning_rate", "learning rate")
+    plots.append(draw_lines("learning_rate", "Learning rate", "", [rate]))
+    # The first step compiles.
+    _, xs, ys = of_steps("tokens_per_second", "tokens/s")
+    plots.append(draw_lines("speed", "Speed", "tokens/s", [("tokens/s", xs[1:], ys[1:])]))
+    return tuple(plots)
+
+
+def _thin(xs: Sequence[float], ys: Sequence[float | None]) -> tuple[list[float], list[float]]:
+    """At most `MAX_HISTORY_POINTS`, each the mean of neighbours; what is None is left out."""
+    pairs = np.array([(x, y) for x, y in zip(xs, ys, strict=True) if y is not None], float)
+    groups = np.array_split(pairs.reshape(-1, 2), min(MAX_HISTORY_POINTS, max(1, len(pairs))))
+    means = [group.mean(axis=0) for group in groups if len(group)]
+    return [float(f"{x:.5g}") for x, _ in means], [float(f"{y:.5g}") for _, y in means]
+
+
+def fit_plots(
+    metrics: dict[str, Any], curves: dict[str, Any], metadata: Metadata | None
+) -> tuple[Plot, ...]:
+    """F1 against the labels' frequency, and F1 on the split that thresholds were fitted to."""
+    labels, per_label = curves["labels"], metrics["per_label"]
+    f1 = np.array([per_label[label]["f1"] for label in labels], float)
+    support = [per_label[label]["support"] for label in labels]
+    where, counts, documents = metrics["split"], support, metrics["documents"]
+    if metadata is not None and TRAIN_SPLIT in metadata.splits:
+        split = metadata.splits[TRAIN_SPLIT]
+        where, counts, documents = TRAIN_SPLIT, list(split.label_counts), split.documents
+    counted = [index for index, value in enumerate(counts) if value > 0]
+    absent = len(labels) - len(counted)
+    note = f" {absent} labels without documents there are left out." if absent else ""
+
+    def columns(chosen: Sequence[int], xs: Sequence[float]) -> dict[str, Sequence[Any]]:
+        return {
+            "label": [labels[index] for index in chosen],
+            "x": list(xs),
+            "y": f1[list(chosen)].tolist(),
+            "support": [support[index] for index in chosen],
+        }
+
+    shares = [counts[index] / max(documents, 1) for index in counted]
+    fitted = [index for index in range(len(labels)) if support[index] > 0]
+    return (
+        draw_points(
+            "f1_frequency", "F1 against label frequency",
+            f"Each point is a label; frequency in {where}.{note}",
+            (f"share of {where} documents", f"F1 on {metrics['split']}"),
+            columns(counted, shares), has_log_x=True,
+        ),
+        draw_points(
+            "f1_fitted", f"F1 on {metrics['calibration_split']} and on {metrics['split']}",
+            "Thresholds were fitted to the former: points far below the diagonal are labels whose "
+            f"threshold does not hold up. Labels with positives in {metrics['split']}.",
+            (f"F1 on {metrics['calibration_split']}", f"F1 on {metrics['split']}"),
+            columns(fitted, [curves["fitted"]["f1"][index] for index in fitted]),
+            has_diagonal=True,
+        ),
+    )  # fmt: skip
+
+
+def cooccurrence_plots(curves: dict[str, Any]) -> tuple[Plot, ...]:
+    """How often labels occur together, true and predicted."""
+    pairs = curves["cooccurrence"]
+    names = [curves["labels"][index] for index in pairs["labels"]]
+    if len(names) < 2:
+        return ()
+    return (
+        draw_cooccurrence("true", "True", names, pairs["true"]),
+        draw_cooccurrence("predicted", "Predicted", names, pairs["predicted"]),
+    )
+
+
+def data_plots(metadata: Metadata | None) -> tuple[Plot, ...]:
+    """Lengths of documents, and how often labels occur, by split."""
+    if metadata is None:
+        return ()
+    lengths, counts = [], []
+    for name, split in metadata.splits.items():
+        windows = np.array(split.length_histogram, float)
+        width = max(1, -(-len(windows) // MAX_LENGTH_BINS))
+        padded = np.pad(windows, (0, -len(windows) % width)).reshape(-1, width).sum(axis=1)
+        middles = (np.arange(len(padded)) + 0.5) * width
+        lengths.append((name, middles.tolist(), (padded / max(padded.sum(), 1)).tolist()))
+        falling = np.sort(np.array(split.label_counts, float))[::-1]
+        falling = falling[falling > 0] / max(split.documents, 1)
+        counts.append((name, list(range(1, len(falling) + 1)), falling.tolist()))
+    what = "windows" if metadata.max_windows > 1 else "documents"
+    return (
+        draw_shares(
+            "lengths", "Lengths", f"Tokens of {what}, [CLS] and [SEP] included; at most "
+            f"{metadata.max_seq_length}.",
+            ("tokens", f"share of {what}"), lengths,
+        ),
+        draw_shares(
+            "label_counts", "Label frequencies", "The labels of each split, the most frequent "
+            "first; those without documents are left out.",
+            ("rank of the label", "share of documents"), counts, has_log_y=True,
+        ),
+    )  # fmt: skip
+
+
+def label_table(
+    metrics: dict[str, Any], curves: dict[str, Any], metadata: Metadata | None
+) -> dict[str, Any]:
+    """The table of labels: `columns` as (title, kind), `rows` with their cells."""
+    per_label = metrics["per_label"]
+    known = next(iter(per_label.values()), {})
+    columns = [column for column in LABEL_COLUMNS if column[0] in known]
+    train = None
+    if metadata is not None and TRAIN_SPLIT in metadata.splits:
+        train = metadata.splits[TRAIN_SPLIT].label_counts
+    with_curves = set(curves["curve_labels"])
+    rows = []
+    for index, label in enumerate(curves["labels"]):
+        values = [(per_label[label][name], kind) for name, _, kind in columns]
+        values.insert(2, (curves["fitted"]["f1"][index], "number"))
+        if train is not None:
+            values.insert(0, (train[index], "count"))
+        rows.append({"index": index, "label": label, "cells": values,
+                     "has_curves": index in with_curves})  # fmt: skip
+    titles = [title for _, title, _ in columns]
+    titles.insert(2, f"F1 on {metrics['calibration_split']}")
+    if train is not None:
+        titles.insert(0, f"in {TRAIN_SPLIT}")
+    return {"columns": titles, "rows": rows}
+
+
+def describe_splits(metadata: Metadata | None) -> list[dict[str, Any]]:
+    """A row a split: documents, tokens, what was cut and rejected, labels."""
+    if metadata is None:
+        return []
+    rows = []
+    for name, split in metadata.splits.items():
+        labels = sum(split.label_counts)
+        rows.append(
+            {
+                "name": name,
+                "documents": split.documents,
+                "windows": split.windows,
+                "tokens": split.tokens,
+                "mean_tokens": split.tokens / max(split.documents, 1),
+                "truncated": split.truncated,
+                "truncated_share": split.truncated / max(split.documents, 1),
+                "rejected": split.rejected,
+                "labels_a_document": labels / max(split.documents, 1),
+                "labels_without_positives": sum(value == 0 for value in split.label_counts),
+            }
+        )
+    return rows
+
+
+def describe_checks(metadata: Metadata | None) -> list[dict[str, Any]]:
+    """What `prepare` found remarkable."""
+    return []
+
+
+def describe_slices(metrics: dict[str, Any]) -> list[dict[str, Any]]:
+    """A table a kept column: metrics by its values."""
+    return []
+
+
+def list_settings(record: RunRecord) -> list[tuple[str, str]]:
+    """The flags of the run and what followed from them, as (name, value)."""
+    pairs = [(f"--{name}", value) for name, value in _flat(dataclasses.asdict(record.train))]
+    pairs += [(f"model: {name}", value) for name, value in _flat(dataclasses.asdict(record.model))]
+    packing = dataclasses.asdict(record.packing)
+    return pairs + [(f"micro-batch: {name}", value) for name, value in _flat(packing)]
+
+
+def _flat(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value)
+        else:
+            yield name, "–" if value is None else str(value)
