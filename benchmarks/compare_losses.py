@@ -43,8 +43,8 @@ CANDIDATES = {
 # The default of --max_pos_weight.
 WEIGHTS_CAP = 100.0
 SETTINGS = (
-    "documents", "held_out", "max_seq_length", "checkpoint", "head", "tokens_per_step", "num_train_epochs",
-    "learning_rate",
+    "documents", "held_out", "max_seq_length", "checkpoint", "head", "tokens_per_step",
+    "num_train_epochs", "learning_rate",
 )  # fmt: skip
 
 
