@@ -214,8 +214,10 @@ def test_a_label_without_positives_warns_and_stays(tmp_path, tokenizer_dir, caps
     path = write_rows(tmp_path / "rows.jsonl", ROWS)
     flags = {"labels": str(tmp_path / "labels.txt"), "tokenizer": tokenizer_dir, "split": "all"}
     prepare.run(config(path, tmp_path / "data", **flags))
-    assert "1 labels without positives stay all the same: never" in capsys.readouterr().out
+    warning = "all: labels without positives, which stay all the same: 1 (never)"
+    assert f"warning: {warning}\n" in capsys.readouterr().out
     metadata = load_metadata(str(tmp_path / "data"))
+    assert warning in metadata.checks["warnings"]
     assert metadata.labels == ("a", "b", "c", "never")
     assert metadata.splits["all"].label_counts == (9, 5, 4, 0)
 
@@ -411,7 +413,7 @@ def test_a_failure_while_writing_leaves_nothing(tmp_path, tokenizer_dir, monkeyp
     def fail(*arguments, **flags):
         raise RuntimeError("power cut")
 
-    monkeypatch.setattr(prepare, "_second_pass", fail)
+    monkeypatch.setattr(prepare, "write_corpus", fail)
     with pytest.raises(RuntimeError, match="power cut"):
         prepare.run(config(path, tmp_path / "data", split="all", tokenizer=tokenizer_dir))
     assert [path.name for path in tmp_path.iterdir()] == ["rows.jsonl"]

@@ -228,10 +228,6 @@ def _choose_labels(
     """The labels in order, and those of the data that are too rare."""
     counts = dict(zip(ledger.names, ledger.label_counts, strict=True))
     if reader.names is not None:
-        empty = [name for name in reader.names if not counts.get(name)]
-        if empty:
-            some = ", ".join(empty[:5]) + (", ..." if len(empty) > 5 else "")
-            print(f"warning: {len(empty)} labels without positives stay all the same: {some}")
         return reader.names, {}
     enough = config.min_label_count
     labels = tuple(sorted(name for name, count in counts.items() if count >= enough))

@@ -14,29 +14,28 @@ import shutil
 import sys
 import time
 from collections.abc import Iterator
-from concurrent.futures import ProcessPoolExecutor
 from dataclasses import dataclass
-from functools import partial
 from typing import Any
 
 import numpy as np
-from tqdm import tqdm
 
 from trainer import storage
+from trainer.checks import check_splits
 from trainer.config import PrepareConfig
 from trainer.corpus import Corpus, VocabularyTexts, columns_of, read_corpus
 from trainer.errors import UserError
 from trainer.files import disk_errors
+from trainer.inputs import gather_inputs
 from trainer.labels import read_label_file
 from trainer.records import METADATA_FILE, TOKENIZER_FOLDER, Metadata, Split, load_metadata
-from trainer.sample import PREFIX, write_sample
-from trainer.shards import WritePlan, write_segment, write_shard
-from trainer.sources import list_files
+from trainer.shards import WritePlan
+from trainer.text_index import write_text_indexes
 from trainer.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from trainer.workers import process_pool
+from trainer.writing import describe_splits, write_corpus
 
 WORK_FOLDER = ".prepare"
-SHARD_NAME = re.compile(r"(?P<split>\w+)-\d{5}-of-\d{5}\.tfrecord")
+FILE_NAME = re.compile(r"(?P<split>\w+)(-\d{5}-of-\d{5}\.tfrecord|\.texts)")
 SHARD_BYTES = 32 << 20
 MIN_SHARDS = 4
 BYTES_BESIDE_TOKENS = 100
@@ -55,14 +54,6 @@ class Timing:
     tokens: int
 
 
-@dataclass(frozen=True)
-class Inputs:
-    """The files to read, and what metadata.json says about where they came from."""
-
-    files: list[str]
-    description: dict[str, Any]
-
-
 def run(config: PrepareConfig) -> Timing:
     """Prepares a corpus, or adds a split to one that is prepared already.
 
@@ -73,18 +64,22 @@ def run(config: PrepareConfig) -> Timing:
     started = time.monotonic()
     previous = _load_previous(config)
     with _work_folder(config.data_dir) as work_dir:
-        inputs = _gather_inputs(config, work_dir)
+        inputs = gather_inputs(config, work_dir)
         with process_pool(config.num_workers) as pool:
             corpus = read_corpus(config, previous, inputs.files, work_dir, pool)
             scanned = time.monotonic()
             tokenizer = _choose_tokenizer(config, previous, corpus, work_dir)
             trained = time.monotonic()
             plan = _plan_writing(config, previous, corpus, work_dir)
-            splits = _second_pass(plan, corpus, pool, corpus.num_rejected)
+            shards, tally = write_corpus(plan, corpus, pool)
             written = time.monotonic()
+        indexes = write_text_indexes(corpus, plan.split_names, work_dir, plan.num_labels)
+        splits = describe_splits(plan, shards, tally, indexes, corpus.num_rejected)
         call = inputs.description | {"rejected": corpus.num_rejected, "seed": config.seed}
         call["splits"] = list(splits)
         metadata = _describe(previous, corpus, tokenizer, plan, splits, call)
+        checks = check_splits(metadata, list(splits), tally, config.data_dir, work_dir)
+        metadata = dataclasses.replace(metadata, checks=checks)
         _commit(config.data_dir, work_dir, metadata, splits, is_new=previous is None)
     timing = Timing(
         first_pass=scanned - started,
@@ -95,6 +90,9 @@ def run(config: PrepareConfig) -> Timing:
         tokens=sum(split.tokens for split in splits.values()),
     )
     _print_summary(config.data_dir, metadata, splits, timing)
+    known = previous.checks["warnings"] if previous is not None else []
+    for warning in metadata.checks["warnings"][len(known) :]:
+        print(f"warning: {warning}")
     return timing
 
 
@@ -110,11 +108,18 @@ def _load_previous(config: PrepareConfig) -> Metadata | None:
             f"{config.data_dir}: already holds the splits {present}; name another --data_dir, or "
             "delete this one, or add rows under a new name with --split=NAME"
         )
-    default = PrepareConfig.max_seq_length
-    if config.max_seq_length not in (default, previous.max_seq_length):
+    for flag in ("max_seq_length", "window_stride", "max_windows"):
+        found, expected = getattr(config, flag), getattr(previous, flag)
+        if found not in (getattr(PrepareConfig, flag), expected):
+            raise UserError(
+                f"--{flag}={found}: {config.data_dir} was prepared with {expected}; leave the "
+                "flag out, or name another --data_dir"
+            )
+    if config.keep_columns not in ((), previous.slice_columns):
         raise UserError(
-            f"--max_seq_length={config.max_seq_length}: {config.data_dir} was prepared with "
-            f"{previous.max_seq_length}; leave the flag out, or name another --data_dir"
+            f"--keep_columns={','.join(config.keep_columns)}: {config.data_dir} keeps "
+            f"{','.join(previous.slice_columns) or 'none'}; leave the flag out, or name another "
+            "--data_dir"
         )
     if config.labels is not None and read_label_file(config.labels) != previous.labels:
         raise UserError(
@@ -139,23 +144,6 @@ def _work_folder(data_dir: str) -> Iterator[str]:
         shutil.rmtree(work_dir, ignore_errors=True)
         with contextlib.suppress(OSError):
             os.rmdir(data_dir)
-
-
-def _gather_inputs(config: PrepareConfig, work_dir: str) -> Inputs:
-    samples = [item for item in config.input if item.split(":")[0] == "sample"]
-    if not samples:
-        files = list_files(config.input)
-        described = [{"name": path, "bytes": os.path.getsize(path)} for path in files]
-        return Inputs(files, {"inputs": described})
-    if len(config.input) > 1:
-        raise UserError(f"--input={','.join(config.input)}: expected a sample or files, not both")
-    number = re.fullmatch(re.escape(PREFIX) + r"(?::([1-9]\d*))?", samples[0])
-    if not number:
-        raise UserError(f"--input={samples[0]}: expected {PREFIX} or {PREFIX}:N, N documents")
-    path = os.path.join(work_dir, "docstrings.jsonl")
-    num_documents = int(number[1]) if number[1] else None
-    summary = write_sample(path, num_documents, config.seed, config.num_workers)
-    return Inputs([path], {"inputs": [samples[0]], "sample": dataclasses.asdict(summary)})
 
 
 def _choose_tokenizer(
@@ -199,7 +187,9 @@ def _plan_writing(
     names = tuple(config.split_shares())
     documents = corpus.count_documents(len(names))
     max_seq_length = _max_seq_length(config, previous)
-    mean_tokens = min(corpus.ledger.characters / corpus.ledger.num_rows / 2, max_seq_length)
+    max_windows = config.max_windows if previous is None else previous.max_windows
+    most_tokens = max_seq_length * max_windows
+    mean_tokens = min(corpus.ledger.characters / corpus.ledger.num_rows / 2, most_tokens)
     record_bytes = BYTES_BESIDE_TOKENS + BYTES_A_TOKEN * mean_tokens
     wanted = np.ceil(documents * record_bytes / SHARD_BYTES).astype(np.int64)
     if config.num_shards is not None:
@@ -211,59 +201,13 @@ def _plan_writing(
         work_dir=work_dir,
         tokenizer_dir=os.path.join(work_dir, TOKENIZER_FOLDER),
         max_seq_length=max_seq_length,
+        window_stride=config.window_stride if previous is None else previous.window_stride,
+        max_windows=max_windows,
         split_names=names,
         num_shards=tuple(np.minimum(wanted, documents).tolist()),
         num_labels=len(corpus.labels),
         seed=config.seed,
     )
-
-
-def _second_pass(
-    plan: WritePlan, corpus: Corpus, pool: ProcessPoolExecutor, num_rejected: int
-) -> dict[str, Split]:
-    """Tokenises all rows and writes all shards into the work folder."""
-    num_segments, num_shards = len(corpus.segments), len(plan.shard_names)
-    offsets_path = os.path.join(plan.work_dir, "offsets.bin")
-    offsets = np.memmap(offsets_path, np.int64, "w+", shape=(num_segments, num_shards + 1))
-    num_splits = len(plan.split_names)
-    histogram = np.zeros((num_splits, plan.max_seq_length + 1), np.int64)
-    truncated = np.zeros(num_splits, np.int64)
-    label_counts = np.zeros((num_splits, plan.num_labels), np.int64)
-    max_labels = np.zeros(num_splits, np.int64)
-    write = partial(write_segment, plan, label_map=corpus.label_map)
-    with tqdm(
-        total=corpus.ledger.num_rows, desc="pass 2: tokenising", unit=" documents", mininterval=1
-    ) as progress:
-        splits, ranks = zip(*corpus.ranks(num_splits), strict=True)
-        written = pool.map(write, range(num_segments), corpus.segments, splits, ranks)
-        for index, segment in enumerate(written):
-            offsets[index] = segment.shard_offsets
-            histogram += segment.length_histogram
-            truncated += segment.truncated
-            label_counts += segment.label_counts
-            max_labels = np.maximum(max_labels, segment.max_labels)
-            progress.update(len(splits[index]))
-    offsets.flush()
-    gather = partial(write_shard, plan, offsets_path=offsets_path, num_segments=num_segments)
-    shards = list(pool.map(gather, range(num_shards)))
-    lengths = np.arange(plan.max_seq_length + 1)
-    first_shards = np.concatenate([[0], np.cumsum(plan.num_shards)]).tolist()
-    return {
-        name: Split(
-            documents=int(histogram[place].sum()),
-            tokens=int((histogram[place] * lengths).sum()),
-            truncated=int(truncated[place]),
-            # A rejected row belongs to no split; those of a call stand with its first one.
-            rejected=num_rejected if place == 0 else 0,
-            label_counts=tuple(label_counts[place].tolist()),
-            length_histogram=tuple(histogram[place].tolist()),
-            shards=tuple(shards[first_shards[place] : first_shards[place + 1]]),
-            windows=int(histogram[place].sum()),
-            window_histogram=(0, int(histogram[place].sum())),
-            max_labels_per_document=int(max_labels[place]),
-        )
-        for place, name in enumerate(plan.split_names)
-    }
 
 
 def _describe(
@@ -288,6 +232,9 @@ def _describe(
         splits=splits,
         source={"calls": [call]},
         dropped_labels=corpus.dropped,
+        slice_columns=plan.columns.kept,
+        window_stride=plan.window_stride,
+        max_windows=plan.max_windows,
     )
 
 
@@ -295,12 +242,14 @@ def _commit(
     data_dir: str, work_dir: str, metadata: Metadata, splits: dict[str, Split], is_new: bool
 ) -> None:
     """Moves everything to its final name, metadata.json last."""
-    for name in os.listdir(data_dir):  # Shards of a run that was killed right here.
-        match = SHARD_NAME.fullmatch(name)
+    for name in os.listdir(data_dir):  # Files of a run that was killed right here.
+        match = FILE_NAME.fullmatch(name)
         if match and (match["split"] in splits or is_new):
             os.remove(os.path.join(data_dir, name))
-    for shard in (shard for split in splits.values() for shard in split.shards):
-        os.replace(os.path.join(work_dir, shard.name), os.path.join(data_dir, shard.name))
+    for split in splits.values():
+        for file in (*split.shards, split.text_index):
+            assert file is not None
+            os.replace(os.path.join(work_dir, file.name), os.path.join(data_dir, file.name))
     if is_new:
         folder = os.path.join(data_dir, TOKENIZER_FOLDER)
         shutil.rmtree(folder, ignore_errors=True)
@@ -313,7 +262,8 @@ def _print_summary(
 ) -> None:
     for name, split in splits.items():
         print(
-            f"{name}: {split.documents:,} documents, {split.tokens:,} tokens, "
+            f"{name}: {split.documents:,} documents, {split.windows:,} windows, "
+            f"{split.tokens:,} tokens, "
             f"{split.truncated:,} truncated, {len(split.shards)} shards"
         )
     rejected = sum(split.rejected for split in splits.values())

@@ -7,7 +7,6 @@ shard's bytes depend on the rows and the seed, and not on how many workers there
 
 import functools
 import os
-import struct
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
@@ -15,12 +14,13 @@ import numpy as np
 
 from trainer.ledger import map_ragged, segment_path
 from trainer.records import Shard, checksum, encode_record
+from trainer.scripts import known_scripts, unknown_script
 from trainer.sources import Columns, Row, Segment, read_segment
+from trainer.tally import Tally, empty_tally
 from trainer.tokenizer import Tokenizer, load_tokenizer
-from trainer.wire import frame_records
+from trainer.wire import frame_records, split_frames
 
 _TEXTS_A_BATCH = 256
-_FRAME_BYTES = 16  # Of a TFRecord: its length (8), two checksums (4 each).
 
 
 @dataclass(frozen=True)
@@ -31,7 +31,9 @@ class WritePlan:
       columns: where text and id stand.
       work_dir: where the side files are.
       tokenizer_dir: a folder that `load_tokenizer` reads.
-      max_seq_length: longest document in tokens.
+      max_seq_length: longest window in tokens.
+      window_stride: tokens from one window's start to the next; 0: windows do not overlap.
+      max_windows: the most windows of a document.
       split_names: the splits.
       num_shards: shards of each split.
       num_labels: L.
@@ -42,6 +44,8 @@ class WritePlan:
     work_dir: str
     tokenizer_dir: str
     max_seq_length: int
+    window_stride: int
+    max_windows: int
     split_names: tuple[str, ...]
     num_shards: tuple[int, ...]
     num_labels: int
@@ -59,21 +63,13 @@ class WritePlan:
 
 @dataclass(frozen=True)
 class WrittenSegment:
-    """What came of a segment, for each of S splits.
+    """What came of a segment.
 
-    Attributes:
-      shard_offsets: int64 [shards + 1], where each shard's records begin in the segment's file.
-      length_histogram: int64 [S, max_seq_length + 1].
-      truncated: int64 [S].
-      label_counts: int64 [S, L].
-      max_labels: int64 [S], the most labels of a document.
+    `shard_offsets` (int64 [shards + 1]) says where each shard's records begin in its file.
     """
 
     shard_offsets: np.ndarray
-    length_histogram: np.ndarray
-    truncated: np.ndarray
-    label_counts: np.ndarray
-    max_labels: np.ndarray
+    tally: Tally
 
 
 def mix(values: np.ndarray, seed: int) -> np.ndarray:
@@ -118,42 +114,48 @@ def write_segment(
       ranks: for each split the documents that earlier segments put there.
       label_map: int [names], the ledger's label numbers to final ones, or -1.
     """
-    tokenizer = _tokenizer(plan.tokenizer_dir)
+    tokenizer, known = _tokenizer(plan.tokenizer_dir)
     with np.load(segment_path(plan.work_dir, index)) as rows:
         positions = rows["positions"]
         label_splits, labels = map_ragged(rows["label_splits"], rows["labels"], label_map)
-    shards = _shards_of_rows(plan, splits, ranks)
     records: list[list[bytes]] = [[] for _ in plan.shard_names]
-    histogram = np.zeros((len(plan.split_names), plan.max_seq_length + 1), np.int64)
-    truncated = np.zeros(len(plan.split_names), np.int64)
-    bounds, label_list, shard_list = label_splits.tolist(), labels.tolist(), shards.tolist()
+    tally = empty_tally(len(plan.split_names), plan.max_seq_length, plan.num_labels)
+    tally.add_labels(splits, label_splits, labels)
+    bounds, label_list = label_splits.tolist(), labels.tolist()
+    shard_list = _shards_of_rows(plan, splits, ranks).tolist()
     done = 0
     for batch in _batches(segment, plan.columns, positions):
-        documents, cut = tokenizer.encode_batch([row.text for row in batch], plan.max_seq_length)
+        texts = [row.text for row in batch]
+        documents, lost = tokenizer.encode_windows(
+            texts, plan.max_seq_length, plan.window_stride, plan.max_windows
+        )
         encoded = [
-            encode_record(row.id, [ids], sorted(label_list[bounds[at] : bounds[at + 1]]))
-            for at, (row, ids) in enumerate(zip(batch, documents, strict=True), done)
+            encode_record(
+                row.id,
+                windows,
+                sorted(label_list[bounds[at] : bounds[at + 1]]),
+                [value or "" for value in row.kept],
+            )
+            for at, (row, windows) in enumerate(zip(batch, documents, strict=True), done)
         ]
-        batch_splits = splits[done : done + len(batch)]
-        lengths = np.array([len(ids) for ids in documents])
-        np.add.at(histogram, (batch_splits, lengths), 1)
-        np.add.at(truncated, batch_splits, cut)
         for shard, framed in zip(shard_list[done:], frame_records(encoded), strict=False):
             records[shard].append(framed)
+        batch_splits = splits[done : done + len(batch)]
+        tally.add_documents(batch_splits, documents, lost, tokenizer.unk_id)
+        if known is not None:
+            tally.add_scripts(batch_splits, [unknown_script(text, known) for text in texts])
         done += len(batch)
-    label_counts = np.zeros((len(plan.split_names), plan.num_labels), np.int64)
-    np.add.at(label_counts, (np.repeat(splits, np.diff(label_splits)), labels), 1)
-    max_labels = np.zeros(len(plan.split_names), np.int64)
-    np.maximum.at(max_labels, splits, np.diff(label_splits))
     with open(records_path(plan.work_dir, index), "wb") as file:
         sizes = [file.write(b"".join(of_shard)) for of_shard in records]
     offsets = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
-    return WrittenSegment(offsets, histogram, truncated, label_counts, max_labels)
+    return WrittenSegment(offsets, tally)
 
 
 @functools.cache
-def _tokenizer(folder: str) -> Tokenizer:
-    return load_tokenizer(folder)
+def _tokenizer(folder: str) -> tuple[Tokenizer, frozenset[str] | None]:
+    """A tokenizer and the scripts that it knows, read once a process."""
+    tokenizer = load_tokenizer(folder)
+    return tokenizer, known_scripts(tokenizer)
 
 
 def _shards_of_rows(plan: WritePlan, splits: np.ndarray, ranks: Sequence[int]) -> np.ndarray:
@@ -164,6 +166,28 @@ def _shards_of_rows(plan: WritePlan, splits: np.ndarray, ranks: Sequence[int]) -
         shards[rows] = first_shard + choose_shards(rank + np.arange(len(rows)), count, plan.seed)
         first_shard += count
     return shards
+
+
+def find_record(
+    rank: int, shards: Sequence[Shard], first_shard: int, seed: int
+) -> tuple[Shard, int]:
+    """Where the document of a rank within its split came to lie: the shard, its place in it.
+
+    Args:
+      rank: how many documents of the split were read before it.
+      shards: all shards of the split, in order.
+      first_shard: shards of the other splits before these, in the call that wrote them.
+      seed: of that call.
+    """
+    number = int(choose_shards(np.array([rank]), len(shards), seed)[0])
+    order = _shuffle(first_shard + number, shards[number].documents, seed)
+    # Every run of as many ranks as there are shards put one document into each.
+    return shards[number], int(np.flatnonzero(order == rank // len(shards))[0])
+
+
+def _shuffle(number: int, count: int, seed: int) -> np.ndarray:
+    """The order of a shard's records, as places among them in the order of their ranks."""
+    return np.argsort(mix(np.arange(count) + (number << 40), seed), kind="stable")
 
 
 def _batches(segment: Segment, columns: Columns, positions: np.ndarray) -> Iterator[list[Row]]:
@@ -199,8 +223,8 @@ def write_shard(plan: WritePlan, number: int, offsets_path: str, num_segments: i
     for index, (start, end) in enumerate(offsets.tolist()):
         with open(records_path(plan.work_dir, index), "rb") as file:
             file.seek(start)
-            records.extend(_unpack(file.read(end - start)))
-    order = np.argsort(mix(np.arange(len(records)) + (number << 40), plan.seed), kind="stable")
+            records.extend(split_frames(file.read(end - start)))
+    order = _shuffle(number, len(records), plan.seed)
     name = plan.shard_names[number]
     path = os.path.join(plan.work_dir, name)
     with open(path, "wb") as file:
@@ -208,13 +232,3 @@ def write_shard(plan: WritePlan, number: int, offsets_path: str, num_segments: i
         file.flush()
         os.fsync(file.fileno())
     return Shard(name, len(records), os.path.getsize(path), checksum(path))
-
-
-def _unpack(framed: bytes) -> Iterator[bytes]:
-    """The framed records of which some bytes consist."""
-    start = 0
-    while start < len(framed):
-        (length,) = struct.unpack_from("<Q", framed, start)
-        end = start + length + _FRAME_BYTES
-        yield framed[start:end]
-        start = end

@@ -22,7 +22,7 @@ from trainer.errors import UserError
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _TOKENIZER_FILE = "tokenizer.json"
 _CONFIG_FILE = "tokenizer_config.json"
-_CONTINUATION = "##"
+CONTINUATION = "##"
 _MIN_PAIR_COUNT = 2
 _MAX_ALPHABET = 1000
 _TOKEN_NAMES = ("unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
@@ -35,6 +35,7 @@ class Tokenizer:
     Attributes:
       backend: the Rust tokenizer, its padding and truncation off; pickles.
       cls_id, sep_id, pad_id: ids of the special tokens.
+      unk_id: the id that stands for what the vocabulary does not know, or None.
       config: contents of tokenizer_config.json, for `transformers`.
       fingerprint: SHA-256 (hex) of the backend's definition; equal ids need equal fingerprints.
     """
@@ -43,6 +44,7 @@ class Tokenizer:
     cls_id: int
     sep_id: int
     pad_id: int
+    unk_id: int | None
     config: dict[str, Any]
     fingerprint: str
 
@@ -154,6 +156,7 @@ def _wrap(backend: Backend, config: dict[str, Any], name: str) -> Tokenizer:
     backend.no_truncation()
     tokens = [_content(config.get(key)) for key in ("cls_token", "sep_token", "pad_token")]
     cls_id, sep_id, pad_id = (token and backend.token_to_id(token) for token in tokens)
+    unk_token = _content(config.get("unk_token"))
     frame = backend.encode("a", add_special_tokens=True).ids
     is_framed = len(frame) > 2 and [frame[0], frame[-1]] == [cls_id, sep_id]
     if not is_framed or not isinstance(pad_id, int):
@@ -167,6 +170,7 @@ def _wrap(backend: Backend, config: dict[str, Any], name: str) -> Tokenizer:
         cls_id=frame[0],
         sep_id=frame[-1],
         pad_id=pad_id,
+        unk_id=None if unk_token is None else backend.token_to_id(unk_token),
         config=config,
         fingerprint=hashlib.sha256(definition.encode()).hexdigest(),
     )
@@ -238,7 +242,7 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     # The trainer numbers the letters in the order of a randomly seeded hash map, and its choice
     # between equally frequent pairs follows those numbers. Letters that are named beforehand have
     # fixed numbers, and so the vocabulary does not depend on luck.
-    letters = [*alphabet, *(_CONTINUATION + letter for letter in alphabet)]
+    letters = [*alphabet, *(CONTINUATION + letter for letter in alphabet)]
     trainer = tokenizers.trainers.WordPieceTrainer(
         vocab_size=vocab_size,
         min_frequency=_MIN_PAIR_COUNT,
@@ -276,7 +280,7 @@ def _from_vocabulary(vocabulary: dict[str, int]) -> Tokenizer:
     backend = Backend(tokenizers.models.WordPiece(vocabulary, unk_token="[UNK]"))
     backend.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=True)
     backend.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
-    backend.decoder = tokenizers.decoders.WordPiece(prefix=_CONTINUATION)
+    backend.decoder = tokenizers.decoders.WordPiece(prefix=CONTINUATION)
     backend.add_special_tokens(list(SPECIAL_TOKENS))
     backend.post_processor = tokenizers.processors.TemplateProcessing(
         single="[CLS]:0 $A:0 [SEP]:0",

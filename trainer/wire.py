@@ -2,7 +2,9 @@
 
 import functools
 import struct
+from collections.abc import Iterator
 
+_FRAME_BYTES = 16  # Of a TFRecord: its length (8), two checksums (4 each).
 _VARINTS: dict[int, bytes] = {}
 
 
@@ -49,6 +51,25 @@ def encode_bytes_feature(encoded_name: bytes, values: list[bytes]) -> bytes:
     return encode_field(1, encoded_name + encode_field(2, encode_field(1, strings)))
 
 
+def decode_fields(message: bytes) -> Iterator[bytes]:
+    """The payloads of a protocol buffer all of whose fields are length-delimited."""
+    at = 0
+    while at < len(message):
+        _, at = _decode_varint(message, at)
+        length, at = _decode_varint(message, at)
+        yield message[at : at + length]
+        at += length
+
+
+def _decode_varint(message: bytes, at: int) -> tuple[int, int]:
+    """A varint that begins at a place, and the place behind it."""
+    number = shift = 0
+    while message[at] > 127:
+        number |= (message[at] & 127) << shift
+        at, shift = at + 1, shift + 7
+    return number | message[at] << shift, at + 1
+
+
 def frame_records(records: list[bytes]) -> list[bytes]:
     """Records as they stand in a TFRecord file: length, its checksum, record, its checksum."""
     from google_crc32c import value as crc32c
@@ -64,3 +85,31 @@ def frame_records(records: list[bytes]) -> list[bytes]:
 def _masked(crc: int) -> bytes:
     rotated = (crc >> 15 | crc << 17) & 0xFFFFFFFF
     return struct.pack("<I", (rotated + 0xA282EAD8) & 0xFFFFFFFF)
+
+
+def split_frames(framed: bytes) -> Iterator[bytes]:
+    """The framed records of which some bytes consist."""
+    start = 0
+    while start < len(framed):
+        (length,) = struct.unpack_from("<Q", framed, start)
+        end = start + length + _FRAME_BYTES
+        yield framed[start:end]
+        start = end
+
+
+def read_frame(path: str, place: int) -> bytes:
+    """The record at a place, counted from 0, of a TFRecord file; its checksums are not looked at.
+
+    Raises:
+      EOFError: if the file has no such record.
+    """
+    with open(path, "rb") as file:
+        for _ in range(place + 1):
+            head = file.read(12)
+            if len(head) < 12:
+                raise EOFError(path)
+            (length,) = struct.unpack_from("<Q", head)
+            start = file.tell()
+            file.seek(start + length + 4)
+        file.seek(start)
+        return file.read(length)

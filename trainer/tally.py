@@ -1,0 +1,100 @@
+"""What the second pass of `prepare` counts while documents go by."""
+
+from collections import Counter
+from collections.abc import Sequence
+from dataclasses import dataclass
+
+import numpy as np
+
+
+@dataclass
+class Tally:
+    """Counts of some documents, for each of S splits.
+
+    Attributes:
+      length_histogram: int64 [S, max_seq_length + 1], windows by their tokens.
+      window_histogram: int64 [S, most windows + 1], documents by their windows.
+      truncated: int64 [S], documents that lost tokens.
+      unknown_tokens: int64 [S], [UNK] in all windows.
+      scripts: documents mostly in scripts that the vocabulary does not know, by script.
+      label_counts: int64 [S, L].
+      max_labels: int64 [S], the most labels of a document.
+    """
+
+    length_histogram: np.ndarray
+    window_histogram: np.ndarray
+    truncated: np.ndarray
+    unknown_tokens: np.ndarray
+    scripts: list[Counter[str]]
+    label_counts: np.ndarray
+    max_labels: np.ndarray
+
+    def add_documents(
+        self,
+        splits: np.ndarray,
+        documents: Sequence[Sequence[list[int]]],
+        lost: Sequence[bool],
+        unknown_id: int | None,
+    ) -> None:
+        """Counts the windows of N documents.
+
+        Args:
+          splits: int [N], the documents' splits.
+          documents: for each its windows, lists of ids.
+          lost: which documents lost tokens.
+          unknown_id: of [UNK].
+        """
+        windows = [window for document in documents for window in document]
+        counts = np.array([len(document) for document in documents])
+        splits_of_windows = np.repeat(splits, counts)
+        lengths = np.array([len(window) for window in windows])
+        np.add.at(self.length_histogram, (splits_of_windows, lengths), 1)
+        self.window_histogram = _widened(self.window_histogram, int(counts.max()) + 1)
+        np.add.at(self.window_histogram, (splits, counts), 1)
+        unknown = [window.count(unknown_id) for window in windows]  # type: ignore[arg-type]
+        np.add.at(self.unknown_tokens, splits_of_windows, unknown)
+
+        np.add.at(self.truncated, splits, lost)
+
+    def add_scripts(self, splits: np.ndarray, scripts: Sequence[str | None]) -> None:
+        """Counts the unknown scripts of N documents, None for those in known ones."""
+        for split, script in zip(splits.tolist(), scripts, strict=True):
+            if script is not None:
+                self.scripts[split][script] += 1
+
+    def add_labels(self, splits: np.ndarray, label_splits: np.ndarray, labels: np.ndarray) -> None:
+        """Counts the labels of N documents, ragged, as [N + 1] bounds and [M] indices."""
+        counts = np.diff(label_splits)
+        np.add.at(self.label_counts, (np.repeat(splits, counts), labels), 1)
+        np.maximum.at(self.max_labels, splits, counts)
+
+    def merge(self, other: "Tally") -> None:
+        """Adds the counts of further documents."""
+        self.length_histogram += other.length_histogram
+        width = max(self.window_histogram.shape[1], other.window_histogram.shape[1])
+        self.window_histogram = _widened(self.window_histogram, width)
+        self.window_histogram += _widened(other.window_histogram, width)
+        self.truncated += other.truncated
+        self.unknown_tokens += other.unknown_tokens
+        for scripts, more in zip(self.scripts, other.scripts, strict=True):
+            scripts.update(more)
+        self.label_counts += other.label_counts
+        self.max_labels = np.maximum(self.max_labels, other.max_labels)
+
+
+def empty_tally(num_splits: int, max_seq_length: int, num_labels: int) -> Tally:
+    """A tally of no documents."""
+    return Tally(
+        length_histogram=np.zeros((num_splits, max_seq_length + 1), np.int64),
+        window_histogram=np.zeros((num_splits, 2), np.int64),
+        truncated=np.zeros(num_splits, np.int64),
+        unknown_tokens=np.zeros(num_splits, np.int64),
+        scripts=[Counter() for _ in range(num_splits)],
+        label_counts=np.zeros((num_splits, num_labels), np.int64),
+        max_labels=np.zeros(num_splits, np.int64),
+    )
+
+
+def _widened(histogram: np.ndarray, width: int) -> np.ndarray:
+    missing = max(width - histogram.shape[1], 0)
+    return np.pad(histogram, ((0, 0), (0, missing)))
