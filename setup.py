@@ -13,12 +13,15 @@ VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "trainer/__init__.py").rea
 
 CORE = [
     "absl-py>=2.1,<3",
+    "bokeh>=3.6,<4",
     "google-cloud-storage>=2.18,<4",
     "google-crc32c>=1.5,<2",
+    "jinja2>=3.1,<4",
     "keras>=3.12,<4",
     "numpy>=1.26,<3",
     "pyarrow>=17,<27",
     "safetensors>=0.4.3,<1",
+    "scikit-learn>=1.5,<2",
     "tensorboard>=2.20,<2.22",
     "tensorflow-datasets>=4.9.7,<5",
     "tokenizers>=0.22,<0.24",
@@ -35,13 +38,13 @@ EXTRAS = {
     # still, hence the narrow bounds.
     "preflight": ["jax>=0.10.2,<0.11", "libtpu>=0.0.52,<0.0.60"],
     # What benchmarks and tests compare against, beside torch itself.
-    "peers": ["torch==2.13.0", "accelerate>=1.10,<2", "scikit-learn>=1.5,<2"],
+    "peers": ["torch==2.13.0", "accelerate>=1.10,<2"],
     "dev": [
         "hypothesis>=6.100,<7",
         "mypy>=1.15,<3",
         "pytest>=8,<10",
         "ruff>=0.12,<0.18",
-        "scikit-learn>=1.5,<2",
+        "selenium>=4.20,<5",
         "uv>=0.8,<0.14",
     ],
 }
@@ -56,6 +59,7 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11,<3.14",
     packages=["launch", "trainer"],
+    package_data={"trainer": ["templates/*"]},
     install_requires=CORE,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["multihot=trainer.cli:main"]},
