@@ -40,6 +40,7 @@ EXTRAS = {
     # What benchmarks and tests compare against, beside torch itself.
     "peers": ["torch==2.13.0", "accelerate>=1.10,<2"],
     "dev": [
+        "cryptography>=43,<51",
         "hypothesis>=6.100,<7",
         "mypy>=1.15,<3",
         "pytest>=8,<10",
