@@ -1,9 +1,7 @@
 """Documents to micro-batches of one fixed shape, in TensorFlow graph ops.
 
-A block of documents is packed at once: best-fit decreasing over row capacities, one vectorised
-placement for all documents of a length, so the work grows with the number of distinct lengths and
-not with the number of documents (after histogram packing, Krell et al. 2021, arXiv:2107.02027).
-The filled rows are then dealt to micro-batches so that each holds about as many documents.
+A block of documents is packed at once: `placement.py` says in which row each of their windows lies,
+`dealing.py` which micro-batch gets which row, and here the ids are spread out accordingly.
 
 A window goes to the row with the least room that still holds it; so short windows fill the gaps of
 long rows, and a short document pays for the attention of a short row.
@@ -16,7 +14,9 @@ import numpy as np
 import tensorflow as tf
 
 from trainer.config import PackingConfig
+from trainer.dealing import deal_rows
 from trainer.errors import UserError
+from trainer.placement import Windows, place_windows, row_capacities
 
 # Documents are packed in blocks of about this many micro-batches: enough that the one that is only
 # partly full costs less than one percent, few enough that a block is small in memory.
@@ -26,148 +26,40 @@ _LONG_ROW_MARGIN = 1.1
 _SHORTEST_ROW = 64
 
 
-def _place_rows(
-    lengths: tf.Tensor, packing: PackingConfig
-) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-    """Best-fit decreasing of documents into rows.
+def _place_windows(windows: Windows, packing: PackingConfig) -> tuple[tf.Tensor, tf.Tensor]:
+    """Where each window begins among all M x T tokens (int32 [V]), and M (int32 scalar)."""
+    spots, held, is_pinned, taken = place_windows(windows, packing)
 
-    Args:
-      lengths: int32 [N], each at least 1 and at most the longest row.
-      packing: the row groups.
+    def deal(more: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        below = [[0, more], [0, 0]]
+        nothing = tf.fill([more], packing.max_windows - packing.max_documents)
+        all_taken = tf.concat([taken, nothing], 0)
+        return deal_rows(tf.pad(held, below), tf.pad(is_pinned, below), all_taken, packing)
 
-    Returns:
-      row (int32 [N], index of each document's row), offset (int32 [N], its start in the row) and
-      num_micro_batches (int32 scalar) whose rows were needed. Row r belongs to micro-batch
-      r // rows_per_micro_batch until the rows are dealt.
-    """
-    capacities = tf.constant(
-        [length for rows, length in packing.row_groups for _ in range(rows)], tf.int32
-    )
-    num_documents = tf.size(lengths)
-    order = tf.argsort(lengths, direction="DESCENDING", stable=True)
-    descending = tf.gather(lengths, order)
-    total = tf.reduce_sum(tf.cast(lengths, tf.int64))
-    num_micro_batches = tf.cast((total + packing.num_tokens - 1) // packing.num_tokens, tf.int32)
-    free = tf.tile(capacities, [num_micro_batches])
-    # How many documents are at least as long as this one and so come first: ends of equal runs.
-    run_ends = tf.searchsorted(-descending, -descending, side="right")
-    # A row with more documents than a micro-batch has slots could never be dealt; half of them
-    # leaves room for the other rows.
-    most = max(1, packing.max_documents // 2)
-
-    def place(placed, free, held, rows, lefts):  # type: ignore[no-untyped-def]
-        length = descending[placed]
-        room = tf.where(free >= length, free, tf.int32.max)
-        fitting = tf.reduce_sum(tf.cast(free >= length, tf.int32))
-        count = tf.minimum(run_ends[placed] - placed, fitting)
-        # top_k, unlike a full sort, costs in proportion to what is taken; ties go to lower rows.
-        _, chosen = tf.math.top_k(-room, count)
-        left = tf.gather(free, chosen)
-        held = tf.tensor_scatter_nd_add(held, chosen[:, None], tf.ones([count], tf.int32))
-        now_free = tf.where(tf.gather(held, chosen) < most, left - length, 0)
-        free = tf.tensor_scatter_nd_update(free, chosen[:, None], now_free)
-        slots = (placed + tf.range(count))[:, None]
-        rows = tf.tensor_scatter_nd_update(rows, slots, chosen)
-        lefts = tf.tensor_scatter_nd_update(lefts, slots, left)
-        # Nothing fits: one more micro-batch's rows.
-        more = tf.where(fitting > 0, 0, 1)
-        free = tf.concat([free, tf.tile(capacities, [more])], 0)
-        held = tf.concat([held, tf.tile(tf.zeros_like(capacities), [more])], 0)
-        return placed + count, free, held, rows, lefts
-
-    _, free, _, rows, lefts = tf.while_loop(
-        lambda placed, *_: placed < num_documents,
-        place,
-        (0, free, tf.zeros_like(free), tf.zeros_like(order), tf.zeros_like(order)),
-        shape_invariants=(tf.TensorShape([]),) + (tf.TensorShape([None]),) * 4,
-    )
-    rows_per_micro_batch = tf.size(capacities)
-    offsets = tf.gather(capacities, rows % rows_per_micro_batch) - lefts
-    back = tf.argsort(order)
-    return (
-        tf.gather(rows, back),
-        tf.gather(offsets, back),
-        tf.size(free) // rows_per_micro_batch,
-    )
-
-
-def _deal_rows(
-    row_documents: tf.Tensor, packing: PackingConfig, num_micro_batches: tf.Tensor
-) -> tuple[tf.Tensor, tf.Tensor]:
-    """Deals the rows to micro-batches so that these hold about as many documents each.
-
-    In every turn each micro-batch gets one row of a group: the fullest row that is left goes to
-    the micro-batch with the fewest documents so far, and so on.
-
-    Args:
-      row_documents: int32 [M, rows], how many documents each row holds.
-      packing: the row groups.
-      num_micro_batches: int32 scalar M.
-
-    Returns:
-      starts (int32 [M, rows], where each row begins among all M x T tokens) and the largest number
-      of documents in a micro-batch (int32 scalar).
-    """
-    totals = tf.zeros([num_micro_batches], tf.int32)
-    starts = []
-    column, token = 0, 0
-    for rows, length in packing.row_groups:
-        counts = tf.reshape(row_documents[:, column : column + rows], [-1])
-        order = tf.argsort(counts, direction="DESCENDING", stable=True)
-        by_turn = tf.reshape(tf.gather(counts, order), [rows, num_micro_batches])
-
-        def take_turn(turn, totals, dealt, by_turn=by_turn):  # type: ignore[no-untyped-def]
-            poorest_first = tf.argsort(totals, stable=True)
-            totals = tf.tensor_scatter_nd_add(totals, poorest_first[:, None], by_turn[turn])
-            return turn + 1, totals, dealt.write(turn, poorest_first)
-
-        _, totals, dealt = tf.while_loop(
-            lambda turn, *_, rows=rows: turn < rows,
-            take_turn,
-            (0, totals, tf.TensorArray(tf.int32, rows, element_shape=[None])),
-        )
-        start = dealt.stack() * packing.num_tokens + token + tf.range(rows)[:, None] * length
-        scattered = tf.scatter_nd(
-            order[:, None], tf.reshape(start, [-1]), [num_micro_batches * rows]
-        )
-        starts.append(tf.reshape(scattered, [num_micro_batches, rows]))
-        column, token = column + rows, token + rows * length
-    return tf.concat(starts, axis=1), tf.reduce_max(totals)
-
-
-def _place_documents(lengths: tf.Tensor, packing: PackingConfig) -> tuple[tf.Tensor, tf.Tensor]:
-    """Where each document begins among all M x T tokens (int32 [N]), and M (int32 scalar)."""
-    rows, offsets, num_micro_batches = _place_rows(lengths, packing)
-    rows_per_micro_batch = sum(count for count, _ in packing.row_groups)
-
-    def deal(num_micro_batches):  # type: ignore[no-untyped-def]
-        counts = tf.math.unsorted_segment_sum(
-            tf.ones_like(rows), rows, num_micro_batches * rows_per_micro_batch
-        )
-        counts = tf.reshape(counts, [num_micro_batches, rows_per_micro_batch])
-        return _deal_rows(counts, packing, num_micro_batches)
-
+    capacities = row_capacities(packing)
+    num_rows = capacities.shape[0]
     # More short documents than slots: spread them over one more micro-batch until they fit.
-    num_micro_batches, starts, _ = tf.while_loop(
-        lambda count, starts, most: most > packing.max_documents,
-        lambda count, starts, most: (count + 1, *deal(count + 1)),
-        (num_micro_batches, *deal(num_micro_batches)),
+    _, starts, _ = tf.while_loop(
+        lambda more, starts, most: most > packing.max_windows,
+        lambda more, starts, most: (more + 1, *deal(more + 1)),
+        (tf.constant(0), *deal(tf.constant(0))),
         shape_invariants=(
             tf.TensorShape([]),
-            tf.TensorShape([None, rows_per_micro_batch]),
+            tf.TensorShape([None, num_rows]),
             tf.TensorShape([]),
         ),
     )
-    return tf.gather(tf.reshape(starts, [-1]), rows) + offsets, num_micro_batches
+    offset = tf.gather(capacities, spots.row % num_rows) - spots.left
+    return tf.gather(tf.reshape(starts, [-1]), spots.row) + offset, tf.shape(starts)[0]
 
 
 def pack(input_ids: tf.RaggedTensor, packing: PackingConfig) -> dict[str, tf.Tensor]:
     """Packs documents into micro-batches; no document is lost, split or repeated.
 
-    A document is one window here; `window_document` keeps the place of documents that are many.
-
     Args:
-      input_ids: int32 ragged [N, None], [CLS] and [SEP] included, none longer than the longest row.
+      input_ids: int32 ragged [N, None, None], the tokens of each window of each document, [CLS] and
+        [SEP] included; or [N, None], documents of one window. No window is longer than the longest
+        row, and no document has more windows than a micro-batch can hold.
       packing: the shape of a micro-batch: T tokens, W windows, D documents.
 
     Returns:
@@ -176,20 +68,25 @@ def pack(input_ids: tf.RaggedTensor, packing: PackingConfig) -> dict[str, tf.Ten
       `window_document` (int32 [M, W], -1 where there is none); `document_mask` (float32 [M, D]);
       `document_index` (int64 [M, D], which of the N documents, -1 where there is none).
     """
-    lengths = tf.cast(input_ids.row_lengths(), tf.int32)
-    # A document that no row holds would make the placement ask for more rows for ever.
+    if input_ids.ragged_rank == 1:
+        ones = tf.ones([input_ids.nrows()], input_ids.row_splits.dtype)
+        input_ids = tf.RaggedTensor.from_row_lengths(input_ids, ones, validate=False)
+    by_window = input_ids.values
+    lengths = tf.cast(by_window.row_lengths(), tf.int32)
+    # A window that no row holds would make the placement ask for more rows for ever.
     fits = tf.debugging.assert_less_equal(lengths, packing.max_length, "longer than all rows")
     with tf.control_dependencies([fits] if fits is not None else []):
         lengths = tf.identity(lengths)
-    starts, num_micro_batches = _place_documents(lengths, packing)
-    order = tf.argsort(starts)
-    micro_batch = tf.gather(starts, order) // packing.num_tokens
-    first = tf.searchsorted(micro_batch, tf.range(num_micro_batches))
-    slot = tf.range(tf.size(order)) - tf.gather(first, micro_batch)
-    window = tf.scatter_nd(order[:, None], slot, [tf.size(order)])
+    document = tf.cast(input_ids.value_rowids(), tf.int32)
+    counts = tf.cast(input_ids.row_lengths(), tf.int32)
+    starts, num_micro_batches = _place_windows(Windows(lengths, document, counts), packing)
+    window_slots = _number_slots(starts, num_micro_batches, packing)
+    # A document's slot follows from where its first window lies.
+    document_starts = tf.math.segment_min(starts, document)
+    document_slots = _number_slots(document_starts, num_micro_batches, packing)
 
-    row = tf.cast(input_ids.value_rowids(), tf.int32)
-    position = tf.range(tf.size(row)) - tf.gather(tf.cast(input_ids.row_starts(), tf.int32), row)
+    row = tf.cast(by_window.value_rowids(), tf.int32)
+    position = tf.range(tf.size(row)) - tf.gather(tf.cast(by_window.row_starts(), tf.int32), row)
     target = (tf.gather(starts, row) + position)[:, None]
     num_tokens = num_micro_batches * packing.num_tokens
 
@@ -197,23 +94,39 @@ def pack(input_ids: tf.RaggedTensor, packing: PackingConfig) -> dict[str, tf.Ten
         flat = tf.scatter_nd(target, values, [num_tokens])
         return tf.reshape(flat, [num_micro_batches, packing.num_tokens])
 
-    def slots(values: tf.Tensor, empty: int, width: int) -> tf.Tensor:
-        return tf.tensor_scatter_nd_update(
-            tf.fill([num_micro_batches, width], tf.constant(empty, values.dtype)),
-            tf.stack([micro_batch, slot], axis=1),
-            values,
-        )
+    def place(values: tf.Tensor, slots: tf.Tensor, empty: int, width: int) -> tf.Tensor:
+        nothing = tf.fill([num_micro_batches, width], tf.constant(empty, values.dtype))
+        return tf.tensor_scatter_nd_update(nothing, slots, values)
 
-    documents, windows = packing.max_documents, packing.max_windows
+    max_documents, max_windows = packing.max_documents, packing.max_windows
+    indices = tf.range(tf.size(counts), dtype=tf.int64)
     return {
-        "input_ids": spread(input_ids.flat_values),
-        "segment_ids": spread(tf.gather(window, row) + 1),
+        "input_ids": spread(by_window.flat_values),
+        "segment_ids": spread(tf.gather(window_slots[:, 1], row) + 1),
         "position_ids": spread(position),
-        "window_starts": slots(tf.gather(starts, order) % packing.num_tokens, 0, windows),
-        "window_document": slots(slot, -1, windows),
-        "document_mask": slots(tf.ones_like(slot, tf.float32), 0, documents),
-        "document_index": slots(tf.cast(order, tf.int64), -1, documents),
+        "window_starts": place(starts % packing.num_tokens, window_slots, 0, max_windows),
+        "window_document": place(
+            tf.gather(document_slots[:, 1], document), window_slots, -1, max_windows
+        ),
+        "document_mask": place(tf.ones_like(counts, tf.float32), document_slots, 0, max_documents),
+        "document_index": place(indices, document_slots, -1, max_documents),
     }
+
+
+def _number_slots(
+    starts: tf.Tensor, num_micro_batches: tf.Tensor, packing: PackingConfig
+) -> tf.Tensor:
+    """Numbers what begins at `starts` (int32 [N]) within each micro-batch, in the order of places.
+
+    Returns:
+      int32 [N, 2]: micro-batch and slot.
+    """
+    order = tf.argsort(starts)
+    micro_batch = tf.gather(starts, order) // packing.num_tokens
+    first = tf.searchsorted(micro_batch, tf.range(num_micro_batches))
+    slot = tf.range(tf.size(order)) - tf.gather(first, micro_batch)
+    pairs = tf.stack([micro_batch, slot], axis=1)
+    return tf.scatter_nd(order[:, None], pairs, tf.shape(pairs))
 
 
 def empty_micro_batch(packing: PackingConfig) -> dict[str, tf.Tensor]:
@@ -235,41 +148,58 @@ def choose_packing(
     num_tokens: int,
     row_groups: tuple[tuple[int, int], ...] | None = None,
     longest: int | None = None,
+    window_histogram: Sequence[int] = (),
+    most_windows: int | None = None,
 ) -> PackingConfig:
     """The default shape of a micro-batch for documents of these lengths.
 
-    Rows are as long as the longest document, three quarters of that, and halves of it down to 64. A
-    row length gets as many rows as a micro-batch has, on average and with a margin, documents that
-    fit no shorter row; what is left goes to the shortest rows.
+    Rows are as long as the longest window, three quarters of that, and halves of it down to 64. A
+    row length gets as many rows as a micro-batch has, on average and with a margin, windows that
+    fit no shorter row; what is left goes to the shortest rows. The longest rows hold any document.
 
     Args:
-      length_histogram: `length_histogram[i]` documents are i tokens long.
+      length_histogram: `length_histogram[i]` windows are i tokens long.
       num_tokens: about how many tokens T a micro-batch has.
       row_groups: the rows, if the user chose them.
-      longest: tokens that the longest row must hold; default: the longest document's.
+      longest: tokens that the longest row must hold; default: the longest window's.
+      window_histogram: `window_histogram[n]` documents have n windows; default: all have one.
+      most_windows: that a micro-batch must hold of a document; default: as many as one has.
 
     Raises:
-      UserError: if there are no documents or the rows cannot hold the longest one.
+      UserError: if there are no documents, or a micro-batch cannot hold the longest one.
     """
     counts = np.asarray(length_histogram, np.float64)
     lengths = np.arange(len(counts))
     if counts.sum() == 0:
         raise UserError("metadata.json: the split has no documents; nothing to pack")
     longest = max(longest or 0, int(lengths[counts > 0].max()))
+    documents = np.asarray(window_histogram or (0, counts.sum()), np.float64)
+    most_windows = max(most_windows or 1, int(np.flatnonzero(documents).max()))
     if row_groups is None:
-        row_groups = _choose_row_groups(counts, longest, num_tokens)
+        row_groups = _choose_row_groups(counts, longest, num_tokens, most_windows)
     elif max(length for _, length in row_groups) < longest:
         raise UserError(
             f"--row_groups: the longest row has {max(length for _, length in row_groups)} tokens, "
             f"but documents may have {longest}; add a row of at least that length"
         )
     total = sum(rows * length for rows, length in row_groups)
+    held = sum(rows * (length // longest) for rows, length in row_groups)
+    if held < most_windows:
+        raise UserError(
+            f"--row_groups: a micro-batch of these rows holds {held} windows of {longest} tokens, "
+            f"but a document may have {most_windows}, which share one; add rows, or prepare with a "
+            "lower --max_windows"
+        )
     mean_length = float((counts * lengths).sum() / counts.sum())
-    mean_documents = total / mean_length
+    mean_windows = total / mean_length
+    mean_documents = mean_windows * documents.sum() / (documents * np.arange(len(documents))).sum()
     # Dealing evens the counts out, so a micro-batch holds little more than its block's mean, which
-    # half as much again and a few cover; an empty slot costs one row of the head's product.
-    max_documents = math.ceil(1.5 * mean_documents) + 8
-    return PackingConfig(row_groups, max_documents, max_documents)
+    # half as much again and a few cover; long documents, which cannot be dealt, make them less
+    # even. An empty slot costs one row of the head's product.
+    spread = 1.5 if mean_documents == mean_windows else 2
+    max_documents = math.ceil(spread * mean_documents) + 8
+    max_windows = math.ceil(1.5 * mean_windows) + 8
+    return PackingConfig(row_groups, max_documents, max(max_windows, max_documents, most_windows))
 
 
 def _row_lengths(longest: int) -> list[int]:
@@ -284,21 +214,25 @@ def _row_lengths(longest: int) -> list[int]:
 
 
 def _choose_row_groups(
-    counts: np.ndarray, longest: int, num_tokens: int
+    counts: np.ndarray, longest: int, num_tokens: int, most_windows: int
 ) -> tuple[tuple[int, int], ...]:
     lengths = np.arange(len(counts))
     mean_length = float((counts * lengths).sum() / counts.sum())
     row_lengths = _row_lengths(longest)
-    if num_tokens < row_lengths[0]:
+    if num_tokens < most_windows * row_lengths[0]:
+        windows = f"the {most_windows} windows" if most_windows > 1 else "the tokens"
+        remedy = " or --max_windows" if most_windows > 1 else ""
         raise UserError(
-            f"--tokens_per_replica={num_tokens}: expected at least {row_lengths[0]}, the tokens of "
-            "the longest document; raise it, or prepare with a smaller --max_seq_length"
+            f"--tokens_per_replica={num_tokens}: expected at least {most_windows * row_lengths[0]},"
+            f" {windows} of the longest document; raise it, or prepare with a smaller "
+            f"--max_seq_length{remedy}"
         )
     left, groups = num_tokens, []
     for length, shorter in zip(row_lengths, row_lengths[1:], strict=False):
-        documents = counts[(lengths > shorter) & (lengths <= length)].sum() / counts.sum()
-        needed = math.ceil(_LONG_ROW_MARGIN * documents * num_tokens / mean_length)
-        rows = min(max(needed, int(length == row_lengths[0])), left // length)
+        windows_of = counts[(lengths > shorter) & (lengths <= length)].sum() / counts.sum()
+        needed = math.ceil(_LONG_ROW_MARGIN * windows_of * num_tokens / mean_length)
+        least = most_windows if length == row_lengths[0] else 0
+        rows = min(max(needed, least), left // length)
         if rows:
             groups.append((rows, length))
             left -= rows * length

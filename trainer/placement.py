@@ -1,0 +1,300 @@
+"""Where windows lie: best-fit decreasing over the rows of micro-batches, in TensorFlow graph ops.
+
+Documents of several windows come first, because all windows of a document share a micro-batch: one
+after the other, longest first, each goes to a micro-batch whose rows hold all of its windows. One
+that it fills up is the best; else it is the one with the most room, so that long documents spread
+evenly. Their rows are pinned to their micro-batch from then on. Documents of one window then fill
+what is left, in the rows of any micro-batch: one vectorised placement for all windows of a length,
+so that the work grows with the number of distinct lengths and not with the number of documents
+(after histogram packing, Krell et al. 2021, arXiv:2107.02027).
+"""
+
+from typing import NamedTuple
+
+import tensorflow as tf
+
+from trainer.config import PackingConfig
+
+
+class Windows(NamedTuple):
+    """The windows of N documents, one document after another.
+
+    `lengths` (int32 [V]) are the windows' tokens, `document` (int32 [V], ascending) says whose each
+    is, and `counts` (int32 [N], at least 1) how many each document has.
+    """
+
+    lengths: tf.Tensor
+    document: tf.Tensor
+    counts: tf.Tensor
+
+
+class _Rows(NamedTuple):
+    """The rows of M micro-batches, R a micro-batch.
+
+    `free` (int32 [M, R]) are the tokens left, `held` (int32 [M, R]) the windows in each.
+    """
+
+    free: tf.Tensor
+    held: tf.Tensor
+
+
+class Spots(NamedTuple):
+    """Where windows went: int32 [V] each.
+
+    `row` is one of all M x R rows, `left` the tokens that were free in it before.
+    """
+
+    row: tf.Tensor
+    left: tf.Tensor
+
+
+def row_capacities(packing: PackingConfig) -> tf.Tensor:
+    """Tokens of each row of a micro-batch, int32 [R]."""
+    return tf.constant(
+        [length for rows, length in packing.row_groups for _ in range(rows)], tf.int32
+    )
+
+
+def place_windows(
+    windows: Windows, packing: PackingConfig
+) -> tuple[Spots, tf.Tensor, tf.Tensor, tf.Tensor]:
+    """Finds a row for every window, in as few micro-batches as they fit.
+
+    Returns:
+      The windows' spots; of the M micro-batches the windows that each row holds (int32 [M, R]) and
+      whether the row is pinned to its micro-batch (bool [M, R]), because it holds a document of
+      several windows; and the slots that the pinned rows take of each micro-batch (int32 [M]), of
+      which there are `max_windows`.
+    """
+    total = tf.reduce_sum(tf.cast(windows.lengths, tf.int64))
+    num_micro_batches = tf.cast((total + packing.num_tokens - 1) // packing.num_tokens, tf.int32)
+    spots, rows, long_documents = _place_long_documents(windows, packing, num_micro_batches)
+    single = tf.where(tf.gather(windows.counts, windows.document) == 1)
+    lengths = tf.gather_nd(windows.lengths, single)
+    single_spots, rows, is_pinned, taken = _fill_up(lengths, rows, long_documents, packing)
+    both = zip(spots, single_spots, strict=True)
+    spots = Spots(*(tf.tensor_scatter_nd_update(old, single, new) for old, new in both))
+    return spots, rows.held, is_pinned, taken
+
+
+def _place_long_documents(
+    windows: Windows, packing: PackingConfig, num_micro_batches: tf.Tensor
+) -> tuple[Spots, _Rows, tf.Tensor]:
+    """Places the documents of several windows, each in one micro-batch.
+
+    Args:
+      windows: of all documents; those of one window are left alone.
+      packing: the row groups and slots.
+      num_micro_batches: int32 scalar, to begin with.
+
+    Returns:
+      spots (0 for windows left alone), rows of the micro-batches then needed, and how many of these
+      documents each micro-batch holds (int32 [M]).
+    """
+    capacities = row_capacities(packing)
+    tokens = tf.math.segment_sum(windows.lengths, windows.document)
+    is_long = windows.counts > 1
+    # Documents by tokens, the longest first; then their windows likewise.
+    documents = tf.argsort(tf.where(is_long, tokens, 0), direction="DESCENDING", stable=True)
+    documents = documents[: tf.math.count_nonzero(is_long, dtype=tf.int32)]
+    rank = tf.scatter_nd(documents[:, None], tf.range(tf.size(documents)), tf.shape(tokens))
+    chosen = tf.where(tf.gather(is_long, windows.document))[:, 0]
+    by_length = tf.argsort(tf.gather(windows.lengths, chosen), direction="DESCENDING", stable=True)
+    chosen = tf.gather(chosen, by_length)
+    by_document = tf.argsort(tf.gather(rank, tf.gather(windows.document, chosen)), stable=True)
+    chosen = tf.gather(chosen, by_document)
+    lengths = tf.gather(windows.lengths, chosen)
+    counts = tf.gather(windows.counts, documents)
+    ends = tf.cumsum(counts)
+
+    def place(index, free, held, documents_held, rows, lefts):  # type: ignore[no-untyped-def]
+        count, end = counts[index], ends[index]
+        # The last candidate is a fresh micro-batch, taken if no other will do.
+        room = tf.concat([free, capacities[None]], 0)
+        columns, before, fits = _try_windows(lengths[end - count : end], room)
+        held = tf.concat([held, tf.zeros_like(capacities)[None]], 0)
+        documents_held = tf.concat([documents_held, [0]], 0)
+        fits &= tf.reduce_sum(held, axis=1) + count <= packing.max_windows
+        fits &= documents_held < packing.max_documents
+        possible = tf.debugging.Assert(fits[-1], ["more windows than a micro-batch holds", count])
+        with tf.control_dependencies([possible] if possible is not None else []):
+            left = tf.concat([tf.reduce_sum(free, axis=1), [0]], 0)
+        # Filled up to less than a row if there is such a one; else the one with the most room.
+        after = left - tf.reduce_sum(lengths[end - count : end])
+        is_full = (left > 0) & (after < packing.max_length)
+        score = tf.where(is_full, tf.int32.max - after, left)
+        best = tf.argmax(tf.where(fits, score, -1), output_type=tf.int32)
+        needed = tf.maximum(tf.shape(free)[0], best + 1)
+        cells = tf.stack([tf.fill([count], best), columns[:, best]], axis=1)
+        free = tf.tensor_scatter_nd_sub(room, cells, lengths[end - count : end])
+        held = tf.tensor_scatter_nd_add(held, cells, tf.ones([count], tf.int32))
+        documents_held = tf.tensor_scatter_nd_add(documents_held, [[best]], [1])
+        slots = tf.range(end - count, end)[:, None]
+        rows = tf.tensor_scatter_nd_update(
+            rows, slots, best * tf.size(capacities) + columns[:, best]
+        )
+        lefts = tf.tensor_scatter_nd_update(lefts, slots, before[:, best])
+        return index + 1, free[:needed], held[:needed], documents_held[:needed], rows, lefts
+
+    free = tf.tile(capacities[None], [num_micro_batches, 1])
+    shape = tf.TensorShape([None, capacities.shape[0]])
+    _, free, held, documents_held, rows, lefts = tf.while_loop(
+        lambda index, *_: index < tf.size(counts),
+        place,
+        (
+            0, free, tf.zeros_like(free), tf.zeros_like(free[:, 0]),
+            tf.zeros_like(lengths), tf.zeros_like(lengths),
+        ),
+        shape_invariants=(
+            tf.TensorShape([]), shape, shape, tf.TensorShape([None]),
+            tf.TensorShape([None]), tf.TensorShape([None]),
+        ),
+    )  # fmt: skip
+    size = tf.shape(windows.lengths, out_type=tf.int64)
+    spots = Spots(*(tf.scatter_nd(chosen[:, None], values, size) for values in (rows, lefts)))
+    return spots, _Rows(free, held), documents_held
+
+
+def _try_windows(lengths: tf.Tensor, room: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
+    """Places a document's windows in every micro-batch at once, each window best-fit.
+
+    Args:
+      lengths: int32 [n], descending.
+      room: int32 [M, R], free tokens of each row.
+
+    Returns:
+      columns (int32 [n, M], the row), before (int32 [n, M], its free tokens before) and fits
+      (bool [M], whether all windows found a row; what stands elsewhere then means nothing).
+    """
+    count, num_rows = tf.size(lengths), room.shape[1]
+
+    def try_window(index, room, columns, before, fits):  # type: ignore[no-untyped-def]
+        length = lengths[index]
+        column = tf.argmin(
+            tf.where(room >= length, room, tf.int32.max), axis=1, output_type=tf.int32
+        )
+        left = tf.gather(room, column, batch_dims=1)
+        room -= tf.one_hot(column, num_rows, on_value=length, off_value=0)
+        return (
+            index + 1,
+            room,
+            columns.write(index, column),
+            before.write(index, left),
+            fits & (left >= length),
+        )
+
+    arrays = [tf.TensorArray(tf.int32, count, element_shape=[None]) for _ in range(2)]
+    _, _, columns, before, fits = tf.while_loop(
+        lambda index, *_: index < count,
+        try_window,
+        (0, room, *arrays, tf.fill([tf.shape(room)[0]], True)),
+    )
+    return columns.stack(), before.stack(), fits
+
+
+def _fill_rows(lengths: tf.Tensor, rows: _Rows, packing: PackingConfig) -> tuple[Spots, _Rows]:
+    """Best-fit decreasing of single windows into what is left of rows.
+
+    Args:
+      lengths: int32 [V], each at least 1 and at most the longest row.
+      rows: of the micro-batches so far.
+      packing: the row groups.
+
+    Returns:
+      The windows' spots, and the rows of the micro-batches then needed.
+    """
+    capacities = row_capacities(packing)
+    order = tf.argsort(lengths, direction="DESCENDING", stable=True)
+    descending = tf.gather(lengths, order)
+    # How many windows are at least as long as this one and so come first: ends of equal runs.
+    run_ends = tf.searchsorted(-descending, -descending, side="right")
+    # A row with more documents than a micro-batch has slots could never be dealt; half of them
+    # leaves room for the other rows.
+    most = max(1, packing.max_documents // 2)
+
+    def place(placed, free, held, rows, lefts):  # type: ignore[no-untyped-def]
+        length = descending[placed]
+        room = tf.where(free >= length, free, tf.int32.max)
+        fitting = tf.reduce_sum(tf.cast(free >= length, tf.int32))
+        count = tf.minimum(run_ends[placed] - placed, fitting)
+        # top_k, unlike a full sort, costs in proportion to what is taken; ties go to lower rows.
+        _, chosen = tf.math.top_k(-room, count)
+        left = tf.gather(free, chosen)
+        held = tf.tensor_scatter_nd_add(held, chosen[:, None], tf.ones([count], tf.int32))
+        now_free = tf.where(tf.gather(held, chosen) < most, left - length, 0)
+        free = tf.tensor_scatter_nd_update(free, chosen[:, None], now_free)
+        slots = (placed + tf.range(count))[:, None]
+        rows = tf.tensor_scatter_nd_update(rows, slots, chosen)
+        lefts = tf.tensor_scatter_nd_update(lefts, slots, left)
+        # Nothing fits: one more micro-batch's rows.
+        more = tf.where(fitting > 0, 0, 1)
+        free = tf.concat([free, tf.tile(capacities, [more])], 0)
+        held = tf.concat([held, tf.tile(tf.zeros_like(capacities), [more])], 0)
+        return placed + count, free, held, rows, lefts
+
+    _, free, held, row, left = tf.while_loop(
+        lambda placed, *_: placed < tf.size(lengths),
+        place,
+        (
+            0, tf.reshape(rows.free, [-1]), tf.reshape(rows.held, [-1]),
+            tf.zeros_like(order), tf.zeros_like(order),
+        ),
+        shape_invariants=(tf.TensorShape([]),) + (tf.TensorShape([None]),) * 4,
+    )  # fmt: skip
+    back = tf.argsort(order)
+    shape = [-1, capacities.shape[0]]
+    return (
+        Spots(tf.gather(row, back), tf.gather(left, back)),
+        _Rows(tf.reshape(free, shape), tf.reshape(held, shape)),
+    )
+
+
+def _fill_up(
+    lengths: tf.Tensor, rows: _Rows, long_documents: tf.Tensor, packing: PackingConfig
+) -> tuple[Spots, _Rows, tf.Tensor, tf.Tensor]:
+    """Fills what documents of several windows left with those of one.
+
+    Args:
+      lengths: int32 [V], of documents of one window.
+      rows: as `_place_long_documents` left them; those that hold something are pinned.
+      long_documents: int32 [M], placed there.
+      packing: the row groups and slots.
+
+    Returns:
+      The windows' spots, the rows then needed, and `is_pinned` and `taken` as `place_windows` says.
+    """
+    is_pinned = rows.held > 0
+    num_before = tf.shape(is_pinned)[0]
+    fewer = tf.reduce_sum(rows.held, axis=1) - long_documents
+    # One number for both kinds of slots: how near the kind that runs out first is to its end.
+    spare = packing.max_windows - packing.max_documents
+
+    def fill(is_closed: tf.Tensor) -> tuple[Spots, _Rows, tf.Tensor, tf.Tensor]:
+        free = tf.where(is_pinned & is_closed[:, None], 0, rows.free)
+        spots, filled = _fill_rows(lengths, _Rows(free, rows.held), packing)
+        more = tf.shape(filled.held)[0] - num_before
+        pinned = tf.pad(is_pinned, [[0, more], [0, 0]])
+        num_windows = tf.reduce_sum(tf.where(pinned, filled.held, 0), axis=1)
+        num_documents = num_windows - tf.pad(fewer, [[0, more]])
+        return spots, filled, pinned, tf.maximum(num_windows, num_documents + spare)
+
+    def overflows(taken: tf.Tensor) -> tf.Tensor:
+        return taken[:num_before] > packing.max_windows
+
+    # More short documents in the gaps of a micro-batch's pinned rows than it has slots, which no
+    # dealing could mend: its gaps are closed, and everything is filled up again.
+    is_closed = tf.zeros([num_before], tf.bool)
+    filled = fill(is_closed)
+
+    def close(is_closed, filled):  # type: ignore[no-untyped-def]
+        is_closed |= overflows(filled[-1])
+        return is_closed, fill(is_closed)
+
+    shapes = tf.nest.map_structure(lambda value: tf.TensorShape([None, *value.shape[1:]]), filled)
+    _, filled = tf.while_loop(
+        lambda _, filled: tf.reduce_any(overflows(filled[-1])),
+        close,
+        (is_closed, filled),
+        shape_invariants=(is_closed.shape, shapes),
+    )
+    return filled
