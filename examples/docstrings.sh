@@ -1,6 +1,6 @@
 #!/usr/bin/env bash
-# The whole way on the embedded sample: prepare, train, evaluate, export, score. `make train` calls
-# this with its variables. A step that is done is not done again; training resumes.
+# The whole way on the embedded sample: prepare, train, evaluate, report, export, score. `make
+# train` calls this with its variables. A step that is done is not done again; training resumes.
 set -euo pipefail
 
 multihot="$BIN/multihot"
@@ -28,6 +28,7 @@ fi
     --num_train_epochs="$EPOCHS" --learning_rate=1e-3 --seed="$SEED"
 
 "$multihot" evaluate --model_dir="$OUTPUT/model" --data_dir="$OUTPUT/data"
+"$multihot" report --model_dir="$OUTPUT/model" --data_dir="$OUTPUT/data"
 
 if [ ! -e "$OUTPUT/export/multihot.json" ]; then
     "$multihot" export --model_dir="$OUTPUT/model" --export_dir="$OUTPUT/export"
@@ -50,6 +51,7 @@ Everything is in $OUTPUT:
   data/                     shards, tokenizer and metadata.json
   model/                    checkpoints, metrics.jsonl and TensorBoard events
   model/evaluation/         metrics.json: the test split, calibrated
+  model/report.html         the same to look at, in any browser
   export/                   the model folder: Hugging Face files and a SavedModel
   held_out.jsonl, scores/   documents that no split held, and their scores
 SUMMARY
