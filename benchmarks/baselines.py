@@ -12,39 +12,20 @@ import time
 
 import numpy as np
 from corpus import find_checkpoint, load_documents, load_texts, make_corpus
-from scipy.sparse import spmatrix
-from sklearn.feature_extraction.text import TfidfVectorizer
-from sklearn.linear_model import LogisticRegression
 
-from trainer.calibration import fit_thresholds, sigmoid
+from trainer.baselines import count_features, fit_logits
+from trainer.calibration import sigmoid
 from trainer.metrics import compute_metrics
+from trainer.thresholds import fit_thresholds
 
 INVERSE_STRENGTHS = (1.0, 10.0, 100.0)
-# The log-odds of a label that has only one class in training.
-ONE_CLASS_LOGIT = 20.0
-
-
-def fit_and_predict(
-    train: spmatrix, labels: np.ndarray, others: dict[str, spmatrix], inverse_strength: float
-) -> dict[str, np.ndarray]:
-    """Logits [N, L] of every other split, from one regression a label."""
-    logits = {name: np.empty((rows.shape[0], labels.shape[1])) for name, rows in others.items()}
-    for index, positive in enumerate(labels.T):
-        if positive.all() or not positive.any():
-            for values in logits.values():
-                values[:, index] = ONE_CLASS_LOGIT if positive.all() else -ONE_CLASS_LOGIT
-            continue
-        model = LogisticRegression(C=inverse_strength, solver="liblinear").fit(train, positive)
-        for name, rows in others.items():
-            logits[name][:, index] = model.decision_function(rows)
-    return logits
 
 
 def run_tfidf(folder: str) -> tuple[dict[str, np.ndarray], dict[str, float]]:
     """Validation and test logits of the best strength, and what the run took."""
     documents = {name: load_documents(folder, name) for name in ("train", "validation", "test")}
     began = time.perf_counter()
-    vectorizer = TfidfVectorizer(sublinear_tf=True, ngram_range=(1, 2), min_df=2)
+    vectorizer = count_features(dtype=np.float32)
     features = {}
     for name, split in documents.items():
         texts = load_texts(folder, split.names.tolist())
@@ -53,7 +34,7 @@ def run_tfidf(folder: str) -> tuple[dict[str, np.ndarray], dict[str, float]]:
     best: tuple[float, float, dict[str, np.ndarray]] | None = None
     others = {name: features[name] for name in ("validation", "test")}
     for strength in INVERSE_STRENGTHS:
-        logits = fit_and_predict(features["train"], documents["train"].labels, others, strength)
+        logits = fit_logits(features["train"], documents["train"].labels, others, strength)
         labels = documents["validation"].labels
         thresholds = np.full(labels.shape[1], 0.5)
         metrics = compute_metrics(sigmoid(logits["validation"]), labels, thresholds)

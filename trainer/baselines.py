@@ -13,9 +13,10 @@ from scipy.sparse import csr_matrix
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 
-from trainer.calibration import fit_thresholds, sigmoid
+from trainer.calibration import sigmoid
 from trainer.documents import Documents
 from trainer.metrics import compute_metrics
+from trainer.thresholds import fit_thresholds
 
 # Labels beyond the most frequent ones are predicted at their frequency.
 MAX_LABELS = 500
@@ -71,12 +72,12 @@ def fit_logits(
 
 
 def measure_baseline(
-    train: Documents, fitted: Documents, reported: Documents, min_support: int
+    train: Documents, fitted: Documents, reported: Documents, **cutting: Any
 ) -> dict[str, Any]:
     """Fits on `train`, thresholds on `fitted`, and measures on `reported`.
 
     Args:
-      min_support: as for `fit_thresholds`.
+      **cutting: as for `fit_thresholds`.
 
     Returns:
       The scalars of `compute_metrics` under `metrics`, and what it took: documents, features,
@@ -92,7 +93,7 @@ def measure_baseline(
         "reported": vectorizer.transform(_as_texts(reported.tokens)),
     }
     logits = fit_logits(features, train.labels, others, most_labels=MAX_LABELS)
-    thresholds = fit_thresholds(sigmoid(logits["fitted"]), fitted.labels, min_support)
+    thresholds = fit_thresholds(sigmoid(logits["fitted"]), fitted.labels, **cutting)
     metrics = compute_metrics(sigmoid(logits["reported"]), reported.labels, thresholds)
     return {
         "metrics": {name: value for name, value in metrics.items() if name != "per_label"},
