@@ -1,0 +1,73 @@
+"""Thresholds for macro- and micro-F1 at once against all choices there are."""
+
+import itertools
+
+import numpy as np
+import pytest
+from sklearn.metrics import f1_score
+
+from trainer.overall_thresholds import Candidates, choose_overall
+from trainer.ranking import rank_labels
+
+
+def value_of(candidates, choice, support, true_positives, predicted):
+    """(macro-F1 x labels of candidates / all labels) + micro-F1, by definition."""
+    found, said = candidates.true_positives[choice], candidates.predicted[choice]
+    f1 = 2 * found / (said + support[candidates.labels[choice]])
+    micro = 2 * (found.sum() + true_positives) / (said.sum() + predicted + support.sum())
+    return f1.sum() / len(support) + micro
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_choice_is_as_good_as_the_best_of_all_choices(seed):
+    random = np.random.default_rng(seed)
+    labels = random.random((40, 4)) < [0.15, 0.1, 0.2, 0.05]
+    labels[0] = True
+    # Labels of different difficulty, with ties.
+    scores = np.round(labels * [3.0, 0.3, 1.0, 0.5] + random.normal(0, 1, labels.shape), 1)
+    own = np.array([0, 1, 3])
+    support = labels.sum(axis=0)
+    candidates = Candidates.of_cuts(rank_labels(scores[:, own].T, labels[:, own].T), own)
+    others = (int(support[2]) - 1, int(support[2]) + 5)
+    chosen = choose_overall(candidates, support, *others)
+    places = [np.flatnonzero(candidates.labels == label) for label in own]
+    assert [len(place) for place in places] <= support[own].tolist()
+    every = [
+        value_of(candidates, np.array(choice), support, *others)
+        for choice in itertools.product(*places)
+    ]
+    assert candidates.labels[chosen].tolist() == own.tolist()
+    assert value_of(candidates, chosen, support, *others) >= max(every) - 2e-3
+
+
+def test_a_candidate_says_what_its_cut_predicts():
+    scores = np.array([[0.9, 0.8, 0.8, 0.3, 0.1]])
+    labels = np.array([[False, True, False, True, False]])
+    candidates = Candidates.of_cuts(rank_labels(scores, labels), np.array([5]))
+    assert candidates.labels.tolist() == [5, 5]
+    assert candidates.true_positives.tolist() == [1, 2]
+    assert candidates.predicted.tolist() == [3, 4]  # Ties are cut together.
+
+
+def test_micro_f1_gains_more_than_macro_f1_loses():
+    """One label that is known well and ten that hardly are: each one's best F1 floods micro-F1."""
+    random = np.random.default_rng(1)
+    rates = np.r_[0.4, np.full(10, 0.05)]
+    labels = random.random((4000, 11)) < rates
+    scores = labels * np.r_[4.0, np.full(10, 0.4)] + random.normal(0, 1, labels.shape)
+    cuts = rank_labels(scores.T, labels.T)
+    candidates = Candidates.of_cuts(cuts, np.arange(11))
+    support = labels.sum(axis=0)
+    f1 = 2 * candidates.true_positives / (candidates.predicted + support[candidates.labels])
+    alone = np.array([np.flatnonzero(candidates.labels == i)[0] for i in range(11)])
+    alone += [int(np.argmax(f1[candidates.labels == i])) for i in range(11)]
+    both = choose_overall(candidates, support, 0, 0)
+
+    def measured(choice):
+        edges = np.take_along_axis(cuts.scores, candidates.cuts[choice][:, None], axis=1)[:, 0]
+        predicted = scores >= edges
+        return [f1_score(labels, predicted, average=kind) for kind in ("macro", "micro")]
+
+    (macro_alone, micro_alone), (macro_both, micro_both) = measured(alone), measured(both)
+    assert micro_both > micro_alone + 0.3
+    assert macro_alone - 0.1 < macro_both < macro_alone
