@@ -69,5 +69,5 @@ def test_micro_f1_gains_more_than_macro_f1_loses():
         return [f1_score(labels, predicted, average=kind) for kind in ("macro", "micro")]
 
     (macro_alone, micro_alone), (macro_both, micro_both) = measured(alone), measured(both)
-    assert micro_both > micro_alone + 0.3
+    assert micro_both > micro_alone + 0.2
     assert macro_alone - 0.1 < macro_both < macro_alone
