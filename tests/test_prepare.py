@@ -14,17 +14,16 @@ from pathlib import Path
 
 import numpy as np
 import pytest
+from preparing import ROWS, config, read_documents, read_split, write_rows
 
 from trainer import prepare
-from trainer.config import PrepareConfig
 from trainer.errors import UserError
-from trainer.records import load_metadata, parse_records, verify_shards
+from trainer.records import load_metadata
 from trainer.sample import write_sample
 from trainer.shards import choose_shards, mix
 from trainer.tokenizer import load_tokenizer, train_tokenizer
 
 SPLITS = {"train": 0.8, "validation": 0.1, "test": 0.1}
-ROWS = [{"id": f"r{i}", "text": f"text number {i}", "labels": ["a", "bc"[i % 2]]} for i in range(9)]
 
 
 @pytest.fixture(scope="module")
@@ -54,30 +53,6 @@ def prepared(sample, tmp_path_factory) -> str:
     folder = str(tmp_path_factory.mktemp("prepared") / "data")
     prepare.run(config(sample, folder, tokenizer="train", num_workers=2))
     return folder
-
-
-def config(path, data_dir, **flags) -> PrepareConfig:
-    defaults = {"num_workers": 1, "vocab_size": 1000, "max_seq_length": 128}
-    return PrepareConfig(input=(str(path),), data_dir=str(data_dir), **(defaults | flags))
-
-
-def write_rows(path: Path, rows: list[dict]) -> Path:
-    path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
-    return path
-
-
-def read_split(data_dir: str, split: str) -> list[tuple[str, list[int], list[int]]]:
-    """(id, input_ids, labels) of every record of a split, in order; its checksums verified."""
-    import tensorflow as tf
-
-    rows = []
-    for path in verify_shards(data_dir, load_metadata(data_dir), split):
-        records = list(tf.data.TFRecordDataset(path).as_numpy_iterator())
-        ids, windows, labels, _ = parse_records(tf.constant(records))
-        input_ids = windows.merge_dims(1, 2)
-        names = [name.decode() for name in ids.numpy()]
-        rows += list(zip(names, input_ids.to_list(), labels.to_list(), strict=True))
-    return rows
 
 
 def assert_same_folder(first: str, second: str) -> None:
@@ -114,6 +89,49 @@ def test_every_row_comes_out_once_with_its_labels_and_ids(sample, prepared):
         assert split.truncated == sum(len(document) > 128 for document in whole) > 0
         seen += [identifier for identifier, _, _ in records]
     assert sorted(seen) == sorted(rows)
+
+
+def test_long_documents_become_windows(sample, prepared, tmp_path):
+    data_dir = str(tmp_path / "data")
+    windows = {"max_seq_length": 64, "window_stride": 40, "max_windows": 3}
+    flags = {"tokenizer": f"{prepared}/tokenizer", "split": "all"}
+    prepare.run(config(sample, data_dir, **windows, **flags))
+    metadata = load_metadata(data_dir)
+    assert (metadata.window_stride, metadata.max_windows) == (40, 3)
+    with open(sample, encoding="utf-8") as file:
+        texts = {row["id"]: row["text"] for row in map(json.loads, file)}
+    documents = read_documents(data_dir, "all")
+    tokenizer = load_tokenizer(f"{prepared}/tokenizer")
+    expected, lost = tokenizer.encode_windows([texts[row[0]] for row in documents], 64, 40, 3)
+    assert [row[1] for row in documents] == expected
+    split = metadata.splits["all"]
+    lengths = [len(window) for windows in expected for window in windows]
+    assert (split.windows, split.tokens) == (len(lengths), sum(lengths))
+    assert split.length_histogram == tuple(np.bincount(lengths, minlength=65).tolist())
+    counts = np.bincount([len(windows) for windows in expected]).tolist()
+    assert split.window_histogram == tuple(counts) and min(counts[1:]) > 100
+    assert split.truncated == sum(lost) > 100
+    assert split.max_labels_per_document == max(len(row[2]) for row in documents) == 8
+    # Rows that come later are cut in the same way, and in no other.
+    with pytest.raises(UserError, match="--window_stride=20: .* was prepared with 40"):
+        prepare.run(config(sample, data_dir, **(windows | {"window_stride": 20}), split="later"))
+    prepare.run(config(sample, data_dir, max_seq_length=512, split="later"))
+    assert load_metadata(data_dir).splits["later"].window_histogram == split.window_histogram
+
+
+@pytest.mark.parametrize(
+    "flags, message",
+    [
+        ({"window_stride": 127, "max_windows": 2}, "expected 0 to 126 tokens"),
+        ({"window_stride": -1, "max_windows": 2}, "expected 0 to 126 tokens"),
+        ({"window_stride": 64}, "expected --max_windows of 2 or more"),
+        ({"max_windows": 0}, "expected at least 1 window"),
+        ({"keep_columns": ("a", "a")}, "--keep_columns=a,a: expected names of columns, each once"),
+    ],
+)
+def test_flags_that_make_no_sense_are_told(flags, message):
+    with pytest.raises(UserError, match=message):
+        config("rows.jsonl", "data", **flags)
 
 
 def test_splits_are_stratified_and_equal_texts_stay_together(sample, prepared):

@@ -191,8 +191,8 @@ def _warn_of_split(name: str, metadata: Metadata, checks: Mapping[str, Any]) -> 
             lines.append(f"{words}: {count:,} ({', '.join(labels[:_LABELS_SHOWN])}{more})")
     if checks["truncated_share"] >= TRUNCATED_SHARE:
         lines.append(
-            f"documents cut short: {checks['truncated_share']:.1%}, after {metadata.max_windows} "
-            f"windows of {metadata.max_seq_length} tokens; raise --max_windows to keep more"
+            f"documents cut short, with --max_windows={metadata.max_windows} of "
+            f"--max_seq_length={metadata.max_seq_length}: {checks['truncated_share']:.1%}"
         )
     if checks["unknown_token_share"] >= UNKNOWN_TOKEN_SHARE:
         lines.append(f"tokens that are [UNK]: {checks['unknown_token_share']:.1%}")

@@ -1,0 +1,64 @@
+"""Repeated texts: counted exactly, whatever ranges the hashes are walked in."""
+
+from collections import Counter, defaultdict
+
+import numpy as np
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trainer import text_index
+from trainer.text_index import ENTRY, find_repeats
+
+SPLITS = ("train", "test")
+# Few texts, so that they meet; the lowest and highest hashes that there are among them.
+DOCUMENTS = st.lists(
+    st.tuples(st.sampled_from([0, 1, 2**31, 2**63 - 1, 2**63, 2**64 - 1]), st.integers(0, 2)),
+    min_size=1,
+    max_size=25,
+)
+
+
+def write_index(path, documents):
+    """A split's text index: documents as (text, labels) in the order of their ranks."""
+    entries = np.array([(*document, rank) for rank, document in enumerate(documents)], ENTRY)
+    np.sort(entries, order=["text", "rank"]).tofile(path)
+    return str(path)
+
+
+@given(splits=st.tuples(DOCUMENTS, DOCUMENTS), entries_at_a_time=st.integers(1, 60))
+@settings(max_examples=200, deadline=None)
+def test_repeats_are_those_that_counting_finds(tmp_path_factory, splits, entries_at_a_time):
+    folder = tmp_path_factory.mktemp("index")
+    paths = {
+        name: write_index(folder / name, documents)
+        for name, documents in zip(SPLITS, splits, strict=True)
+    }
+    whole = text_index._ENTRIES_AT_A_TIME
+    text_index._ENTRIES_AT_A_TIME = entries_at_a_time
+    try:
+        found = find_repeats(paths, [("train", "train"), ("train", "test")])
+    finally:
+        text_index._ENTRIES_AT_A_TIME = whole
+    counts = [Counter(text for text, _ in documents) for documents in splits]
+    labels = [defaultdict(set), defaultdict(set)]
+    for of_split, documents in zip(labels, splits, strict=True):
+        for text, label in documents:
+            of_split[text].add(label)
+
+    within = found["train", "train"]
+    repeated = [text for text, count in counts[0].items() if count > 1]
+    assert within.texts == len(repeated)
+    assert within.documents == (len(splits[0]) - len(counts[0]),)
+    assert within.conflicting == sum(len(labels[0][text]) > 1 for text in counts[0])
+    assert len(within.examples) == min(len(repeated), 5)
+    for first, second in within.examples:
+        assert first < second and splits[0][first][0] == splits[0][second][0]
+
+    across = found["train", "test"]
+    common = counts[0].keys() & counts[1].keys()
+    assert across.texts == len(common)
+    assert across.documents == tuple(sum(count[text] for text in common) for count in counts)
+    assert across.conflicting == sum(len(labels[0][t] | labels[1][t]) > 1 for t in common)
+    assert len(across.examples) == min(len(common), 5)
+    for first, second in across.examples:
+        assert splits[0][first][0] == splits[1][second][0]
