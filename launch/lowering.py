@@ -10,6 +10,7 @@ from tensorflow.compiler.tf2xla.ops import gen_xla_ops
 from tensorflow.python.distribute import one_device_strategy
 
 from trainer.config import ModelConfig, OptimizerConfig, PackingConfig
+from trainer.label_transfer import no_labels
 from trainer.losses import weighted_bce
 from trainer.model import Model, build_model
 from trainer.optimizer import AdamW
@@ -19,6 +20,8 @@ from trainer.step import TrainStep
 
 # Only scales the schedule; any number gives the same program.
 _TOTAL_DOCUMENTS = 1_000_000
+# Of a document, where there are so many that they travel as indices.
+_MOST_LABELS = 32
 
 
 class SliceStrategy(tf.distribute.Strategy):
@@ -136,10 +139,10 @@ def _lower_train(
         # The whole step is lowered as one program, as on a TPU.
         jit_compile=False,
     )
-    labels = tf.TensorSpec([packing.max_documents, num_labels], tf.uint8)
+    labels = no_labels(packing.max_documents, num_labels, _MOST_LABELS)
     batches = {
         name: tf.TensorSpec([accumulation, *spec.shape], spec.dtype)
-        for name, spec in (_micro_batch(packing) | {"labels": labels}).items()
+        for name, spec in (_micro_batch(packing) | labels).items()
     }
     batches["position"] = tf.TensorSpec([3], tf.int64)
     count = tf.TensorSpec([], tf.int64)

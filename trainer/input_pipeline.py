@@ -14,6 +14,7 @@ import tensorflow as tf
 
 from trainer.config import PackingConfig
 from trainer.errors import UserError
+from trainer.label_transfer import LABEL_KEYS, no_labels, spread_labels
 from trainer.packing import BLOCK_MICRO_BATCHES, empty_micro_batch, pack
 from trainer.records import Metadata, parse_records, verify_shards
 
@@ -22,7 +23,7 @@ POSITION_KEYS = ("epoch", "block", "next_micro_batch")
 # What travels to the devices: strings cannot, and the loss needs no document's number.
 _STEP_KEYS = frozenset(
     ("input_ids", "segment_ids", "position_ids", "window_starts", "window_document")
-    + ("labels", "document_mask", *POSITION_KEYS)
+    + (*LABEL_KEYS, "document_mask", *POSITION_KEYS)
 )
 
 
@@ -48,6 +49,8 @@ class Stream:
     block_documents: int
     packing: PackingConfig
     num_labels: int
+    most_labels: int
+    num_slice_columns: int = 0
 
     @property
     def num_documents(self) -> int:
@@ -74,6 +77,8 @@ def open_stream(
         math.ceil(split.documents / blocks),
         packing,
         len(metadata.labels),
+        max(1, split.max_labels_per_document),
+        len(metadata.slice_columns),
     )
 
 
@@ -120,37 +125,34 @@ def _pack_block(
         block_seed = tf.random.experimental.stateless_fold_in(tf.stack([seed, epoch]), block)
         permutation = tf.random.experimental.stateless_shuffle(tf.range(count), block_seed)
         index, serialized = tf.gather(index, permutation), tf.gather(serialized, permutation)
-    ids, windows, labels, _ = parse_records(serialized)
-    packed = pack(windows.merge_dims(1, 2), stream.packing)
+    ids, windows, labels, slices = parse_records(serialized, stream.num_slice_columns)
+    packed = pack(windows, stream.packing)
     chosen = packed.pop("document_index")
     num_micro_batches = tf.shape(chosen)[0]
 
     def of_documents(values: tf.Tensor, empty: tf.Tensor) -> tf.Tensor:
         return tf.where(chosen >= 0, tf.gather(values, tf.maximum(chosen, 0)), empty)
 
-    # A label's place among all M x D x L cells: its document's slot, then itself.
     where = tf.where(chosen >= 0)
-    slot = tf.scatter_nd(
+    slots = tf.scatter_nd(
         tf.boolean_mask(chosen, chosen >= 0)[:, None],
         where[:, 0] * stream.packing.max_documents + where[:, 1],
         [count],
     )
-    cells = tf.gather(slot, labels.value_rowids()) * stream.num_labels
-    cells += tf.cast(labels.flat_values, tf.int64)
-    shape = [num_micro_batches, stream.packing.max_documents, stream.num_labels]
-    hot = tf.scatter_nd(
-        cells[:, None],
-        tf.ones_like(cells, tf.uint8),
-        [tf.reduce_prod(tf.cast(shape, tf.int64))],
+    shape = num_micro_batches, stream.packing.max_documents
+    spread = spread_labels(labels, slots, shape, stream.num_labels, stream.most_labels)
+    return (
+        packed
+        | spread
+        | {
+            "document_index": of_documents(index, tf.constant(-1, tf.int64)),
+            "document_id": of_documents(ids, tf.constant("")),
+            "document_slices": tf.gather(slices, tf.maximum(chosen, 0)),
+            "epoch": tf.fill([num_micro_batches], epoch),
+            "block": tf.fill([num_micro_batches], block),
+            "next_micro_batch": tf.range(1, tf.cast(num_micro_batches, tf.int64) + 1),
+        }
     )
-    return packed | {
-        "labels": tf.reshape(hot, shape),
-        "document_index": of_documents(index, tf.constant(-1, tf.int64)),
-        "document_id": of_documents(ids, tf.constant("")),
-        "epoch": tf.fill([num_micro_batches], epoch),
-        "block": tf.fill([num_micro_batches], block),
-        "next_micro_batch": tf.range(1, tf.cast(num_micro_batches, tf.int64) + 1),
-    }
 
 
 def read_micro_batches(
@@ -163,8 +165,9 @@ def read_micro_batches(
     """The micro-batches of `num_epochs` passes over a split, in order, from `start` on.
 
     Every document comes exactly once an epoch. Beside what `packing.pack` gives, a micro-batch has
-    `labels` (uint8 multi-hot [D, L]), `document_index` (int64 [D], among the documents of the
-    epoch's order), `document_id` (string [D]) and its position (int64 scalars `epoch`, `block`,
+    its labels as `label_transfer.spread_labels` gives them, `document_index` (int64 [D], among the
+    documents of the epoch's order), `document_id` (string [D]), `document_slices` (string [D, C],
+    the kept columns' values) and its position (int64 scalars `epoch`, `block`,
     `next_micro_batch`).
 
     Args:
@@ -206,9 +209,10 @@ def _empty(stream: Stream) -> dict[str, tf.Tensor]:
     documents = stream.packing.max_documents
     return (
         empty_micro_batch(stream.packing)
+        | no_labels(documents, stream.num_labels, stream.most_labels)
         | {
-            "labels": tf.zeros([documents, stream.num_labels], tf.uint8),
             "document_id": tf.fill([documents], ""),
+            "document_slices": tf.fill([documents, stream.num_slice_columns], ""),
         }
         | {key: tf.constant(-1, tf.int64) for key in POSITION_KEYS}
     )

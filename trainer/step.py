@@ -5,6 +5,7 @@ import tensorflow as tf
 from trainer.config import PackingConfig
 from trainer.dropout import Dropout, step_key
 from trainer.input_pipeline import Position
+from trainer.label_transfer import LABEL_KEYS, dense_labels
 from trainer.loss_scale import LossScale
 from trainer.losses import Loss
 from trainer.model import INPUTS, Model
@@ -112,7 +113,8 @@ class TrainStep:
                 num_documents=self._packing.max_documents,
                 dropout=dropout,
             )
-            loss, documents = self.loss(logits, batch["labels"], batch["document_mask"])
+            labels = dense_labels(batch, self.model.config.num_labels)
+            loss, documents = self.loss(logits, labels, batch["document_mask"])
             scaled = loss * scale
         gradients = tape.gradient(
             scaled, self._variables, unconnected_gradients=tf.UnconnectedGradients.ZERO
@@ -170,7 +172,8 @@ class TrainStep:
         context = tf.distribute.get_replica_context()
         count = batches["input_ids"].shape[0]
         first = tf.cast(context.replica_id_in_sync_group, tf.int32) * count
-        inputs = {name: batches[name] for name in (*INPUTS, "labels", "document_mask")}
+        taken = (*INPUTS, *LABEL_KEYS, "document_mask")
+        inputs = {name: batches[name] for name in taken if name in batches}
         scale = tf.ones([]) if self.loss_scale is None else tf.identity(self.loss_scale.scale)
         loss, documents, gradients = self.compute(inputs, steps, first, scale)
         tokens = tf.math.count_nonzero(batches["segment_ids"], dtype=tf.float32)
