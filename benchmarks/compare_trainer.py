@@ -28,8 +28,9 @@ from typing import Any
 import numpy as np
 from corpus import find_checkpoint, load_documents, make_corpus, run_multihot, write_json
 
-from trainer.calibration import fit_thresholds, sigmoid
+from trainer.calibration import sigmoid
 from trainer.metrics import compute_metrics
+from trainer.thresholds import fit_thresholds
 
 OURS = "multihot"
 QUALITY = (OURS, "trainer_log_odds", "trainer", "tfidf")

@@ -12,12 +12,14 @@ from trainer.calibration import (
     MIN_SCALE,
     SHRINKAGE_STRENGTH,
     _fit_lines,
+    _Sample,
     fit_calibration,
-    fit_thresholds,
     sigmoid,
 )
 from trainer.label_weights import positive_weights
-from trainer.metrics import calibration_errors, rank_cuts
+from trainer.probability_metrics import calibration_errors
+from trainer.ranking import rank_cuts
+from trainer.thresholds import fit_thresholds
 
 
 def cross_entropy(probabilities, labels):
@@ -113,7 +115,7 @@ def test_shrinkage_moves_labels_by_their_information():
     off = np.resize([np.log(2), -np.log(2)], len(base))
     log_odds = base + random.normal(0, 1, (40_000, len(base)))
     truth = random.random(log_odds.shape) < sigmoid(log_odds)
-    scale, shift = _fit_lines(log_odds - off, truth, prior_scale=1.0, prior_shift=0.0)
+    scale, shift = _fit_lines(_Sample(log_odds - off, truth, 1.0), 1.0, 0.0)
     # Where the positives of a rare label are: one variance above its mean.
     centre = base - off + 1
     moved = scale * centre + shift - centre

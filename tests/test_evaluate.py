@@ -38,7 +38,10 @@ def write_split(folder, name, documents, longest, seed):
             ids += [10 + k for k in np.flatnonzero(row)]
             ids = [2, *ids, 3]
             histogram[len(ids)] += 1
-            writer.write(encode_record(f"{name}-{number}", [ids], np.flatnonzero(row).tolist()))
+            positives = np.flatnonzero(row).tolist()
+            # The first 52 values of a kept column are rarer than the others.
+            source = f"few-{number}" if number < 52 else ("", "mail", "wéb")[number % 3]
+            writer.write(encode_record(f"{name}-{number}", [ids], positives, [source]))
     shard = Shard(os.path.basename(path), documents, os.path.getsize(path), checksum(path))
     tokens = int(histogram @ np.arange(len(histogram)))
     counts = tuple(int(count) for count in labels.sum(axis=0))
@@ -59,12 +62,12 @@ def folders(tmp_path_factory):
         "test": write_split(data_dir, "test", 250, MAX_LENGTH, 2),
         "empty": dataclasses.replace(write_split(data_dir, "empty", 1, 16, 3), documents=0),
     }
-    Metadata(LABELS, MAX_LENGTH, VOCABULARY, "t" * 64, splits, {}, {}).save(data_dir)
+    Metadata(LABELS, MAX_LENGTH, VOCABULARY, "t" * 64, splits, {}, {}, ("source",)).save(data_dir)
     sizes = ModelConfig(VOCABULARY, len(LABELS), 16, 1, 2, 32, max_position_embeddings=MAX_LENGTH)
     packing = choose_packing(splits["train"].length_histogram, 256)
     record = RunRecord(
         TrainConfig(data_dir=data_dir, model_dir=model_dir), sizes, packing, LABELS, WEIGHTS,
-        MAX_LENGTH, 400, "d" * 64, "t" * 64, "float32", 1, {},
+        (1.0,) * 4, True, MAX_LENGTH, 400, "d" * 64, "t" * 64, "float32", 1, {},
     )  # fmt: skip
     start_record(model_dir, record)
     model = build_model(sizes, seed=4)
@@ -83,8 +86,9 @@ def written(folders):
     data_dir, model_dir = folders
     run(EvaluateConfig(model_dir=model_dir, data_dir=data_dir))
     folder = os.path.join(model_dir, "evaluation")
-    assert sorted(os.listdir(folder)) == ["calibration.json", "metrics.json"]
-    return [json.load(open(os.path.join(folder, name))) for name in sorted(os.listdir(folder))]
+    names = ["calibration.json", "curves.json", "metrics.json"]
+    assert sorted(os.listdir(folder)) == names
+    return [json.load(open(os.path.join(folder, name))) for name in (names[0], names[2])]
 
 
 @pytest.fixture(scope="module")
@@ -154,7 +158,7 @@ def test_trivial_baseline_stands_beside(written, folders, predictions):
     trivial = metrics["trivial"]
     assert trivial["mean_average_precision"] == pytest.approx(share[share > 0].mean())
     assert trivial["macro_roc_auc"] == 0.5
-    again = trivial_metrics(frequencies, predictions["validation"].labels, labels, 10)
+    again = trivial_metrics(frequencies, predictions["validation"].labels, labels, min_support=10)
     assert again["micro_f1"] == pytest.approx(trivial["micro_f1"])
     # Where a constant is cut, all documents get the label: F1 = 2 s / (1 + s).
     assert again["per_label"]["f1"][0] == pytest.approx(2 * share[0] / (1 + share[0]))
@@ -228,3 +232,89 @@ def test_raw_probabilities_are_the_plain_sigmoid(written, predictions):
     gaps = [abs((probabilities[b] - labels[b]).sum()) for b in np.array_split(order, 10)]
     value = metrics["per_label"]["common"]["expected_calibration_error_before"]
     assert value == pytest.approx(sum(gaps) / len(labels), abs=1e-4)
+
+
+def evaluate_again(folders, **options):
+    """calibration.json and metrics.json of another evaluation."""
+    data_dir, model_dir = folders
+    run(EvaluateConfig(model_dir=model_dir, data_dir=data_dir, **options))
+    folder = os.path.join(model_dir, "evaluation")
+    contents = []
+    for name in ("calibration.json", "metrics.json"):
+        with open(os.path.join(folder, name)) as file:
+            contents.append(json.load(file))
+    return contents
+
+
+def test_streamed_in_bins_within_the_stated_bounds(folders):
+    """Without memory for exact metrics: what is binned is off by no more than metrics.json says,
+    what is counted is exact."""
+    exact_calibration, exact = evaluate_again(folders, calibrate="none")
+    calibration, binned = evaluate_again(folders, calibrate="none", exact_memory=0.0)
+    assert exact["method"] == "exact" and binned["method"].startswith("binned: log-odds")
+    assert calibration["shift"] == pytest.approx(exact_calibration["shift"])
+    bounds = binned["error_bounds"]
+    assert len(bounds) == 12
+    for name, bound in bounds.items():
+        assert abs(binned[name] - exact[name]) <= bound + 1e-9, name
+    assert bounds["log_loss"] < 0.002 and bounds["brier_score_before"] < 0.001
+    for name in ("ndcg_at_3", "precision_at_1", "label_ranking_average_precision"):
+        assert binned[name] == pytest.approx(exact[name]), name
+    # All of the test split is in the sample here, so that slices and intervals are whole.
+    assert binned["slices"]["source"]["values"]["mail"]["documents"] == 66
+    row, exact_row = (values["per_label"]["common"] for values in (binned, exact))
+    fitted, best = row["f1_on_calibration_split"], exact_row["f1_on_calibration_split"]
+    assert best - row["threshold_shortfall"] - 1e-9 <= fitted <= best + 1e-9
+    assert binned["documents"] == 250 and binned["never_predicted"] == []
+
+
+def test_intervals_hold_the_value(written):
+    _, metrics = written
+    assert metrics["intervals_of"] == {"level": 0.95, "resamples": 1000, "documents": 250}
+    for name, (low, high) in metrics["intervals"].items():
+        assert low < metrics[name] < high < low + 0.25, name
+
+
+def test_slices_by_value_of_a_kept_column(written, predictions):
+    calibration, metrics = written
+    test = predictions["test"]
+    table = metrics["slices"]["source"]
+    values = test.slices[:, 0]
+    assert list(table["values"])[:3] == ["", "mail", "wéb"]
+    assert len(table["values"]) == 50
+    assert table["rest"]["num_values"] == 55 - 50 and table["rest"]["documents"] == 5
+    fit = Calibration(np.array(calibration["scale"]), np.array(calibration["shift"]))
+    thresholds = np.array(calibration["thresholds"], float)
+    mine = values == "mail"
+    truth, predicted = test.labels[mine], (fit.probabilities(test.logits) >= thresholds)[mine]
+    found = table["values"]["mail"]
+    assert found["documents"] == mine.sum()
+    assert found["micro_f1"] == pytest.approx(peer.f1_score(truth, predicted, average="micro"))
+    present = truth.any(axis=0)
+    scores = peer.f1_score(truth, predicted, average=None, zero_division=0)
+    assert found["macro_f1"] == pytest.approx(scores[present].mean())
+    assert found["labels_present"] == present.sum()
+    precision = [
+        peer.average_precision_score(truth[:, k], fit.probabilities(test.logits)[mine, k])
+        for k in np.flatnonzero(present)
+    ]
+    assert found["mean_average_precision"] == pytest.approx(np.mean(precision))
+
+
+def test_out_of_reach_is_never_predicted_and_listed(folders, capsys):
+    """An untrained encoder reaches no precision of 0.999 on these labels."""
+    calibration, metrics = evaluate_again(folders, threshold_for="precision:0.999")
+    assert calibration["thresholds"][1] is None
+    assert "usual" in metrics["never_predicted"]
+    assert metrics["per_label"]["usual"]["predicted"] == 0
+    assert "Never predicted: " in capsys.readouterr().out
+    met = [row["precision_on_calibration_split"] for row in metrics["per_label"].values()
+           if row["support_on_calibration_split"] >= 10
+           and row["threshold"] is not None]  # fmt: skip
+    assert all(precision >= 0.999 for precision in met)
+
+
+@pytest.mark.parametrize("value", ["f1:0.5", "precision", "recall:0", "precision:1.5", "auc:0.5"])
+def test_threshold_targets_are_checked(value):
+    with pytest.raises(UserError, match="--threshold_for=.*expected f1, precision:P or recall:R"):
+        EvaluateConfig(model_dir="m", data_dir="d", threshold_for=value)

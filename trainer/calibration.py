@@ -1,10 +1,11 @@
-"""From logits to probabilities that mean what they say, and to decisions (NumPy only)."""
+"""From logits to probabilities that mean what they say (NumPy only)."""
 
+from collections.abc import Callable, Sequence
 from dataclasses import dataclass
 
 import numpy as np
 
-from trainer.metrics import Cuts, rank_cuts
+from trainer.histograms import CENTRES, NUM_BINS, Histograms
 
 # The pull of a label's fit toward the global one, in units of its own Fisher information
 # sum p (1 - p), which for a rare label is about its number of positives: a label of information I
@@ -43,6 +44,12 @@ def sigmoid(logits: np.ndarray) -> np.ndarray:
     return np.where(logits >= 0, 1.0, tail) / (1 + tail)
 
 
+def exact_correction(pos_weights: Sequence[float], is_exact: bool) -> Calibration:
+    """What takes positive weights back: log w off each logit, or nothing if that is not exact."""
+    log_weights = np.log(np.asarray(pos_weights, np.float64)) * is_exact
+    return Calibration(np.ones_like(log_weights), -log_weights)
+
+
 def fit_calibration(
     logits: np.ndarray, labels: np.ndarray, pos_weights: np.ndarray, mode: str
 ) -> Calibration:
@@ -56,36 +63,89 @@ def fit_calibration(
     Args:
       logits: float [N, L], raw, of a split that training did not see.
       labels: bool [N, L].
-      pos_weights: float [L], that the loss used.
+      pos_weights: float [L], that the loss used; ones for a loss that does not take them exactly.
       mode: `labels`, `global` (one line for all), or `none` (the exact correction only).
 
     Returns:
       The calibration, the correction included.
     """
-    assert mode in ("labels", "global", "none"), mode
     log_weights = np.log(np.asarray(pos_weights, np.float64))
+    corrected = np.asarray(logits, np.float64) - log_weights
+    labels = np.asarray(labels, bool)
+
+    def of_labels(block: slice) -> _Sample:
+        return _Sample(corrected[:, block], labels[:, block], 1.0)
+
+    everything = _Sample(corrected.reshape(-1, 1), labels.reshape(-1, 1), 1.0)
+    return _fit(everything, of_labels, len(logits), log_weights, mode)
+
+
+def fit_binned_calibration(
+    histograms: Histograms, log_weights: np.ndarray, mode: str
+) -> Calibration:
+    """`fit_calibration`, of histograms of the corrected logits x = logit - log w.
+
+    The fit sees each x at the middle of its bin, off by at most half of `BIN_WIDTH` (1/512)
+    between -32 and 32.
+
+    Args:
+      histograms: of the corrected logits of L labels.
+      log_weights: float64 [L], what was taken off the logits.
+      mode: as for `fit_calibration`.
+    """
+
+    def sample_of(counts: Histograms) -> _Sample:
+        positives, documents = counts.positives.T, counts.documents.T
+        return _Sample(CENTRES[:, None], positives.astype(np.float64), documents.astype(np.float64))
+
+    def of_labels(block: slice) -> _Sample:
+        return sample_of(histograms.of_labels(block))
+
+    everything = sample_of(histograms.pooled())
+    return _fit(everything, of_labels, NUM_BINS, log_weights, mode)
+
+
+@dataclass(frozen=True)
+class _Sample:
+    """What lines are fitted to, a column a label.
+
+    Attributes:
+      x: float64 [N, B], or [N, 1] for all columns alike.
+      positives: bool or float64 [N, B], how many positives are at x.
+      documents: float64 [N, B], how many documents are at x; 1.0 for one each.
+    """
+
+    x: np.ndarray
+    positives: np.ndarray
+    documents: np.ndarray | float
+
+
+def _fit(
+    everything: _Sample,
+    of_labels: Callable[[slice], _Sample],
+    num_rows: int,
+    log_weights: np.ndarray,
+    mode: str,
+) -> Calibration:
+    assert mode in ("labels", "global", "none"), mode
     num_labels = len(log_weights)
     scale, shift = np.ones(num_labels), np.zeros(num_labels)
-    if mode != "none" and len(logits):
-        corrected = np.asarray(logits, np.float64) - log_weights
-        labels = np.asarray(labels, bool)
-        pooled = _fit_lines(corrected.reshape(-1, 1), labels.reshape(-1, 1), 1.0, 0.0)
+    if mode != "none" and num_rows:
+        pooled = _fit_lines(everything, 1.0, 0.0)
         global_scale, global_shift = float(pooled[0][0]), float(pooled[1][0])
         scale[:], shift[:] = global_scale, global_shift
         if mode == "labels":
-            block = max(1, BLOCK_ELEMENTS // len(logits))
+            block = max(1, BLOCK_ELEMENTS // num_rows)
             for start in range(0, num_labels, block):
                 part = slice(start, start + block)
-                scale[part], shift[part] = _fit_lines(
-                    corrected[:, part], labels[:, part], global_scale, global_shift
-                )
+                scale[part], shift[part] = _fit_lines(of_labels(part), global_scale, global_shift)
     return Calibration(scale, shift - scale * log_weights)
 
 
 def _fit_lines(
-    x: np.ndarray, labels: np.ndarray, prior_scale: float, prior_shift: float
+    sample: _Sample, prior_scale: float, prior_shift: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Penalised logistic regression of labels [N, B] on x [N, B], one line a column.
+    """Penalised logistic regression of positives on x, one line a column.
 
     Minimises cross-entropy + strength / 2 x (d_b^2 + s^2 d_a^2), where d_b and d_a are the
     differences from the prior line in height at the column's centre of information and in slope,
@@ -95,20 +155,22 @@ def _fit_lines(
     Returns:
       scale and shift, float64 [B] each.
     """
-    information = _variance(prior_scale * x + prior_shift)
+    x, columns = sample.x, sample.positives.shape[1]
+    information = sample.documents * _variance(prior_scale * x + prior_shift)
     total = np.maximum(information.sum(axis=0), 1e-300)
     centre = (information * x).sum(axis=0) / total
     x = x - centre
     variance = (information * x**2).sum(axis=0) / total
     penalty = SHRINKAGE_STRENGTH * np.stack([variance + MIN_LOGIT_VARIANCE, np.ones_like(variance)])
-    prior = np.stack([np.full(x.shape[1], prior_scale), prior_scale * centre + prior_shift])
+    prior = np.stack([np.full(columns, prior_scale), prior_scale * centre + prior_shift])
 
-    line = _minimise(x, labels, prior, penalty, fix_scale=np.zeros(x.shape[1], bool))
+    centred = _Sample(x, sample.positives, sample.documents)
+    line = _minimise(centred, prior, penalty, fix_scale=np.zeros(columns, bool))
     # The objective is convex: where the free minimum is out of bounds, the best lies on the bound.
     backwards = line[0] < MIN_SCALE
     if backwards.any():
         bounded = np.where(backwards, [np.full_like(centre, MIN_SCALE), prior[1]], line)
-        line = _minimise(x, labels, prior, penalty, fix_scale=backwards, start=bounded)
+        line = _minimise(centred, prior, penalty, fix_scale=backwards, start=bounded)
     return line[0], line[1] - line[0] * centre
 
 
@@ -118,14 +180,16 @@ def _variance(logits: np.ndarray) -> np.ndarray:
     return tail / (1 + tail) ** 2
 
 
-def _cross_entropy(logits: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    wrong_way = np.where(labels, -logits, logits)
-    return np.maximum(wrong_way, 0) + np.log1p(np.exp(-np.abs(logits)))
+def _cross_entropy(logits: np.ndarray, sample: _Sample) -> np.ndarray:
+    """Of all that is at each x: the softplus of a negative's logit or of a positive's, negated."""
+    shared = np.log1p(np.exp(-np.abs(logits)))
+    negatives = sample.documents - sample.positives
+    wrong_way = negatives * np.maximum(logits, 0) + sample.positives * np.maximum(-logits, 0)
+    return wrong_way + sample.documents * shared
 
 
 def _minimise(
-    x: np.ndarray,
-    labels: np.ndarray,
+    sample: _Sample,
     prior: np.ndarray,
     penalty: np.ndarray,
     fix_scale: np.ndarray,
@@ -134,13 +198,13 @@ def _minimise(
     """Newton's method with step halving on every column's (scale, height), float64 [2, B]."""
 
     def objective(line: np.ndarray) -> np.ndarray:
-        data = _cross_entropy(line[0] * x + line[1], labels).sum(axis=0)
+        data = _cross_entropy(line[0] * sample.x + line[1], sample).sum(axis=0)
         return data + 0.5 * (penalty * (line - prior) ** 2).sum(axis=0)
 
     line = (prior if start is None else start).copy()
     value = objective(line)
     for _ in range(MAX_NEWTON_STEPS):
-        step, decrement = _newton_step(x, labels, line, prior, penalty, fix_scale)
+        step, decrement = _newton_step(sample, line, prior, penalty, fix_scale)
         if np.all(decrement <= NEWTON_TOLERANCE * (1 + value)):
             break
         for _ in range(30):
@@ -156,17 +220,17 @@ def _minimise(
 
 
 def _newton_step(
-    x: np.ndarray,
-    labels: np.ndarray,
+    sample: _Sample,
     line: np.ndarray,
     prior: np.ndarray,
     penalty: np.ndarray,
     fix_scale: np.ndarray,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The step -H^-1 g of every column, [2, B], and its decrement g H^-1 g, [B]."""
+    x = sample.x
     logits = line[0] * x + line[1]
-    residual = sigmoid(logits) - labels
-    curvature = _variance(logits)
+    residual = sample.documents * sigmoid(logits) - sample.positives
+    curvature = sample.documents * _variance(logits)
     gradient = np.stack([(residual * x).sum(axis=0), residual.sum(axis=0)])
     gradient += penalty * (line - prior)
     gradient[0, fix_scale] = 0
@@ -181,39 +245,3 @@ def _newton_step(
         ]
     )
     return step, -(step * gradient).sum(axis=0)
-
-
-def fit_thresholds(
-    probabilities: np.ndarray, labels: np.ndarray, min_support: int = 10
-) -> np.ndarray:
-    """The thresholds that maximise F1, over all cuts.
-
-    Args:
-      probabilities: float [N, L], calibrated, of a split that training did not see.
-      labels: bool [N, L].
-      min_support: a label with fewer positives here takes the one cut that maximises micro-F1
-        over all labels.
-
-    Returns:
-      float64 [L], to compare with `>=`: midpoints between neighbouring scores. NaN (never
-      predicted) for labels that need a global cut where the split has no positives at all.
-    """
-    labels = np.asarray(labels, bool)
-    support = labels.sum(axis=0)
-    rare = support < min_support
-    thresholds = np.full(labels.shape[1], np.nan)
-    for index in np.flatnonzero(~rare):
-        thresholds[index] = _best_f1_cut(rank_cuts(probabilities[:, index], labels[:, index]))
-    if rare.any() and support.any():
-        thresholds[rare] = _best_f1_cut(rank_cuts(probabilities.ravel(), labels.ravel()))
-    return thresholds
-
-
-def _best_f1_cut(cuts: Cuts) -> float:
-    """The midpoint below the cut of highest F1; of equal ones, the strictest."""
-    best = int(np.argmax(cuts.true_positives / (cuts.predicted + cuts.positives)))
-    above = float(cuts.scores[best])
-    below = float(cuts.scores[best + 1]) if best + 1 < len(cuts.scores) else 0.0
-    middle = below + (above - below) / 2
-    # Between neighbouring floats there is no middle.
-    return middle if below < middle else above

@@ -587,10 +587,47 @@ class EvaluateConfig:
         "labels, or none (positive weights are taken back all the same).",
         choices=("labels", "global", "none"),
     )
+    threshold_for: str = option(
+        "f1",
+        "What thresholds are best for: f1; precision:P, the largest recall at a precision of at "
+        "least P; or recall:R, the largest precision at a recall of at least R. A label that no "
+        "cut takes there is never predicted.",
+    )
+    thresholds: str = option(
+        "labels",
+        "Whether each label has a threshold of its own, or all share a global one.",
+        choices=("labels", "global"),
+    )
+    exact_memory: float = option(
+        4.0,
+        "GiB for exact metrics (100 bytes for each document and label of both splits); larger "
+        "splits are read twice and measured in bins of scores, with bounds on the error, in "
+        "memory that does not grow with the documents.",
+    )
+    resamples: int = option(
+        1000, "Resamples for confidence intervals, fewer for large splits; 0: no intervals."
+    )
 
     def __post_init__(self) -> None:
         _check_choices(self)
         _check(self.min_support >= 1, "min_support", self.min_support, "at least 1 document")
+        _check(self.exact_memory >= 0, "exact_memory", self.exact_memory, "0 GiB or more")
+        _check(self.resamples >= 0, "resamples", self.resamples, "0 or more")
+        self.threshold_target()
+
+    def threshold_target(self) -> tuple[str, float]:
+        """`--threshold_for` as (kind, level): ("f1", 0), ("precision", P) or ("recall", R)."""
+        kind, _, number = self.threshold_for.partition(":")
+        try:
+            level = float(number) if number else 0.0
+        except ValueError:
+            level = -1.0
+        valid = (kind == "f1" and not number) or (
+            kind in ("precision", "recall") and 0 < level <= 1
+        )
+        expected = "f1, precision:P or recall:R with P and R above 0 and at most 1"
+        _check(valid, "threshold_for", self.threshold_for, expected)
+        return kind, level
 
 
 @dataclass(frozen=True)

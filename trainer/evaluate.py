@@ -1,52 +1,120 @@
 """`multihot evaluate`: the best checkpoint's probabilities made honest, cut, and measured.
 
 Calibration and thresholds are fitted on one split and reported on another; nothing that is fitted
-sees the reported split.
+sees the reported split. Splits that fit into memory are measured exactly; larger ones are read
+block by block, the one that is fitted to twice.
 """
 
 import hashlib
 import json
-import math
 import os
 import sys
+from collections.abc import Iterator
+from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from trainer import storage
-from trainer.atomic import write_atomically
-from trainer.calibration import fit_calibration, fit_thresholds, sigmoid
+from trainer.bootstrap import LEVEL, confidence_intervals, count_resamples, resample_metrics
+from trainer.calibration import (
+    Calibration,
+    exact_correction,
+    fit_binned_calibration,
+    fit_calibration,
+)
 from trainer.checkpoint import LoadedRun, RunRecord, load_best
 from trainer.config import EvaluateConfig
 from trainer.errors import UserError
-from trainer.metrics import CONVENTIONS, calibration_errors, compute_metrics, warn_if_constant
+from trainer.evaluation_files import (
+    CALIBRATION_FILE,
+    CURVES_FILE,
+    EVALUATION_FOLDER,
+    METRICS_FILE,
+    by_label,
+    print_table,
+    without_labels,
+    write_json,
+)
+from trainer.histograms import Histograms
+from trainer.measurement import (
+    BINNED,
+    ExactMeasurement,
+    Measured,
+    Measurement,
+    StreamedMeasurement,
+    deviations,
+    fits_exactly,
+)
+from trainer.metrics import CONVENTIONS, compute_metrics, warn_if_constant
 from trainer.packing import choose_packing
-from trainer.predictor import Predictions, Predictor
+from trainer.predictor import Predictions, Predictor, concatenate
 from trainer.records import Metadata, load_metadata, naming_damaged_shards
+from trainer.report_data import collect
+from trainer.slices import slice_metrics
+from trainer.thresholds import Target, fit_binned_thresholds, fit_thresholds
 
-EVALUATION_FOLDER = "evaluation"
-METRICS_FILE = "metrics.json"
-CALIBRATION_FILE = "calibration.json"
 TRAIN_SPLIT = "train"
 
-# What the printed table shows, in its order.
-HEADLINES = (
-    "mean_average_precision",
-    "micro_average_precision",
-    "macro_roc_auc",
-    "micro_f1",
-    "macro_f1",
-    "micro_precision",
-    "micro_recall",
-    "macro_precision",
-    "macro_recall",
-    "expected_calibration_error",
-    "expected_calibration_error_before",
-)
+
+@dataclass(frozen=True)
+class Evaluated:
+    """What was fitted to one split, and the metrics of that split and of the reported one.
+
+    `shortfalls`, float64 [L], are those of `BinnedThresholds`; None of an exact evaluation.
+    """
+
+    calibration: Calibration
+    thresholds: np.ndarray
+    shortfalls: np.ndarray | None
+    fitted: Measured
+    reported: Measured
+
+
+class Splits:
+    """The blocks of predictions of both splits, checked to be finite."""
+
+    def __init__(self, config: EvaluateConfig, metadata: Metadata, best: LoadedRun) -> None:
+        self.config = config
+        self.metadata = metadata
+        splits = [metadata.split(name) for name in (config.calibration_split, config.split)]
+        # Rows to hold the documents of these splits, which may be longer than those of training.
+        lengths = np.sum([split.length_histogram for split in splits], axis=0)
+        windows = np.sum([split.window_histogram for split in splits], axis=0)
+        longest = (len(lengths) - 1) * max(1, len(windows) - 1)
+        num_tokens = max(best.packing.num_tokens, longest + 8)
+        packing = choose_packing(lengths.tolist(), num_tokens, window_histogram=windows.tolist())
+        self._predictor = Predictor(best.model, packing)
+
+    def num_documents(self, name: str) -> int:
+        """Documents of a split."""
+        return self.metadata.split(name).documents
+
+    def blocks(self, name: str) -> Iterator[Predictions]:
+        """The predictions of a split.
+
+        Raises:
+          UserError: if a logit is not finite, or a shard is damaged.
+        """
+        config = self.config
+        with naming_damaged_shards(config.data_dir, self.metadata, name):
+            for block in self._predictor.predict_blocks(config.data_dir, self.metadata, name):
+                if not np.isfinite(block.logits).all():
+                    raise UserError(
+                        f"{config.model_dir}: the best checkpoint's logits on {name!r} are not "
+                        "finite; train again with a lower --learning_rate"
+                    )
+                yield block
+
+    def measure(self, name: str, measurement: Measurement) -> Measured:
+        """The metrics of a split."""
+        for block in self.blocks(name):
+            measurement.add(block)
+        return measurement.result()
 
 
 def run(config: EvaluateConfig) -> None:
-    """Fits calibration and thresholds, reports, and writes both files of `evaluation/`.
+    """Fits calibration and thresholds, reports, and writes the files of `evaluation/`.
 
     Raises:
       UserError: if the splits are not there or are not apart, or the checkpoint does not belong to
@@ -56,25 +124,22 @@ def run(config: EvaluateConfig) -> None:
     _check_splits(config, metadata)
     best = load_best(config.model_dir)
     _check_same_data(config, metadata, best.record)
+    splits = Splits(config, metadata, best)
     fit, report = config.calibration_split, config.split
-    predictions = _predict(config, metadata, best)
-    fit_logits, fit_labels = predictions[fit].logits, predictions[fit].labels
-    logits, labels = predictions[report].logits, predictions[report].labels
-
-    calibration = fit_calibration(fit_logits, fit_labels, best.pos_weights, config.calibrate)
-    fit_probabilities = calibration.probabilities(fit_logits)
-    thresholds = fit_thresholds(fit_probabilities, fit_labels, config.min_support)
-    probabilities = calibration.probabilities(logits)
-    warn_if_constant(probabilities)
-    metrics = measure(probabilities, logits, labels, thresholds)
-    fitted = measure(fit_probabilities, fit_logits, fit_labels, thresholds)
-    frequencies = label_frequencies(metadata, otherwise=fit)
-    trivial = trivial_metrics(frequencies, fit_labels, labels, config.min_support)
+    num_documents = splits.num_documents(fit) + splits.num_documents(report)
+    is_exact = fits_exactly(num_documents, len(metadata.labels), config.exact_memory)
+    evaluated = (evaluate_exactly if is_exact else evaluate_binned)(splits, best.record)
+    reported = evaluated.reported
+    warn_if_constant(
+        deviations(reported.documents.logits, evaluated.calibration), reported.num_documents
+    )
 
     settings = {
         "split": report,
         "calibration_split": fit,
         "calibrate": config.calibrate,
+        "threshold_for": config.threshold_for,
+        "threshold_scope": config.thresholds,
         "min_support": config.min_support,
         "fingerprints": {
             "checkpoint": best.fingerprint,
@@ -82,47 +147,120 @@ def run(config: EvaluateConfig) -> None:
             "splits": {name: split_fingerprint(metadata, name) for name in (fit, report)},
         },
     }
-    report_values = _without_labels(metrics) | {
-        "on_calibration_split": _without_labels(fitted),
-        "trivial": _without_labels(trivial),
-        "per_label": _by_label(metrics["per_label"], metadata.labels),
-        "conventions": CONVENTIONS,
-    }
+    values = report_values(config, metadata, evaluated)
     calibration_values = {
         "labels": list(metadata.labels),
-        "scale": calibration.scale,
-        "shift": calibration.shift,
-        "thresholds": thresholds,
+        "scale": evaluated.calibration.scale,
+        "shift": evaluated.calibration.shift,
+        "thresholds": evaluated.thresholds,
     }
+    curves = collect(
+        reported.scored(evaluated.calibration),
+        evaluated.fitted.scored(evaluated.calibration),
+        evaluated.thresholds,
+        metadata.labels,
+    )
     folder = os.path.join(config.model_dir, EVALUATION_FOLDER)
     storage.make_folder(folder)
-    _write_json(os.path.join(folder, METRICS_FILE), settings | report_values)
-    _write_json(os.path.join(folder, CALIBRATION_FILE), settings | calibration_values)
-    _print_table(config, metadata, metrics, fitted, trivial)
-    print(f"Wrote {METRICS_FILE} and {CALIBRATION_FILE} to {folder}")
+    write_json(folder, METRICS_FILE, settings | values)
+    write_json(folder, CALIBRATION_FILE, settings | calibration_values)
+    write_json(folder, CURVES_FILE, settings | curves)
+    columns = {
+        report: reported.metrics,
+        f"{fit} (fitted)": evaluated.fitted.metrics,
+        f"{report}, label frequencies": values["trivial"],
+    }
+    print_table(columns, values["intervals"], metadata.labels)
+    print(f"Wrote {METRICS_FILE}, {CALIBRATION_FILE} and {CURVES_FILE} to {folder}")
 
 
-def _predict(config: EvaluateConfig, metadata: Metadata, best: LoadedRun) -> dict[str, Predictions]:
-    """Predictions of both splits by name.
+def evaluate_exactly(splits: Splits, record: RunRecord) -> Evaluated:
+    """Fits to all documents of one split, and measures all of both."""
+    config = splits.config
+    documents = concatenate(list(splits.blocks(config.calibration_split)))
+    pos_weights = np.asarray(record.pos_weights)
+    if not record.exact_correction:
+        pos_weights = np.ones_like(pos_weights)
+    calibration = fit_calibration(documents.logits, documents.labels, pos_weights, config.calibrate)
+    thresholds = fit_thresholds(
+        calibration.probabilities(documents.logits), documents.labels, **_cutting(config)
+    )
+    fitted = ExactMeasurement(calibration, thresholds)
+    fitted.add(documents)
+    return Evaluated(
+        calibration,
+        thresholds,
+        None,
+        fitted.result(),
+        splits.measure(config.split, ExactMeasurement(calibration, thresholds)),
+    )
 
-    Raises:
-      UserError: if a logit is not finite.
-    """
-    names = (config.calibration_split, config.split)
-    # Rows to hold the documents of these splits, which may be longer than those of training.
-    histogram = np.sum([metadata.split(name).length_histogram for name in names], axis=0)
-    num_tokens = max(best.packing.num_tokens, len(histogram) + 7)
-    predictor = Predictor(best.model, choose_packing(histogram.tolist(), num_tokens))
-    predictions = {}
-    for name in names:
-        with naming_damaged_shards(config.data_dir, metadata, name):
-            predictions[name] = predictor.predict_split(config.data_dir, metadata, name)
-        if not np.isfinite(predictions[name].logits).all():
-            raise UserError(
-                f"{config.model_dir}: the best checkpoint's logits on {name!r} are not finite; "
-                "train again with a lower --learning_rate"
-            )
-    return predictions
+
+def evaluate_binned(splits: Splits, record: RunRecord) -> Evaluated:
+    """Fits to histograms of one split's scores, and measures both splits by histograms."""
+    config = splits.config
+    log_weights = -exact_correction(record.pos_weights, record.exact_correction).shift
+    histograms = Histograms.empty(len(log_weights))
+    for block in splits.blocks(config.calibration_split):
+        histograms.add(block.logits - log_weights, block.labels)
+    calibration = fit_binned_calibration(histograms, log_weights, config.calibrate)
+    shift = calibration.shift + calibration.scale * log_weights
+    thresholds = fit_binned_thresholds(histograms, calibration.scale, shift, **_cutting(config))
+    del histograms
+    fitted, reported = (
+        splits.measure(
+            name,
+            StreamedMeasurement(
+                splits.num_documents(name), log_weights, calibration, thresholds.probabilities
+            ),
+        )
+        for name in (config.calibration_split, config.split)
+    )
+    return Evaluated(calibration, thresholds.probabilities, thresholds.shortfall, fitted, reported)
+
+
+def _cutting(config: EvaluateConfig) -> dict[str, Any]:
+    return {
+        "min_support": config.min_support,
+        "target": Target(*config.threshold_target()),
+        "is_global": config.thresholds == "global",
+    }
+
+
+def report_values(
+    config: EvaluateConfig, metadata: Metadata, evaluated: Evaluated
+) -> dict[str, Any]:
+    """What metrics.json says of the reported split, and of others beside it."""
+    reported, fitted, thresholds = evaluated.reported, evaluated.fitted, evaluated.thresholds
+    documents = reported.documents
+    probabilities = evaluated.calibration.probabilities(documents.logits)
+    resamples = count_resamples(config.resamples, *documents.labels.shape)
+    resampled = resample_metrics(probabilities, documents.labels, thresholds, resamples)
+    frequencies = label_frequencies(metadata, otherwise=config.calibration_split)
+    trivial = trivial_metrics(
+        frequencies, fitted.documents.labels, documents.labels, **_cutting(config)
+    )
+    columns = dict(reported.metrics["per_label"])
+    for name in ("support", "precision", "recall", "f1"):
+        columns[f"{name}_on_calibration_split"] = fitted.metrics["per_label"][name]
+    if evaluated.shortfalls is not None:
+        columns["threshold_shortfall"] = evaluated.shortfalls
+    never = np.flatnonzero(np.isnan(thresholds))
+    return without_labels(reported.metrics) | {
+        "method": "exact" if evaluated.shortfalls is None else BINNED,
+        "intervals": confidence_intervals(
+            reported.metrics, resampled, len(documents.ids), reported.num_documents
+        ),
+        "intervals_of": {"level": LEVEL, "resamples": resamples, "documents": len(documents.ids)},
+        "never_predicted": [metadata.labels[index] for index in never],
+        "on_calibration_split": without_labels(fitted.metrics),
+        "trivial": without_labels(trivial),
+        "slices": slice_metrics(
+            metadata.slice_columns, documents.slices, probabilities, documents.labels, thresholds
+        ),
+        "per_label": by_label(columns, metadata.labels),
+        "conventions": CONVENTIONS,
+    }
 
 
 def _check_splits(config: EvaluateConfig, metadata: Metadata) -> None:
@@ -167,17 +305,6 @@ def _check_same_data(config: EvaluateConfig, metadata: Metadata, record: RunReco
         )
 
 
-def measure(
-    probabilities: np.ndarray, logits: np.ndarray, labels: np.ndarray, thresholds: np.ndarray
-) -> dict[str, Any]:
-    """`compute_metrics`, and the calibration error that the raw logits [N, L] would have had."""
-    metrics = compute_metrics(probabilities, labels, thresholds)
-    error, errors, _ = calibration_errors(sigmoid(logits), labels)
-    metrics["expected_calibration_error_before"] = error
-    metrics["per_label"]["expected_calibration_error_before"] = errors
-    return metrics
-
-
 def label_frequencies(metadata: Metadata, otherwise: str) -> np.ndarray:
     """Share of documents with each label, float64 [L], in the training split, or in the split
     `otherwise` where the data folder has no training split."""
@@ -186,7 +313,7 @@ def label_frequencies(metadata: Metadata, otherwise: str) -> np.ndarray:
 
 
 def trivial_metrics(
-    frequencies: np.ndarray, fit_labels: np.ndarray, labels: np.ndarray, min_support: int
+    frequencies: np.ndarray, fit_labels: np.ndarray, labels: np.ndarray, **cutting: Any
 ) -> dict[str, Any]:
     """Metrics of predicting each label's frequency for every document.
 
@@ -194,13 +321,13 @@ def trivial_metrics(
       frequencies: float [L], of the training split.
       fit_labels: bool [M, L], that thresholds are fitted to, as the model's are.
       labels: bool [N, L], to report on.
-      min_support: as for `fit_thresholds`.
+      **cutting: as for `fit_thresholds`.
     """
 
     def everywhere(documents: int) -> np.ndarray:
         return np.broadcast_to(frequencies, (documents, len(frequencies)))
 
-    thresholds = fit_thresholds(everywhere(len(fit_labels)), fit_labels, min_support)
+    thresholds = fit_thresholds(everywhere(len(fit_labels)), fit_labels, **cutting)
     return compute_metrics(everywhere(len(labels)), labels, thresholds)
 
 
@@ -209,64 +336,6 @@ def split_fingerprint(metadata: Metadata, name: str) -> str:
     shards = [(shard.documents, shard.checksum) for shard in metadata.split(name).shards]
     identity = [metadata.labels, metadata.tokenizer_fingerprint, shards]
     return hashlib.sha256(json.dumps(identity).encode()).hexdigest()
-
-
-def _write_json(path: str, values: dict[str, Any]) -> None:
-    """Writes JSON atomically; NaN becomes null."""
-    content = json.dumps(_as_json(values), indent=1, ensure_ascii=False, allow_nan=False)
-    write_atomically(path, content + "\n")
-
-
-def _as_json(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _as_json(item) for key, item in value.items()}
-    if isinstance(value, np.ndarray):
-        value = value.tolist()
-    if isinstance(value, list | tuple):
-        return [_as_json(item) for item in value]
-    return None if isinstance(value, float) and math.isnan(value) else value
-
-
-def _without_labels(metrics: dict[str, Any]) -> dict[str, Any]:
-    return {name: value for name, value in metrics.items() if name != "per_label"}
-
-
-def _by_label(columns: dict[str, np.ndarray], labels: tuple[str, ...]) -> dict[str, dict[str, Any]]:
-    return {
-        label: {name: column[index].item() for name, column in columns.items()}
-        for index, label in enumerate(labels)
-    }
-
-
-def _print_table(
-    config: EvaluateConfig,
-    metadata: Metadata,
-    metrics: dict[str, Any],
-    fitted: dict[str, Any],
-    trivial: dict[str, Any],
-) -> None:
-    columns = {
-        config.split: metrics,
-        f"{config.calibration_split} (fitted)": fitted,
-        f"{config.split}, label frequencies": trivial,
-    }
-    width = max(map(len, HEADLINES))
-    print(" " * width, *columns, sep="  ")
-    for name in HEADLINES:
-        cells = [
-            f"{values[name]:.4f}".rjust(len(title)) if name in values else " " * len(title)
-            for title, values in columns.items()
-        ]
-        print(name.ljust(width), *cells, sep="  ")
-    print(
-        f"{metrics['documents']} documents, {metrics['labels']} labels: "
-        f"{metrics['labels_without_positives']} without positives (left out of average precision),"
-        f" {metrics['labels_of_one_class']} of one class (left out of ROC-AUC), "
-        f"{metrics['labels_in_calibration_error']} in the calibration error"
-    )
-    never = np.flatnonzero(np.isnan(metrics["per_label"]["threshold"]))
-    if len(never):
-        print("Never predicted:", ", ".join(metadata.labels[index] for index in never))
 
 
 if __name__ == "__main__":

@@ -21,7 +21,7 @@ from trainer import storage
 from trainer.checkpoint import LoadedRun, load_best
 from trainer.config import ExportConfig, PackingConfig, absolute
 from trainer.errors import UserError
-from trainer.evaluate import CALIBRATION_FILE, EVALUATION_FOLDER, METRICS_FILE
+from trainer.evaluation_files import CALIBRATION_FILE, EVALUATION_FOLDER, METRICS_FILE
 from trainer.exported import HEAD_PREFIX, MULTIHOT_FILE
 from trainer.model import Model, pad_batch
 from trainer.packing import choose_packing

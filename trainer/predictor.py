@@ -1,5 +1,6 @@
 """The evaluation step: a model's logits of a split, on all replicas of a strategy."""
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -13,16 +14,48 @@ from trainer.records import Metadata
 MicroBatches = dict[str, tf.Tensor]
 
 
+# Cells of documents x labels that a block of predictions has room for (float32, 64 MiB), and its
+# documents: enough that work on blocks is fast, whatever the size of a micro-batch.
+_BLOCK_CELLS = 1 << 24
+_BLOCK_DOCUMENTS = 1 << 16
+
+
 @dataclass(frozen=True)
 class Predictions:
-    """What a model says of a split, in the order of its shards.
+    """What a model says of documents of a split.
 
-    `ids` are N texts; `logits` float32 [N, L]; `labels` bool [N, L].
+    Attributes:
+      ids: N texts.
+      indices: int64 [N], each document's place in the order of the shards.
+      logits: float32 [N, L].
+      labels: bool [N, L].
+      slices: str [N, C], values of the kept columns.
     """
 
     ids: list[str]
+    indices: np.ndarray
     logits: np.ndarray
     labels: np.ndarray
+    slices: np.ndarray
+
+    def chosen(self, places: np.ndarray) -> "Predictions":
+        """Some of the documents, by their places here (int64 or bool)."""
+        ids = np.array(self.ids, object)[places].tolist()
+        arrays = self.indices, self.logits, self.labels, self.slices
+        return Predictions(ids, *(array[places] for array in arrays))
+
+
+def concatenate(blocks: list[Predictions]) -> Predictions:
+    """The documents of at least one block, in the order of the shards."""
+    indices = np.concatenate([block.indices for block in blocks])
+    together = Predictions(
+        [name for block in blocks for name in block.ids],
+        indices,
+        np.concatenate([block.logits for block in blocks]),
+        np.concatenate([block.labels for block in blocks]),
+        np.concatenate([block.slices for block in blocks]),
+    )
+    return together.chosen(np.argsort(indices))
 
 
 class StoppedError(Exception):
@@ -104,23 +137,64 @@ class Predictor:
         return logits.numpy().reshape([strategy.num_replicas_in_sync, -1, logits.shape[-1]])
 
     def predict_split(self, data_dir: str, metadata: Metadata, split_name: str) -> Predictions:
-        """Scores every document of a split exactly once.
+        """Scores every document of a split exactly once, in the order of its shards.
+
+        Raises:
+          UserError: if the split is missing or damaged.
+          StoppedError: on all hosts, if one requested a stop.
+        """
+        return concatenate(list(self.predict_blocks(data_dir, metadata, split_name)))
+
+    def predict_blocks(
+        self, data_dir: str, metadata: Metadata, split_name: str
+    ) -> Iterator[Predictions]:
+        """Scores every document of a split exactly once, some documents at a time.
+
+        Blocks hold at most about 2^24 logits and 2^16 documents, in the order of the packing; the
+        memory taken does not grow with the split.
 
         Raises:
           UserError: if the split is missing or damaged.
           StoppedError: on all hosts, if one requested a stop.
         """
         stream = open_stream(data_dir, metadata, split_name, self._packing)
-        count, width = stream.num_documents, stream.num_labels
-        logits = np.full((count, width), np.nan, np.float32)
-        labels = np.zeros((count, width), bool)
-        ids = np.empty(count, object)
+        room = min(_BLOCK_DOCUMENTS, max(1, _BLOCK_CELLS // stream.num_labels))
         micro_batches = read_micro_batches(stream, seed=None)
         replicas = self._strategy.num_replicas_in_sync
+        held: list[Predictions] = []
+        num_held = 0
         for batches in stack_micro_batches(micro_batches, stream, replicas):
-            real = batches["document_index"].numpy() >= 0
-            index = batches["document_index"].numpy()[real]
-            logits[index] = self._stacked_logits(batches)[real]
-            labels[index] = batches["labels"].numpy()[real]
-            ids[index] = batches["document_id"].numpy()[real]
-        return Predictions([item.decode("utf-8", "replace") for item in ids], logits, labels)
+            held.append(self._predict_stack(batches, stream.num_labels))
+            num_held += len(held[-1].ids)
+            if num_held >= room:
+                yield concatenate(held)
+                held, num_held = [], 0
+        if held:
+            yield concatenate(held)
+
+    def _predict_stack(self, batches: MicroBatches, num_labels: int) -> Predictions:
+        """The real documents of one micro-batch for each of the replicas."""
+        real = batches["document_index"].numpy() >= 0
+        names, indices, slices = (
+            batches[key].numpy()[real]
+            for key in ("document_id", "document_index", "document_slices")
+        )
+        texts = [value.decode("utf-8", "replace") for value in slices.ravel()]
+        return Predictions(
+            [name.decode("utf-8", "replace") for name in names],
+            indices,
+            self._stacked_logits(batches)[real],
+            _multi_hot(batches, num_labels)[real],
+            np.array(texts, object).reshape(slices.shape),
+        )
+
+
+def _multi_hot(batches: MicroBatches, num_labels: int) -> np.ndarray:
+    """Labels bool [R, D, L] of stacked micro-batches, dense or as indices padded with -1."""
+    if "labels" in batches:
+        return batches["labels"].numpy().astype(bool)
+    indices = batches["label_ids"].numpy()
+    hot = np.zeros((*indices.shape[:-1], num_labels + 1), bool)
+    # Padding falls into a column too many, the last.
+    np.put_along_axis(hot, indices, True, axis=-1)
+    return hot[..., :-1]

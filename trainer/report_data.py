@@ -9,7 +9,8 @@ from typing import Any
 
 import numpy as np
 
-from trainer.metrics import CALIBRATION_BINS, rank_cuts
+from trainer.probability_metrics import equal_mass_starts
+from trainer.ranking import rank_cuts
 from trainer.scored import ScoredDocuments
 
 # Curves of more labels than this would not be looked at, and cost about 4 KB each.
@@ -47,37 +48,46 @@ def collect(
     Returns:
       `documents` that were looked at and `num_documents` of the split; `labels`; `curve_labels`,
       indices of the labels with curves, the most frequent first; `micro`, the curves of all labels
-      together, of `micro_documents`; `curves`, those of each curve label; `fitted`, lists [L] of
-      counts and of precision, recall and F1 on the fitted split; `cooccurrence`; `mistakes`.
+      together, of `micro_documents`; `curves`, those of each curve label, and beside them the
+      fitted split's precision and recall; `cooccurrence`; `mistakes`.
     """
     thresholds = np.asarray(thresholds, np.float64)
     assert reported.labels.shape[1] == len(thresholds) == len(labels)
     chosen = most_frequent(reported.labels, MAX_CURVE_LABELS)
-    step = max(1, -(-reported.labels.size // MAX_MICRO_SCORES))
-    every = (
-        reported.probabilities[::step],
-        reported.raw_probabilities[::step],
-        reported.labels[::step],
-    )
+
+    def curves(label: int | None) -> dict[str, Any]:
+        scores, _, positive = _scores(fitted, label)
+        of_fitted = {"fitted_precision_recall": precision_recall(scores, positive)}
+        return label_curves(*_scores(reported, label)) | of_fitted
+
     return {
         "documents": len(reported.ids),
         "num_documents": reported.num_documents,
         "labels": list(labels),
         "curve_labels": chosen.tolist(),
-        "micro_documents": len(every[0]),
-        "micro": label_curves(*(values.ravel() for values in every)),
-        "curves": [
-            label_curves(
-                reported.probabilities[:, index],
-                reported.raw_probabilities[:, index],
-                reported.labels[:, index],
-            )
-            for index in chosen
-        ],
-        "fitted": _decisions(fitted, thresholds),
+        "micro_documents": len(reported.ids[:: _micro_step(reported)]),
+        "micro": curves(None),
+        "curves": [curves(label) for label in chosen],
         "cooccurrence": cooccurrence(reported, thresholds),
         "mistakes": confident_mistakes(reported, thresholds),
     }
+
+
+def _micro_step(scored: ScoredDocuments) -> int:
+    """Every how many documents are taken where all labels are ranked together."""
+    return max(1, -(-scored.labels.size // MAX_MICRO_SCORES))
+
+
+def _scores(
+    scored: ScoredDocuments, label: int | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Calibrated scores, raw ones and classes of a label, or None: of all labels as one."""
+    chosen = (slice(None), label) if label is not None else slice(None, None, _micro_step(scored))
+    return (
+        scored.probabilities[chosen].ravel(),
+        scored.raw_probabilities[chosen].ravel(),
+        scored.labels[chosen].ravel(),
+    )
 
 
 def most_frequent(labels: np.ndarray, most: int) -> np.ndarray:
@@ -144,8 +154,7 @@ def reliability(probabilities: np.ndarray, positive: np.ndarray) -> dict[str, li
         return {name: [] for name in ("documents", "probability", "share", "low", "high")}
     order = np.argsort(probabilities)
     ranked = probabilities[order].astype(np.float64)
-    edges = np.arange(1, CALIBRATION_BINS) * len(ranked) // CALIBRATION_BINS
-    starts = np.unique(np.append(0, np.searchsorted(ranked, ranked[edges], side="left")))
+    starts = equal_mass_starts(ranked)
     documents = np.diff(np.append(starts, len(ranked)))
     share = np.add.reduceat(positive[order].astype(np.float64), starts) / documents
     squared = _DEVIATIONS**2
@@ -231,23 +240,6 @@ def _describe(
         "threshold": None if np.isnan(threshold) else threshold,
         "true": np.flatnonzero(scored.labels[document])[:MAX_NAMED_LABELS].tolist(),
         "predicted": by_score[:MAX_NAMED_LABELS].tolist(),
-    }
-
-
-def _decisions(scored: ScoredDocuments, thresholds: np.ndarray) -> dict[str, list[float]]:
-    """Counts and precision, recall and F1 of each label at its threshold; 0 for 0/0."""
-    num_labels = len(thresholds)
-    right, predicted, support = np.zeros((3, num_labels), np.int64)
-    for index, threshold in enumerate(thresholds):
-        is_predicted = scored.probabilities[:, index] >= threshold
-        positive = scored.labels[:, index]
-        right[index] = np.count_nonzero(is_predicted & positive)
-        predicted[index], support[index] = np.count_nonzero(is_predicted), positive.sum()
-    return {
-        "support": support.tolist(),
-        "precision": _rounded(right / np.maximum(predicted, 1)),
-        "recall": _rounded(right / np.maximum(support, 1)),
-        "f1": _rounded(2 * right / np.maximum(predicted + support, 1)),
     }
 
 

@@ -1,6 +1,6 @@
 """Documents with what a calibrated model says of them: what evaluation hands to the report."""
 
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 import numpy as np
 
@@ -18,6 +18,7 @@ class ScoredDocuments:
       raw_probabilities: float32 [N, L], the plain sigmoid of the logits, before calibration.
       labels: bool [N, L].
       num_documents: documents of the whole split; N unless this is a sample.
+      slices: str [N, C], values of the kept columns.
     """
 
     ids: list[str]
@@ -26,6 +27,7 @@ class ScoredDocuments:
     raw_probabilities: np.ndarray
     labels: np.ndarray
     num_documents: int
+    slices: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), object))
 
     @property
     def is_sample(self) -> bool:

@@ -8,8 +8,16 @@ from dataclasses import dataclass
 import numpy as np
 import tensorflow as tf
 
+from trainer.calibration import exact_correction
 from trainer.config import TrainConfig
-from trainer.metrics import compute_metrics, warn_if_constant
+from trainer.measurement import (
+    EXACT_MEMORY,
+    ExactMeasurement,
+    Measurement,
+    StreamedMeasurement,
+    fits_exactly,
+)
+from trainer.metrics import warn_if_constant
 from trainer.predictor import Predictor
 from trainer.records import Metadata
 from trainer.run_record import RunRecord
@@ -80,10 +88,7 @@ class Evaluation:
         self._metadata = metadata
         self._optimizer = step.optimizer
         self._loss = step.loss
-        # What positive weights add to the logits, where it is known exactly.
-        self._shift = (
-            np.log(np.asarray(record.pos_weights, np.float32)) if record.exact_correction else 0.0
-        )
+        self._correction = exact_correction(record.pos_weights, record.exact_correction)
         self._predictor = Predictor(
             step.model, record.packing, strategy, stop_requested=step.stop_requested
         )
@@ -107,16 +112,25 @@ class Evaluation:
         Raises:
           StoppedError: if a host requested a stop meanwhile.
         """
-        config = self._config
+        config, num_labels = self._config, len(self._metadata.labels)
+        thresholds = np.full(num_labels, _THRESHOLD)
+        num_documents = self._metadata.split(config.eval_split).documents
+        measurement: Measurement = ExactMeasurement(self._correction, thresholds)
+        if not fits_exactly(num_documents, num_labels, EXACT_MEMORY):
+            measurement = StreamedMeasurement(
+                num_documents, -self._correction.shift, self._correction, thresholds
+            )
+        loss, count = 0.0, 0.0
         with self.averaged_weights():
-            predictions = self._predictor.predict_split(
+            blocks = self._predictor.predict_blocks(
                 config.data_dir, self._metadata, config.eval_split
             )
-        logits, labels = predictions.logits, predictions.labels
-        loss, count = self._loss(tf.constant(logits), tf.constant(labels), tf.ones(len(logits)))
-        probabilities = tf.sigmoid(logits - self._shift).numpy()
-        warn_if_constant(probabilities)
-        thresholds = np.full(len(self._metadata.labels), _THRESHOLD)
-        metrics = compute_metrics(probabilities, labels, thresholds)
-        shown = {name: float(metrics[name]) for name in _SHOWN_METRICS}
-        return {"loss": float(loss / count)} | shown
+            for block in blocks:
+                part = self._loss(
+                    tf.constant(block.logits), tf.constant(block.labels), tf.ones(len(block.ids))
+                )
+                loss, count = loss + float(part[0]), count + float(part[1])
+                measurement.add(block)
+        measured = measurement.result()
+        warn_if_constant(np.std(measured.documents.logits, axis=0), num_documents)
+        return {"loss": loss / count} | {name: measured.metrics[name] for name in _SHOWN_METRICS}
