@@ -1,6 +1,7 @@
 """Data checks: every number exact, examples that are what they claim, warnings that say it."""
 
 import json
+import shutil
 
 import numpy as np
 import pytest
@@ -27,7 +28,7 @@ def tokenizer_dir(tmp_path_factory) -> str:
 
 @pytest.fixture(scope="module")
 def folder(tokenizer_dir, tmp_path_factory) -> str:
-    """600 rows in three splits of three shards, two workers, many segments' worth of seeds."""
+    """600 rows in three splits of three shards."""
     root = tmp_path_factory.mktemp("checks")
     rows = [{"id": f"r{i}", "text": text, "labels": "ab"[i % 2]} for i, text in enumerate(TEXTS)]
     flags = {"tokenizer": tokenizer_dir, "num_shards": 3, "seed": 5, "num_workers": 2}
@@ -73,8 +74,6 @@ def test_every_document_is_found_by_its_rank(folder):
 
 
 def test_texts_of_earlier_splits_are_found_in_a_later_one(folder, tmp_path, capsys):
-    import shutil
-
     data_dir = str(tmp_path / "data")
     shutil.copytree(folder, data_dir)
     texts = {name: [row[0] for row in read_split(data_dir, name)] for name in SPLITS}
@@ -115,8 +114,6 @@ def test_texts_of_earlier_splits_are_found_in_a_later_one(folder, tmp_path, caps
 
 @pytest.mark.parametrize("damage", ["missing", "another"])
 def test_a_text_index_that_does_not_match_is_told(folder, tmp_path, damage):
-    import shutil
-
     data_dir = tmp_path / "data"
     shutil.copytree(folder, data_dir)
     index = data_dir / "validation.texts"
@@ -151,7 +148,7 @@ def test_labels_that_say_little(tokenizer_dir, tmp_path, capsys):
     assert found["repeated_documents"] == 0
     out = capsys.readouterr().out
     assert "warning: all: labels on over 99% of the documents: 1 (common)\n" in out
-    assert "warning: all: labels on under 0.1% and 10 documents: 1 (rare)\n" in out
+    assert "warning: all: labels on fewer than 10 documents, under 0.1%: 1 (rare)\n" in out
 
 
 def test_shares_of_lost_and_unknown_tokens(tmp_path, capsys):

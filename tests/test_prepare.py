@@ -111,7 +111,7 @@ def test_long_documents_become_windows(sample, prepared, tmp_path):
     counts = np.bincount([len(windows) for windows in expected]).tolist()
     assert split.window_histogram == tuple(counts) and min(counts[1:]) > 100
     assert split.truncated == sum(lost) > 100
-    assert split.max_labels_per_document == max(len(row[2]) for row in documents) == 8
+    assert split.max_labels_per_document == max(len(row[2]) for row in documents) > 4
     # Rows that come later are cut in the same way, and in no other.
     with pytest.raises(UserError, match="--window_stride=20: .* was prepared with 40"):
         prepare.run(config(sample, data_dir, **(windows | {"window_stride": 20}), split="later"))

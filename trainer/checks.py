@@ -180,10 +180,7 @@ def _warn_of_split(name: str, metadata: Metadata, checks: Mapping[str, Any]) -> 
     for case, words in (
         ("labels_without_positives", "labels without positives, which stay all the same"),
         ("nearly_always_labels", f"labels on over {NEARLY_ALWAYS:.0%} of the documents"),
-        (
-            "rare_labels",
-            f"labels on under {RARE_SHARE:.1%} of the documents and under {RARE_COUNT}",
-        ),
+        ("rare_labels", f"labels on fewer than {RARE_COUNT} documents, under {RARE_SHARE:.1%}"),
     ):
         if checks[case]["count"]:
             count, labels = checks[case]["count"], checks[case]["labels"]
