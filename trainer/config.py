@@ -246,6 +246,7 @@ class ModelConfig:
     attention_dropout: float = 0.1
     initializer_range: float = 0.02
     head: str = "cls"
+    window_pooling: str = "max"
 
     def __post_init__(self) -> None:
         for name in (
@@ -402,6 +403,7 @@ class LossConfig:
 
 
 HEADS = ("cls", "mean", "label_attention")
+WINDOW_POOLINGS = ("max", "mean", "attention")
 STRATEGIES = ("auto", "tpu", "mirrored", "multi_worker", "one_device", "cpu")
 
 
@@ -427,6 +429,13 @@ class TrainConfig:
         "What stands for a document: BERT's pooler over [CLS], the mean of "
         "its tokens, or one attention a label.",
         choices=HEADS,
+    )
+    window_pooling: str = option(
+        "max",
+        "How the vectors of a document's windows become one: their maximum, their mean, or their "
+        "mean weighted by a learned attention. --head=label_attention sees all windows at once and "
+        "needs none; for documents of one window it changes nothing.",
+        choices=WINDOW_POOLINGS,
     )
     strategy: str = option(
         "auto",

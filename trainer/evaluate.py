@@ -47,7 +47,7 @@ from trainer.measurement import (
     fits_exactly,
 )
 from trainer.metrics import CONVENTIONS, compute_metrics, warn_if_constant
-from trainer.packing import choose_packing
+from trainer.packing import add_histograms, choose_packing, least_tokens
 from trainer.predictor import Predictions, Predictor, concatenate
 from trainer.records import Metadata, load_metadata, naming_damaged_shards
 from trainer.report_data import collect
@@ -79,11 +79,11 @@ class Splits:
         self.metadata = metadata
         splits = [metadata.split(name) for name in (config.calibration_split, config.split)]
         # Rows to hold the documents of these splits, which may be longer than those of training.
-        lengths = np.sum([split.length_histogram for split in splits], axis=0)
-        windows = np.sum([split.window_histogram for split in splits], axis=0)
-        longest = (len(lengths) - 1) * max(1, len(windows) - 1)
-        num_tokens = max(best.packing.num_tokens, longest + 8)
-        packing = choose_packing(lengths.tolist(), num_tokens, window_histogram=windows.tolist())
+        lengths = add_histograms([split.length_histogram for split in splits])
+        windows = add_histograms([split.window_histogram for split in splits])
+        least = least_tokens(len(lengths) - 1, len(windows) - 1)
+        num_tokens = max(best.packing.num_tokens, least)
+        packing = choose_packing(lengths, num_tokens, window_histogram=windows)
         self._predictor = Predictor(best.model, packing)
 
     def num_documents(self, name: str) -> int:

@@ -7,6 +7,7 @@ A window goes to the row with the least room that still holds it; so short windo
 long rows, and a short document pays for the attention of a short row.
 """
 
+import itertools
 import math
 from collections.abc import Sequence
 
@@ -143,6 +144,17 @@ def empty_micro_batch(packing: PackingConfig) -> dict[str, tf.Tensor]:
     }
 
 
+def add_histograms(histograms: Sequence[Sequence[int]]) -> list[int]:
+    """The sum of histograms of any lengths, without zeros at its end."""
+    total = [sum(column) for column in itertools.zip_longest(*histograms, fillvalue=0)]
+    return np.trim_zeros(total, "b")
+
+
+def least_tokens(longest: int, most_windows: int) -> int:
+    """Tokens of the smallest micro-batch that holds so many windows of the longest length."""
+    return most_windows * _row_lengths(longest)[0]
+
+
 def choose_packing(
     length_histogram: Sequence[int],
     num_tokens: int,
@@ -219,20 +231,20 @@ def _choose_row_groups(
     lengths = np.arange(len(counts))
     mean_length = float((counts * lengths).sum() / counts.sum())
     row_lengths = _row_lengths(longest)
-    if num_tokens < most_windows * row_lengths[0]:
+    least = least_tokens(longest, most_windows)
+    if num_tokens < least:
         windows = f"the {most_windows} windows" if most_windows > 1 else "the tokens"
         remedy = " or --max_windows" if most_windows > 1 else ""
         raise UserError(
-            f"--tokens_per_replica={num_tokens}: expected at least {most_windows * row_lengths[0]},"
-            f" {windows} of the longest document; raise it, or prepare with a smaller "
-            f"--max_seq_length{remedy}"
+            f"--tokens_per_replica={num_tokens}: expected at least {least}, {windows} of the "
+            f"longest document; raise it, or prepare with a smaller --max_seq_length{remedy}"
         )
     left, groups = num_tokens, []
     for length, shorter in zip(row_lengths, row_lengths[1:], strict=False):
         windows_of = counts[(lengths > shorter) & (lengths <= length)].sum() / counts.sum()
         needed = math.ceil(_LONG_ROW_MARGIN * windows_of * num_tokens / mean_length)
-        least = most_windows if length == row_lengths[0] else 0
-        rows = min(max(needed, least), left // length)
+        is_longest = length == row_lengths[0]
+        rows = min(max(needed, most_windows * is_longest), left // length)
         if rows:
             groups.append((rows, length))
             left -= rows * length

@@ -1,5 +1,6 @@
 """What a run starts from: its data's tokenizer, its model, its record, its step."""
 
+import dataclasses
 import hashlib
 import json
 import logging
@@ -64,11 +65,13 @@ def choose_model(
             hidden_dropout=config.hidden_dropout,
             attention_dropout=config.attention_dropout,
             head=config.head,
+            window_pooling=config.window_pooling,
         ), {}
     rates = config.hidden_dropout, config.attention_dropout
     with storage.local_copy(config.init_checkpoint) as local:
         folder = resolve_checkpoint(local)
         sizes = model_config(folder, len(metadata.labels), config.head, *rates)
+        sizes = dataclasses.replace(sizes, window_pooling=config.window_pooling)
         values = load_pretrained(folder, sizes)
     for name, found, needed in (
         ("vocab_size", sizes.vocab_size, metadata.vocab_size),

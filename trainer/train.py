@@ -23,7 +23,7 @@ from trainer.input_pipeline import (
 from trainer.interruption import Interruption
 from trainer.journal import Journal
 from trainer.milestones import Milestones
-from trainer.packing import choose_packing
+from trainer.packing import add_histograms, choose_packing
 from trainer.predictor import StoppedError
 from trainer.records import load_metadata, naming_damaged_shards
 from trainer.selection import Evaluation, Selection
@@ -81,9 +81,11 @@ def run(config: TrainConfig, interruption: Interruption | None = None) -> None:
     check_tokenizer(config.data_dir, metadata)
     split = metadata.split("train")
     groups = parse_row_groups(config.row_groups) if config.row_groups else None
+    windows = [split.window_histogram, metadata.split(config.eval_split).window_histogram]
     packing = choose_packing(
-        split.length_histogram, config.tokens_per_replica, groups, metadata.max_seq_length
-    )
+        split.length_histogram, config.tokens_per_replica, groups, metadata.max_seq_length,
+        split.window_histogram, len(add_histograms(windows)) - 1,
+    )  # fmt: skip
     stream = open_stream(config.data_dir, metadata, "train", packing)
     # Opened only to find a damaged split now and not after an epoch.
     open_stream(config.data_dir, metadata, config.eval_split, packing)
