@@ -8,6 +8,7 @@ import tensorflow as tf
 
 from trainer.config import PackingConfig
 from trainer.input_pipeline import open_stream, read_micro_batches, stack_micro_batches
+from trainer.label_transfer import dense_labels
 from trainer.model import INPUTS, Model
 from trainer.records import Metadata
 
@@ -184,17 +185,6 @@ class Predictor:
             [name.decode("utf-8", "replace") for name in names],
             indices,
             self._stacked_logits(batches)[real],
-            _multi_hot(batches, num_labels)[real],
+            dense_labels(batches, num_labels).numpy()[real].astype(bool),
             np.array(texts, object).reshape(slices.shape),
         )
-
-
-def _multi_hot(batches: MicroBatches, num_labels: int) -> np.ndarray:
-    """Labels bool [R, D, L] of stacked micro-batches, dense or as indices padded with -1."""
-    if "labels" in batches:
-        return batches["labels"].numpy().astype(bool)
-    indices = batches["label_ids"].numpy()
-    hot = np.zeros((*indices.shape[:-1], num_labels + 1), bool)
-    # Padding falls into a column too many, the last.
-    np.put_along_axis(hot, indices, True, axis=-1)
-    return hot[..., :-1]
