@@ -67,7 +67,7 @@ def test_help_of_a_command_shows_flags_with_unit_and_default(capsys):
     cli.main(["prepare", "--help"])
     shown = capsys.readouterr().out
     assert "--max_seq_length=INTEGER" in shown
-    assert "Longest document in tokens" in shown and "[default: 512]" in shown
+    assert "Longest window in tokens" in shown and "[default: 512]" in shown
     assert "--input=LIST" in shown and "Required." in shown
 
 

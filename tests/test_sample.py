@@ -73,6 +73,13 @@ def test_labels_come_from_the_code_around_a_docstring(tmp_path):
     first = ast.parse(MODULE).body[0]
     assert documents[0]["text"] == ast.get_docstring(first)
     assert documents[0]["id"] == "p/module.py:3:_Base"
+    # To slice by.
+    assert {document["package"] for document in documents} == {"p"}
+    kinds = {document["id"].split(":")[-1]: document["kind"] for document in documents}
+    assert kinds.items() >= {
+        ("_Base", "class"), ("_Base.run", "method"), ("_Base.make.inner", "function"),
+    }  # fmt: skip
+    assert all(kinds[name] in labels for name, labels in EXPECTED.items())
 
 
 def test_a_file_that_is_no_python_is_passed_over(tmp_path):

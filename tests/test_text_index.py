@@ -5,8 +5,9 @@ from collections import Counter, defaultdict
 import numpy as np
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from preparing import config, write_rows
 
-from trainer import text_index
+from trainer import ledger, prepare, text_index
 from trainer.text_index import ENTRY, find_repeats
 
 SPLITS = ("train", "test")
@@ -62,3 +63,23 @@ def test_repeats_are_those_that_counting_finds(tmp_path_factory, splits, entries
     assert len(across.examples) == min(len(common), 5)
     for first, second in across.examples:
         assert splits[0][first][0] == splits[1][second][0]
+
+
+def test_the_index_does_not_depend_on_buckets_and_seeds_of_shards(tmp_path, monkeypatch):
+    texts = [f"text {i % 170}" for i in range(400)]
+    path = write_rows(tmp_path / "rows.jsonl", [{"text": t, "labels": "a"} for t in texts])
+    contents = []
+    for rows_per_bucket, num_shards in ((1 << 17, 1), (30, 4)):
+        monkeypatch.setattr(ledger, "ROWS_PER_BUCKET", rows_per_bucket)
+        data_dir = tmp_path / f"data-{rows_per_bucket}"
+        prepare.run(config(path, data_dir, split="all", vocab_size=200, num_shards=num_shards))
+        contents.append((data_dir / "all.texts").read_bytes())
+    assert contents[0] == contents[1]
+    entries = np.frombuffer(contents[0], ENTRY)
+    assert sorted(entries["rank"].tolist()) == list(range(400))
+    assert len(np.unique(entries["text"])) == 170 and len(np.unique(entries["labels"])) == 1
+    in_order = np.lexsort((entries["rank"], entries["text"]))
+    np.testing.assert_array_equal(in_order, np.arange(400))
+    # Rows of equal text, by their ranks.
+    for rows in np.split(entries["rank"], np.flatnonzero(np.diff(entries["text"])) + 1):
+        assert len({texts[row] for row in rows.tolist()}) == 1
