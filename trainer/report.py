@@ -16,20 +16,20 @@ from trainer import storage
 from trainer.atomic import write_atomically
 from trainer.baselines import measure_baseline
 from trainer.checkpoint import load_best
-from trainer.config import ReportConfig
+from trainer.config import EvaluateConfig, ReportConfig
 from trainer.documents import leading_places, read_documents
 from trainer.errors import UserError
-from trainer.evaluate import EVALUATION_FOLDER, METRICS_FILE, TRAIN_SPLIT, split_fingerprint
+from trainer.evaluate import TRAIN_SPLIT, split_fingerprint
+from trainer.evaluation_files import CURVES_FILE, EVALUATION_FOLDER, METRICS_FILE
 from trainer.records import METADATA_FILE, TOKENIZER_FOLDER, Metadata, load_metadata
-from trainer.report_page import Material, render
+from trainer.report_page import MAX_CHARACTERS, Material, render
 from trainer.run_record import load_record
+from trainer.thresholds import Target
 from trainer.tokenizer import load_tokenizer
 
 REPORT_FILE = "report.html"
-CURVES_FILE = "curves.json"
 BASELINE_FILE = "baseline.json"
 HISTORY_FILE = "metrics.jsonl"
-MAX_CHARACTERS = 600
 # Scores of the baseline that are held at a time (float32, 160 MB).
 MAX_BASELINE_SCORES = 40_000_000
 # Tokens are at least this few characters in nearly every document, so that so many times the
@@ -132,6 +132,8 @@ def _find_baseline(
         "calibration_split": metrics["calibration_split"],
         "split": metrics["split"],
         "min_support": metrics["min_support"],
+        "threshold_for": metrics["threshold_for"],
+        "threshold_scope": metrics["threshold_scope"],
         "baseline_documents": config.baseline_documents,
     }
     path = os.path.join(folder, BASELINE_FILE)
@@ -144,7 +146,13 @@ def _find_baseline(
         read_documents(data_dir, metadata, name, leading_places(metadata.split(name), most))
         for name in names
     ]
-    baseline = {"settings": settings} | measure_baseline(*documents, metrics["min_support"])
+    asked = EvaluateConfig(config.model_dir, data_dir, threshold_for=metrics["threshold_for"])
+    baseline = {"settings": settings} | measure_baseline(
+        *documents,
+        min_support=metrics["min_support"],
+        target=Target(*asked.threshold_target()),
+        is_global=metrics["threshold_scope"] == "global",
+    )
     write_atomically(path, json.dumps(_without_nan(baseline), indent=1) + "\n")
     return baseline
 

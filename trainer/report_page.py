@@ -21,30 +21,37 @@ from trainer.records import Metadata
 from trainer.report_data import HISTOGRAM_EDGES
 from trainer.report_plots import BLUE, GREY, ORANGE, Plot, draw_headline, draw_label_curves
 from trainer.report_sections import (
-    TRAIN_SPLIT,
     cooccurrence_plots,
     data_plots,
     describe_checks,
     describe_slices,
     describe_splits,
-    fit_plots,
+    frequency_plot,
     history_plots,
     label_table,
     list_settings,
+    overfitting_plot,
 )
 from trainer.run_record import RunRecord
 
 HEADLINES = {
     "mean_average_precision": "Mean average precision",
-    "micro_average_precision": "Micro average precision",
     "micro_f1": "Micro-F1",
     "macro_f1": "Macro-F1",
     "macro_roc_auc": "Macro ROC-AUC",
     "expected_calibration_error": "Calibration error",
 }
+# The metrics that thresholds decide.
+BY_THRESHOLD = ("subset_accuracy", "hamming_loss") + tuple(
+    f"{mean}_{name}"
+    for mean in ("micro", "macro", "weighted", "samples")
+    for name in ("f1", "precision", "recall")
+)
 LOWER_IS_BETTER = ("expected_calibration_error",)
-MODEL, TFIDF, TRIVIAL = "this model", "TF-IDF", "label frequencies"
+MODEL, TFIDF, TRIVIAL = "this model", "TF-IDF", "frequencies"
 SHOWN_MISTAKES = 5
+# Of a mistake's text.
+MAX_CHARACTERS = 600
 
 
 @dataclass(frozen=True)
@@ -106,6 +113,7 @@ def render(material: Material) -> str:
         table=label_table(material.metrics, material.curves, material.metadata),
         mistakes=_mistakes(material),
         shown_mistakes=SHOWN_MISTAKES,
+        most_characters=MAX_CHARACTERS,
         splits=describe_splits(material.metadata),
         checks=describe_checks(material.metadata),
         slices=describe_slices(material.metrics),
@@ -125,7 +133,10 @@ def number(value: float | None, digits: int = 3) -> str:
 
 def signed(value: float | None) -> str:
     """A difference with its sign."""
-    return "–" if value is None or math.isnan(value) else f"{value:+.3f}".replace("-", "−")
+    if value is None or math.isnan(value):
+        return "–"
+    shown = f"{value:+.3f}".replace("-", "−")
+    return shown[1:] if float(shown[1:]) == 0 else shown
 
 
 def count(value: int | None) -> str:
@@ -135,7 +146,9 @@ def count(value: int | None) -> str:
 
 def percent(value: float | None) -> str:
     """A share as a percentage of three significant digits at most."""
-    return "–" if value is None or math.isnan(value) else f"{100 * value:.3g} %"
+    if value is None or math.isnan(value):
+        return "–"
+    return "< 0.01 %" if 0 < value < 1e-4 else f"{100 * value:.3g} %"
 
 
 def _policy(*scripts: str) -> str:
@@ -174,34 +187,34 @@ def _headlines(material: Material) -> list[dict[str, Any]]:
     return rows
 
 
-def _comparison(metrics: dict[str, Any]) -> list[dict[str, Any]]:
-    """Every metric of both splits; those that thresholds decide on come first."""
+def _comparison(metrics: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
+    """Every metric of both splits: those that thresholds decide, and the others."""
     fitted = metrics["on_calibration_split"]
-    rows = [
-        {
-            "title": HEADLINES.get(name, name.replace("_", " ")),
-            "fitted": fitted[name],
-            "reported": value,
-            "by_threshold": any(part in name for part in ("f1", "precision", "recall", "accuracy"))
-            and "average_precision" not in name
-            and "_at_" not in name,
-        }
-        for name, value in metrics.items()
-        if isinstance(value, float) and isinstance(fitted.get(name), float)
-    ]
-    return sorted(rows, key=lambda row: not row["by_threshold"])
+    rows: dict[str, list[dict[str, Any]]] = {"decided": [], "others": []}
+    for name, value in metrics.items():
+        if isinstance(value, float) and isinstance(fitted.get(name), float):
+            group = rows["decided" if name in BY_THRESHOLD else "others"]
+            title = HEADLINES.get(name) or _as_title(name)
+            group.append({"title": title, "fitted": fitted[name], "reported": value})
+    return rows
+
+
+def _as_title(name: str) -> str:
+    words = name.replace("_", " ").replace("f1", "F1").replace("roc auc", "ROC-AUC")
+    return words.replace("ndcg", "nDCG") if "ndcg" in words else words[:1].upper() + words[1:]
 
 
 def _draw(material: Material) -> dict[str, tuple[Plot, ...]]:
     metrics, curves, metadata = material.metrics, material.curves, material.metadata
     headlines = _headlines(material)
     intervals = {row["title"]: row["interval"] for row in headlines if row["interval"]}
-    rows = [(row["title"], row["values"]) for row in headlines]
+    rows = [(row["title"], row["values"]) for row in headlines if not row["lower_is_better"]]
     return {
         "headline": (draw_headline(rows, intervals, _systems(material)),),
         "history": history_plots(material.history),
-        "labels": fit_plots(metrics, curves, metadata),
-        "curves": draw_label_curves(),
+        "fit": (overfitting_plot(metrics, curves),),
+        "labels": (frequency_plot(metrics, curves, metadata),),
+        "curves": draw_label_curves(metrics["split"], metrics["calibration_split"]),
         "cooccurrence": cooccurrence_plots(curves),
         "data": data_plots(metadata),
     }
@@ -265,6 +278,3 @@ def _fingerprints(material: Material) -> list[tuple[str, str]]:
     pairs = [("checkpoint", found["checkpoint"]), ("tokenizer", found["tokenizer"])]
     pairs.append(("training data", material.record.data_fingerprint))
     return pairs + [(f"split {name}", value) for name, value in found["splits"].items()]
-
-
-__all__ = ["Material", "TRAIN_SPLIT", "render"]

@@ -20,6 +20,7 @@ from bokeh.models import (
     LinearColorMapper,
     NumeralTickFormatter,
     PlainText,
+    PrintfTickFormatter,
     Range1d,
 )
 from bokeh.palettes import Blues256
@@ -129,7 +130,10 @@ def draw_lines(
         if len(xs) <= 40:
             drawn.scatter(xs, ys, size=6, color=color)
         keys.append((color, words))
-    drawn.yaxis.formatter.use_scientific = name == "learning_rate"
+    if name == "learning_rate":
+        drawn.yaxis.formatter = PrintfTickFormatter(format="%.1e")
+    elif name == "speed":
+        drawn.yaxis.formatter, drawn.y_range.start = NumeralTickFormatter(format="0,0"), 0
     return make_plot(drawn, title, caption, keys if len(keys) > 1 else ())
 
 
@@ -181,12 +185,18 @@ def draw_shares(
     return make_plot(drawn, title, caption, keys)
 
 
-def draw_label_curves() -> tuple[Plot, ...]:
-    """Precision-recall, reliability and histogram, empty: the page fills in the chosen label."""
+def draw_label_curves(reported: str, fitted_on: str) -> tuple[Plot, ...]:
+    """Precision-recall, reliability and histogram, empty: the page fills in the chosen label.
+
+    Args:
+      reported, fitted_on: names of the splits.
+    """
     recall = start_figure("precision_recall", "recall", "precision", 300)
     recall.x_range, recall.y_range = Range1d(-0.02, 1.02), Range1d(-0.03, 1.03)
     share = _source("prevalence_source", "x", "y")
     recall.line("x", "y", source=share, line_color=GREY, line_dash="dashed")
+    fitted = _source("fitted_precision_recall_source", "recall", "precision", "score")
+    recall.step("recall", "precision", source=fitted, mode="before", line_color=GREEN)
     curve = _source("precision_recall_source", "recall", "precision", "score")
     recall.step("recall", "precision", source=curve, mode="before", line_color=BLUE, line_width=2)
     dots = recall.scatter("recall", "precision", source=curve, size=4, color=BLUE)
@@ -200,7 +210,8 @@ def draw_label_curves() -> tuple[Plot, ...]:
     return (
         make_plot(
             recall, "Precision and recall", "",
-            ((BLUE, "all cuts"), (ORANGE, "at the threshold"), (GREY, "share of positives")),
+            ((BLUE, reported), (ORANGE, "at the threshold"), (GREEN, f"{fitted_on} (fitted)"),
+             (GREY, "share of positives")),
         ),
         _draw_reliability(),
         _draw_histogram(),

@@ -30,6 +30,7 @@ EVALUATED = {
 LABEL_COLUMNS = (
     ("support", "positives", "count"),
     ("f1", "F1", "number"),
+    ("f1_on_calibration_split", "F1 on {fitted}", "number"),
     ("precision", "precision", "number"),
     ("recall", "recall", "number"),
     ("threshold", "threshold", "number"),
@@ -38,6 +39,29 @@ LABEL_COLUMNS = (
     ("expected_calibration_error", "calib. error", "number"),
     ("expected_calibration_error_before", "before", "number"),
 )
+
+
+# Columns of the tables of slices and of checks: key, title, how it is shown.
+SLICE_COLUMNS = (
+    ("documents", "documents", "count"),
+    ("labels_present", "labels present", "count"),
+    ("micro_f1", "micro-F1", "number"),
+    ("macro_f1", "macro-F1", "number"),
+    ("mean_average_precision", "mean AP", "number"),
+    ("expected_calibration_error", "calib. error", "number"),
+)
+CHECK_COLUMNS = (
+    ("repeated_documents", "documents that repeat another", "count"),
+    ("conflicting_texts", "texts with different labels", "count"),
+    ("truncated_share", "truncated", "percent"),
+    ("unknown_token_share", "unknown tokens", "percent"),
+    ("other_script_share", "other scripts", "percent"),
+)
+LABEL_CASES = {
+    "labels_without_positives": "labels without positives",
+    "nearly_always_labels": "labels on nearly every document",
+    "rare_labels": "labels on very few documents",
+}
 
 
 def history_plots(history: Sequence[dict[str, Any]]) -> tuple[Plot, ...]:
@@ -79,47 +103,60 @@ def _thin(xs: Sequence[float], ys: Sequence[float | None]) -> tuple[list[float],
     return [float(f"{x:.5g}") for x, _ in means], [float(f"{y:.5g}") for _, y in means]
 
 
-def fit_plots(
+def frequency_plot(
     metrics: dict[str, Any], curves: dict[str, Any], metadata: Metadata | None
-) -> tuple[Plot, ...]:
-    """F1 against the labels' frequency, and F1 on the split that thresholds were fitted to."""
-    labels, per_label = curves["labels"], metrics["per_label"]
-    f1 = np.array([per_label[label]["f1"] for label in labels], float)
-    support = [per_label[label]["support"] for label in labels]
+) -> Plot:
+    """F1 against the labels' frequency, in training where that is known."""
+    per_label = metrics["per_label"]
+    support = [per_label[label]["support"] for label in curves["labels"]]
     where, counts, documents = metrics["split"], support, metrics["documents"]
     if metadata is not None and TRAIN_SPLIT in metadata.splits:
         split = metadata.splits[TRAIN_SPLIT]
         where, counts, documents = TRAIN_SPLIT, list(split.label_counts), split.documents
-    counted = [index for index, value in enumerate(counts) if value > 0]
-    absent = len(labels) - len(counted)
-    note = f" {absent} labels without documents there are left out." if absent else ""
+    known = [index for index, value in enumerate(counts) if value > 0]
+    absent = len(counts) - len(known)
+    note = f" {absent:,} labels without documents there are left out." if absent else ""
+    return draw_points(
+        "f1_frequency",
+        "F1 against label frequency",
+        f"Each point is a label; frequency in {where}.{note}",
+        (f"share of {where} documents", f"F1 on {metrics['split']}"),
+        _points(metrics, curves, known, [counts[index] / max(documents, 1) for index in known]),
+        has_log_x=True,
+    )
 
-    def columns(chosen: Sequence[int], xs: Sequence[float]) -> dict[str, Sequence[Any]]:
-        return {
-            "label": [labels[index] for index in chosen],
-            "x": list(xs),
-            "y": f1[list(chosen)].tolist(),
-            "support": [support[index] for index in chosen],
-        }
 
-    shares = [counts[index] / max(documents, 1) for index in counted]
-    fitted = [index for index in range(len(labels)) if support[index] > 0]
-    return (
-        draw_points(
-            "f1_frequency", "F1 against label frequency",
-            f"Each point is a label; frequency in {where}.{note}",
-            (f"share of {where} documents", f"F1 on {metrics['split']}"),
-            columns(counted, shares), has_log_x=True,
+def overfitting_plot(metrics: dict[str, Any], curves: dict[str, Any]) -> Plot:
+    """F1 on the split that thresholds were fitted to, and on the reported one."""
+    per_label = metrics["per_label"]
+    chosen = [i for i, label in enumerate(curves["labels"]) if per_label[label]["support"] > 0]
+    was, now = metrics["calibration_split"], metrics["split"]
+    return draw_points(
+        "f1_fitted",
+        f"F1 of labels on {was} and on {now}",
+        f"Far below the diagonal: thresholds that do not hold up. Labels with positives in {now}.",
+        (f"F1 on {was}", f"F1 on {now}"),
+        _points(
+            metrics,
+            curves,
+            chosen,
+            [per_label[curves["labels"][i]]["f1_on_calibration_split"] for i in chosen],
         ),
-        draw_points(
-            "f1_fitted", f"F1 on {metrics['calibration_split']} and on {metrics['split']}",
-            "Thresholds were fitted to the former: points far below the diagonal are labels whose "
-            f"threshold does not hold up. Labels with positives in {metrics['split']}.",
-            (f"F1 on {metrics['calibration_split']}", f"F1 on {metrics['split']}"),
-            columns(fitted, [curves["fitted"]["f1"][index] for index in fitted]),
-            has_diagonal=True,
-        ),
-    )  # fmt: skip
+        has_diagonal=True,
+    )
+
+
+def _points(
+    metrics: dict[str, Any], curves: dict[str, Any], chosen: Sequence[int], xs: Sequence[float]
+) -> dict[str, Sequence[Any]]:
+    labels = [curves["labels"][index] for index in chosen]
+    measured = [metrics["per_label"][label] for label in labels]
+    return {
+        "label": labels,
+        "x": xs,
+        "y": [values["f1"] for values in measured],
+        "support": [values["support"] for values in measured],
+    }
 
 
 def cooccurrence_plots(curves: dict[str, Any]) -> tuple[Plot, ...]:
@@ -177,13 +214,11 @@ def label_table(
     rows = []
     for index, label in enumerate(curves["labels"]):
         values = [(per_label[label][name], kind) for name, _, kind in columns]
-        values.insert(2, (curves["fitted"]["f1"][index], "number"))
         if train is not None:
             values.insert(0, (train[index], "count"))
         rows.append({"index": index, "label": label, "cells": values,
                      "has_curves": index in with_curves})  # fmt: skip
-    titles = [title for _, title, _ in columns]
-    titles.insert(2, f"F1 on {metrics['calibration_split']}")
+    titles = [title.format(fitted=metrics["calibration_split"]) for _, title, _ in columns]
     if train is not None:
         titles.insert(0, f"in {TRAIN_SPLIT}")
     return {"columns": titles, "rows": rows}
@@ -213,14 +248,43 @@ def describe_splits(metadata: Metadata | None) -> list[dict[str, Any]]:
     return rows
 
 
-def describe_checks(metadata: Metadata | None) -> list[dict[str, Any]]:
-    """What `prepare` found remarkable."""
-    return []
+def describe_checks(metadata: Metadata | None) -> dict[str, Any] | None:
+    """What `prepare` found remarkable: warnings, a table of splits, texts in common, labels."""
+    if metadata is None or not metadata.checks:
+        return None
+    by_split = metadata.checks["splits"]
+    return {
+        "warnings": metadata.checks["warnings"],
+        "columns": [title for _, title, _ in CHECK_COLUMNS],
+        "splits": [
+            {"name": name, "cells": [(found[key], kind) for key, _, kind in CHECK_COLUMNS]}
+            for name, found in by_split.items()
+        ],
+        "across": metadata.checks["across"],
+        "labels": [
+            {"split": name, "words": words, **found[case]}
+            for name, found in by_split.items()
+            for case, words in LABEL_CASES.items()
+            if found[case]["count"]
+        ],
+    }
 
 
 def describe_slices(metrics: dict[str, Any]) -> list[dict[str, Any]]:
-    """A table a kept column: metrics by its values."""
-    return []
+    """A table a kept column: metrics by its values, the rest of them together last."""
+    tables = []
+    for column, found in metrics.get("slices", {}).items():
+        rows = [
+            {"value": value, "cells": [(measured[key], kind) for key, _, kind in SLICE_COLUMNS]}
+            for value, measured in found["values"].items()
+        ]
+        rest = found["rest"]
+        if rest is not None:
+            cells = [(rest[key], kind) for key, _, kind in SLICE_COLUMNS]
+            rows.append({"value": f"{rest['num_values']:,} other values", "cells": cells})
+        titles = [title for _, title, _ in SLICE_COLUMNS]
+        tables.append({"column": column, "columns": titles, "rows": rows})
+    return tables
 
 
 def list_settings(record: RunRecord) -> list[tuple[str, str]]:

@@ -15,6 +15,7 @@
     const inside = Math.min(Math.max(logOdds, edges[0]), edges[edges.length - 1]);
     return {
       precision_recall_source: curve.precision_recall,
+      fitted_precision_recall_source: curve.fitted_precision_recall,
       prevalence_source: { x: [0, 1], y: [positives, positives] },
       operating_point_source: { recall: [point.recall], precision: [point.precision] },
       before_source: curve.reliability.before,
