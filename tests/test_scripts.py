@@ -44,7 +44,9 @@ def test_a_text_is_in_the_script_of_most_of_its_letters():
         "четыре four": "CYRILLIC",  # Six letters of ten.
         "пять five": None,  # Four of eight: no more than half.
         "αβγ где zzzzz": "GREEK",  # Together six of eleven; as many of one as of the other.
-        "x" * 1000 + RUSSIAN * 50: None,  # Only the beginning is looked at.
+        "a 1 2 3 4 5 – ж": None,  # More other characters than ASCII letters, but no more letters.
+        "1 2 3 4 5 6 7 8 9 a, b, где": "CYRILLIC",
+        "x" * 500 + RUSSIAN * 50: None,  # Only the beginning is looked at.
     }
     assert {text: unknown_script(text, latin) for text in cases} == cases
     assert unknown_script("plain", frozenset({"CYRILLIC"})) == "LATIN"

@@ -12,7 +12,7 @@ metadata.json keeps them under `checks`:
                                the documents; on under 0.1 % of them and fewer than 10
       truncated_share          documents that lost tokens, of all
       unknown_token_share      [UNK], of all tokens but [CLS] and [SEP]
-      other_script_share       documents most of whose letters (of the first 1,000 characters) are
+      other_script_share       documents most of whose letters (of the first 500 characters) are
                                in scripts that the vocabulary does not know
       other_scripts            those documents by script
     across: for each two splits that have texts in common

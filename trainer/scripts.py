@@ -19,7 +19,8 @@ ENOUGH_PIECES = 32
 ENOUGH_LETTERS = 0.05
 LETTERS_ARE_WORDS = "CJK"
 # Of a text; it is in another script if more than half of its letters are.
-LOOKED_AT_CHARACTERS = 1000
+LOOKED_AT_CHARACTERS = 500
+_ASCII_BUT_LETTERS = bytes(code for code in range(128) if not chr(code).isalpha())
 
 
 @functools.cache
@@ -61,8 +62,13 @@ def unknown_script(text: str, known: frozenset[str]) -> str | None:
       text: of which the first LOOKED_AT_CHARACTERS count.
       known: what `known_scripts` gave.
     """
-    if "LATIN" in known and text.isascii():
-        return None
-    scripts = count_scripts(text[:LOOKED_AT_CHARACTERS])
+    head = text[:LOOKED_AT_CHARACTERS]
+    if "LATIN" in known:
+        # Most texts are told apart by this much, at a tenth of the cost of counting.
+        ascii_characters = head.encode("ascii", "ignore")
+        num_letters = len(ascii_characters.translate(None, _ASCII_BUT_LETTERS))
+        if len(head) - len(ascii_characters) <= num_letters:
+            return None
+    scripts = count_scripts(head)
     unknown = Counter({script: n for script, n in scripts.items() if script not in known})
     return unknown.most_common(1)[0][0] if 2 * unknown.total() > scripts.total() else None
