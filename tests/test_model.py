@@ -5,11 +5,14 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from trainer.config import ModelConfig, PackingConfig
-from trainer.model import HEADS, build_model, pad_batch
+from trainer.config import WINDOW_POOLINGS, ModelConfig, PackingConfig
+from trainer.heads import HEADS, WindowPooling
+from trainer.model import build_model, pad_batch
 from trainer.packing import pack
 
 PACKING = PackingConfig(((4, 16), (2, 32)), 12, 12)
+HEADS_AND_POOLINGS = [("cls", "max"), ("cls", "attention"), ("mean", "mean"),
+                      ("label_attention", "max")]  # fmt: skip
 
 
 def sizes(head="cls", **changes):
@@ -120,27 +123,105 @@ def test_one_dense_of_all_labels_is_as_many_dense_of_one():
     np.testing.assert_allclose(together, np.concatenate(heads, axis=1), atol=1e-5)
 
 
+def pool_formula(pooling, windows, query):
+    """A document's vector (float64) from its windows' [n, size]."""
+    if pooling == "max":
+        return windows.max(axis=0)
+    scores = windows @ query[:, 0] if pooling == "attention" else np.zeros(len(windows))
+    weights = np.exp(scores - scores.max())
+    return weights @ windows / weights.sum()
+
+
+@pytest.mark.parametrize("pooling", WINDOW_POOLINGS)
 @pytest.mark.parametrize("head", sorted(HEADS))
-def test_windows_of_one_document_are_pooled_together(head):
-    """Slots 0 and 1 as windows of document 0: its logits follow from both windows' tokens."""
-    model = sharpen(build_model(sizes(head)))
+def test_windows_of_one_document_are_pooled_together(head, pooling):
+    """Slots 0, 1 and 4 as windows of document 0: its logits follow from all three."""
+    model = sharpen(build_model(sizes(head, window_pooling=pooling)))
     batch = packed_batch()
     alone = run_model(model, batch)
     hidden = hidden_by_document(model, batch)
     document = batch["window_document"].numpy().copy()
-    document[1] = 0
+    document[[1, 4]] = 0
     merged = run_model(model, batch | {"window_document": tf.constant(document)})
     parameters = values(model)
-    both = np.concatenate(hidden[:2])
-    if head == "cls":
-        pooled = np.mean([np.tanh(dense(parameters, "head/pooler", h[0])) for h in hidden[:2]], 0)
-        expected = dense(parameters, "head/classifier", pooled)
-    elif head == "mean":
-        expected = mean_formula(parameters, both)
+    own = [hidden[slot] for slot in (0, 1, 4)]
+    if head == "label_attention":
+        expected = label_attention_formula(parameters, np.concatenate(own))
     else:
-        expected = label_attention_formula(parameters, both)
+        vectors = [
+            np.tanh(dense(parameters, "head/pooler", h[0])) if head == "cls" else h.mean(axis=0)
+            for h in own
+        ]
+        query = parameters.get("head/window_pooling/query")
+        pooled = pool_formula(pooling, np.stack(vectors), query)
+        expected = dense(parameters, "head/classifier", pooled)
     np.testing.assert_allclose(merged[0], expected, atol=1e-4)
-    np.testing.assert_allclose(merged[2:6], alone[2:6], atol=1e-6)
+    np.testing.assert_allclose(merged[[2, 3, 5]], alone[[2, 3, 5]], atol=1e-6)
+    assert np.abs(merged[0] - alone[0]).max() > 1e-2
+    assert np.isfinite(merged).all()  # Slots 1 and 4 are empty now.
+
+
+@pytest.mark.parametrize("pooling", WINDOW_POOLINGS)
+def test_pooling_and_its_gradients_equal_their_formulas(pooling):
+    rng = np.random.default_rng(5)
+    windows, upstream = rng.normal(0, 1, (7, 16)), rng.normal(0, 1, (4, 16))
+    document = np.array([2, 0, 2, -1, 0, 2, 1])  # Slot 3 is empty.
+    layer = WindowPooling(sizes(window_pooling=pooling), dtype="float32")
+    layer.build()
+    query = rng.normal(0, 1, (16, 1))
+    if pooling == "attention":
+        layer.query.assign(query)
+    inputs = tf.constant(windows, tf.float32)
+    with tf.GradientTape() as tape:
+        tape.watch(inputs)
+        pooled = layer(inputs, tf.constant(document, tf.int32), num_documents=4)
+        total = tf.reduce_sum(pooled * tf.constant(upstream, tf.float32))
+    found = tape.gradient(total, [inputs, *layer.trainable_variables])
+    expected, expected_query = np.zeros((7, 16)), np.zeros((16, 1))
+    for slot in range(3):
+        own = np.flatnonzero(document == slot)
+        vector = pool_formula(pooling, windows[own], query)
+        np.testing.assert_allclose(pooled[slot], vector, atol=1e-6)
+        if pooling == "max":
+            expected[own[windows[own].argmax(axis=0)], np.arange(16)] = upstream[slot]
+            continue
+        scores = windows[own] @ query if pooling == "attention" else np.zeros((len(own), 1))
+        weights = np.exp(scores) / np.exp(scores).sum()
+        slopes = weights * ((windows[own] - vector) @ upstream[slot])[:, None]
+        expected[own] = weights * upstream[slot]
+        if pooling == "attention":
+            expected[own] += slopes @ query.T
+            expected_query += windows[own].T @ slopes
+    np.testing.assert_array_equal(pooled[3], np.zeros(16))
+    np.testing.assert_allclose(found[0], expected, atol=1e-5)
+    if pooling == "attention":
+        np.testing.assert_allclose(found[1], expected_query, atol=1e-5)
+
+
+def test_a_document_of_one_window_has_the_same_logits_whatever_the_pooling():
+    batch, found = packed_batch(), []
+    for pooling in WINDOW_POOLINGS:
+        model = build_model(sizes(window_pooling=pooling), seed=2)
+        found.append(run_model(model, batch)[:6])
+    np.testing.assert_array_equal(found[0], found[1])
+    np.testing.assert_array_equal(found[0], found[2])
+
+
+@pytest.mark.parametrize(("head", "pooling"), HEADS_AND_POOLINGS)
+def test_a_document_of_windows_packed_with_others_has_the_logits_it_has_alone(head, pooling):
+    rng = np.random.default_rng(1)
+    lengths = [[32, 32, 7], [5], [16, 3], [32, 1], [12], [9]]
+    documents = [[rng.integers(1, 50, n).tolist() for n in document] for document in lengths]
+    packing = PackingConfig(((4, 16), (5, 32)), 8, 14)
+    model = sharpen(build_model(sizes(head, window_pooling=pooling)))
+    packed = pack(tf.ragged.constant(documents, tf.int32), packing)
+    assert packed["input_ids"].shape[0] == 1
+    index = packed["document_index"][0].numpy()
+    logits = run_model(model, {name: value[0] for name, value in packed.items()}, packing)
+    for place, document in enumerate(documents):
+        one = pack(tf.ragged.constant([document], tf.int32), packing)
+        alone = run_model(model, {name: value[0] for name, value in one.items()}, packing)
+        np.testing.assert_allclose(logits[index == place][0], alone[0], atol=1e-4)
 
 
 @pytest.mark.parametrize("head", sorted(HEADS))
