@@ -63,8 +63,8 @@ def original(tmp_path_factory):
     sizes = ModelConfig(64, len(LABELS), 8, 1, 2, 16, max_position_embeddings=16)
     record = RunRecord(
         TrainConfig(data_dir=data_dir, model_dir=model_dir), sizes,
-        choose_packing(split.length_histogram, 64), LABELS, (1.5, 1.0), 16, 120, "d" * 64,
-        "t" * 64, "float32", 1, {},
+        choose_packing(split.length_histogram, 64), LABELS, (1.5, 1.0), (1.0, 1.0),
+        True, 16, 120, "d" * 64, "t" * 64, "float32", 1, {},
     )  # fmt: skip
     start_record(model_dir, record)
     variables = state_of(record)
