@@ -25,7 +25,7 @@ from trainer.config import LossConfig
 from trainer.label_weights import positive_weights
 from trainer.losses import has_exact_correction
 from trainer.metrics import compute_metrics
-from trainer.thresholds import fit_thresholds
+from trainer.thresholds import Target, fit_thresholds
 
 CANDIDATES = {
     "weighted_bce": {},
@@ -110,7 +110,9 @@ def measure(arguments: argparse.Namespace, candidate: str, seed: int) -> dict[st
         fitted, reported = logits["validation"], logits["test"]
     calibration = fit_calibration(fitted, labels["validation"], weights, "labels")
     probabilities = calibration.probabilities(reported)
-    thresholds = fit_thresholds(calibration.probabilities(fitted), labels["validation"])
+    thresholds = fit_thresholds(
+        calibration.probabilities(fitted), labels["validation"], target=Target("overall_f1")
+    )
     metrics = compute_metrics(probabilities, labels["test"], thresholds)
     halves = np.full(len(thresholds), 0.5)
     at_half = compute_metrics(sigmoid(reported), labels["test"], halves)

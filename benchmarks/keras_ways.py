@@ -21,7 +21,7 @@ from corpus import Documents, find_checkpoint, load_documents, run_multihot, wri
 from trainer.calibration import fit_calibration, sigmoid
 from trainer.label_weights import positive_weights
 from trainer.metrics import compute_metrics
-from trainer.thresholds import fit_thresholds
+from trainer.thresholds import Target, fit_thresholds
 
 KERAS = ("one output a label", "one output", "one output, one dictionary")
 OURS = {"multihot": "none", "multihot, balanced_classes": "balanced_classes"}
@@ -107,7 +107,9 @@ def train_ours(kind: str, splits: dict[str, Documents], arguments: argparse.Name
     weights = positive_weights(kind, train.labels.sum(axis=0), len(train), 100.0, names)
     calibration = fit_calibration(logits["validation"], fitted, weights, "labels")
     probabilities = calibration.probabilities(logits["test"])
-    thresholds = fit_thresholds(calibration.probabilities(logits["validation"]), fitted)
+    thresholds = fit_thresholds(
+        calibration.probabilities(logits["validation"]), fitted, target=Target("overall_f1")
+    )
     rate = arguments.num_train_epochs * len(train) / seconds
     return (
         measure(probabilities, splits["test"].labels, thresholds)

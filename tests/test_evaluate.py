@@ -316,5 +316,5 @@ def test_out_of_reach_is_never_predicted_and_listed(folders, capsys):
 
 @pytest.mark.parametrize("value", ["f1:0.5", "precision", "recall:0", "precision:1.5", "auc:0.5"])
 def test_threshold_targets_are_checked(value):
-    with pytest.raises(UserError, match="--threshold_for=.*expected f1, precision:P or recall:R"):
+    with pytest.raises(UserError, match="--threshold_for=.*expected overall_f1, f1, precision:P or recall:R"):
         EvaluateConfig(model_dir="m", data_dir="d", threshold_for=value)

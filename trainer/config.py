@@ -597,10 +597,11 @@ class EvaluateConfig:
         choices=("labels", "global", "none"),
     )
     threshold_for: str = option(
-        "f1",
-        "What thresholds are best for: f1; precision:P, the largest recall at a precision of at "
-        "least P; or recall:R, the largest precision at a recall of at least R. A label that no "
-        "cut takes there is never predicted.",
+        "overall_f1",
+        "What thresholds are best for. overall_f1: macro- and micro-F1 together; f1: each label's "
+        "own, which predicts labels that the model hardly knows for very many documents; "
+        "precision:P: the largest recall at a precision of at least P; recall:R: the largest "
+        "precision at a recall of at least R. A label that no cut takes there is never predicted.",
     )
     thresholds: str = option(
         "labels",
@@ -625,16 +626,16 @@ class EvaluateConfig:
         self.threshold_target()
 
     def threshold_target(self) -> tuple[str, float]:
-        """`--threshold_for` as (kind, level): ("f1", 0), ("precision", P) or ("recall", R)."""
+        """`--threshold_for` as kind (overall_f1, f1, precision or recall) and level (0 for F1)."""
         kind, _, number = self.threshold_for.partition(":")
         try:
             level = float(number) if number else 0.0
         except ValueError:
             level = -1.0
-        valid = (kind == "f1" and not number) or (
+        valid = (kind in ("overall_f1", "f1") and not number) or (
             kind in ("precision", "recall") and 0 < level <= 1
         )
-        expected = "f1, precision:P or recall:R with P and R above 0 and at most 1"
+        expected = "overall_f1, f1, precision:P or recall:R with P and R above 0 and at most 1"
         _check(valid, "threshold_for", self.threshold_for, expected)
         return kind, level
 

@@ -78,7 +78,7 @@ class Histograms:
             self.highest.max(keepdims=True),
         )
 
-    def of_labels(self, block: slice) -> "Histograms":
+    def of_labels(self, block: slice | np.ndarray) -> "Histograms":
         """Some of the labels."""
         return Histograms(
             self.documents[block], self.positives[block], self.lowest[block], self.highest[block]

@@ -23,31 +23,59 @@ class Candidates:
     Attributes:
       labels: int64 [M], rising; each label has one candidate or more.
       true_positives, predicted: int64 [M], rising within a label.
-      cuts: int64 [M], which of the label's cuts it is.
+      thresholds: float64 [M].
     """
 
     labels: np.ndarray
     true_positives: np.ndarray
     predicted: np.ndarray
-    cuts: np.ndarray
+    thresholds: np.ndarray
 
     @classmethod
-    def of_cuts(cls, cuts: Cuts, labels: np.ndarray) -> "Candidates":
-        """The candidates among the cuts [B, C] of the labels int64 [B]."""
+    def of_cuts(cls, cuts: Cuts, labels: np.ndarray, thresholds: np.ndarray) -> "Candidates":
+        """The candidates among the cuts [B, C] of the labels int64 [B], at thresholds [B, C]."""
         rises = np.diff(cuts.true_positives, axis=-1, prepend=0) > 0
-        rows, places = np.nonzero(rises)
-        return cls(labels[rows], cuts.true_positives[rises], cuts.predicted[rises], places)
+        return cls(
+            labels[np.nonzero(rises)[0]],
+            cuts.true_positives[rises],
+            cuts.predicted[rises],
+            thresholds[rises],
+        )
 
     @classmethod
     def joined(cls, parts: list["Candidates"]) -> "Candidates":
         """The candidates of all parts, whose labels rise from part to part."""
-        columns = ("labels", "true_positives", "predicted", "cuts")
+        columns = ("labels", "true_positives", "predicted", "thresholds")
         return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in columns))
+
+
+@dataclass(frozen=True)
+class Exchange:
+    """What a label's positives found and documents predicted are worth in micro-F1.
+
+    Attributes:
+      micro: micro-F1.
+      rate: labels over the denominator of micro-F1, which makes it worth as much as one label's F1.
+    """
+
+    micro: float
+    rate: float
+
+    def values(
+        self, true_positives: np.ndarray, predicted: np.ndarray, positives: np.ndarray
+    ) -> np.ndarray:
+        """A label's F1, and its share of micro-F1 in the same unit; float64 [...]."""
+        f1 = 2 * true_positives / (predicted + positives)
+        return f1 + self.rate * (2 * true_positives - self.micro * predicted)
+
+
+# Counts each label's own F1 only.
+NO_EXCHANGE = Exchange(0.0, 0.0)
 
 
 def choose_overall(
     candidates: Candidates, support: np.ndarray, true_positives: int, predicted: int
-) -> np.ndarray:
+) -> tuple[np.ndarray, Exchange]:
     """The candidates that make macro-F1 plus micro-F1 largest, one a label.
 
     Micro-F1 is a ratio A / B of sums over labels. Near a choice with the value m = A / B, the sum
@@ -61,27 +89,29 @@ def choose_overall(
       true_positives, predicted: of the other labels together, whose cuts stand.
 
     Returns:
-      int64, an index into the candidates for each of their labels, in order.
+      int64, an index into the candidates for each of their labels, in order; and at what rate
+      micro-F1 was traded in the end.
     """
     own, starts = np.unique(candidates.labels, return_index=True)
     counts = np.diff(np.append(starts, len(candidates.labels)))
-    found = 2 * candidates.true_positives
-    f1 = found / (candidates.predicted + support[candidates.labels])
-    share = f1 / len(support)
+    found, said = candidates.true_positives, candidates.predicted
+    positives = support[candidates.labels]
 
     def best_by_label(values: np.ndarray) -> np.ndarray:
         is_best = np.flatnonzero(values == np.repeat(np.maximum.reduceat(values, starts), counts))
         # Of equal ones the first, which is the strictest.
         return is_best[np.unique(candidates.labels[is_best], return_index=True)[1]]
 
+    exchange = NO_EXCHANGE
+    f1 = exchange.values(found, said, positives)
     chosen, best, value = best_by_label(f1), np.zeros(len(own), np.int64), -np.inf
     for _ in range(_MOST_ROUNDS):
-        numerator = found[chosen].sum() + 2 * true_positives
-        denominator = candidates.predicted[chosen].sum() + predicted + support.sum()
-        micro = numerator / denominator
-        reached = share[chosen].sum() + micro
+        total = said[chosen].sum() + predicted + support.sum()
+        micro = 2 * (found[chosen].sum() + true_positives) / total
+        reached = f1[chosen].sum() / len(support) + micro
         if reached <= value:
             break
         best, value = chosen, reached
-        chosen = best_by_label(share + (found - micro * candidates.predicted) / denominator)
-    return best
+        exchange = Exchange(float(micro), len(support) / float(total))
+        chosen = best_by_label(exchange.values(found, said, positives))
+    return best, exchange

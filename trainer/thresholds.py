@@ -1,9 +1,11 @@
 """From probabilities to decisions: the best cut of each label, of all cuts there are (NumPy only).
 
-A cut is chosen for F1, for precision (the largest recall at that precision or more) or for recall
-(the largest precision at that recall or more); of equally good ones, the strictest.
+A cut is chosen for F1, for macro- and micro-F1 together (see `overall_thresholds.py`), for
+precision (the largest recall at that precision or more) or for recall (the largest precision at
+that recall or more); of equally good ones, the strictest.
 """
 
+from collections.abc import Iterator
 from dataclasses import dataclass
 
 import numpy as np
@@ -17,12 +19,18 @@ from trainer.histograms import (
     cuts_of_bins,
     most_favourable,
 )
+from trainer.overall_thresholds import NO_EXCHANGE, Candidates, Exchange, choose_overall
 from trainer.ranking import Cuts, label_blocks, rank_cuts, rank_labels
 
 
 @dataclass(frozen=True)
 class Target:
-    """What a threshold is for: `kind` f1, precision or recall, the latter two at least `level`."""
+    """What thresholds are for.
+
+    Attributes:
+      kind: f1 (each label's own), overall_f1 (the sum of macro- and micro-F1), precision or recall.
+      level: the least precision or recall.
+    """
 
     kind: str = "f1"
     level: float = 0.0
@@ -65,16 +73,33 @@ def fit_thresholds(
       predicted) where no cut reaches the target.
     """
     labels = np.asarray(labels, bool)
-    has_own = (labels.sum(axis=0) >= min_support) & (not is_global)
+    support = labels.sum(axis=0)
+    has_own = (support >= min_support) & (not is_global)
     thresholds = np.full(labels.shape[1], np.nan)
+    if not has_own.all():
+        thresholds[~has_own] = _at_best(rank_cuts(probabilities.ravel(), labels.ravel()), target)
     own = np.flatnonzero(has_own)
+    lists = _rank_in_blocks(probabilities, labels, own)
+    if target.kind == "overall_f1" and len(own):
+        parts = [Candidates.of_cuts(cuts, columns, _midpoints(cuts)) for columns, cuts in lists]
+        others = probabilities[:, ~has_own] >= thresholds[~has_own]
+        found = np.count_nonzero(others & labels[:, ~has_own])
+        candidates = Candidates.joined(parts)
+        chosen, _ = choose_overall(candidates, support, found, np.count_nonzero(others))
+        thresholds[own] = candidates.thresholds[chosen]
+    else:
+        for columns, cuts in lists:
+            thresholds[columns] = _at_best(cuts, target)
+    return thresholds
+
+
+def _rank_in_blocks(
+    probabilities: np.ndarray, labels: np.ndarray, own: np.ndarray
+) -> Iterator[tuple[np.ndarray, Cuts]]:
+    """Some labels at a time, int64 [B], and their cuts [B, C]."""
     for block in label_blocks(len(labels), len(own)):
         columns = own[block]
-        cuts = rank_labels(probabilities[:, columns].T, labels[:, columns].T)
-        thresholds[columns] = _midpoints(cuts, target)
-    if not has_own.all():
-        thresholds[~has_own] = _midpoints(rank_cuts(probabilities.ravel(), labels.ravel()), target)
-    return thresholds
+        yield columns, rank_labels(probabilities[:, columns].T, labels[:, columns].T)
 
 
 def fit_binned_thresholds(
@@ -96,22 +121,37 @@ def fit_binned_thresholds(
       scale, shift: float [L], from the histograms' log-odds to the calibrated ones.
       min_support, target, is_global: as for `fit_thresholds`.
     """
-    has_own = (histograms.support >= min_support) & (not is_global)
+    support = histograms.support
+    has_own = (support >= min_support) & (not is_global)
     thresholds, shortfall = np.full((2, len(scale)), np.nan)
+    blocks = list(label_blocks(NUM_BINS, len(scale)))
     pooled = np.zeros((2, NUM_BINS), np.int64)
-    for block in label_blocks(NUM_BINS, len(scale)):
-        part = histograms.of_labels(block)
-        cuts = part.cuts()
-        best, reached = _best_cuts(cuts, target)
-        edges = np.take_along_axis(cuts.scores, best[:, None], axis=1)[:, 0]
-        chosen = sigmoid(scale[block] * edges + shift[block])
-        thresholds[block] = np.where(has_own[block] & reached, chosen, np.nan)
-        shortfall[block] = np.where(has_own[block], _shortfall(cuts, best, reached, target), np.nan)
-        _add_pooled(part, scale[block], shift[block], pooled)
+    for block in blocks:
+        _add_pooled(histograms.of_labels(block), scale[block], shift[block], pooled)
+    others = (0, 0)
     if not has_own.all():
         cuts = cuts_of_bins(pooled[0], pooled[1])
         best, reached = _best_cuts(cuts, target)
         thresholds[~has_own] = sigmoid(cuts.scores[best]) if reached else np.nan
+        others = _counts_above(histograms, scale, shift, ~has_own, cuts.scores[best])
+    exchange = NO_EXCHANGE
+    if target.kind == "overall_f1" and has_own.any():
+        parts = []
+        for block in blocks:
+            labels = np.arange(len(scale))[block][has_own[block]]
+            cuts = histograms.of_labels(labels).cuts()
+            parts.append(Candidates.of_cuts(cuts, labels, cuts.scores))
+        _, exchange = choose_overall(Candidates.joined(parts), support, *others)
+    for block in blocks:
+        cuts = histograms.of_labels(block).cuts()
+        best, reached = _best_cuts(cuts, target, exchange)
+        edges = np.take_along_axis(cuts.scores, best[:, None], axis=1)[:, 0]
+        chosen = sigmoid(scale[block] * edges + shift[block])
+        thresholds[block] = np.where(
+            has_own[block], np.where(reached, chosen, np.nan), thresholds[block]
+        )
+        found = _shortfall(cuts, best, reached, target, exchange)
+        shortfall[block] = np.where(has_own[block], found, np.nan)
     return BinnedThresholds(thresholds, shortfall)
 
 
@@ -125,43 +165,66 @@ def _add_pooled(
         np.add.at(pooled[1], bins, histograms.positives[index])
 
 
-def _best_cuts(cuts: Cuts, target: Target) -> tuple[np.ndarray, np.ndarray]:
+def _counts_above(
+    histograms: Histograms, scale: np.ndarray, shift: np.ndarray, chosen: np.ndarray, cut: float
+) -> tuple[int, int]:
+    """Positives and documents of the `chosen` (bool [L]) labels at calibrated log-odds >= cut."""
+    positives = documents = 0
+    for index in np.flatnonzero(chosen):
+        above = scale[index] * CENTRES + shift[index] >= cut
+        positives += int(histograms.positives[index][above].sum(dtype=np.int64))
+        documents += int(histograms.documents[index][above].sum(dtype=np.int64))
+    return positives, documents
+
+
+def _best_cuts(
+    cuts: Cuts, target: Target, exchange: Exchange = NO_EXCHANGE
+) -> tuple[np.ndarray, np.ndarray]:
     """The index of the best cut of every list, and whether it reaches the target."""
-    values = _values(cuts, target)
+    values = _values(cuts, target, exchange)
     best = np.argmax(values, axis=-1)
-    return best, np.take_along_axis(values, best[..., None], axis=-1)[..., 0] > 0
+    return best, np.take_along_axis(values, best[..., None], axis=-1)[..., 0] > -np.inf
 
 
-def _values(cuts: Cuts, target: Target) -> np.ndarray:
+def _values(cuts: Cuts, target: Target, exchange: Exchange = NO_EXCHANGE) -> np.ndarray:
     """What each cut is worth, float64 [..., C]: F1, or what a target that it meets leaves free.
 
-    0 for what predicts no positive or misses the target.
+    Minus infinity for what predicts no positive or misses the target. F1 is without the share of
+    micro-F1 where the exchange has no rate.
     """
     true, predicted = cuts.true_positives, np.maximum(cuts.predicted, 1)
     positives = np.maximum(np.asarray(cuts.positives)[..., None], 1)
-    if target.kind == "f1":
-        return 2 * true / (predicted + positives)
     precision, recall = true / predicted, true / positives
     if target.kind == "precision":
-        return np.where(precision >= target.level, recall, 0)
-    return np.where(recall >= target.level, precision, 0)
+        values, met = recall, precision >= target.level
+    elif target.kind == "recall":
+        values, met = precision, recall >= target.level
+    else:
+        values, met = exchange.values(true, predicted, positives), True
+    return np.where(met & (true > 0), values, -np.inf)
 
 
-def _shortfall(cuts: Cuts, best: np.ndarray, reached: np.ndarray, target: Target) -> np.ndarray:
+def _shortfall(
+    cuts: Cuts, best: np.ndarray, reached: np.ndarray, target: Target, exchange: Exchange
+) -> np.ndarray:
     """How much better than the chosen cut at a bin's edge one within a bin can be."""
-    found = np.take_along_axis(_values(cuts, target), best[..., None], axis=-1)[..., 0]
-    bound = _values(most_favourable(cuts), target).max(axis=-1)
-    return np.maximum(bound - np.where(reached, found, 0), 0)
+    found = np.take_along_axis(_values(cuts, target, exchange), best[..., None], axis=-1)[..., 0]
+    bound = _values(most_favourable(cuts), target, exchange).max(axis=-1)
+    gap = bound - np.where(reached, found, 0)
+    return np.where(bound > -np.inf, np.maximum(gap, 0), 0)
 
 
-def _midpoints(cuts: Cuts, target: Target) -> np.ndarray:
-    """The midpoint below the best cut of every list, float64 [...]; NaN out of reach."""
+def _at_best(cuts: Cuts, target: Target) -> np.ndarray:
+    """The threshold of the best cut of every list, float64 [...]; NaN out of reach."""
     best, reached = _best_cuts(cuts, target)
-    padded = np.concatenate([cuts.scores, np.zeros_like(cuts.scores[..., :1])], axis=-1)
-    above, below = (
-        np.take_along_axis(padded, best[..., None] + step, axis=-1)[..., 0].astype(np.float64)
-        for step in (0, 1)
-    )
+    middles = np.take_along_axis(_midpoints(cuts), best[..., None], axis=-1)[..., 0]
+    return np.where(reached, middles, np.nan)
+
+
+def _midpoints(cuts: Cuts) -> np.ndarray:
+    """The midpoint below every cut, float64 [..., C]."""
+    above = cuts.scores.astype(np.float64)
+    below = np.concatenate([above[..., 1:], np.zeros_like(above[..., :1])], axis=-1)
     middle = below + (above - below) / 2
     # Between neighbouring floats there is no middle.
-    return np.where(reached, np.where(below < middle, middle, above), np.nan)
+    return np.where(below < middle, middle, above)
