@@ -3,7 +3,8 @@
 import numpy as np
 import pytest
 
-from trainer.records import encode_record, parse_records
+from trainer.records import document_id, encode_record, parse_records
+from trainer.wire import frame_records, read_frame, split_frames
 
 NUMBERS = [0, 1, 127, 128, 16_383, 16_384, 30_521, 2**31 - 1]
 
@@ -70,3 +71,18 @@ def test_what_is_no_unicode_is_replaced_and_not_fatal():
     records = parse_records(tf.constant([record]), 1)
     assert records.ids.numpy().tolist() == [b"a?"]
     assert records.slices.numpy().tolist() == [[b"b?"]]
+
+
+def test_records_are_found_in_files_without_tensorflow(tmp_path):
+    import tensorflow as tf
+
+    records = [encode_record(*document) for document in DOCUMENTS]
+    framed = b"".join(frame_records(records))
+    path = tmp_path / "a.tfrecord"
+    path.write_bytes(framed)
+    assert list(tf.data.TFRecordDataset(str(path)).as_numpy_iterator()) == records
+    assert list(split_frames(framed)) == frame_records(records)
+    assert [read_frame(str(path), place) for place in range(5)] == records
+    assert [document_id(record) for record in records] == [row[0] for row in DOCUMENTS]
+    with pytest.raises(EOFError):
+        read_frame(str(path), 5)
