@@ -15,6 +15,7 @@ from sklearn.linear_model import LogisticRegression
 
 from trainer.calibration import sigmoid
 from trainer.documents import Documents
+from trainer.errors import UserError
 from trainer.metrics import compute_metrics
 from trainer.thresholds import fit_thresholds
 
@@ -82,12 +83,21 @@ def measure_baseline(
     Returns:
       The scalars of `compute_metrics` under `metrics`, and what it took: documents, features,
       labels that were fitted, seconds.
+
+    Raises:
+      UserError: if the training documents have no tokens in common.
     """
     began = time.perf_counter()
     vectorizer = count_features(
         lowercase=False, token_pattern=r"\S+", max_features=MAX_FEATURES, dtype=np.float32
     )
-    features = vectorizer.fit_transform(_as_texts(train.tokens))
+    try:
+        features = vectorizer.fit_transform(_as_texts(train.tokens))
+    except ValueError:
+        raise UserError(
+            f"--baseline_documents={len(train.ids)}: no token occurs in two of these training "
+            "documents, so there is no TF-IDF baseline; take more, or 0 to leave it out"
+        ) from None
     others = {
         "fitted": vectorizer.transform(_as_texts(fitted.tokens)),
         "reported": vectorizer.transform(_as_texts(reported.tokens)),

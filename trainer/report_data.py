@@ -165,8 +165,8 @@ def reliability(probabilities: np.ndarray, positive: np.ndarray) -> dict[str, li
         "documents": documents.tolist(),
         "probability": _rounded(np.add.reduceat(ranked, starts) / documents),
         "share": _rounded(share),
-        "low": _rounded(np.clip(centre - half, 0, 1)),
-        "high": _rounded(np.clip(centre + half, 0, 1)),
+        "low": _rounded(np.clip(centre - half, 0, share)),
+        "high": _rounded(np.clip(centre + half, share, 1)),
     }
 
 

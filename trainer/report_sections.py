@@ -205,8 +205,7 @@ def label_table(
 ) -> dict[str, Any]:
     """The table of labels: `columns` as (title, kind), `rows` with their cells."""
     per_label = metrics["per_label"]
-    known = next(iter(per_label.values()), {})
-    columns = [column for column in LABEL_COLUMNS if column[0] in known]
+    columns = [column for column in LABEL_COLUMNS if column[0] in per_label[curves["labels"][0]]]
     train = None
     if metadata is not None and TRAIN_SPLIT in metadata.splits:
         train = metadata.splits[TRAIN_SPLIT].label_counts
