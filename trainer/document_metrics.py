@@ -8,7 +8,7 @@ import numpy as np
 TOP_K = (1, 3, 5)
 
 # Cells of documents x labels that are compared at once.
-_BLOCK_CELLS = 1 << 20
+_BLOCK_CELLS = 1 << 18
 
 
 def score_documents(
@@ -30,15 +30,16 @@ def score_documents(
     num_predicted = np.count_nonzero(predicted, axis=1)
     support = np.count_nonzero(labels, axis=1)
     wrong = num_predicted + support - 2 * right
+    ranked = np.sort(scores, axis=1)
     values = {
         "samples_precision": right / np.maximum(num_predicted, 1),
         "samples_recall": right / np.maximum(support, 1),
         "samples_f1": 2 * right / np.maximum(num_predicted + support, 1),
         "subset_accuracy": (wrong == 0).astype(np.float64),
         "hamming_loss": wrong / labels.shape[1],
-        "label_ranking_average_precision": _ranking_precision(scores, labels, support),
+        "label_ranking_average_precision": _ranking_precision(scores, labels, ranked),
     }
-    gains = _expected_gains(scores, labels)
+    gains = _expected_gains(scores, labels, ranked)
     discounts = 1 / np.log2(np.arange(2, gains.shape[1] + 2))
     ideal = np.append(0.0, np.cumsum(discounts))
     for k in TOP_K:
@@ -71,7 +72,7 @@ def sum_over_documents(
     return sums
 
 
-def _expected_gains(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
+def _expected_gains(scores: np.ndarray, labels: np.ndarray, ranked: np.ndarray) -> np.ndarray:
     """The chance that a label at rank 1 to K is true, float64 [D, K], over the orders of ties.
 
     Documents with tied scores have no one order; averaging over them (McSherry and Najork 2008,
@@ -79,26 +80,28 @@ def _expected_gains(scores: np.ndarray, labels: np.ndarray) -> np.ndarray:
     Scores") leaves nothing to the order of the labels.
     """
     depth = min(max(TOP_K), scores.shape[1])
-    top = np.partition(scores, scores.shape[1] - depth, axis=1)[:, scores.shape[1] - depth :]
-    top = -np.sort(-top, axis=1)
-    gains = np.empty(top.shape)
-    for rank in range(depth):
-        tied = scores == top[:, rank : rank + 1]
-        gains[:, rank] = np.count_nonzero(tied & labels, axis=1) / np.count_nonzero(tied, axis=1)
-    return gains
-
-
-def _ranking_precision(scores: np.ndarray, labels: np.ndarray, support: np.ndarray) -> np.ndarray:
-    """Mean over a document's labels of the precision at their rank, float64 [D]."""
+    top = ranked[:, : -depth - 1 : -1]
+    tied = np.count_nonzero(top[:, :, None] == top[:, None, :], axis=2)
+    # Ties of the last of them may go on below.
+    tied = np.where(
+        top == top[:, -1:], np.count_nonzero(scores == top[:, -1:], axis=1)[:, None], tied
+    )
     documents, columns = np.nonzero(labels)
-    precision = np.empty(len(documents))
-    rows = max(1, _BLOCK_CELLS // labels.shape[1])
-    for start in range(0, len(documents), rows):
-        block = slice(start, start + rows)
-        mine = documents[block]
-        as_high = scores[mine] >= scores[mine, columns[block]][:, None]
-        true = np.count_nonzero(as_high & labels[mine], axis=1)
-        precision[block] = true / np.count_nonzero(as_high, axis=1)
-    sums = np.bincount(documents, precision, minlength=len(labels))
-    trivial = (support == 0) | (support == labels.shape[1])
-    return np.where(trivial, 1.0, sums / np.maximum(support, 1))
+    is_tied = scores[documents, columns][:, None] == top[documents]
+    true = np.empty(top.shape)
+    for rank in range(depth):
+        true[:, rank] = np.bincount(documents, is_tied[:, rank], minlength=len(labels))
+    return true / tied
+
+
+def _ranking_precision(scores: np.ndarray, labels: np.ndarray, ranked: np.ndarray) -> np.ndarray:
+    """Mean over a document's labels of the precision at their rank, float64 [D]."""
+    precision = np.ones(len(labels))
+    for document, positive in enumerate(labels):
+        mine = np.sort(scores[document, positive])
+        if 0 < len(mine) < len(positive):
+            # How many labels score as high as each of the document's own, and how many own ones.
+            as_high = len(positive) - np.searchsorted(ranked[document], mine)
+            true = len(mine) - np.searchsorted(mine, mine)
+            precision[document] = (true / as_high).mean()
+    return precision

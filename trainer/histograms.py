@@ -56,7 +56,8 @@ class Histograms:
           labels: bool [D, L].
         """
         for block in label_blocks(*log_odds.shape):
-            bins = bin_indices(log_odds[:, block].T)
+            # Each label's scores side by side, and a copy that fits into a cache.
+            bins = bin_indices(np.ascontiguousarray(log_odds[:, block].T))
             for counts, row in zip(self.documents[block], bins, strict=True):
                 counts += np.bincount(row, minlength=NUM_BINS).astype(counts.dtype)
             columns, documents = np.nonzero(labels[:, block].T)
@@ -64,10 +65,6 @@ class Histograms:
         if len(log_odds):
             np.minimum(self.lowest, log_odds.min(axis=0), out=self.lowest)
             np.maximum(self.highest, log_odds.max(axis=0), out=self.highest)
-
-    def add_pooled(self, log_odds: np.ndarray, labels: np.ndarray) -> None:
-        """Counts a block [D, L] as D x L documents of this histogram's only label."""
-        self.add(log_odds.reshape(-1, 1), labels.reshape(-1, 1))
 
     def pooled(self) -> "Histograms":
         """All labels as one, int64 [1, B]."""
@@ -114,8 +111,9 @@ def cuts_of_bins(documents: np.ndarray, positives: np.ndarray) -> Cuts:
 
 def bin_indices(log_odds: np.ndarray) -> np.ndarray:
     """The bin of every score, int64, open ends included."""
-    places = np.floor((log_odds + LIMIT) * (1 / BIN_WIDTH))
-    return np.clip(places, 0, NUM_BINS - 1).astype(np.int64)
+    places = (log_odds + LIMIT) * (1 / BIN_WIDTH)
+    # What is cut off toward zero is positive, so that it is rounded down.
+    return np.clip(places, 0, NUM_BINS - 1, out=places).astype(np.int64)
 
 
 def bound_average_precision(cuts: Cuts, value: np.ndarray) -> np.ndarray:

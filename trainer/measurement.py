@@ -29,7 +29,7 @@ EXACT_MEMORY = 4.0
 # Cells of documents x labels of the sample that stands for a split that does not fit, and those
 # whose probabilities are worked out at once.
 SAMPLE_CELLS = 1 << 24
-_BLOCK_CELLS = 1 << 21
+_BLOCK_CELLS = 1 << 18
 _SAMPLE_SEED = 0
 
 BINNED = (
@@ -172,7 +172,7 @@ class StreamedMeasurement:
     def _add_decisions(self, logits: np.ndarray, labels: np.ndarray) -> None:
         calibration = self._calibration
         log_odds = calibration.scale * logits + calibration.shift
-        self._pooled.add_pooled(log_odds, labels)
+        self._pooled.add(log_odds.reshape(-1, 1), labels.reshape(-1, 1))
         probabilities = sigmoid(log_odds)
         predicted = probabilities >= self._thresholds
         self._counts += [
