@@ -53,3 +53,11 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
         )
     )
     return folder
+
+
+@pytest.fixture(scope="session")
+def reported_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
+    """A data folder and a model folder that was evaluated: 128 labels, some of them hostile."""
+    from reported_run import make_everything
+
+    return make_everything(str(tmp_path_factory.mktemp("reported")))

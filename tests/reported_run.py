@@ -104,7 +104,7 @@ def write_history(model_dir, documents):
         file.writelines(json.dumps(row) + "\n" for row in rows)
 
 
-def make_everything(folder, documents=700):
+def make_everything(folder, documents=500):
     """Prepares, makes the run and evaluates it; returns data_dir and model_dir."""
     corpus, data_dir, model_dir = (
         os.path.join(folder, name) for name in ("corpus.jsonl", "data", "model")
@@ -123,5 +123,5 @@ def make_everything(folder, documents=700):
     )  # fmt: skip
     os.makedirs(model_dir)
     make_run(data_dir, model_dir)
-    evaluate.run(EvaluateConfig(model_dir=model_dir, data_dir=data_dir, resamples=100))
+    evaluate.run(EvaluateConfig(model_dir=model_dir, data_dir=data_dir, resamples=20))
     return data_dir, model_dir

@@ -1,0 +1,265 @@
+"""The report's page: the evaluation's numbers, hostile names as text, nothing from the network."""
+
+import dataclasses
+import json
+import logging
+import os
+import re
+import shutil
+from html.parser import HTMLParser
+
+import numpy as np
+import pytest
+from reported_run import HOSTILE_ID, LABELS, NUM_LABELS, save_best
+
+from trainer import report
+from trainer.config import ReportConfig
+from trainer.errors import UserError
+from trainer.report_data import MAX_CURVE_LABELS, collect
+from trainer.report_page import Material, render
+from trainer.run_record import load_record
+from trainer.scored import ScoredDocuments
+
+
+class Page(HTMLParser):
+    """The tables of a page by id, as rows of texts; its scripts; what it would load."""
+
+    def __init__(self, html):
+        super().__init__()
+        self.tables, self.scripts, self.loaded, self.texts = {}, [], [], []
+        self._table = self._cell = self._script = None
+        self.feed(html)
+
+    def handle_starttag(self, tag, attributes):
+        found = dict(attributes)
+        self.loaded += [value for name, value in found.items() if name in ("src", "srcset")]
+        if "href" in found and not found["href"].startswith("#"):
+            self.loaded.append(found["href"])
+        if tag == "table":
+            self._table = self.tables.setdefault(found.get("id", len(self.tables)), [])
+        elif tag == "tr" and self._table is not None:
+            self._table.append([])
+        elif tag in ("td", "th") and self._table is not None:
+            self._cell = ""
+        elif tag == "script":
+            self._script = found.get("type", "")
+            self.scripts.append("")
+
+    def handle_endtag(self, tag):
+        if tag in ("td", "th") and self._cell is not None:
+            self._table[-1].append(self._cell.strip())
+            self._cell = None
+        elif tag == "table":
+            self._table = None
+        elif tag == "script":
+            self._script = None
+
+    def handle_data(self, data):
+        if self._script is not None:
+            self.scripts[-1] += data
+            return
+        self.texts.append(data)
+        if self._cell is not None:
+            self._cell += data
+
+
+@pytest.fixture(scope="module")
+def folders(reported_run):
+    return reported_run
+
+
+@pytest.fixture(scope="module")
+def written(folders):
+    """The path of the report, and its HTML."""
+    report.run(ReportConfig(model_dir=folders[1]))
+    path = os.path.join(folders[1], "report.html")
+    with open(path, encoding="utf-8") as file:
+        return path, file.read()
+
+
+def read_json(folders, name):
+    with open(os.path.join(folders[1], "evaluation", name), encoding="utf-8") as file:
+        return json.load(file)
+
+
+def shown(value):
+    return "–" if value is None else f"{value:.3f}"
+
+
+def test_headlines_stand_beside_both_baselines(folders, written):
+    metrics, tfidf = read_json(folders, "metrics.json"), read_json(folders, "baseline.json")
+    page = Page(written[1])
+    head, *rows = page.tables["headlines"]
+    assert head == ["metric", "this model", "TF-IDF", "frequencies"]
+    names = {
+        "Mean average precision": "mean_average_precision",
+        "Micro-F1": "micro_f1",
+        "Macro-F1": "macro_f1",
+        "Macro ROC-AUC": "macro_roc_auc",
+        "Calibration error": "expected_calibration_error",
+    }
+    assert [row[0] for row in rows] == list(names)
+    for title, *values in rows:
+        sources = (metrics, tfidf["metrics"], metrics["trivial"])
+        assert values == [shown(source[names[title]]) for source in sources]
+        low, high = metrics["intervals"][names[title]]
+        assert f"{low:.3f} to {high:.3f}" in written[1]
+    # The words of the corpus tell its labels; the model is untrained.
+    assert tfidf["metrics"]["micro_f1"] > 0.7 > metrics["trivial"]["micro_f1"]
+
+
+def test_every_label_stands_in_the_table_with_its_numbers(folders, written):
+    metrics = read_json(folders, "metrics.json")
+    head, *rows = Page(written[1]).tables["label-table"]
+    assert [row[0] for row in rows] == list(LABELS)
+    for row in rows:
+        found = dict(zip(head, row, strict=True))
+        expected = metrics["per_label"][row[0]]
+        assert found["F1"] == shown(expected["f1"])
+        assert found["F1 on validation"] == shown(expected["f1_on_calibration_split"])
+        assert found["threshold"] == shown(expected["threshold"])
+        assert found["AP"] == shown(expected["average_precision"])
+        assert found["positives"] == str(expected["support"])
+
+
+def test_both_splits_stand_side_by_side(folders, written):
+    metrics = read_json(folders, "metrics.json")
+    rows = {row[0]: row[1:] for row in Page(written[1]).tables["comparison"]}
+    assert rows["metric"] == ["validation (fitted)", "test", "change"]
+    fitted, reported = metrics["on_calibration_split"]["micro_f1"], metrics["micro_f1"]
+    change = f"{reported - fitted:+.3f}".replace("-", "−")
+    assert rows["Micro-F1"] == [shown(fitted), shown(reported), change]
+    assert {"Macro-F1", "Micro precision", "Macro recall", "Subset accuracy"} <= set(rows)
+
+
+def test_slices_checks_mistakes_and_the_run_are_told(folders, written):
+    page = Page(written[1])
+    text = " ".join(" ".join(page.texts).split())
+    tables = {table[0][0]: table for table in page.tables.values()}
+    metrics = read_json(folders, "metrics.json")
+    values = metrics["slices"]["source"]["values"]
+    rows = {row[0]: row for row in tables["value"][1:]}
+    assert set(rows) == {"mail", "<b>web</b>", "(empty)"}
+    assert rows["mail"][1] == str(values["mail"]["documents"])
+    assert rows["mail"][3] == shown(values["mail"]["micro_f1"])
+    assert "documents that repeat the text of another: " in text
+    assert metrics["fingerprints"]["checkpoint"] in text
+    for words in ("--learning_rate", "tensorflow (training)", "conventions", "No text occurs in"):
+        assert words.lower() in text.lower()
+    first = read_json(folders, "curves.json")["mistakes"]["false_positives"][0]
+    assert f"probability {first['probability']:.3f}, threshold {first['threshold']:.3f}" in text
+    assert first["document"] in text
+    assert "< script > window. owned = 5 < / script >" in text
+
+
+def test_hostile_names_are_text_and_nothing_is_loaded(written):
+    """128 labels, five of them hostile: three scripts of ours, no image, nothing from outside."""
+    page = Page(written[1])
+    assert len(page.scripts) == 3
+    assert page.loaded == ["data:,"]
+    assert not any("window.owned" in script for script in page.scripts[1:])
+    assert HOSTILE_ID in " ".join(page.texts)
+    assert "49" not in [text.strip() for text in page.texts if "7 * 7" in text]
+    policy = re.search(r'Content-Security-Policy" content="([^"]*)"', written[1])[1]
+    assert "default-src &#39;none&#39;" in policy and policy.count("sha256-") == 2
+    assert len(json.loads(page.scripts[0])["curves"]["each"]) == NUM_LABELS
+
+
+def test_128_labels_stay_far_under_five_megabytes(written):
+    assert os.path.getsize(written[0]) < 3_000_000
+
+
+def test_a_second_report_takes_the_kept_baseline_and_is_the_same(folders, written, capsys):
+    before = os.stat(os.path.join(folders[1], "evaluation", "baseline.json")).st_mtime_ns
+    report.run(ReportConfig(model_dir=folders[1], data_dir=folders[0]))
+    assert "Fitting" not in capsys.readouterr().out
+    assert os.stat(os.path.join(folders[1], "evaluation", "baseline.json")).st_mtime_ns == before
+    # Bokeh numbers its models on and on within a process.
+    with open(written[0], encoding="utf-8") as file:
+        again, first = (re.sub(r'"p\d+"', '"p"', html) for html in (file.read(), written[1]))
+    assert again == first
+
+
+@pytest.fixture
+def copy(folders, tmp_path):
+    """Copies of both folders, to be spoilt."""
+    data_dir, model_dir = (str(tmp_path / name) for name in ("data", "model"))
+    shutil.copytree(folders[0], data_dir)
+    shutil.copytree(folders[1], model_dir)
+    if os.path.exists(os.path.join(model_dir, "report.html")):
+        os.remove(os.path.join(model_dir, "report.html"))
+    return data_dir, model_dir
+
+
+def test_without_an_evaluation_the_command_to_run_is_named(copy):
+    shutil.rmtree(os.path.join(copy[1], "evaluation"))
+    with pytest.raises(UserError, match="metrics.json: not there.*run `multihot evaluate --model"):
+        report.run(ReportConfig(model_dir=copy[1]))
+    assert not os.path.exists(os.path.join(copy[1], "report.html"))
+
+
+def test_an_evaluation_of_another_checkpoint_is_refused(copy):
+    save_best(copy[1], load_record(copy[1]).model, seed=5, step=9)
+    with pytest.raises(
+        UserError, match=r"the evaluation is of checkpoint \w{12}, but the best one"
+    ):
+        report.run(ReportConfig(model_dir=copy[1]))
+
+
+def test_other_data_is_refused(copy):
+    path = os.path.join(copy[1], "evaluation", "metrics.json")
+    with open(path, encoding="utf-8") as file:
+        metrics = json.load(file)
+    metrics["fingerprints"]["splits"]["test"] = "0" * 64
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(metrics, file)
+    with pytest.raises(UserError, match="not the data that was evaluated .split 'test'"):
+        report.run(ReportConfig(model_dir=copy[1], data_dir=copy[0]))
+
+
+def test_without_its_data_the_report_goes_without_texts(copy, folders, monkeypatch, caplog):
+    record = load_record(copy[1])
+    gone = dataclasses.replace(record.train, data_dir="/nowhere/data")
+    monkeypatch.setattr(report, "load_record", lambda _: dataclasses.replace(record, train=gone))
+    with caplog.at_level(logging.WARNING):
+        report.run(ReportConfig(model_dir=copy[1]))
+    assert "/nowhere/data: not there any more" in caplog.text
+    with open(os.path.join(copy[1], "report.html"), encoding="utf-8") as file:
+        page = Page(file.read())
+    assert "Without texts: the data folder was not there." in " ".join(page.texts)
+    assert page.tables["headlines"][0] == ["metric", "this model", "frequencies"]
+    with pytest.raises(UserError, match="no metadata.json"):
+        report.run(ReportConfig(model_dir=copy[1], data_dir=str(copy[1])))
+
+
+def test_no_documents_for_the_baseline_leave_it_out(copy):
+    os.remove(os.path.join(copy[1], "evaluation", "baseline.json"))
+    report.run(ReportConfig(model_dir=copy[1], data_dir=copy[0], baseline_documents=0))
+    with open(os.path.join(copy[1], "report.html"), encoding="utf-8") as file:
+        page = Page(file.read())
+    assert page.tables["headlines"][0] == ["metric", "this model", "frequencies"]
+    assert not os.path.exists(os.path.join(copy[1], "evaluation", "baseline.json"))
+
+
+def test_4000_labels_are_all_in_the_table_and_the_commonest_have_curves(folders):
+    """The page says which have curves, and stays small enough to open."""
+    random = np.random.default_rng(0)
+    probabilities = random.random((200, 4000), np.float32)
+    truth = random.random((200, 4000)) < 0.02
+    documents = ScoredDocuments(
+        [f"d{k}" for k in range(200)], np.arange(200), probabilities, probabilities, truth, 200
+    )
+    names = [f"label {k}" for k in range(4000)]
+    metrics = read_json(folders, "metrics.json")
+    columns = next(iter(metrics["per_label"].values()))
+    metrics |= {"labels": 4000, "per_label": {name: columns for name in names}}
+    curves = collect(documents, documents, np.full(4000, 0.99), names)
+    html = render(
+        Material(folders[1], load_record(folders[1]), metrics, curves, [], None, None, {})
+    )
+    page = Page(html)
+    assert len(page.tables["label-table"]) == 4001
+    text = " ".join(" ".join(page.texts).split())
+    assert f"The {MAX_CURVE_LABELS} most frequent of 4,000 labels have curves." in text
+    assert "The 30 most frequent of 4,000 labels." in text
+    assert len(html) < 8_000_000
