@@ -154,7 +154,7 @@ class PrepareConfig:
             0 <= self.window_stride <= self.max_seq_length - 2,
             "window_stride",
             self.window_stride,
-            f"0 to {self.max_seq_length - 2} tokens, which is --max_seq_length less [CLS] and [SEP]",
+            f"0 to {self.max_seq_length - 2} tokens: --max_seq_length less [CLS] and [SEP]",
         )
         _check(self.max_windows >= 1, "max_windows", self.max_windows, "at least 1 window")
         _check(
