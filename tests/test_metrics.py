@@ -83,6 +83,103 @@ def _pair(column):
     return np.hstack([column, np.zeros_like(column)]).astype(int)
 
 
+@settings(deadline=None, max_examples=80)
+@given(splits())
+def test_weighted_means_and_probabilities_equal_scikit_learn(split):
+    probabilities, truth, thresholds = split
+    probabilities = probabilities.astype(np.float64)
+    result = compute_metrics(probabilities, truth, thresholds)
+    columns = range(truth.shape[1])
+    expected = peer.precision_recall_fscore_support(
+        np.hstack([truth, np.zeros_like(truth)]).astype(int),
+        np.hstack([probabilities >= thresholds, np.zeros_like(truth)]).astype(int),
+        average="weighted",
+        zero_division=0,
+    )
+    for name, value in zip(("precision", "recall", "f1"), expected[:3], strict=True):
+        assert same(result[f"weighted_{name}"], value), name
+
+    two_classes = [k for k in columns if 0 < truth[:, k].sum() < len(truth)]
+    areas = [peer.roc_auc_score(truth[:, k], probabilities[:, k]) for k in two_classes]
+    weights = truth.sum(axis=0)
+    expected = np.average(areas, weights=weights[two_classes]) if two_classes else math.nan
+    assert same(result["weighted_roc_auc"], expected)
+    if truth.any():
+        present = truth.any(axis=0)
+        precision = [peer.average_precision_score(truth[:, k], probabilities[:, k])
+                     for k in np.flatnonzero(present)]  # fmt: skip
+        expected = np.average(precision, weights=weights[present])
+        assert same(result["weighted_average_precision"], expected)
+    if 0 < truth.sum() < truth.size:
+        expected = peer.roc_auc_score(truth.ravel(), probabilities.ravel())
+        assert same(result["micro_roc_auc"], expected)
+
+    scores = [np.mean((probabilities[:, k] - truth[:, k]) ** 2) for k in columns]
+    losses = [peer.log_loss(truth[:, k], probabilities[:, k], labels=[0, 1]) for k in columns]
+    briers = [peer.brier_score_loss(truth[:, k], probabilities[:, k], pos_label=True)
+              for k in two_classes]  # fmt: skip
+    np.testing.assert_allclose(result["per_label"]["brier_score"], scores, atol=1e-9)
+    np.testing.assert_allclose(result["per_label"]["brier_score"][two_classes], briers, atol=1e-9)
+    np.testing.assert_allclose(result["per_label"]["log_loss"], losses, atol=1e-6)
+    assert same(result["brier_score"], np.mean(scores))
+    assert same(result["log_loss"], np.mean(losses))
+
+
+@settings(deadline=None, max_examples=80)
+@given(splits())
+def test_metrics_of_documents_equal_scikit_learn(split):
+    probabilities, truth, thresholds = split
+    result = compute_metrics(probabilities, truth, thresholds)
+    predicted = (probabilities >= thresholds).astype(int)
+    expected = np.mean((predicted == truth).all(axis=1))
+    assert same(result["subset_accuracy"], expected)
+    assert same(result["hamming_loss"], peer.hamming_loss(truth.ravel(), predicted.ravel()))
+    for k in (1, 3, 5):
+        assert same(result[f"precision_at_{k}"], precision_at(k, probabilities, truth)), k
+    if truth.shape[1] == 1:
+        return
+    assert same(result["subset_accuracy"], peer.accuracy_score(truth.astype(int), predicted))
+    expected = peer.precision_recall_fscore_support(
+        truth.astype(int), predicted, average="samples", zero_division=0
+    )
+    for name, value in zip(("precision", "recall", "f1"), expected[:3], strict=True):
+        assert same(result[f"samples_{name}"], value), name
+    for k in (1, 3, 5):
+        assert same(result[f"ndcg_at_{k}"], peer.ndcg_score(truth, probabilities, k=k)), k
+    expected = peer.label_ranking_average_precision_score(truth, probabilities)
+    assert same(result["label_ranking_average_precision"], expected)
+
+
+def precision_at(k, probabilities, truth):
+    """Each label's chance to be among its document's k highest, ties in all orders, in float64."""
+    values = []
+    for scores, labels in zip(probabilities, truth, strict=True):
+        chances = [
+            np.clip((k - np.sum(scores > score)) / np.sum(scores == score), 0, 1)
+            for score in scores
+        ]
+        values.append(np.sum(np.array(chances) * labels) / k)
+    return np.mean(values)
+
+
+@settings(deadline=None, max_examples=100)
+@given(splits())
+def test_calibration_error_equals_its_formula(split):
+    """Bins of equal mass begin at ranks k N / 10, or where the score there first occurs."""
+    probabilities, truth, thresholds = split
+    result = compute_metrics(probabilities, truth, thresholds)["per_label"]
+    for k in range(truth.shape[1]):
+        scores = [float(score) for score in probabilities[:, k]]
+        ranked = sorted(scores)
+        starts = sorted({ranked.index(ranked[i * len(ranked) // 10]) for i in range(10)})
+        bounds = [ranked[start] for start in starts] + [math.inf]
+        total = 0.0
+        for low, high in zip(bounds, bounds[1:], strict=False):
+            inside = [i for i, score in enumerate(scores) if low <= score < high]
+            total += abs(sum(scores[i] - truth[i, k] for i in inside))
+        assert same(result["expected_calibration_error"][k], total / len(scores))
+
+
 @settings(deadline=None, max_examples=100)
 @given(splits())
 def test_per_label_equal_to_scikit_learn(split):
