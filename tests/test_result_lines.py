@@ -4,6 +4,8 @@ import json
 
 import numpy as np
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from trainer.result_lines import LineFormatter
 
@@ -14,7 +16,9 @@ PROBABILITIES = np.array([[0.5, 0.24999999, 0.9, 1.0], [0.1, 0.1, 0.7499999, 1e-
 
 
 def format_lines(selection, ids=("a", "b"), probabilities=PROBABILITIES):
-    text = LineFormatter(LABELS, THRESHOLDS, selection).format(ids, probabilities).decode()
+    text = b"".join(
+        LineFormatter(LABELS, THRESHOLDS, selection).format(ids, probabilities)
+    ).decode()
     assert text.endswith("\n")
     return text.splitlines()
 
@@ -61,4 +65,36 @@ def test_any_id_survives():
 
 def test_no_documents_give_no_bytes():
     formatter = LineFormatter(LABELS, THRESHOLDS, ("top", 2))
-    assert formatter.format([], np.zeros((0, 4), np.float32)) == b""
+    assert list(formatter.format([], np.zeros((0, 4), np.float32))) == []
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 4), min_size=7, max_size=7), min_size=1, max_size=5),
+       st.sampled_from([("top", 1), ("top", 3), ("top", 6), ("above", 0.5)]))  # fmt: skip
+def test_selections_are_those_of_a_stable_sort(steps, selection):
+    probabilities = np.array(steps, np.float32) / 4
+    labels = tuple("abcdefg")
+    formatter = LineFormatter(labels, np.full(7, 0.5), selection)
+    lines = b"".join(formatter.format(["x"] * len(steps), probabilities)).splitlines()
+    kind, number = selection
+    for line, row in zip(lines, probabilities, strict=True):
+        order = np.argsort(-row, kind="stable")
+        kept = order[: int(number)] if kind == "top" else order[row[order] >= number]
+        found = json.loads(line)["scores"]
+        assert list(found) == [labels[index] for index in kept]
+        assert list(found.values()) == row[kept].tolist()
+
+
+def test_four_thousand_labels_are_written_in_bounded_pieces():
+    """The 5 best of 4,000 labels: 262 documents at a time, and no more text than is asked for."""
+    rng = np.random.default_rng(0)
+    probabilities = rng.random((1000, 4000), np.float32)
+    formatter = LineFormatter([f"l{i}" for i in range(4000)], np.full(4000, np.nan), ("top", 5))
+    pieces = list(formatter.format([str(i) for i in range(1000)], probabilities))
+    assert [piece.count(b"\n") for piece in pieces] == [262, 262, 262, 214]
+    lines = b"".join(pieces).splitlines()
+    best = np.argsort(-probabilities[999])[:5]
+    assert json.loads(lines[999])["scores"] == {
+        f"l{i}": pytest.approx(float(probabilities[999, i]), rel=1e-5) for i in best
+    }
+    assert max(map(len, lines)) < 200

@@ -24,7 +24,7 @@ from trainer.errors import UserError
 from trainer.evaluation_files import CALIBRATION_FILE, EVALUATION_FOLDER, METRICS_FILE
 from trainer.exported import HEAD_PREFIX, MULTIHOT_FILE
 from trainer.model import Model, pad_batch
-from trainer.packing import choose_packing
+from trainer.packing import choose_packing, least_tokens
 from trainer.pretrained import (
     WEIGHTS_FILE,
     from_variables,
@@ -139,8 +139,11 @@ def _fold(model: Model, scale: list[float], shift: list[float]) -> None:
 
 def _scoring_packing(metadata: Metadata, num_tokens: int) -> PackingConfig:
     """A micro-batch for texts like the training split's, which may be as long as allowed."""
-    histogram = metadata.split("train").length_histogram
-    return choose_packing(histogram, num_tokens, longest=metadata.max_seq_length)
+    split, longest, most = metadata.split("train"), metadata.max_seq_length, metadata.max_windows
+    return choose_packing(
+        split.length_histogram, max(num_tokens, least_tokens(longest, most)), longest=longest,
+        window_histogram=split.window_histogram, most_windows=most,
+    )  # fmt: skip
 
 
 def _write_weights(model: Model, folder: str) -> None:
@@ -150,9 +153,11 @@ def _write_weights(model: Model, folder: str) -> None:
         tensors = {f"bert.{name}": value for name, value in encoder.items()}
         tensors["classifier.weight"] = np.ascontiguousarray(values["head/classifier/kernel"].T)
         tensors["classifier.bias"] = values["head/classifier/bias"]
+        own = [name for name in values if name.startswith("head/window_pooling/")]
     else:
-        head = {name: value for name, value in values.items() if name.startswith("head/")}
-        tensors = encoder | {f"{HEAD_PREFIX}{name}": value for name, value in head.items()}
+        tensors = encoder
+        own = [name for name in values if name.startswith("head/")]
+    tensors |= {f"{HEAD_PREFIX}{name}": values[name] for name in own}
     save_file(tensors, os.path.join(folder, WEIGHTS_FILE), metadata={"format": "pt"})
 
 
@@ -241,6 +246,9 @@ def _describe(
         "labels": record.labels,
         "head": record.model.head,
         "max_seq_length": record.max_seq_length,
+        "max_windows": metadata.max_windows,
+        "window_stride": metadata.window_stride,
+        "window_pooling": record.model.window_pooling,
         "packing": dataclasses.asdict(packing),
         "thresholds": calibration["thresholds"],
         "pos_weights": record.pos_weights,

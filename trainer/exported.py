@@ -1,5 +1,6 @@
 """The model folder as a reader sees it: tokenizer, labels, thresholds and model."""
 
+import dataclasses
 import hashlib
 import json
 import os
@@ -25,7 +26,10 @@ class ExportedModel:
     """A model folder, ready to score.
 
     Attributes:
-      tokenizer, labels, max_seq_length: what turns a text into its record, and scores into names.
+      tokenizer: what turns a text into ids.
+      labels: L names.
+      max_seq_length: longest window in tokens, [CLS] and [SEP] included.
+      window_stride, max_windows: as `Tokenizer.encode_windows` takes them.
       thresholds: float64 [L], NaN for a label that is never predicted.
       packing: the shape of the micro-batches that the SavedModel's `packed` takes.
       model: whose logits' sigmoids are calibrated probabilities.
@@ -35,10 +39,18 @@ class ExportedModel:
     tokenizer: Tokenizer
     labels: tuple[str, ...]
     max_seq_length: int
+    window_stride: int
+    max_windows: int
     thresholds: np.ndarray
     packing: PackingConfig
     model: Model
     fingerprint: str
+
+    def encode(self, texts: list[str]) -> tuple[list[list[list[int]]], list[bool]]:
+        """The windows (lists of ids) of each text, and whether tokens of it were lost."""
+        return self.tokenizer.encode_windows(
+            texts, self.max_seq_length, self.window_stride, self.max_windows
+        )
 
 
 def load_exported(folder: str, precision: str = "float32") -> ExportedModel:
@@ -69,6 +81,9 @@ def load_exported(folder: str, precision: str = "float32") -> ExportedModel:
         tokenizer,
         tuple(description["labels"]),
         description["max_seq_length"],
+        # Folders of before there were windows say nothing of them.
+        description.get("window_stride", 0),
+        description.get("max_windows", 1),
         np.asarray(thresholds, np.float64),
         from_dict(PackingConfig, description["packing"]),
         _load_model(folder, description, precision),
@@ -77,19 +92,21 @@ def load_exported(folder: str, precision: str = "float32") -> ExportedModel:
 
 
 def _load_model(folder: str, description: dict[str, Any], precision: str) -> Model:
-    sizes = model_config(folder, len(description["labels"]), description["head"], 0.0, 0.0)
+    sizes = dataclasses.replace(
+        model_config(folder, len(description["labels"]), description["head"], 0.0, 0.0),
+        window_pooling=description.get("window_pooling", "max"),
+    )
     model = build_model(sizes, precision)
     values = to_variables(read_tensors(folder), sizes, folder)
     tensors = load_file(os.path.join(folder, WEIGHTS_FILE))
     if sizes.head == "cls":
         values["head/classifier/kernel"] = tensors["classifier.weight"].T
         values["head/classifier/bias"] = tensors["classifier.bias"]
-    else:
-        values |= {
-            name.removeprefix(HEAD_PREFIX): value
-            for name, value in tensors.items()
-            if name.startswith(HEAD_PREFIX)
-        }
+    values |= {
+        name.removeprefix(HEAD_PREFIX): value
+        for name, value in tensors.items()
+        if name.startswith(HEAD_PREFIX)
+    }
     variables = model.named_variables()
     if set(values) != set(variables):
         raise UserError(

@@ -15,7 +15,7 @@ import fcntl
 import gzip
 import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any, BinaryIO, cast
 
@@ -80,10 +80,15 @@ class PartWriter:
         self._rows_truncated = 0
 
     def write(
-        self, lines: bytes, num_rows: int, num_truncated: int, rejected: list[dict[str, Any]]
+        self,
+        pieces: Iterable[bytes],
+        num_rows: int,
+        num_truncated: int,
+        rejected: list[dict[str, Any]],
     ) -> None:
         """Adds the lines of `num_rows` scored rows, and the rows that could not be used."""
-        self._file.write(lines)
+        for lines in pieces:
+            self._file.write(lines)
         self._rows_out += num_rows
         self._rows_truncated += num_truncated
         self._rejected += rejected

@@ -7,9 +7,12 @@ and short.
 
 import itertools
 import json
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 
 import numpy as np
+
+# Documents x labels that are formatted at once, so that their text stays below 100 MB.
+_CELLS_AT_ONCE = 1 << 20
 
 
 class LineFormatter:
@@ -32,13 +35,18 @@ class LineFormatter:
         keys = ", ".join(f"{key.replace('%', '%%')}%.6g" for key in self._keys)
         self._all = f"{{{keys}}}"
 
-    def format(self, ids: Sequence[str], probabilities: np.ndarray) -> bytes:
-        """The lines of N documents.
+    def format(self, ids: Sequence[str], probabilities: np.ndarray) -> Iterator[bytes]:
+        """The lines of N documents, some at a time, so that memory does not grow with N.
 
         Args:
           ids: N ids.
           probabilities: float32 [N, L].
         """
+        step = max(1, _CELLS_AT_ONCE // max(1, len(self._names)))
+        for start in range(0, len(ids), step):
+            yield self._format(ids[start : start + step], probabilities[start : start + step])
+
+    def _format(self, ids: Sequence[str], probabilities: np.ndarray) -> bytes:
         chosen = _indices_by_row(probabilities >= self._thresholds)
         scores = self._format_scores(probabilities)
         lines = []
@@ -53,26 +61,38 @@ class LineFormatter:
         """The scores of each document as a JSON object: all in label order, else highest first."""
         if self._kind == "all":
             return [self._all % tuple(row) for row in probabilities.tolist()]
-        # Stable: of equal scores the earlier label comes first.
-        order = np.argsort(-probabilities, axis=1, kind="stable")
         if self._kind == "top":
-            order = order[:, : int(self._number)]
-            counts = [order.shape[1]] * len(order)
+            selected = _is_highest(probabilities, int(self._number))
         else:
-            counts = (probabilities >= np.float64(self._number)).sum(axis=1).tolist()
-        values = np.take_along_axis(probabilities, order, axis=1).tolist()
-        return [
-            f"{{{', '.join([f'{self._keys[i]}{value:.6g}' for i, value in pairs])}}}"
-            for pairs in (
-                zip(row[:count], row_values[:count], strict=True)
-                for row, row_values, count in zip(order.tolist(), values, counts, strict=True)
-            )
-        ]
+            selected = probabilities >= np.float64(self._number)
+        # Only what is selected is sorted and formatted: of thousands of labels, a few.
+        rows, columns = np.nonzero(selected)
+        values = probabilities[rows, columns]
+        # Of equal scores the earlier label comes first.
+        order = np.lexsort((columns, -values, rows))
+        columns_and_values = zip(columns[order].tolist(), values[order].tolist(), strict=True)
+        texts = [f"{self._keys[column]}{value:.6g}" for column, value in columns_and_values]
+        return [f"{{{', '.join(texts[start:end])}}}" for start, end in _bounds(rows, selected)]
+
+
+def _is_highest(probabilities: np.ndarray, count: int) -> np.ndarray:
+    """Which are the `count` highest of their row, of equal ones the first: bool [N, L]."""
+    size = probabilities.shape[1]
+    if count >= size:
+        return np.ones(probabilities.shape, bool)
+    lowest = np.partition(probabilities, size - count, axis=1)[:, size - count, None]
+    is_higher, is_equal = probabilities > lowest, probabilities == lowest
+    room = count - is_higher.sum(axis=1, keepdims=True)
+    return is_higher | (is_equal & (np.cumsum(is_equal, axis=1, dtype=np.int32) <= room))
+
+
+def _bounds(rows: np.ndarray, mask: np.ndarray) -> Iterator[tuple[int, int]]:
+    """For each row of `mask` where its entries begin and end in `rows`, which ascends."""
+    return itertools.pairwise(np.searchsorted(rows, np.arange(len(mask) + 1)).tolist())
 
 
 def _indices_by_row(mask: np.ndarray) -> list[list[int]]:
     """For each row of a bool [N, L] the columns that are true."""
     rows, columns = np.nonzero(mask)
-    bounds = np.searchsorted(rows, np.arange(len(mask) + 1)).tolist()
     indices = columns.tolist()
-    return [indices[start:end] for start, end in itertools.pairwise(bounds)]
+    return [indices[start:end] for start, end in _bounds(rows, mask)]

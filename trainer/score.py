@@ -22,7 +22,7 @@ from trainer import storage
 from trainer.config import PackingConfig, ScoreConfig, absolute
 from trainer.errors import UserError
 from trainer.exported import ExportedModel, load_exported
-from trainer.packing import BLOCK_MICRO_BATCHES, choose_packing
+from trainer.packing import BLOCK_MICRO_BATCHES, choose_packing, least_tokens
 from trainer.parts import (
     REJECTED_FOLDER,
     SUCCESS_FILE,
@@ -49,7 +49,6 @@ from trainer.scoring import Block, Scored, read_chunks, score_blocks, tokenize
 from trainer.sources import Columns, check_columns, list_files
 from trainer.stages import run_ahead
 from trainer.strategy import choose_scoring_precision
-from trainer.tokenizer import Tokenizer
 
 # Flags that change what is written; a rerun has to give them as they were.
 _SETTINGS = (
@@ -62,6 +61,9 @@ _SETTINGS = (
 )
 _CHUNKS_AHEAD = 8
 _BLOCKS_AHEAD = 1
+# Documents x labels of a block, about, so that short documents with thousands of labels do not fill
+# the memory: 64 MiB of probabilities.
+_BLOCK_CELLS = 1 << 24
 _MICRO_BATCHES_AHEAD = 4
 # Rows whose lengths choose the shape of the micro-batches: some from each of a few parts.
 _SAMPLED_PARTS = 16
@@ -126,46 +128,57 @@ def _settle_plan(
         check_plan(plan, config.output_dir, model.fingerprint, settings, inputs)
         return plan
     parts = plan_parts(inputs, config.rows_per_part)
-    histogram = sample_lengths(parts, columns, model.tokenizer, model.max_seq_length)
-    packing = choose_score_packing(histogram, config.tokens_per_batch)
+    packing = choose_score_packing(
+        *sample_lengths(parts, columns, model), config.tokens_per_batch, model.max_windows
+    )
     plan = Plan(model.fingerprint, settings, packing, inputs, parts)
     save_plan(config.output_dir, plan)
     return plan
 
 
-def choose_score_packing(histogram: np.ndarray, tokens_per_batch: int) -> PackingConfig:
+def choose_score_packing(
+    lengths: np.ndarray, windows: np.ndarray, tokens_per_batch: int, most_windows: int
+) -> PackingConfig:
     """The shape of the micro-batches for documents of these lengths.
 
     Args:
-      histogram: int64 [max_seq_length + 1], of a sample; the rest may be anything that fits.
+      lengths: int64 [max_seq_length + 1], windows by their tokens, of a sample; the rest may be
+        anything that fits.
+      windows: int64 [most_windows + 1], documents of the sample by their windows.
       tokens_per_batch: about how many tokens a micro-batch has.
+      most_windows: that a document may have.
     """
-    longest = len(histogram) - 1
-    # Room for rounding the longest row up to a multiple of 8.
-    num_tokens = max(tokens_per_batch, longest + 8)
-    packing = choose_packing(histogram.tolist(), num_tokens, longest=longest)
+    longest = len(lengths) - 1
+    num_tokens = max(tokens_per_batch, least_tokens(longest, most_windows))
+    packing = choose_packing(
+        lengths.tolist(), num_tokens, longest=longest,
+        window_histogram=windows.tolist(), most_windows=most_windows,
+    )  # fmt: skip
     # Without labels a slot costs next to nothing, and a stretch of short documents needs many: one
     # for every eight tokens, and for a whole row of documents that are [CLS] and [SEP] alone.
     slots = max(packing.max_documents, packing.num_tokens // 8, packing.max_length // 2)
-    return PackingConfig(packing.row_groups, slots, slots)
+    return PackingConfig(packing.row_groups, slots, max(packing.max_windows, slots))
 
 
 def sample_lengths(
-    parts: Sequence[Part], columns: Columns, tokenizer: Tokenizer, max_seq_length: int
-) -> np.ndarray:
-    """Lengths of some rows of some parts, as a histogram for `choose_packing`.
+    parts: Sequence[Part], columns: Columns, model: ExportedModel
+) -> tuple[np.ndarray, np.ndarray]:
+    """Lengths of some rows of some parts, as histograms for `choose_score_packing`.
 
     Returns:
-      int64 [max_seq_length + 1].
+      Windows by their tokens (int64 [max_seq_length + 1]) and documents by their windows (int64
+      [max_windows + 1]).
     """
-    histogram = np.zeros(max_seq_length + 1, np.int64)
+    lengths = np.zeros(model.max_seq_length + 1, np.int64)
+    windows = np.zeros(model.max_windows + 1, np.int64)
     for part in parts[:: -(-len(parts) // _SAMPLED_PARTS)]:
         chunk = next(read_chunks([part], [0], columns))
-        ids, _ = tokenizer.encode_batch(chunk.texts[:_SAMPLED_ROWS_A_PART], max_seq_length)
-        np.add.at(histogram, [len(document) for document in ids], 1)
-    if not histogram.any():
-        histogram[-1] = 1
-    return histogram
+        documents, _ = model.encode(chunk.texts[:_SAMPLED_ROWS_A_PART])
+        np.add.at(lengths, [len(window) for document in documents for window in document], 1)
+        np.add.at(windows, [len(document) for document in documents], 1)
+    if not windows.any():
+        lengths[-1] = windows[1] = 1
+    return lengths, windows
 
 
 def _score_parts(
@@ -205,7 +218,8 @@ def _scored(
     block_tokens = BLOCK_MICRO_BATCHES * plan.packing.num_tokens
     predictor = Predictor(model.model, plan.packing)
     chunks = run_ahead(read_chunks(plan.parts, waiting, columns), _CHUNKS_AHEAD)
-    blocks = tokenize(chunks, model.tokenizer, model.max_seq_length, block_tokens)
+    block_documents = _BLOCK_CELLS // len(model.labels)
+    blocks = tokenize(chunks, model.encode, block_tokens, block_documents)
     scored = score_blocks(
         run_ahead(blocks, _BLOCKS_AHEAD), predictor, plan.packing, len(model.labels)
     )

@@ -3,7 +3,7 @@
 import dataclasses
 import functools
 import itertools
-from collections.abc import Iterable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -15,7 +15,6 @@ from trainer.packing import pack
 from trainer.plan import Part
 from trainer.predictor import Predictor
 from trainer.sources import BadRow, Columns, Row, Segment, read_segment
-from trainer.tokenizer import Tokenizer
 
 _ROWS_A_CHUNK = 512
 _CHARACTERS_A_CHUNK = 1 << 20
@@ -53,12 +52,13 @@ class Chunk:
 class Block:
     """Consecutive rows of one part, tokenised: N documents, enough of them to pack well.
 
-    `probabilities` is float32 [N, L] and filled by micro-batch.
+    `windows` are the documents' lists of windows, each a list of ids. `probabilities` is float32
+    [N, L] and filled by micro-batch.
     """
 
     part: int
     ids: list[str] = field(default_factory=list)
-    input_ids: list[list[int]] = field(default_factory=list)
+    windows: list[list[list[int]]] = field(default_factory=list)
     rejected: list[dict[str, Any]] = field(default_factory=list)
     num_tokens: int = 0
     num_truncated: int = 0
@@ -120,19 +120,29 @@ def _follows(before: Segment, after: Segment) -> bool:
 
 
 def tokenize(
-    chunks: Iterable[Chunk], tokenizer: Tokenizer, max_seq_length: int, block_tokens: int
+    chunks: Iterable[Chunk],
+    encode: Callable[[list[str]], tuple[list[list[list[int]]], list[bool]]],
+    block_tokens: int,
+    block_documents: int,
 ) -> Iterator[Block]:
-    """Tokenises chunks and joins them to blocks of at least `block_tokens` tokens, or to a part."""
+    """Tokenises chunks and joins them to blocks, each of one part.
+
+    Args:
+      chunks: as `read_chunks` gives them.
+      encode: texts to their lists of windows and whether tokens were lost.
+      block_tokens, block_documents: a block has at least so many of one of them, or ends its part.
+    """
     block = None
     for chunk in chunks:
         block = block or Block(chunk.part)
-        ids, truncated = tokenizer.encode_batch(chunk.texts, max_seq_length)
+        windows, truncated = encode(chunk.texts)
         block.ids += chunk.ids
-        block.input_ids += ids
+        block.windows += windows
         block.rejected += chunk.rejected
-        block.num_tokens += sum(map(len, ids))
+        block.num_tokens += sum(len(window) for document in windows for window in document)
         block.num_truncated += sum(truncated)
-        if chunk.ends_part or block.num_tokens >= block_tokens:
+        is_full = block.num_tokens >= block_tokens or len(block.ids) >= block_documents
+        if chunk.ends_part or is_full:
             yield block
             block = None
 
@@ -143,7 +153,9 @@ def score_blocks(
     """Packs each block and runs its micro-batches; an empty block comes through as one without."""
     pack_block = tf.function(
         functools.partial(pack, packing=packing),
-        input_signature=[tf.RaggedTensorSpec([None, None], tf.int32, row_splits_dtype=tf.int64)],
+        input_signature=[
+            tf.RaggedTensorSpec([None, None, None], tf.int32, row_splits_dtype=tf.int64)
+        ],
     )
     for block in blocks:
         block.probabilities = np.full((len(block.ids), num_labels), np.nan, np.float32)
@@ -160,8 +172,9 @@ def score_blocks(
 
 
 def _ragged(block: Block) -> tf.RaggedTensor:
-    flat = np.fromiter(
-        itertools.chain.from_iterable(block.input_ids), np.int32, count=block.num_tokens
-    )
-    lengths = np.fromiter(map(len, block.input_ids), np.int64, count=len(block.input_ids))
-    return tf.RaggedTensor.from_row_lengths(flat, lengths, validate=False)
+    windows = list(itertools.chain.from_iterable(block.windows))
+    flat = np.fromiter(itertools.chain.from_iterable(windows), np.int32, count=block.num_tokens)
+    lengths = np.fromiter(map(len, windows), np.int64, count=len(windows))
+    counts = np.fromiter(map(len, block.windows), np.int64, count=len(block.windows))
+    by_window = tf.RaggedTensor.from_row_lengths(flat, lengths, validate=False)
+    return tf.RaggedTensor.from_row_lengths(by_window, counts, validate=False)
