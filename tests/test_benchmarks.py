@@ -76,8 +76,9 @@ def test_arrays_hold_what_the_shards_hold(comparison, shared, corpus, tmp_path):
 
 def test_a_folder_keeps_results_of_one_set_of_settings(comparison, tmp_path):
     values = dict.fromkeys(comparison.SETTINGS, 1)
-    comparison.open_folder(argparse.Namespace(output=str(tmp_path), **values))
-    comparison.open_folder(argparse.Namespace(output=str(tmp_path), **values))
+    comparison.open_folder(argparse.Namespace(output=str(tmp_path), **values), comparison.SETTINGS)
+    comparison.open_folder(argparse.Namespace(output=str(tmp_path), **values), comparison.SETTINGS)
     with pytest.raises(SystemExit, match="another --learning_rate"):
         changed = values | {"learning_rate": 2}
-        comparison.open_folder(argparse.Namespace(output=str(tmp_path), **changed))
+        folder = argparse.Namespace(output=str(tmp_path), **changed)
+        comparison.open_folder(folder, comparison.SETTINGS)

@@ -83,9 +83,9 @@ def fit_thresholds(
     if target.kind == "overall_f1" and len(own):
         parts = [Candidates.of_cuts(cuts, columns, _midpoints(cuts)) for columns, cuts in lists]
         others = probabilities[:, ~has_own] >= thresholds[~has_own]
-        found = np.count_nonzero(others & labels[:, ~has_own])
+        found = int(np.count_nonzero(others & labels[:, ~has_own]))
         candidates = Candidates.joined(parts)
-        chosen, _ = choose_overall(candidates, support, found, np.count_nonzero(others))
+        chosen, _ = choose_overall(candidates, support, found, int(np.count_nonzero(others)))
         thresholds[own] = candidates.thresholds[chosen]
     else:
         for columns, cuts in lists:
