@@ -66,7 +66,7 @@ def resample_metrics(
       probabilities: float [N, L].
       labels: bool [N, L].
       thresholds: float [L]; NaN for a label that is never predicted.
-      num_resamples: R.
+      num_resamples: R, at least 1.
       seed: of the draws.
 
     Returns:
@@ -87,7 +87,7 @@ def resample_metrics(
         counts = np.bincount(drawn.ravel(), minlength=size * num_documents)
         counts = np.ascontiguousarray(counts.reshape(size, num_documents).T, np.int32)
         blocks.append(_metrics_of(ranked, decisions, in_error, counts))
-    return {name: np.concatenate([block[name] for block in blocks]) for name in INTERVALS}
+    return {name: np.concatenate([block[name] for block in blocks]) for name in blocks[0]}
 
 
 def _rank(probabilities: np.ndarray, positive: np.ndarray) -> _Ranked:

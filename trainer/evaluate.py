@@ -1,29 +1,20 @@
 """`multihot evaluate`: the best checkpoint's probabilities made honest, cut, and measured.
 
 Calibration and thresholds are fitted on one split and reported on another; nothing that is fitted
-sees the reported split. Splits that fit into memory are measured exactly; larger ones are read
-block by block, the one that is fitted to twice.
+sees the reported split.
 """
 
 import hashlib
 import json
 import os
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
 
 from trainer import storage
 from trainer.bootstrap import LEVEL, confidence_intervals, count_resamples, resample_metrics
-from trainer.calibration import (
-    Calibration,
-    exact_correction,
-    fit_binned_calibration,
-    fit_calibration,
-)
-from trainer.checkpoint import LoadedRun, RunRecord, load_best
+from trainer.checkpoint import RunRecord, load_best
 from trainer.config import EvaluateConfig
 from trainer.errors import UserError
 from trainer.evaluation_files import (
@@ -36,81 +27,15 @@ from trainer.evaluation_files import (
     without_labels,
     write_json,
 )
-from trainer.histograms import Histograms
-from trainer.measurement import (
-    BINNED,
-    ExactMeasurement,
-    Measured,
-    Measurement,
-    StreamedMeasurement,
-    deviations,
-    fits_exactly,
-)
+from trainer.fitting import Evaluated, Splits, cutting, evaluate
+from trainer.measurement import BINNED, Measured, deviations
 from trainer.metrics import CONVENTIONS, compute_metrics, warn_if_constant
-from trainer.packing import add_histograms, choose_packing, least_tokens
-from trainer.predictor import Predictions, Predictor, concatenate
-from trainer.records import Metadata, load_metadata, naming_damaged_shards
+from trainer.records import Metadata, load_metadata
 from trainer.report_data import collect
 from trainer.slices import slice_metrics
-from trainer.thresholds import Target, fit_binned_thresholds, fit_thresholds
+from trainer.thresholds import fit_thresholds
 
 TRAIN_SPLIT = "train"
-
-
-@dataclass(frozen=True)
-class Evaluated:
-    """What was fitted to one split, and the metrics of that split and of the reported one.
-
-    `shortfalls`, float64 [L], are those of `BinnedThresholds`; None of an exact evaluation.
-    """
-
-    calibration: Calibration
-    thresholds: np.ndarray
-    shortfalls: np.ndarray | None
-    fitted: Measured
-    reported: Measured
-
-
-class Splits:
-    """The blocks of predictions of both splits, checked to be finite."""
-
-    def __init__(self, config: EvaluateConfig, metadata: Metadata, best: LoadedRun) -> None:
-        self.config = config
-        self.metadata = metadata
-        splits = [metadata.split(name) for name in (config.calibration_split, config.split)]
-        # Rows to hold the documents of these splits, which may be longer than those of training.
-        lengths = add_histograms([split.length_histogram for split in splits])
-        windows = add_histograms([split.window_histogram for split in splits])
-        least = least_tokens(len(lengths) - 1, len(windows) - 1)
-        num_tokens = max(best.packing.num_tokens, least)
-        packing = choose_packing(lengths, num_tokens, window_histogram=windows)
-        self._predictor = Predictor(best.model, packing)
-
-    def num_documents(self, name: str) -> int:
-        """Documents of a split."""
-        return self.metadata.split(name).documents
-
-    def blocks(self, name: str) -> Iterator[Predictions]:
-        """The predictions of a split.
-
-        Raises:
-          UserError: if a logit is not finite, or a shard is damaged.
-        """
-        config = self.config
-        with naming_damaged_shards(config.data_dir, self.metadata, name):
-            for block in self._predictor.predict_blocks(config.data_dir, self.metadata, name):
-                if not np.isfinite(block.logits).all():
-                    raise UserError(
-                        f"{config.model_dir}: the best checkpoint's logits on {name!r} are not "
-                        "finite; train again with a lower --learning_rate"
-                    )
-                yield block
-
-    def measure(self, name: str, measurement: Measurement) -> Measured:
-        """The metrics of a split."""
-        for block in self.blocks(name):
-            measurement.add(block)
-        return measurement.result()
 
 
 def run(config: EvaluateConfig) -> None:
@@ -126,9 +51,7 @@ def run(config: EvaluateConfig) -> None:
     _check_same_data(config, metadata, best.record)
     splits = Splits(config, metadata, best)
     fit, report = config.calibration_split, config.split
-    num_documents = splits.num_documents(fit) + splits.num_documents(report)
-    is_exact = fits_exactly(num_documents, len(metadata.labels), config.exact_memory)
-    evaluated = (evaluate_exactly if is_exact else evaluate_binned)(splits, best.record)
+    evaluated = evaluate(splits, best.record)
     reported = evaluated.reported
     warn_if_constant(
         deviations(reported.documents.logits, evaluated.calibration), reported.num_documents
@@ -174,59 +97,6 @@ def run(config: EvaluateConfig) -> None:
     print(f"Wrote {METRICS_FILE}, {CALIBRATION_FILE} and {CURVES_FILE} to {folder}")
 
 
-def evaluate_exactly(splits: Splits, record: RunRecord) -> Evaluated:
-    """Fits to all documents of one split, and measures all of both."""
-    config = splits.config
-    documents = concatenate(list(splits.blocks(config.calibration_split)))
-    pos_weights = np.asarray(record.pos_weights)
-    if not record.exact_correction:
-        pos_weights = np.ones_like(pos_weights)
-    calibration = fit_calibration(documents.logits, documents.labels, pos_weights, config.calibrate)
-    thresholds = fit_thresholds(
-        calibration.probabilities(documents.logits), documents.labels, **_cutting(config)
-    )
-    fitted = ExactMeasurement(calibration, thresholds)
-    fitted.add(documents)
-    return Evaluated(
-        calibration,
-        thresholds,
-        None,
-        fitted.result(),
-        splits.measure(config.split, ExactMeasurement(calibration, thresholds)),
-    )
-
-
-def evaluate_binned(splits: Splits, record: RunRecord) -> Evaluated:
-    """Fits to histograms of one split's scores, and measures both splits by histograms."""
-    config = splits.config
-    log_weights = -exact_correction(record.pos_weights, record.exact_correction).shift
-    histograms = Histograms.empty(len(log_weights))
-    for block in splits.blocks(config.calibration_split):
-        histograms.add(block.logits - log_weights, block.labels)
-    calibration = fit_binned_calibration(histograms, log_weights, config.calibrate)
-    shift = calibration.shift + calibration.scale * log_weights
-    thresholds = fit_binned_thresholds(histograms, calibration.scale, shift, **_cutting(config))
-    del histograms
-    fitted, reported = (
-        splits.measure(
-            name,
-            StreamedMeasurement(
-                splits.num_documents(name), log_weights, calibration, thresholds.probabilities
-            ),
-        )
-        for name in (config.calibration_split, config.split)
-    )
-    return Evaluated(calibration, thresholds.probabilities, thresholds.shortfall, fitted, reported)
-
-
-def _cutting(config: EvaluateConfig) -> dict[str, Any]:
-    return {
-        "min_support": config.min_support,
-        "target": Target(*config.threshold_target()),
-        "is_global": config.thresholds == "global",
-    }
-
-
 def report_values(
     config: EvaluateConfig, metadata: Metadata, evaluated: Evaluated
 ) -> dict[str, Any]:
@@ -234,11 +104,9 @@ def report_values(
     reported, fitted, thresholds = evaluated.reported, evaluated.fitted, evaluated.thresholds
     documents = reported.documents
     probabilities = evaluated.calibration.probabilities(documents.logits)
-    resamples = count_resamples(config.resamples, *documents.labels.shape)
-    resampled = resample_metrics(probabilities, documents.labels, thresholds, resamples)
     frequencies = label_frequencies(metadata, otherwise=config.calibration_split)
     trivial = trivial_metrics(
-        frequencies, fitted.documents.labels, documents.labels, **_cutting(config)
+        frequencies, fitted.documents.labels, documents.labels, **cutting(config)
     )
     columns = dict(reported.metrics["per_label"])
     for name in ("support", "precision", "recall", "f1"):
@@ -248,10 +116,7 @@ def report_values(
     never = np.flatnonzero(np.isnan(thresholds))
     return without_labels(reported.metrics) | {
         "method": "exact" if evaluated.shortfalls is None else BINNED,
-        "intervals": confidence_intervals(
-            reported.metrics, resampled, len(documents.ids), reported.num_documents
-        ),
-        "intervals_of": {"level": LEVEL, "resamples": resamples, "documents": len(documents.ids)},
+        **intervals_of(config, reported, probabilities, thresholds),
         "never_predicted": [metadata.labels[index] for index in never],
         "on_calibration_split": without_labels(fitted.metrics),
         "trivial": without_labels(trivial),
@@ -261,6 +126,22 @@ def report_values(
         "per_label": by_label(columns, metadata.labels),
         "conventions": CONVENTIONS,
     }
+
+
+def intervals_of(
+    config: EvaluateConfig, reported: Measured, probabilities: np.ndarray, thresholds: np.ndarray
+) -> dict[str, Any]:
+    """`intervals`, (low, high) by metric, and `intervals_of`, what they come from."""
+    labels = reported.documents.labels
+    resamples = count_resamples(config.resamples, *labels.shape)
+    intervals = {}
+    if resamples:
+        resampled = resample_metrics(probabilities, labels, thresholds, resamples)
+        intervals = confidence_intervals(
+            reported.metrics, resampled, len(labels), reported.num_documents
+        )
+    about = {"level": LEVEL, "resamples": resamples, "documents": len(labels)}
+    return {"intervals": intervals, "intervals_of": about}
 
 
 def _check_splits(config: EvaluateConfig, metadata: Metadata) -> None:
