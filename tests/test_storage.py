@@ -8,6 +8,7 @@ import http.client
 import json
 import os
 import random
+import re
 import signal
 import subprocess
 import sys
@@ -102,8 +103,9 @@ def local_run(data_dir, tmp_path_factory):
     """The model folder of a run on local folders, trained and evaluated."""
     model_dir = str(tmp_path_factory.mktemp("local") / "run")
     folders = [f"--data_dir={data_dir}", f"--model_dir={model_dir}"]
-    results = run_commands(environment(), [*TRAIN, *folders], ["evaluate", *folders])
-    assert [code for code, _ in results] == [0, 0], results
+    commands = [*TRAIN, *folders], ["evaluate", *folders], ["report", *folders]
+    results = run_commands(environment(), *commands)
+    assert [code for code, _ in results] == [0, 0, 0], results
     return model_dir
 
 
@@ -203,8 +205,9 @@ def test_a_run_in_a_failing_store_killed_and_resumed_equals_the_local_one(
         first.send_signal(signal.SIGKILL)
         assert first.wait() == -signal.SIGKILL, first.stderr.read()
         before = {name for name in cloud.buckets["b"] if "/checkpoints/" in name}
-        results = run_commands(env, [*TRAIN, *folders], ["evaluate", *folders])
-        assert [code for code, _ in results] == [0, 0], results
+        commands = [*TRAIN, *folders], ["evaluate", *folders], ["report", *folders]
+        results = run_commands(env, *commands)
+        assert [code for code, _ in results] == [0, 0, 0], results
         cloud.get_folder("b", "some/run", found)
     assert sum(cloud.faults.values()) >= 10 and set(cloud.faults) >= {"429", "503"}, cloud.faults
     expected = tensors_of(local_run)
@@ -219,6 +222,11 @@ def test_a_run_in_a_failing_store_killed_and_resumed_equals_the_local_one(
         with open(os.path.join(model_dir, "evaluation", "metrics.json"), encoding="utf-8") as file:
             reports.append(json.load(file))
     assert reports[0] == reports[1]
+    tables = []
+    for model_dir in (found, local_run):
+        with open(os.path.join(model_dir, "report.html"), encoding="utf-8") as file:
+            tables.append(re.findall(r"<table.*?</table>", file.read(), re.DOTALL))
+    assert len(tables[0]) >= 5 and tables[0] == tables[1]
     boards = os.listdir(os.path.join(found, "tensorboard"))
     assert len(boards) == 2 and not [name for name in os.listdir(found) if name.endswith(".tmp")]
 
