@@ -32,9 +32,6 @@ BASELINE_FILE = "baseline.json"
 HISTORY_FILE = "metrics.jsonl"
 # Scores of the baseline that are held at a time (float32, 160 MB).
 MAX_BASELINE_SCORES = 40_000_000
-# Tokens are at least this few characters in nearly every document, so that so many times the
-# characters that are shown need not be decoded.
-_TOKENS_TO_DECODE = MAX_CHARACTERS
 
 _logger = logging.getLogger(__name__)
 
@@ -182,8 +179,9 @@ def _read_texts(
     backend = load_tokenizer(os.path.join(data_dir, TOKENIZER_FOLDER)).backend
     texts = {}
     for place, tokens in zip(places.tolist(), documents.tokens, strict=True):
-        text = backend.decode(tokens[:_TOKENS_TO_DECODE].tolist(), skip_special_tokens=True)
-        is_cut = len(text) > MAX_CHARACTERS or len(tokens) > _TOKENS_TO_DECODE
+        # Every token is a character or more.
+        text = backend.decode(tokens[:MAX_CHARACTERS].tolist(), skip_special_tokens=False)
+        is_cut = len(text) > MAX_CHARACTERS or len(tokens) > MAX_CHARACTERS
         texts[place] = text[:MAX_CHARACTERS].rstrip() + (" …" if is_cut else "")
     return texts
 

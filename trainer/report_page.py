@@ -8,6 +8,7 @@ by their hashes, and nothing be loaded at all.
 import base64
 import hashlib
 import math
+import os
 from dataclasses import dataclass
 from importlib import metadata as distributions
 from typing import Any
@@ -17,6 +18,7 @@ from bokeh.resources import Resources
 from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
+from trainer.config import absolute
 from trainer.records import Metadata
 from trainer.report_data import HISTOGRAM_EDGES
 from trainer.report_plots import BLUE, GREY, ORANGE, Plot, draw_headline, draw_label_curves
@@ -41,11 +43,13 @@ HEADLINES = {
     "macro_roc_auc": "Macro ROC-AUC",
     "expected_calibration_error": "Calibration error",
 }
-# The metrics that thresholds decide.
-BY_THRESHOLD = ("subset_accuracy", "hamming_loss") + tuple(
-    f"{mean}_{name}"
-    for mean in ("micro", "macro", "weighted", "samples")
-    for name in ("f1", "precision", "recall")
+# The metrics that thresholds decide, in the order in which they are shown.
+BY_THRESHOLD = (
+    *(f"{mean}_f1" for mean in ("micro", "macro", "weighted", "samples")),
+    *(f"{mean}_precision" for mean in ("micro", "macro", "weighted", "samples")),
+    *(f"{mean}_recall" for mean in ("micro", "macro", "weighted", "samples")),
+    "subset_accuracy",
+    "hamming_loss",
 )
 LOWER_IS_BETTER = ("expected_calibration_error",)
 MODEL, TFIDF, TRIVIAL = "this model", "TF-IDF", "frequencies"
@@ -100,7 +104,7 @@ def render(material: Material) -> str:
     everything = [plot for group in plots.values() for plot in group]
     data = {"plots": [plot.item for plot in everything], "curves": _curves(material)}
     return environment.get_template("report.html").render(
-        title=material.model_dir.rstrip("/").rpartition("/")[2],
+        title=os.path.basename(absolute(material.model_dir).rstrip("/")),
         material=material,
         metrics=material.metrics,
         metadata=material.metadata,
@@ -190,17 +194,28 @@ def _headlines(material: Material) -> list[dict[str, Any]]:
 def _comparison(metrics: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
     """Every metric of both splits: those that thresholds decide, and the others."""
     fitted = metrics["on_calibration_split"]
-    rows: dict[str, list[dict[str, Any]]] = {"decided": [], "others": []}
-    for name, value in metrics.items():
-        if isinstance(value, float) and isinstance(fitted.get(name), float):
-            group = rows["decided" if name in BY_THRESHOLD else "others"]
-            title = HEADLINES.get(name) or _as_title(name)
-            group.append({"title": title, "fitted": fitted[name], "reported": value})
-    return rows
+    shared = [
+        name
+        for name in metrics
+        if isinstance(metrics[name], float) and isinstance(fitted.get(name), float)
+    ]
+    decided = [name for name in BY_THRESHOLD if name in shared]
+    others = [name for name in shared if name not in BY_THRESHOLD]
+
+    def rows(names: list[str]) -> list[dict[str, Any]]:
+        return [
+            {"title": _as_title(name), "fitted": fitted[name], "reported": metrics[name]}
+            for name in names
+        ]
+
+    return {"decided": rows(decided), "others": rows(others)}
 
 
 def _as_title(name: str) -> str:
+    if name in HEADLINES:
+        return HEADLINES[name]
     words = name.replace("_", " ").replace("f1", "F1").replace("roc auc", "ROC-AUC")
+    words = words.replace("expected calibration", "calibration")
     return words.replace("ndcg", "nDCG") if "ndcg" in words else words[:1].upper() + words[1:]
 
 
@@ -212,8 +227,10 @@ def _draw(material: Material) -> dict[str, tuple[Plot, ...]]:
     return {
         "headline": (draw_headline(rows, intervals, _systems(material)),),
         "history": history_plots(material.history),
-        "fit": (overfitting_plot(metrics, curves),),
-        "labels": (frequency_plot(metrics, curves, metadata),),
+        "labels": (
+            frequency_plot(metrics, curves, metadata),
+            overfitting_plot(metrics, curves),
+        ),
         "curves": draw_label_curves(metrics["split"], metrics["calibration_split"]),
         "cooccurrence": cooccurrence_plots(curves),
         "data": data_plots(metadata),
