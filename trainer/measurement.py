@@ -6,7 +6,7 @@ from typing import Any, Protocol
 import numpy as np
 
 from trainer import binned_probabilities
-from trainer.calibration import Calibration, sigmoid
+from trainer.calibration import BINS_PER_GROUP, Calibration, sigmoid
 from trainer.document_metrics import sum_over_documents
 from trainer.histograms import (
     BIN_WIDTH,
@@ -35,8 +35,12 @@ _SAMPLE_SEED = 0
 BINNED = (
     f"binned: log-odds after the exact correction in bins of {BIN_WIDTH:g} from {-LIMIT:g} to "
     f"{LIMIT:g} with open ends, those of the micro metrics after calibration; precision, recall, "
-    "F1 and the metrics of single documents are exact; error_bounds holds the most that each of "
-    "the others can be off by; intervals, slices and trivial are of a uniform sample of documents"
+    "F1 and the metrics of single documents are exact; error_bounds and the _bound of each label "
+    "hold the most that each of the others can be off by; threshold_shortfall is the most that a "
+    "label's threshold, at the edge of a bin, can miss on the calibration split, and the global "
+    "one is as good as if every score were moved by at most half a bin; calibration saw "
+    f"logits moved by at most {BINS_PER_GROUP * BIN_WIDTH:g}, their mean kept; intervals, slices "
+    "and trivial are of a uniform sample of documents"
 )
 
 
