@@ -16,6 +16,7 @@ REQUIRED = {
     "prepare": {"input": ("a.jsonl", "b.csv"), "data_dir": "data"},
     "train": {"data_dir": "data", "model_dir": "run"},
     "evaluate": {"data_dir": "data", "model_dir": "run"},
+    "report": {"model_dir": "run"},
     "export": {"model_dir": "run", "export_dir": "model"},
     "score": {"model": "model", "input": ("a.jsonl",), "output_dir": "scores"},
 }
