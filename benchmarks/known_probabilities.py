@@ -35,6 +35,15 @@ def make_words(random: np.random.Generator, count: int) -> list[str]:
     return list(words)
 
 
+def draw_effects(random: np.random.Generator) -> np.ndarray:
+    """What each word adds to the log-odds of each label, float64 [words, L]; mostly nothing."""
+    effects = np.zeros((NUM_SIGNALS, NUM_LABELS))
+    for column in effects.T:
+        chosen = random.choice(NUM_SIGNALS, SIGNALS_PER_LABEL, replace=False)
+        column[chosen] = random.choice([-1.0, 1.5, 2.0], SIGNALS_PER_LABEL)
+    return effects
+
+
 def draw_split(
     random: np.random.Generator, words: list[str], effects: np.ndarray, count: int
 ) -> tuple[list[dict[str, object]], np.ndarray, np.ndarray]:
@@ -85,10 +94,7 @@ def main() -> None:
     os.makedirs(arguments.folder, exist_ok=True)
     random = np.random.default_rng(0)
     words = make_words(random, NUM_SIGNALS + 40)
-    effects = np.zeros((NUM_SIGNALS, NUM_LABELS))
-    for column in effects.T:
-        chosen = random.choice(NUM_SIGNALS, SIGNALS_PER_LABEL, replace=False)
-        column[chosen] = random.choice([-1.0, 1.5, 2.0], SIGNALS_PER_LABEL)
+    effects = draw_effects(random)
     truth = {}
     for name, share in zip(SPLITS, (1.0, 0.5, 0.5), strict=True):
         count = int(share * arguments.documents)
