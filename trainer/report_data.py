@@ -22,8 +22,8 @@ MAX_MISTAKES = 20
 MAX_MISTAKES_PER_LABEL = 3
 # Other labels of a document that a mistake lists.
 MAX_NAMED_LABELS = 20
-# Scores of all labels together that are ranked for the micro curves (float32, 64 MiB).
-MAX_MICRO_SCORES = 1 << 24
+# Scores of all labels together that are ranked for the micro curves, at 64 bytes each.
+MAX_MICRO_SCORES = 1 << 22
 # Edges of the score histograms in log-odds: most labels are rare, and nearly all of their
 # probabilities would fall into the first bin of [0, 1].
 HISTOGRAM_EDGES = np.linspace(-7.0, 7.0, 29)

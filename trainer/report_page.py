@@ -93,7 +93,9 @@ def render(material: Material) -> str:
     )
     # Bokeh's models name each other, and the first place that names one holds its definition.
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
-    environment.filters.update(number=number, count=count, signed=signed, percent=percent)
+    environment.filters.update(
+        number=number, count=count, signed=signed, percent=percent, exact="{:.6g}".format
+    )
     loader = environment.loader
     assert loader is not None
     style, script = (
