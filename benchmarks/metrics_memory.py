@@ -105,8 +105,8 @@ def main() -> None:
     )
     for name in SHOWN:
         bound = measured.metrics["error_bounds"].get(name, 0.0)
-        low, high = intervals.get(name, (np.nan, np.nan))
-        print(f"{name:34} {measured.metrics[name]:.4f} +- {bound:.5f}  {low:.4f} to {high:.4f}")
+        ends = " to ".join(f"{end:.4f}" for end in intervals.get(name, ()))
+        print(f"{name:34} {measured.metrics[name]:.4f} +- {bound:.5f}  {ends}".rstrip())
     peak = resource.getrusage(resource.RUSAGE_SELF).ru_maxrss / 2**20
     print(f"{arguments.labels} labels x {arguments.documents} documents")
     print(f"{time.perf_counter() - began:.0f} s, peak memory {peak:.2f} GiB")
