@@ -20,14 +20,13 @@ from markupsafe import Markup
 
 from trainer.config import absolute
 from trainer.records import Metadata
+from trainer.report_corpus import data_plots, describe_checks, describe_splits
+from trainer.report_curves import draw_label_curves
 from trainer.report_data import HISTOGRAM_EDGES
-from trainer.report_plots import BLUE, GREY, ORANGE, Plot, draw_headline, draw_label_curves
+from trainer.report_plots import BLUE, GREY, ORANGE, Plot, draw_headline
 from trainer.report_sections import (
     cooccurrence_plots,
-    data_plots,
-    describe_checks,
     describe_slices,
-    describe_splits,
     frequency_plot,
     history_plots,
     label_table,
