@@ -30,8 +30,9 @@ from trainer.tokenizer import load_tokenizer
 REPORT_FILE = "report.html"
 BASELINE_FILE = "baseline.json"
 HISTORY_FILE = "metrics.jsonl"
-# Scores of the baseline that are held at a time (float32, 160 MB).
-MAX_BASELINE_SCORES = 40_000_000
+# Documents x labels that the baseline is measured on, of each split: exact metrics take about 100
+# bytes for each.
+MAX_BASELINE_SCORES = 10_000_000
 
 _logger = logging.getLogger(__name__)
 
@@ -138,10 +139,10 @@ def _find_baseline(
     if kept.get("settings") == settings:
         return kept
     print("Fitting the TF-IDF baseline ...", flush=True)
-    most = min(config.baseline_documents, MAX_BASELINE_SCORES // len(metadata.labels))
+    held_out = min(config.baseline_documents, MAX_BASELINE_SCORES // len(metadata.labels))
     documents = [
         read_documents(data_dir, metadata, name, leading_places(metadata.split(name), most))
-        for name in names
+        for name, most in zip(names, (config.baseline_documents, held_out, held_out), strict=True)
     ]
     asked = EvaluateConfig(config.model_dir, data_dir, threshold_for=metrics["threshold_for"])
     baseline = {"settings": settings} | measure_baseline(
