@@ -593,7 +593,7 @@ class EvaluateConfig:
     calibrate: str = option(
         "labels",
         "What to fit: a scale and shift a label, one for all "
-        "labels, or none (positive weights are taken back all the same).",
+        "labels, or none; positive weights are taken back all the same where that is exact.",
         choices=("labels", "global", "none"),
     )
     threshold_for: str = option(

@@ -86,14 +86,6 @@ class Histograms:
         """Positives of each label, int64 [L]."""
         return self.positives.sum(axis=1, dtype=np.int64)
 
-    def deviations(self) -> np.ndarray:
-        """Standard deviation of each label's scores, float64 [L], off by at most a bin's width."""
-        counts = np.maximum(self.documents.sum(axis=1, dtype=np.int64), 1)
-        # Not by matrix products, which would make float64 copies of all the counts.
-        powers = np.stack([CENTRES, CENTRES**2], axis=1)
-        means = np.array([row @ powers for row in self.documents]) / counts[:, None]
-        return np.sqrt(np.maximum(means[:, 1] - means[:, 0] ** 2, 0))
-
     def cuts(self) -> Cuts:
         """The cuts at the bins' lower edges, in log-odds, from the highest down, [L, B]."""
         return cuts_of_bins(self.documents, self.positives)
