@@ -55,7 +55,7 @@ class Pair:
 
     def __init__(self, config, hosts=LOOPBACK, prefixes=((), ()), workers=(0, 1)):
         values = dataclasses.asdict(config)
-        values |= values.pop("optimizer")
+        values |= values.pop("optimizer") | values.pop("objective")
         flags = [f"--{name}={value}" for name, value in values.items() if value is not None]
         ports = free_ports()
         self.model_dir = config.model_dir
@@ -141,7 +141,7 @@ def test_two_workers_are_two_replicas_of_one_process(corpus, finished, tmp_path)
     """The same documents, masks and sums: every tensor of the run's end has the same bits."""
     config = config_of(corpus, tmp_path / "run", strategy="mirrored", cpu_replicas=2)
     values = dataclasses.asdict(config)
-    values |= values.pop("optimizer")
+    values |= values.pop("optimizer") | values.pop("objective")
     flags = [f"--{name}={value}" for name, value in values.items() if value is not None]
     subprocess.run([sys.executable, "-m", "trainer.cli", "train", *flags], check=True)
     assert_same_weights(config.model_dir, finished)

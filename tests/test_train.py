@@ -51,7 +51,7 @@ def config_of(corpus, model_dir, **changes):
 
 def flags_of(config):
     values = dataclasses.asdict(config)
-    values |= values.pop("optimizer")
+    values |= values.pop("optimizer") | values.pop("objective")
     return [f"--{name}={value}" for name, value in values.items() if value is not None]
 
 
