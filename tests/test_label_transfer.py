@@ -57,7 +57,7 @@ def test_indices_are_padded_with_minus_one_and_empty_slots_are_all_padding():
 
 def test_a_train_step_is_the_same_whichever_way_labels_travelled():
     """300 labels as indices and as multi-hot: the same loss and the same weights after it."""
-    packing = PackingConfig(((4, 16),), 6, 6)
+    packing = PackingConfig(((6, 16),), 6, 6)
     config = ModelConfig(50, 300, hidden_size=16, num_layers=1, num_attention_heads=2,
                          intermediate_size=16, max_position_embeddings=16)  # fmt: skip
     documents = [np.arange(1, 10 + i).tolist() for i in range(5)]
