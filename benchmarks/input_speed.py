@@ -50,7 +50,10 @@ def main() -> None:
     metadata = load_metadata(data_dir)
     split = metadata.split("train")
     packing = choose_packing(
-        split.length_histogram, arguments.tokens_per_step, longest=metadata.max_seq_length
+        split.length_histogram,
+        arguments.tokens_per_step,
+        longest=metadata.max_seq_length,
+        window_histogram=split.window_histogram,
     )
     stream = open_stream(data_dir, metadata, "train", packing)
     groups = ", ".join(f"{rows} x {length}" for rows, length in packing.row_groups)

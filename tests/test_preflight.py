@@ -65,10 +65,15 @@ def test_the_three_steps_compile_and_fit(programs, name):
 
 @needs_compiler
 @pytest.mark.parametrize(
-    ("head", "accumulation", "ema_decay", "precision"),
-    [("label_attention", 2, 0.99, "mixed_bfloat16"), ("mean", 1, 0.0, "float32")],
+    ("head", "pooling", "num_labels", "accumulation", "ema_decay", "precision"),
+    [
+        ("label_attention", "max", 100, 2, 0.99, "mixed_bfloat16"),
+        ("mean", "attention", 4000, 1, 0.0, "float32"),
+    ],
 )
-def test_what_else_a_run_may_choose_compiles(head, accumulation, ema_decay, precision):
+def test_what_else_a_run_may_choose_compiles(
+    head, pooling, num_labels, accumulation, ema_decay, precision
+):
     model = dataclasses.replace(
         MODEL,
         vocab_size=1024,
@@ -77,6 +82,8 @@ def test_what_else_a_run_may_choose_compiles(head, accumulation, ema_decay, prec
         num_attention_heads=2,
         intermediate_size=256,
         head=head,
+        window_pooling=pooling,
+        num_labels=num_labels,
     )
     packing = PackingConfig(((4, 128),), max_documents=16, max_windows=24)
     programs = lower_steps(
