@@ -94,6 +94,10 @@ benchmark: install-dev minilm ## measure beside the peers (hours; benchmarks/REA
 	$(BIN)/python benchmarks/prepare_speed.py
 	$(BIN)/python benchmarks/compare_trainer.py
 	$(BIN)/python benchmarks/compare_pipeline.py
+	$(BIN)/python benchmarks/compare_losses.py
+	$(BIN)/python benchmarks/keras_ways.py
+	$(BIN)/python benchmarks/label_speed.py
+	$(BIN)/python benchmarks/known_probabilities.py
 
 lock: install-dev ## resolve setup.py again into requirements/*.txt
 	$(COMPILE) setup.py --extra cpu -o requirements/cpu.txt
