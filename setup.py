@@ -44,6 +44,7 @@ EXTRAS = {
         "hypothesis>=6.100,<7",
         "mypy>=1.15,<3",
         "pytest>=8,<10",
+        "pytest-xdist>=3.6,<4",
         "ruff>=0.12,<0.18",
         "selenium>=4.20,<5",
         "uv>=0.8,<0.14",
