@@ -10,7 +10,7 @@ EPOCHS ?= 3##                 passes of `make train` over its training split
 HIDDEN_SIZE ?= 128##          width of the encoder that `make train` trains from scratch
 NUM_LAYERS ?= 2##             layers of that encoder
 SEED ?= 17##                  seed of everything that `make train` does
-TESTS_AT_ONCE ?= 2##          files of tests that `make test` runs at once
+TEST_JOBS ?= 2##              files of tests that `make test` runs at once
 ARGS ?=##                     further arguments for pytest in `make test` and `make test-long`
 UPGRADE ?=##                  `make lock UPGRADE=--upgrade` takes the newest allowed versions
 
@@ -77,7 +77,7 @@ train: install ## the main job: docstrings to a trained, measured, exported mode
 		bash examples/docstrings.sh
 
 test: install-dev minilm preflight ## run the tests (at most 15 minutes on two cores)
-	$(BIN)/python -m pytest -m "not long" -n $(TESTS_AT_ONCE) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -m "not long" -n $(TEST_JOBS) --dist loadfile $(ARGS)
 
 test-long: install-dev minilm preflight ## run the long tests too
 	$(BIN)/python -m pytest $(ARGS)
