@@ -4,7 +4,7 @@
 PYTHON ?= python3##           Python that .venv is made with, 3.11 to 3.13
 LOCK ?= cpu##                 environment to install: cpu, gpu or tpu
 OUTPUT ?= runs/default##      folder that `make train` writes to
-DOCUMENTS ?= 8000##           docstrings that `make train` learns from and is measured on
+DOCUMENTS ?= 6500##           docstrings that `make train` learns from and is measured on
 HELD_OUT ?= 1000##            further docstrings that `make train` scores at the end
 EPOCHS ?= 3##                 passes of `make train` over its training split
 HIDDEN_SIZE ?= 128##          width of the encoder that `make train` trains from scratch

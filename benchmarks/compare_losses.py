@@ -139,8 +139,9 @@ def make_table(results: dict[str, list[dict[str, float]]]) -> str:
     for candidate, runs in results.items():
         cells = [f"{np.mean([run[column] for run in runs]):.3f}" for column in columns]
         for column in ("validation mAP", "mAP"):
-            spread = np.std([run[column] for run in runs], ddof=min(1, len(runs) - 1))
-            cells[columns.index(column)] += f" ± {spread:.3f}"
+            if len(runs) > 1:
+                spread = np.std([run[column] for run in runs], ddof=1)
+                cells[columns.index(column)] += f" ± {spread:.3f}"
         lines.append(f"| {candidate} | {' | '.join(cells)} |")
     return "\n".join(lines) + "\n"
 
