@@ -46,7 +46,8 @@ $(VENV)/installed-$(LOCK): requirements/$(LOCK).txt setup.py | $(BIN)/python
 	$(PIP) --no-deps --no-build-isolation -e .
 	@touch $@
 
-$(VENV)/installed-dev: requirements/dev.txt requirements/peers.txt $(VENV)/installed-$(LOCK)
+$(VENV)/installed-dev: requirements/beam.txt requirements/dev.txt requirements/peers.txt $(VENV)/installed-$(LOCK)
+	$(PIP) --require-hashes --no-deps -r requirements/beam.txt
 	$(PIP) --require-hashes --no-deps -r requirements/dev.txt
 	$(PIP) --require-hashes --no-deps -r requirements/peers.txt
 	$(PIP) torch==2.13.0
@@ -101,12 +102,13 @@ benchmark: install-dev minilm ## measure beside the peers (hours; benchmarks/REA
 	$(BIN)/python benchmarks/known_probabilities.py
 
 lock: install-dev ## resolve setup.py again into requirements/*.txt
-	$(COMPILE) setup.py --extra cpu -o requirements/cpu.txt
-	$(COMPILE) setup.py --extra gpu -o requirements/gpu.txt
+	$(COMPILE) setup.py --extra cpu --extra beam -o requirements/beam.txt
+	$(COMPILE) setup.py --extra cpu -c requirements/beam.txt -o requirements/cpu.txt
+	$(COMPILE) setup.py --extra gpu -c requirements/beam.txt -o requirements/gpu.txt
 	$(COMPILE) setup.py --extra tpu -o requirements/tpu.txt
-	$(COMPILE) setup.py --extra dev -c requirements/cpu.txt -o requirements/dev.txt
+	$(COMPILE) setup.py --extra dev -c requirements/beam.txt -o requirements/dev.txt
 	$(COMPILE) setup.py requirements/torch.in --extra peers --excludes requirements/excluded.in \
-		-c requirements/cpu.txt -o requirements/peers.txt
+		-c requirements/beam.txt -o requirements/peers.txt
 	$(BIN)/python -c 'import importlib.metadata as m; print(*(r.partition(";")[0] \
 		for r in m.requires("multihot") if "preflight" in r), sep="\n")' | \
 		$(COMPILE) - -o requirements/preflight.txt

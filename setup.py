@@ -33,14 +33,23 @@ EXTRAS = {
     "cpu": ["tensorflow-cpu>=2.20,<2.22"],
     "gpu": ["tensorflow[and-cuda]>=2.20,<2.22"],
     "tpu": ["tensorflow-tpu>=2.20,<2.21", "libtpu>=0.0.14,<0.0.32"],
+    # `--runner`: the same commands as Apache Beam pipelines.
+    "beam": ["apache-beam[gcp]>=2.70,<3"],
     # The compiler for TPUs that launch/tpu_compiler.py runs. tensorflow-tpu aborts next to a libtpu
     # this new, so it has an environment of its own. It uses parts of jax that only a lock holds
     # still, hence the narrow bounds.
     "preflight": ["jax>=0.10.2,<0.11", "libtpu>=0.0.52,<0.0.60"],
     # What benchmarks and tests compare against, beside torch itself.
-    "peers": ["torch==2.13.0", "accelerate>=1.10,<2"],
+    "peers": [
+        "torch==2.13.0",
+        "accelerate>=1.10,<2",
+        "onnx>=1.19,<2",
+        "onnxruntime>=1.22,<2",
+        "onnxscript>=0.5,<1",
+    ],
     "dev": [
         "cryptography>=43,<51",
+        "datasets>=4,<6",
         "hypothesis>=6.100,<7",
         "mypy>=1.15,<3",
         "pytest>=8,<10",
