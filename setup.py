@@ -6,7 +6,7 @@
 import re
 from pathlib import Path
 
-from setuptools import setup
+from setuptools import find_packages, setup
 
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "trainer/__init__.py").read_text())[1]
@@ -69,7 +69,7 @@ setup(
     license="Apache-2.0",
     license_files=["LICENSE"],
     python_requires=">=3.11,<3.14",
-    packages=["launch", "trainer"],
+    packages=find_packages(include=["launch", "trainer", "trainer.*"]),
     package_data={"trainer": ["templates/*"]},
     install_requires=CORE,
     extras_require=EXTRAS,

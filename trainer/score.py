@@ -1,9 +1,6 @@
 """`multihot score`: a corpus to scores, in planned parts, restartable.
 
-Four stages run beside each other: reading, tokenising (Rust, outside Python's lock), packing and
-the forward pass (TensorFlow, likewise), and, in the main thread, writing. A bounded queue stands
-between one stage and the next, so memory does not grow with the corpus. Rows keep their order, and
-blocks end where parts end: a part's bytes depend on nothing but its rows, the plan and the model.
+The pipeline itself is in scoring.py, the plan in plan.py, the output folder in parts.py.
 """
 
 import contextlib
@@ -11,7 +8,7 @@ import itertools
 import os
 import sys
 import time
-from collections.abc import Generator, Iterable, Iterator, Sequence
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,7 +19,7 @@ from trainer import storage
 from trainer.config import PackingConfig, ScoreConfig, absolute
 from trainer.errors import UserError
 from trainer.exported import ExportedModel, load_exported
-from trainer.packing import BLOCK_MICRO_BATCHES, choose_packing, least_tokens
+from trainer.packing import choose_packing, least_tokens
 from trainer.parts import (
     REJECTED_FOLDER,
     SUCCESS_FILE,
@@ -42,12 +39,10 @@ from trainer.plan import (
     plan_parts,
     save_plan,
 )
-from trainer.predictor import Predictor
 from trainer.rejected import allowed_rejections, too_many_rejected
 from trainer.result_lines import LineFormatter
-from trainer.scoring import Block, Scored, read_chunks, score_blocks, tokenize
+from trainer.scoring import Block, read_chunks, scored_blocks
 from trainer.sources import Columns, check_columns, list_files
-from trainer.stages import run_ahead
 from trainer.strategy import choose_scoring_precision
 
 # Flags that change what is written; a rerun has to give them as they were.
@@ -59,12 +54,6 @@ _SETTINGS = (
     "rows_per_part",
     "tokens_per_batch",
 )
-_CHUNKS_AHEAD = 8
-_BLOCKS_AHEAD = 1
-# Documents x labels of a block, about, so that short documents with thousands of labels do not fill
-# the memory: 64 MiB of probabilities.
-_BLOCK_CELLS = 1 << 24
-_MICRO_BATCHES_AHEAD = 4
 # Rows whose lengths choose the shape of the micro-batches: some from each of a few parts.
 _SAMPLED_PARTS = 16
 _SAMPLED_ROWS_A_PART = 256
@@ -196,12 +185,12 @@ def _score_parts(
     total = sum(part.num_rows for part in plan.parts)
     documents = 0
     with (
-        contextlib.closing(_scored(model, columns, plan, waiting)) as stream,
         tqdm(desc="score", total=total, initial=skipped, unit=" documents", mininterval=1) as bar,
+        contextlib.closing(scored_blocks(model, columns, plan, waiting, bar.update)) as stream,
     ):
-        for index, micro_batches in itertools.groupby(stream, lambda scored: scored.block.part):
+        for index, blocks in itertools.groupby(stream, lambda block: block.part):
             writer = PartWriter(config.output_dir, plan.parts[index], model.fingerprint)
-            for block in _gather_blocks(micro_batches, bar):
+            for block in blocks:
                 _check_finite(config, block)
                 lines = formatter.format(block.ids, block.probabilities)
                 writer.write(lines, len(block.ids), block.num_truncated, block.rejected)
@@ -209,33 +198,6 @@ def _score_parts(
             documents += manifest.rows_out
             _check_rejected(config, plan, done)
     return documents
-
-
-def _scored(
-    model: ExportedModel, columns: Columns, plan: Plan, waiting: Sequence[int]
-) -> Generator[Scored, None, None]:
-    """The stages up to the forward pass, running ahead of whoever takes their results."""
-    block_tokens = BLOCK_MICRO_BATCHES * plan.packing.num_tokens
-    predictor = Predictor(model.model, plan.packing)
-    chunks = run_ahead(read_chunks(plan.parts, waiting, columns), _CHUNKS_AHEAD)
-    block_documents = _BLOCK_CELLS // len(model.labels)
-    blocks = tokenize(chunks, model.encode, block_tokens, block_documents)
-    scored = score_blocks(
-        run_ahead(blocks, _BLOCKS_AHEAD), predictor, plan.packing, len(model.labels)
-    )
-    return run_ahead(scored, _MICRO_BATCHES_AHEAD)
-
-
-def _gather_blocks(micro_batches: Iterable[Scored], bar: tqdm) -> Iterator[Block]:
-    """Blocks with their probabilities, as soon as the last micro-batch of each is there."""
-    for scored in micro_batches:
-        real = scored.document_index >= 0
-        index = scored.document_index[real]
-        scored.block.probabilities[index] = scored.probabilities.numpy()[real]
-        bar.update(len(index))
-        if scored.ends_block:
-            bar.update(len(scored.block.rejected))
-            yield scored.block
 
 
 def _check_finite(config: ScoreConfig, block: Block) -> None:

@@ -1,9 +1,16 @@
-"""The stages of scoring: rows to chunks, chunks to tokenised blocks, blocks to probabilities."""
+"""The stages of scoring: rows to chunks, chunks to tokenised blocks, blocks to probabilities.
 
+Four stages run beside each other: reading, tokenising (Rust, outside Python's lock), packing and
+the forward pass (TensorFlow, likewise), and, in the main thread, writing. A bounded queue stands
+between one stage and the next, so memory does not grow with the corpus. Rows keep their order, and
+blocks end where parts end: a part's bytes depend on nothing but its rows, the plan and the model.
+"""
+
+import contextlib
 import dataclasses
 import functools
 import itertools
-from collections.abc import Callable, Iterable, Iterator, Sequence
+from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -11,13 +18,21 @@ import numpy as np
 import tensorflow as tf
 
 from trainer.config import PackingConfig
-from trainer.packing import pack
-from trainer.plan import Part
+from trainer.exported import ExportedModel
+from trainer.packing import BLOCK_MICRO_BATCHES, pack
+from trainer.plan import Part, Plan
 from trainer.predictor import Predictor
 from trainer.sources import BadRow, Columns, Row, Segment, read_segment
+from trainer.stages import run_ahead
 
 _ROWS_A_CHUNK = 512
 _CHARACTERS_A_CHUNK = 1 << 20
+_CHUNKS_AHEAD = 8
+_BLOCKS_AHEAD = 1
+# Documents x labels of a block, about, so that short documents with thousands of labels do not fill
+# the memory: 64 MiB of probabilities.
+_BLOCK_CELLS = 1 << 24
+_MICRO_BATCHES_AHEAD = 4
 
 
 @dataclass
@@ -178,3 +193,45 @@ def _ragged(block: Block) -> tf.RaggedTensor:
     counts = np.fromiter(map(len, block.windows), np.int64, count=len(block.windows))
     by_window = tf.RaggedTensor.from_row_lengths(flat, lengths, validate=False)
     return tf.RaggedTensor.from_row_lengths(by_window, counts, validate=False)
+
+
+def scored_blocks(
+    model: ExportedModel,
+    columns: Columns,
+    plan: Plan,
+    waiting: Sequence[int],
+    on_rows: Callable[[int], object],
+) -> Generator[Block, None, None]:
+    """The rows of the waiting parts, in order, with their probabilities.
+
+    Args:
+      model: the loaded model folder.
+      columns: of the rows.
+      plan: parts and the shape of micro-batches.
+      waiting: indices of the parts to score, ascending.
+      on_rows: called with the number of rows that were done since the last call.
+    """
+    with contextlib.closing(_scored(model, columns, plan, waiting)) as stream:
+        for scored in stream:
+            real = scored.document_index >= 0
+            index = scored.document_index[real]
+            scored.block.probabilities[index] = scored.probabilities.numpy()[real]
+            on_rows(len(index))
+            if scored.ends_block:
+                on_rows(len(scored.block.rejected))
+                yield scored.block
+
+
+def _scored(
+    model: ExportedModel, columns: Columns, plan: Plan, waiting: Sequence[int]
+) -> Generator[Scored, None, None]:
+    """The stages up to the forward pass, running ahead of whoever takes their results."""
+    block_tokens = BLOCK_MICRO_BATCHES * plan.packing.num_tokens
+    predictor = Predictor(model.model, plan.packing)
+    chunks = run_ahead(read_chunks(plan.parts, waiting, columns), _CHUNKS_AHEAD)
+    block_documents = _BLOCK_CELLS // len(model.labels)
+    blocks = tokenize(chunks, model.encode, block_tokens, block_documents)
+    scored = score_blocks(
+        run_ahead(blocks, _BLOCKS_AHEAD), predictor, plan.packing, len(model.labels)
+    )
+    return run_ahead(scored, _MICRO_BATCHES_AHEAD)
