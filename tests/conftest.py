@@ -56,6 +56,43 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
 
 
 @pytest.fixture(scope="session")
+def model(corpus: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """A small model folder, trained on `corpus` and calibrated."""
+    from trainer import evaluate, export, train
+    from trainer.config import EvaluateConfig, ExportConfig, OptimizerConfig, TrainConfig
+
+    folder = tmp_path_factory.mktemp("model")
+    run, exported = str(folder / "run"), str(folder / "model")
+    train.run(
+        TrainConfig(
+            data_dir=corpus,
+            model_dir=run,
+            hidden_size=32,
+            num_layers=1,
+            num_attention_heads=2,
+            intermediate_size=64,
+            tokens_per_replica=1024,
+            num_train_epochs=0.5,
+            jit_compile="false",
+            optimizer=OptimizerConfig(learning_rate=3e-3),
+        )
+    )
+    evaluate.run(EvaluateConfig(model_dir=run, data_dir=corpus))
+    export.run(ExportConfig(model_dir=run, export_dir=exported))
+    return exported
+
+
+@pytest.fixture(scope="session")
+def documents(tmp_path_factory: pytest.TempPathFactory) -> str:
+    """1,000 docstrings as JSONL."""
+    from trainer.sample import write_sample
+
+    path = str(tmp_path_factory.mktemp("documents") / "documents.jsonl")
+    write_sample(path, 1000, seed=3)
+    return path
+
+
+@pytest.fixture(scope="session")
 def reported_run(tmp_path_factory: pytest.TempPathFactory) -> tuple[str, str]:
     """A data folder and a model folder that was evaluated: 128 labels, some of them hostile."""
     from reported_run import make_everything

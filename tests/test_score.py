@@ -17,45 +17,12 @@ import torch
 import transformers
 from safetensors.numpy import load_file, save_file
 
-from trainer import cli, evaluate, export, score, train
-from trainer.config import EvaluateConfig, ExportConfig, OptimizerConfig, ScoreConfig, TrainConfig
+from trainer import cli, score
+from trainer.config import ScoreConfig
 from trainer.errors import UserError
 from trainer.parts import open_output_folder
-from trainer.sample import write_sample
 
 NUM_ROWS = 1000
-
-
-@pytest.fixture(scope="module")
-def model(corpus, tmp_path_factory) -> str:
-    """A small model folder, calibrated."""
-    folder = tmp_path_factory.mktemp("score")
-    run, exported = str(folder / "run"), str(folder / "model")
-    train.run(
-        TrainConfig(
-            data_dir=corpus,
-            model_dir=run,
-            hidden_size=32,
-            num_layers=1,
-            num_attention_heads=2,
-            intermediate_size=64,
-            tokens_per_replica=1024,
-            num_train_epochs=0.5,
-            jit_compile="false",
-            optimizer=OptimizerConfig(learning_rate=3e-3),
-        )
-    )
-    evaluate.run(EvaluateConfig(model_dir=run, data_dir=corpus))
-    export.run(ExportConfig(model_dir=run, export_dir=exported))
-    return exported
-
-
-@pytest.fixture(scope="module")
-def documents(tmp_path_factory) -> str:
-    """1,000 docstrings as JSONL."""
-    path = str(tmp_path_factory.mktemp("documents") / "documents.jsonl")
-    write_sample(path, NUM_ROWS, seed=3)
-    return path
 
 
 def make_config(model, source, output, **changes):
