@@ -166,24 +166,30 @@ def score_blocks(
     blocks: Iterable[Block], predictor: Predictor, packing: PackingConfig, num_labels: int
 ) -> Iterator[Scored]:
     """Packs each block and runs its micro-batches; an empty block comes through as one without."""
-    pack_block = tf.function(
-        functools.partial(pack, packing=packing),
-        input_signature=[
-            tf.RaggedTensorSpec([None, None, None], tf.int32, row_splits_dtype=tf.int64)
-        ],
-    )
+    pack_block = block_packer(packing)
     for block in blocks:
         block.probabilities = np.full((len(block.ids), num_labels), np.nan, np.float32)
         if not block.ids:
             nothing = tf.zeros([0, num_labels])
             yield Scored(block, np.zeros(0, np.int64), nothing, ends_block=True)
             continue
-        packed = pack_block(_ragged(block))
+        packed = pack_block(block)
         document_index = packed.pop("document_index").numpy()
         for index, documents in enumerate(document_index):
             logits = predictor.logits({name: value[index] for name, value in packed.items()})
             ends_block = index == len(document_index) - 1
             yield Scored(block, documents, tf.sigmoid(logits), ends_block)
+
+
+def block_packer(packing: PackingConfig) -> Callable[[Block], dict[str, tf.Tensor]]:
+    """What packs blocks of at least one document into micro-batches, as `pack`; traced once."""
+    pack_block = tf.function(
+        functools.partial(pack, packing=packing),
+        input_signature=[
+            tf.RaggedTensorSpec([None, None, None], tf.int32, row_splits_dtype=tf.int64)
+        ],
+    )
+    return lambda block: pack_block(_ragged(block))
 
 
 def _ragged(block: Block) -> tf.RaggedTensor:
