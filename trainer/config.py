@@ -692,8 +692,19 @@ class ScoreConfig:
         required=True,
     )
     output_dir: str = option("", "Folder for the parts; the same one resumes.", required=True)
-    format: str = option("jsonl", "Format of the parts (`.jsonl.gz`).", choices=("jsonl",))
-    scores: str = option("all", "Scores to write: all, top:K, or above:P.")
+    format: str = option(
+        "jsonl",
+        "Format of the parts: jsonl (`.jsonl.gz`) or parquet.",
+        choices=("jsonl", "parquet"),
+    )
+    scores: str = option(
+        "all",
+        "Scores to write: all, chosen (of the labels at or above their thresholds), top:K, or "
+        "above:P.",
+    )
+    keep_columns: tuple[str, ...] = option(
+        (), "Columns of the input to write beside each document's scores, comma-separated."
+    )
     text_field: str = option("text", "Column of the text.")
     id_field: str = option(
         "id", "Column of the document's id; rows without one are named by source and row number."
@@ -724,6 +735,13 @@ class ScoreConfig:
             self.max_rejected,
             "a share or a number of rows, not negative",
         )
+        _check(
+            not {"", "id", "labels", "scores"}.intersection(self.keep_columns)
+            and len(set(self.keep_columns)) == len(self.keep_columns),
+            "keep_columns",
+            ",".join(self.keep_columns),
+            "names of columns, each once, none of them id, labels or scores",
+        )
         self.selection()
 
     def selection(self) -> tuple[str, float]:
@@ -734,11 +752,11 @@ class ScoreConfig:
         except ValueError:
             value = -1.0
         valid = (
-            (kind == "all" and not number)
+            (kind in ("all", "chosen") and not number)
             or (kind == "top" and value >= 1 and value == int(value))
             or (kind == "above" and bool(number) and 0 <= value <= 1)
         )
-        _check(valid, "scores", self.scores, "all, top:K or above:P with P in [0, 1]")
+        _check(valid, "scores", self.scores, "all, chosen, top:K or above:P with P in [0, 1]")
         return kind, value
 
 
