@@ -1,15 +1,18 @@
 """A fake of Google Cloud Storage in memory, with faults on demand.
 
-It knows what TensorFlow's gs:// asks for: the JSON API's metadata, lists, resumable uploads,
-deletes, rewrites and composes, and the XML API's downloads of a range. It proves our wiring and our
-handling of errors, not Google's servers.
+It knows what TensorFlow's gs:// and Google's own client ask for: the JSON API's metadata, lists,
+uploads (multipart and resumable), downloads, deletes, rewrites and composes, preconditions on
+generations, and the XML API's downloads of a range. It proves our wiring and our handling of
+errors, not Google's servers.
 """
 
+import base64
 import json
 import os
 import random
 import re
 import socket
+import ssl
 import struct
 import threading
 import time
@@ -19,6 +22,7 @@ from contextlib import contextmanager
 from dataclasses import dataclass, field
 from urllib.parse import parse_qs, unquote, urlsplit
 
+import google_crc32c
 from gcs_proxy import ProxyHandler, serve_proxy
 
 _FAULTS = ("429", "503", "reset before", "reset after", "half", "slow")
@@ -38,6 +42,17 @@ class Stored:
 
     data: bytes
     generation: int
+    metadata: dict[str, str] = field(default_factory=dict)
+
+
+@dataclass
+class Session:
+    """A resumable upload: what it makes, under which condition, and what has arrived."""
+
+    bucket: str
+    resource: dict
+    query: dict[str, str]
+    received: bytearray = field(default_factory=bytearray)
 
 
 @dataclass
@@ -58,7 +73,7 @@ class FakeStorage:
 
     def __post_init__(self) -> None:
         self.lock = threading.RLock()
-        self.sessions: dict[str, tuple[str, str, bytearray]] = {}
+        self.sessions: dict[str, Session] = {}
         self.generation = 0
 
     def next_fault(self, request: str) -> str:
@@ -69,11 +84,13 @@ class FakeStorage:
                 self.faults[fault] += 1
             return fault
 
-    def put(self, bucket: str, name: str, data: bytes) -> Stored:
+    def put(
+        self, bucket: str, name: str, data: bytes, metadata: dict[str, str] | None = None
+    ) -> Stored:
         """Stores an object under a new generation."""
         with self.lock:
             self.generation += 1
-            self.buckets[bucket][name] = Stored(data, self.generation)
+            self.buckets[bucket][name] = Stored(data, self.generation, metadata or {})
             return self.buckets[bucket][name]
 
     def put_folder(self, bucket: str, prefix: str, folder: str) -> None:
@@ -165,26 +182,31 @@ class _Handler(ProxyHandler):
         """Status, JSON or bytes, and headers of the answer to a request."""
         url = urlsplit(self.path)
         path, query = url.path, {name: values[0] for name, values in parse_qs(url.query).items()}
-        json_api = re.fullmatch(r"(/upload)?/storage/v1/b/([^/]+)(?:/o(?:/([^/]+))?)?(/.*)?", path)
+        json_api = re.fullmatch(
+            r"(/upload|/download)?/storage/v1/b/([^/]+)(?:/o(?:/([^/]+))?)?(/.*)?", path
+        )
         if json_api is None:  # The XML API, which serves downloads.
             bucket, _, name = unquote(path).lstrip("/").partition("/")
-            return self._download(self._find(bucket, name))
-        upload, bucket, name, action = json_api.groups()
+            return self._download(self._find(bucket, name, query))
+        service, bucket, name, action = json_api.groups()
         objects = self._objects(bucket)
         name = unquote(name) if name else ""
-        if upload:
+        if service == "/upload":
             return self._upload(bucket, query, body)
+        if service == "/download" or query.get("alt") == "media":
+            return self._download(self._find(bucket, name, query))
         if action:
             return 200, self._make_from(bucket, name, action, body), {}
         if not path.startswith(f"/storage/v1/b/{bucket}/o"):
             return 200, {"name": bucket, "location": "NOWHERE"}, {}
         if not name:
-            return 200, self._list(objects, query), {}
-        stored = self._find(bucket, name)
+            return 200, self._list(bucket, query), {}
+        stored = self._find(bucket, name, query)
         if self.command == "DELETE":
+            self._check_generation(bucket, name, query)
             del objects[name]
             return 204, b"", {}
-        return 200, _describe(name, stored), {}
+        return 200, _describe(bucket, name, stored), {}
 
     def _objects(self, bucket: str) -> dict[str, Stored]:
         status = self.storage.statuses.get(bucket)
@@ -194,16 +216,17 @@ class _Handler(ProxyHandler):
             raise Refused(404, "The specified bucket does not exist.")
         return self.storage.buckets[bucket]
 
-    def _find(self, bucket: str, name: str) -> Stored:
+    def _find(self, bucket: str, name: str, query: dict[str, str] | None = None) -> Stored:
         stored = self._objects(bucket).get(name)
-        if stored is None:
+        generation = (query or {}).get("generation")
+        if stored is None or generation not in (None, str(stored.generation)):
             raise Refused(404, f"No such object: {bucket}/{name}")
         return stored
 
     def _download(self, stored: Stored) -> tuple[int, bytes, dict[str, str]]:
         wanted = re.fullmatch(r"bytes=(\d+)-(\d+)", self.headers.get("Range", ""))
         if wanted is None:
-            return 200, stored.data, {}
+            return 200, stored.data, {"X-Goog-Hash": f"crc32c={_checksum(stored.data)}"}
         first, last = map(int, wanted.groups())
         if first >= len(stored.data):
             raise Refused(416, "The requested range cannot be satisfied.")
@@ -211,7 +234,8 @@ class _Handler(ProxyHandler):
         where = f"bytes {first}-{first + len(part) - 1}/{len(stored.data)}"
         return 206, part, {"Content-Range": where}
 
-    def _list(self, objects: dict[str, Stored], query: dict[str, str]) -> dict:
+    def _list(self, bucket: str, query: dict[str, str]) -> dict:
+        objects = self._objects(bucket)
         prefix, delimiter = query.get("prefix", ""), query.get("delimiter")
         entries: dict[str, Stored | None] = {}
         for name in sorted(objects):
@@ -224,7 +248,9 @@ class _Handler(ProxyHandler):
         left = [name for name in entries if name > query.get("pageToken", "")]
         page = left[: min(_LIST_PAGE, int(query.get("maxResults", _LIST_PAGE)))]
         answer: dict = {
-            "items": [_describe(name, stored) for name in page if (stored := entries[name])],
+            "items": [
+                _describe(bucket, name, stored) for name in page if (stored := entries[name])
+            ],
             "prefixes": [name for name in page if entries[name] is None],
         }
         return answer | ({"nextPageToken": page[-1]} if len(left) > len(page) else {})
@@ -232,35 +258,67 @@ class _Handler(ProxyHandler):
     def _upload(
         self, bucket: str, query: dict[str, str], body: bytes
     ) -> tuple[int, object, dict[str, str]]:
-        """Begins a resumable upload, takes a part of it, or says how much has arrived."""
+        """A whole upload; or begins a resumable one, takes a part, or says how far it has come."""
         sessions = self.storage.sessions
+        if query.get("uploadType") == "multipart":
+            resource, data = self._split_multipart(body)
+            return 200, self._store(Session(bucket, resource, query, bytearray(data))), {}
         if self.command == "POST":
-            self._check_generation(bucket, query)
+            resource = (json.loads(body) if body else {}) | (
+                {"name": query["name"]} if "name" in query else {}
+            )
+            self._check_generation(bucket, resource["name"], query)
             identity = str(len(sessions))
-            sessions[identity] = (bucket, query["name"], bytearray())
+            sessions[identity] = Session(bucket, resource, query)
             where = f"/upload/storage/v1/b/{bucket}/o?upload_id={identity}"
-            return 200, b"", {"Location": f"https://www.googleapis.com{where}"}
-        _, name, received = sessions[query["upload_id"]]
+            scheme = "https" if isinstance(self.connection, ssl.SSLSocket) else "http"
+            return 200, b"", {"Location": f"{scheme}://{self.headers['Host']}{where}"}
+        session = sessions[query["upload_id"]]
+        received = session.received
         # No range comes with an object of no bytes; "*" asks how far the upload has come.
         sent = re.fullmatch(
             r"bytes (?:(\d+)-\d+|\*)/(\d+)", self.headers.get("Content-Range", "bytes */0")
         )
         assert sent is not None, self.headers["Content-Range"]
         if sent.group(1) is not None:
-            assert int(sent.group(1)) == len(received), "a part that does not follow"
-            received += body
+            first = int(sent.group(1))
+            assert first <= len(received), "a part that does not follow"
+            received += body[len(received) - first :]
         if len(received) == int(sent.group(2)):
-            return 200, _describe(name, self.storage.put(bucket, name, bytes(received))), {}
+            return 200, self._store(session), {}
         return 308, b"", {"Range": f"bytes=0-{len(received) - 1}"} if received else {}
+
+    def _split_multipart(self, body: bytes) -> tuple[dict, bytes]:
+        """The resource's JSON and the data of a multipart/related body."""
+        found = re.search(r'boundary="?([^";]+)"?', self.headers["Content-Type"])
+        assert found is not None
+        boundary = b"--" + found.group(1).strip("'").encode()
+        _, resource, data, _ = body.split(boundary)
+        contents = [
+            part.split(b"\r\n\r\n", 1)[1].removesuffix(b"\r\n") for part in (resource, data)
+        ]
+        return json.loads(contents[0]), contents[1]
+
+    def _store(self, upload: Session) -> dict:
+        """What an upload that has arrived makes, if it may."""
+        name, data = upload.resource["name"], bytes(upload.received)
+        self._check_generation(upload.bucket, name, upload.query)
+        if upload.resource.get("crc32c", _checksum(data)) != _checksum(data):
+            raise Refused(400, "Provided CRC32C does not match the calculated one.")
+        metadata = upload.resource.get("metadata")
+        return _describe(upload.bucket, name, self.storage.put(upload.bucket, name, data, metadata))
 
     def _put_half(self, body: bytes) -> None:
         """Half of an upload's part arrives."""
         identity = parse_qs(urlsplit(self.path).query)["upload_id"][0]
-        self.storage.sessions[identity][2].extend(body[: len(body) // 2])
+        session = self.storage.sessions[identity]
+        sent = re.match(r"bytes (\d+)-", self.headers.get("Content-Range", ""))
+        if sent and int(sent.group(1)) == len(session.received):
+            session.received.extend(body[: len(body) // 2])
 
-    def _check_generation(self, bucket: str, query: dict[str, str]) -> None:
+    def _check_generation(self, bucket: str, name: str, query: dict[str, str]) -> None:
         if "ifGenerationMatch" in query:
-            stored = self._objects(bucket).get(query["name"])
+            stored = self._objects(bucket).get(name)
             if int(query["ifGenerationMatch"]) != (stored.generation if stored else 0):
                 raise Refused(412, "At least one of the pre-conditions did not hold.")
 
@@ -269,21 +327,28 @@ class _Handler(ProxyHandler):
         if action == "/compose":
             sources = json.loads(body)["sourceObjects"]
             data = b"".join(self._find(bucket, source["name"]).data for source in sources)
-            return _describe(name, self.storage.put(bucket, name, data))
+            return _describe(bucket, name, self.storage.put(bucket, name, data))
         target = re.fullmatch(r"/rewriteTo/b/([^/]+)/o/([^/]+)", action)
         if target is None:
             raise Refused(400, f"{action}: unknown")
-        copy = self.storage.put(
-            target.group(1), unquote(target.group(2)), self._find(bucket, name).data
-        )
-        return {"done": True, "resource": _describe(unquote(target.group(2)), copy)}
+        place, name_of_copy = target.group(1), unquote(target.group(2))
+        copy = self.storage.put(place, name_of_copy, self._find(bucket, name).data)
+        return {"done": True, "resource": _describe(place, name_of_copy, copy)}
 
 
-def _describe(name: str, stored: Stored) -> dict[str, str]:
+def _checksum(data: bytes) -> str:
+    """CRC-32C as Cloud Storage writes it."""
+    return base64.b64encode(google_crc32c.Checksum(data).digest()).decode()
+
+
+def _describe(bucket: str, name: str, stored: Stored) -> dict[str, object]:
     return {
+        "bucket": bucket,
         "name": name,
         "size": str(len(stored.data)),
         "generation": str(stored.generation),
+        "crc32c": _checksum(stored.data),
+        "metadata": stored.metadata,
         "updated": "2024-05-01T00:00:00.000Z",
     }
 
@@ -292,6 +357,9 @@ def _describe(name: str, stored: Stored) -> dict[str, str]:
 def serve(storage: FakeStorage, folder: str) -> Iterator[dict[str, str]]:
     """Serves it; gives the environment in which a process's gs:// comes here.
 
+    TensorFlow comes as to Google's hosts, through the proxy; Google's own client comes in the
+    clear, and without STORAGE_EMULATOR_HOST through the proxy too.
+
     Args:
       storage: what to serve.
       folder: for certificates.
@@ -299,6 +367,7 @@ def serve(storage: FakeStorage, folder: str) -> Iterator[dict[str, str]]:
     handler = type("Handler", (_Handler,), {"storage": storage})
     with serve_proxy(handler, folder) as environment:
         yield environment | {
+            "STORAGE_EMULATOR_HOST": environment["HTTPS_PROXY"],
             "GCS_RETRY_CONFIG_INIT_DELAY_TIME_US": "1000",
             "GCS_RETRY_CONFIG_MAX_DELAY_TIME_US": "10000",
         }

@@ -184,6 +184,22 @@ def explain(error: Exception, url: str | None = None) -> OSError | RunAgain | No
     place = url or (found.group() if found else "Cloud Storage")
     code = re.search(r"HTTP response code (\d+)", text)
     status = int(code.group(1)) if code else None
+    curl = re.search(r"libcurl code \d+ meaning '(.*?)',", text)
+    return explain_status(place, status, curl.group(1) if curl else text[:200])
+
+
+def explain_status(place: str, status: int | None, reason: str) -> OSError | RunAgain:
+    """What a store's answer means to the user.
+
+    Args:
+      place: the URL that was read or written.
+      status: of HTTP, or None if there was no answer.
+      reason: what is known if there was none.
+
+    Returns:
+      `RunAgain` for a store that may answer later; the `OSError` that a local file would have
+      given for what the user can mend.
+    """
     if status in (401, 403):
         remedy = (
             "give this machine's account access to the bucket, or sign in with "
@@ -194,9 +210,7 @@ def explain(error: Exception, url: str | None = None) -> OSError | RunAgain | No
         return FileNotFoundError(errno.ENOENT, "not found; check bucket and folder", place)
     if status is not None and status not in (408, 429) and status < 500:
         return OSError(errno.EIO, f"the store refused the request (HTTP {status})", place)
-    curl = re.search(r"libcurl code \d+ meaning '(.*?)',", text)
-    reason = f"HTTP {status}" if status else curl.group(1) if curl else text[:200]
     return RunAgain(
-        f"{place}: the store did not answer ({reason}), however often it was asked; run the same "
-        "command again to go on from the last checkpoint"
+        f"{place}: the store did not answer ({f'HTTP {status}' if status else reason}), however "
+        "often it was asked; run the same command again to go on where it stopped"
     )

@@ -1,0 +1,421 @@
+"""Objects in Cloud Storage, by Google's own client: what `prepare`, `export` and `score` need.
+
+(Training reads and writes gs:// through TensorFlow's file systems, see storage.py; the processes
+here do without TensorFlow.) Every request is repeated with growing pauses while the store turns it
+down (408, 429, 5xx), resets the connection or does not answer, up to a deadline; then the command
+ends with `RunAgain`. No byte is taken on trust: a block has to have the length that was asked for,
+an object that was read whole its checksum, and the store compares an upload's checksum before the
+object appears.
+
+`STORAGE_EMULATOR_HOST` names another store, as for Google's own tools. Where no credentials are
+found, requests are anonymous, which is enough for public buckets.
+"""
+
+import base64
+import contextlib
+import errno
+import functools
+import io
+import os
+import sys
+import uuid
+from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from typing import Any, BinaryIO
+
+from trainer.errors import RunAgain, UserError
+from trainer.storage import explain_status
+
+SCHEME = "gs://"
+BLOCK_BYTES = 4 << 20
+# A request's answer takes tens of milliseconds and no work of ours. Google's client keeps ten
+# connections.
+REQUESTS_AT_ONCE = 8
+_DEADLINE_SECONDS = 180.0
+_FIRST_PAUSE_SECONDS = 1.0
+_REQUEST_SECONDS = 60.0
+_UPLOAD_PIECE_BYTES = 8 << 20  # A multiple of 256 KiB, as Cloud Storage wants.
+_TOKEN = "multihot-upload"
+
+
+class Taken(Exception):
+    """An upload's precondition did not hold: somebody else has written the object meanwhile."""
+
+
+@dataclass(frozen=True)
+class StoredObject:
+    """An object: its URL, bytes, CRC-32C (eight hex digits) and generation."""
+
+    url: str
+    bytes: int
+    checksum: str
+    generation: int
+
+
+def find_object(url: str) -> StoredObject | None:
+    """The object of that name, or None.
+
+    Raises:
+      OSError: if the store refuses it.
+      RunAgain: if the store does not answer.
+    """
+    blob = _blob(url)
+    try:
+        with _explained(url):
+            blob.reload(retry=_retry(), timeout=_REQUEST_SECONDS)
+    except FileNotFoundError:
+        return None
+    return _describe(blob)
+
+
+def list_objects(url_prefix: str) -> list[StoredObject]:
+    """The objects whose URLs begin so, sorted; those that only stand for a folder left out.
+
+    Raises:
+      OSError: if the store refuses it, or there is no such bucket.
+      RunAgain: if the store does not answer.
+    """
+    bucket, prefix = _split(url_prefix)
+    with _explained(url_prefix):
+        blobs = _client().list_blobs(
+            bucket, prefix=prefix, retry=_retry(), timeout=_REQUEST_SECONDS
+        )
+        # A list of several pages may hold a name twice when one of them was asked for again.
+        found = {blob.name: _describe(blob) for blob in blobs if not blob.name.endswith("/")}
+    return [found[name] for name in sorted(found)]
+
+
+def open_reader(url: str) -> io.BufferedReader:
+    """An object to read from, in blocks of BLOCK_BYTES; always the bytes of one generation.
+
+    Raises:
+      FileNotFoundError: if there is none.
+      OSError, RunAgain: if the store refuses it, does not answer, or the object is replaced while
+        it is read; from every read.
+    """
+    stored = find_object(url)
+    if stored is None:
+        raise FileNotFoundError(errno.ENOENT, "not found; check bucket and folder", url)
+    return io.BufferedReader(_Ranges(stored), BLOCK_BYTES)
+
+
+def read_object(url: str) -> bytes | None:
+    """All of a small object, or None if there is none."""
+    try:
+        with open_reader(url) as file:
+            return file.read()
+    except FileNotFoundError:
+        return None
+
+
+def download(url: str, path: str) -> StoredObject:
+    """Copies an object to a local file, its checksum compared."""
+    stored = find_object(url)
+    if stored is None:
+        raise FileNotFoundError(errno.ENOENT, "not found; check bucket and folder", url)
+    with _Ranges(stored) as reader, open(path, "wb") as file:
+        while block := reader.read(2 * BLOCK_BYTES):
+            file.write(block)
+    return stored
+
+
+def download_folder(url: str, folder: str) -> list[StoredObject]:
+    """Copies the objects under a URL, and in folders below it, to a local folder.
+
+    Raises:
+      FileNotFoundError: if there are none.
+    """
+    base = url.rstrip("/") + "/"
+    stored = list_objects(base)
+    if not stored:
+        raise FileNotFoundError(errno.ENOENT, "not found; check bucket and folder", url)
+
+    def copy(item: StoredObject) -> None:
+        path = os.path.join(folder, item.url.removeprefix(base))
+        if os.path.commonpath([folder, os.path.abspath(path)]) != os.path.abspath(folder):
+            raise UserError(f"{item.url}: its name leads out of its folder; rename the object")
+        os.makedirs(os.path.dirname(path), exist_ok=True)
+        download(item.url, path)
+
+    with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
+        list(pool.map(copy, stored))
+    return stored
+
+
+def upload(
+    url: str, source: bytes | str | BinaryIO, if_generation: int | None = None
+) -> StoredObject:
+    """Makes an object, which appears whole or not at all.
+
+    A request that is repeated because its answer was lost finds its own work done: that is told
+    from somebody else's object by a random token in the object's metadata.
+
+    Args:
+      url: of the object.
+      source: its bytes, a local path, or an open file, which is read from its beginning.
+      if_generation: the generation that it has to replace, 0 for none; default: whatever there is.
+
+    Raises:
+      Taken: if there is another generation.
+      OSError: if the store refuses it.
+      RunAgain: if the store does not answer.
+    """
+    if isinstance(source, str):
+        with open(source, "rb") as file:
+            return upload(url, file, if_generation)
+    if isinstance(source, bytes):
+        source = io.BytesIO(source)
+    from google.api_core.exceptions import PreconditionFailed
+
+    checksum, size = _sum_up(source)
+    blob = _blob(url)
+    token = uuid.uuid4().hex
+    blob.metadata = {_TOKEN: token}
+    blob.crc32c = base64.b64encode(bytes.fromhex(checksum)).decode()
+    if size > _UPLOAD_PIECE_BYTES:
+        blob.chunk_size = _UPLOAD_PIECE_BYTES
+    try:
+        with _explained(url):
+            blob.upload_from_file(
+                source,
+                rewind=True,
+                size=size,
+                content_type="application/octet-stream",
+                if_generation_match=if_generation,
+                checksum=None,
+                retry=_retry(),
+                timeout=_REQUEST_SECONDS,
+            )
+    except PreconditionFailed:
+        there = _blob(url)
+        with _explained(url):
+            with contextlib.suppress(_not_found()):
+                there.reload(retry=_retry(), timeout=_REQUEST_SECONDS)
+        if (there.metadata or {}).get(_TOKEN) != token:
+            raise Taken(url) from None
+        blob = there
+    stored = _describe(blob)
+    if (stored.bytes, stored.checksum) != (size, checksum):
+        raise RunAgain(
+            f"{url}: {stored.bytes} bytes with CRC-32C {stored.checksum} arrived of {size} bytes "
+            f"with {checksum}; run the same command again"
+        )
+    return stored
+
+
+def delete(url: str, if_generation: int | None = None) -> None:
+    """Removes an object; nothing if there is none.
+
+    Raises:
+      Taken: if it has another generation than `if_generation`.
+    """
+    from google.api_core.exceptions import PreconditionFailed
+
+    blob = _blob(url)
+    try:
+        with _explained(url):
+            blob.delete(if_generation_match=if_generation, retry=_retry(), timeout=_REQUEST_SECONDS)
+    except FileNotFoundError:
+        return
+    except PreconditionFailed:
+        raise Taken(url) from None
+
+
+def together(urls: Sequence[str]) -> list[bytes | None]:
+    """Contents of small objects, many asked for at once; None for one that is not there."""
+    with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
+        return list(pool.map(read_object, urls))
+
+
+class _Ranges(io.RawIOBase):
+    """An object's bytes by ranges; knows whether it was read from beginning to end."""
+
+    def __init__(self, stored: StoredObject) -> None:
+        import google_crc32c
+
+        super().__init__()
+        self._stored = stored
+        self._position = 0
+        self._checksum = google_crc32c.Checksum()
+        self._num_checked = 0
+
+    def readable(self) -> bool:
+        """True."""
+        return True
+
+    def seekable(self) -> bool:
+        """True."""
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        """As of any file."""
+        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._stored.bytes}
+        position = start[whence] + offset
+        if position < 0:
+            raise ValueError(f"negative position {position}")
+        self._position = position
+        return position
+
+    def tell(self) -> int:
+        """As of any file."""
+        return self._position
+
+    def readinto(self, buffer: Any) -> int:
+        """Fills the buffer by one request, or as far as the object goes."""
+        view = memoryview(buffer).cast("B")
+        size = min(len(view), self._stored.bytes - self._position)
+        if size <= 0:
+            return 0
+        data = _read_range(self._stored, self._position, size)
+        view[:size] = data
+        if self._position == self._num_checked:
+            self._checksum.update(data)
+            self._num_checked += size
+            if self._num_checked == self._stored.bytes:
+                self._check()
+        self._position += size
+        return size
+
+    def _check(self) -> None:
+        found = self._checksum.hexdigest().decode()
+        if found != self._stored.checksum:
+            raise RunAgain(
+                f"{self._stored.url}: arrived with CRC-32C {found}, but the store says "
+                f"{self._stored.checksum}; run the same command again"
+            )
+
+
+def _read_range(stored: StoredObject, start: int, size: int) -> bytes:
+    bucket, name = _split(stored.url)
+    blob = _client().bucket(bucket).blob(name, generation=stored.generation)
+
+    def ask() -> bytes:
+        data = blob.download_as_bytes(
+            start=start,
+            end=start + size - 1,
+            # As it is stored: an object that says of itself that it is gzip would come unpacked.
+            raw_download=True,
+            checksum=None,
+            retry=None,
+            timeout=_REQUEST_SECONDS,
+        )
+        if len(data) != size:
+            raise ConnectionError(f"{len(data)} bytes arrived of {size}")
+        return data
+
+    try:
+        with _explained(stored.url):
+            return _retry()(ask)()
+    except FileNotFoundError:
+        raise UserError(
+            f"{stored.url}: replaced or removed while it was read; run the command again once "
+            "nobody writes to it"
+        ) from None
+
+
+def _sum_up(file: BinaryIO) -> tuple[str, int]:
+    """CRC-32C (hex) and size of an open file."""
+    import google_crc32c
+
+    checksum = google_crc32c.Checksum()
+    size = 0
+    file.seek(0)
+    while block := file.read(BLOCK_BYTES):
+        checksum.update(block)
+        size += len(block)
+    return checksum.hexdigest().decode(), size
+
+
+def _describe(blob: Any) -> StoredObject:
+    checksum = base64.b64decode(blob.crc32c or "").hex()
+    return StoredObject(
+        f"{SCHEME}{blob.bucket.name}/{blob.name}", int(blob.size), checksum, int(blob.generation)
+    )
+
+
+def _split(url: str) -> tuple[str, str]:
+    """Bucket and name.
+
+    Raises:
+      UserError: if it is not a URL of Cloud Storage.
+    """
+    bucket, slash, name = url.removeprefix(SCHEME).partition("/")
+    if not url.startswith(SCHEME) or not bucket or not slash:
+        raise UserError(f"{url}: expected a local path or {SCHEME}BUCKET/NAME")
+    return bucket, name
+
+
+def _blob(url: str) -> Any:
+    bucket, name = _split(url)
+    return _client().bucket(bucket).blob(name)
+
+
+@functools.cache
+def _client() -> Any:
+    """This process's client."""
+    import google.auth
+    from google.api_core.client_options import ClientOptions
+    from google.auth.credentials import AnonymousCredentials
+    from google.auth.exceptions import DefaultCredentialsError
+    from google.cloud import storage
+
+    endpoint = os.environ.get("STORAGE_EMULATOR_HOST")
+    if endpoint:
+        address = endpoint if "://" in endpoint else f"http://{endpoint}"
+        options = ClientOptions(api_endpoint=address)
+        return storage.Client("none", AnonymousCredentials(), client_options=options)
+    try:
+        credentials, project = google.auth.default(
+            scopes=["https://www.googleapis.com/auth/devstorage.read_write"]
+        )
+    except DefaultCredentialsError:
+        print(
+            "warning: no Google credentials found, so gs:// is asked anonymously, which public "
+            "buckets allow; sign in with `gcloud auth application-default login`",
+            file=sys.stderr,
+        )
+        return storage.Client("none", AnonymousCredentials())
+    return storage.Client(project or "none", credentials)
+
+
+def _retry() -> Any:
+    """Google's policy of repetition, with our deadline and pauses."""
+    from google.cloud.storage.retry import DEFAULT_RETRY
+
+    return DEFAULT_RETRY.with_timeout(_DEADLINE_SECONDS).with_delay(_FIRST_PAUSE_SECONDS)
+
+
+def _not_found() -> type[Exception]:
+    from google.api_core.exceptions import NotFound
+
+    return NotFound
+
+
+@contextlib.contextmanager
+def _explained(url: str) -> Iterator[None]:
+    """What Google's client raises put into words; a precondition that failed passes through."""
+    import requests
+    from google.api_core import exceptions
+    from google.auth.exceptions import RefreshError, TransportError
+
+    try:
+        yield
+    except exceptions.PreconditionFailed:
+        raise
+    except exceptions.RetryError as error:
+        cause = error.cause
+        status = getattr(cause, "code", None) or getattr(
+            getattr(cause, "response", None), "status_code", None
+        )
+        raise explain_status(url, status, _reason(cause or error)) from None
+    except exceptions.GoogleAPICallError as error:
+        raise explain_status(url, error.code, _reason(error)) from None
+    except RefreshError:
+        raise explain_status(url, 401, "the credentials have run out") from None
+    except (requests.RequestException, TransportError, ConnectionError) as error:
+        raise explain_status(url, None, _reason(error)) from None
+
+
+def _reason(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__
