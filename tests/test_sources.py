@@ -147,13 +147,13 @@ def test_folders_and_globs_are_sorted_and_hidden_files_left_out(tmp_path):
         ("missing.jsonl", "no such file or folder"),
         ("*.jsonl", "no file matches"),
         ("empty.jsonl", "empty file"),
-        ("table.parquet", "cannot tell the format"),
+        ("table.orc", "cannot tell the format"),
         ("folder", "the folder holds no file"),
     ],
 )
 def test_what_cannot_be_read_is_named(tmp_path, name, message):
     (tmp_path / "folder").mkdir()
-    write(tmp_path / "table.parquet", b"PAR1")
+    write(tmp_path / "table.orc", b"ORC")
     if name == "empty.jsonl":
         write(tmp_path / name, b"")
     with pytest.raises(UserError, match=message) as caught:

@@ -17,6 +17,19 @@ Config = TypeVar("Config")
 DEFAULT_SEED = 17
 
 
+NAMED_FORMATS = (
+    "jsonl", "csv", "tsv", "text", "parquet", "tfrecord", "arrow", "libmultilabel",
+)  # fmt: skip
+_INPUT_FORMAT_HELP = (
+    "Format of the input, whatever its name; libmultilabel is id<TAB>labels<TAB>text. Default: by "
+    "the ending of the name."
+)
+_SOURCE_SPLIT_HELP = (
+    "Split to read of `tfds:` and of data sets that `datasets` saved. Default: all of them."
+)
+_TFDS_DATA_DIR_HELP = "Folder of TensorFlow Datasets. Default: its own, ~/tensorflow_datasets."
+
+
 def option(default: Any, help: str, choices: tuple[str, ...] = (), required: bool = False) -> Any:
     """A dataclass field that is also a command-line flag.
 
@@ -39,7 +52,7 @@ def _check_choices(config: Any) -> None:
     for item in dataclasses.fields(config):
         value = getattr(config, item.name)
         choices = item.metadata.get("choices", ())
-        if choices and value not in choices:
+        if choices and value is not None and value not in choices:
             raise UserError(f"--{item.name}={value}: expected one of {', '.join(choices)}")
         if item.metadata.get("required") and value in (None, "", ()):
             raise UserError(f"--{item.name} is required: {item.metadata['help']}")
@@ -96,10 +109,14 @@ class PrepareConfig:
 
     input: tuple[str, ...] = option(
         (),
-        "Files, globs or folders of JSONL, CSV or TSV (`.gz` too), comma-separated; or "
-        "`sample:docstrings` (`sample:docstrings:N` for N documents).",
+        "Files, globs or folders, local or gs://, of JSONL, CSV, TSV, Parquet, TFRecord or Arrow, "
+        "comma-separated; `tfds:NAME`; or `sample:docstrings` (`sample:docstrings:N` for N "
+        "documents).",
         required=True,
     )
+    input_format: str | None = option(None, _INPUT_FORMAT_HELP, choices=NAMED_FORMATS)
+    source_split: str | None = option(None, _SOURCE_SPLIT_HELP)
+    tfds_data_dir: str | None = option(None, _TFDS_DATA_DIR_HELP)
     data_dir: str = option(
         "", "Folder to write shards, tokenizer and metadata.json to.", required=True
     )
@@ -688,9 +705,13 @@ class ScoreConfig:
     model: str = option("", "Model folder that `multihot export` wrote.", required=True)
     input: tuple[str, ...] = option(
         (),
-        "Files, globs or folders of JSONL, CSV, TSV or plain text (`.gz` too), comma-separated.",
+        "Files, globs or folders, local or gs://, of JSONL, CSV, TSV, plain text, Parquet, "
+        "TFRecord or Arrow, comma-separated; or `tfds:NAME`.",
         required=True,
     )
+    input_format: str | None = option(None, _INPUT_FORMAT_HELP, choices=NAMED_FORMATS)
+    source_split: str | None = option(None, _SOURCE_SPLIT_HELP)
+    tfds_data_dir: str | None = option(None, _TFDS_DATA_DIR_HELP)
     output_dir: str = option("", "Folder for the parts; the same one resumes.", required=True)
     format: str = option(
         "jsonl",

@@ -3,7 +3,7 @@
 import json
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
@@ -12,12 +12,21 @@ from tqdm import tqdm
 
 from trainer.config import PrepareConfig
 from trainer.errors import UserError
+from trainer.files import is_data_set
 from trainer.labels import LabelReader, check_unique, read_label_file
 from trainer.ledger import Ledger
 from trainer.records import Metadata
 from trainer.rejected import allowed_rejections, too_many_rejected
 from trainer.scan import ScanPlan, plan_file, rows_per_segment, scan_segment, vocabulary_path
-from trainer.sources import BadRow, Columns, Segment, check_columns, column_names
+from trainer.sources import (
+    Columns,
+    Segment,
+    check_all_columns,
+    column_names,
+    num_bytes,
+    source_names,
+)
+from trainer.token_rows import TokenLimits
 
 REJECTED_FOLDER = "rejected"
 VOCABULARY_TEXTS = 100_000
@@ -78,6 +87,7 @@ def read_corpus(
     config: PrepareConfig,
     previous: Metadata | None,
     files: Sequence[str],
+    token_limits: TokenLimits | None,
     work_dir: str,
     pool: ProcessPoolExecutor,
 ) -> Corpus:
@@ -87,6 +97,7 @@ def read_corpus(
       config: the flags.
       previous: what the data folder holds already, whose labels then apply; or None.
       files: what to read.
+      token_limits: of rows that come tokenised, if there are any.
       work_dir: where side files go.
       pool: the processes that read.
 
@@ -94,9 +105,8 @@ def read_corpus(
       UserError: if a column is missing, or too many rows are unusable, or too few usable.
     """
     columns = columns_of(config, previous)
-    for path in files:
-        check_columns(path, columns)
-    segments, unreadable = _plan_segments(files, columns, work_dir, pool)
+    check_all_columns(files, columns)
+    segments = _plan_segments(files, columns, work_dir, pool)
     num_rows = sum(segment.num_rows for segment in segments)
     plan = ScanPlan(
         columns=columns,
@@ -104,12 +114,13 @@ def read_corpus(
         seed=hash_seed(config, previous),
         vocabulary_share=_vocabulary_share(config, previous, num_rows),
         work_dir=work_dir,
+        token_limits=token_limits,
     )
     ledger = Ledger(work_dir, num_rows)
     rejected_path = os.path.join(
         config.data_dir, REJECTED_FOLDER, "-".join(config.split_shares()) + ".jsonl"
     )
-    num_rejected = _scan(plan, segments, unreadable, ledger, rejected_path, pool)
+    num_rejected = _scan(plan, segments, ledger, rejected_path, pool)
     _check_rows(config, num_rejected, ledger.num_rows, rejected_path)
     _check_kept(config, columns, ledger, files)
     labels, dropped = _choose_labels(config, plan.labels, ledger)
@@ -125,19 +136,26 @@ def read_corpus(
 
 def _plan_segments(
     files: Sequence[str], columns: Columns, work_dir: str, pool: ProcessPoolExecutor
-) -> tuple[list[Segment], list[list[BadRow]]]:
-    """The segments of all files, and for each the rows of it that could not be read."""
+) -> list[Segment]:
+    """The segments of all files."""
+    sources = source_names(files)
     plan = partial(
-        plan_file, columns=columns, segment_rows=rows_per_segment(sum(map(os.path.getsize, files)))
+        plan_file, columns=columns, segment_rows=rows_per_segment(sum(map(num_bytes, files)))
     )
-    copies = [os.path.join(work_dir, f"copy-{index:06d}.jsonl") for index in range(len(files))]
-    segments, unreadable = [], []
-    for found, bad_rows in pool.map(plan, files, copies):
-        segments += found
-        for segment in found:
-            end = segment.first_row + segment.num_rows
-            unreadable.append([row for row in bad_rows if segment.first_row <= row.position < end])
-    return segments, unreadable
+    planned: dict[str, Future[list[Segment]]] = {}
+    here = {}
+    for index, name in enumerate(files):
+        copy_path = os.path.join(work_dir, f"copy-{index:06d}.jsonl")
+        if is_data_set(name):
+            # In this process: the others have no TensorFlow, nor a data set defined by a caller.
+            here[name] = plan(name, copy_path, source=sources[name])
+        else:
+            planned[name] = pool.submit(plan, name, copy_path, source=sources[name])
+    return [
+        segment
+        for name in files
+        for segment in (here[name] if name in here else planned[name].result())
+    ]
 
 
 def _label_reader(config: PrepareConfig, previous: Metadata | None) -> LabelReader:
@@ -171,7 +189,6 @@ def _vocabulary_share(config: PrepareConfig, previous: Metadata | None, num_rows
 def _scan(
     plan: ScanPlan,
     segments: list[Segment],
-    unreadable: list[list[BadRow]],
     ledger: Ledger,
     rejected_path: str,
     pool: ProcessPoolExecutor,
@@ -185,9 +202,9 @@ def _scan(
         open(temporary, "w", encoding="utf-8") as file,
     ):
         scans = pool.map(partial(scan_segment, plan), range(len(segments)), segments)
-        for segment, bad_rows, scanned in zip(segments, unreadable, scans, strict=True):
+        for segment, scanned in zip(segments, scans, strict=True):
             ledger.add(scanned)
-            for row in sorted(bad_rows + scanned.rejected):
+            for row in scanned.rejected:
                 line = {"source": segment.source, "row": row.position, "reason": row.reason}
                 file.write(json.dumps(line | {"raw": row.raw}, ensure_ascii=False) + "\n")
                 num_rejected += 1

@@ -1,106 +1,139 @@
-"""Which files an input names, what they hold, and how to open them."""
+"""Which files an input names, what they hold, and how to open them.
+
+A name that `list_files` gives is a path, a gs:// URL or `tfds:...`. Where the format is not what
+the ending says, it stands before the path: `csv:/data/table.dat`.
+"""
 
 import contextlib
 import errno
-import glob
 import io
 import os
+import re
+from collections import Counter
 from collections.abc import Iterator, Sequence
+from typing import Any
 
+from trainer import storage
+from trainer.config import NAMED_FORMATS
 from trainer.errors import UserError
 
 FORMATS = {
     ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl",
     ".csv": "csv", ".tsv": "tsv", ".txt": "text",
+    ".parquet": "parquet", ".tfrecord": "tfrecord", ".tfrecords": "tfrecord", ".arrow": "arrow",
 }  # fmt: skip
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+# Formats that compress inside and are read at several places: not compressed once more.
+_OPENED_ANYWHERE = ("parquet", "arrow")
+LINE_FORMATS = ("jsonl", "text", "libmultilabel", "rows")
 BLOCK_BYTES = 1 << 22
+_PREFIX = re.compile(rf"({'|'.join((*NAMED_FORMATS, 'rows', 'tfds'))}):(?!//)")
+_TFRECORD_SHARD = re.compile(r"\.tfrecords?-\d{5}-of-\d{5}$")
 _REFUSALS = frozenset(
     (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
     + (errno.ENOENT, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENAMETOOLONG)
 )
 
 
-def format_of(path: str) -> tuple[str, str | None]:
-    """The format (jsonl, csv, tsv, text) and compression (gzip, zstd, None) that a name implies.
+def location(name: str) -> str:
+    """The path or URL of a name, without a format before it."""
+    match = _PREFIX.match(name)
+    return name[match.end() :] if match else name
+
+
+def is_data_set(name: str) -> bool:
+    """Whether a name stands for a data set that is not a file."""
+    return name.startswith("tfds:")
+
+
+def absolute_name(name: str) -> str:
+    """A name whose path, if it has one, is absolute."""
+    if is_data_set(name):
+        return name
+    path = location(name)
+    prefix = name.removesuffix(path)
+    return prefix + (path if storage.is_remote(path) else os.path.abspath(path))
+
+
+def source_names(names: Sequence[str]) -> dict[str, str]:
+    """What each name's rows without an id are called by: the file's name, with its folders where
+    several are called the same."""
+    short = {name: _short_name(name) for name in names}
+    counts = Counter(short.values())
+    same = [location(absolute_name(name)) for name in names if counts[short[name]] > 1]
+    if not same:
+        return short
+    # Not os.path.commonpath, which takes URLs for relative paths.
+    common = os.path.commonprefix(same).rpartition("/")[0] + "/"
+    return {
+        name: source if counts[source] == 1 else location(absolute_name(name)).removeprefix(common)
+        for name, source in short.items()
+    }
+
+
+def _short_name(name: str) -> str:
+    if is_data_set(name):
+        return location(name).partition("@")[0]
+    return os.path.basename(location(name))
+
+
+def format_of(name: str) -> tuple[str, str | None]:
+    """The format and compression (gzip, zstd, None) of a name.
 
     Raises:
-      UserError: if the name's ending is not one of them.
+      UserError: if the name's ending is not one that is known.
     """
-    stem, ending = os.path.splitext(path.lower())
-    compression = COMPRESSIONS.get(ending)
+    match = _PREFIX.match(name)
+    stem, ending = os.path.splitext(location(name).lower())
+    compression = None if is_data_set(name) else COMPRESSIONS.get(ending)
+    if match:
+        return match[1], compression
     if compression:
         ending = os.path.splitext(stem)[1]
+    elif _TFRECORD_SHARD.search(name.lower()):
+        ending = ".tfrecord"
     if ending not in FORMATS:
         raise UserError(
-            f"{path}: cannot tell the format from the name; expected an ending of "
-            f"{', '.join(FORMATS)}, with or without {' or '.join(COMPRESSIONS)}"
+            f"{name}: cannot tell the format from the name; expected an ending of "
+            f"{', '.join(FORMATS)}, with or without {' or '.join(COMPRESSIONS)}; or name the "
+            "format with --input_format"
         )
-    return FORMATS[ending], compression
+    kind = FORMATS[ending]
+    if compression and kind in _OPENED_ANYWHERE:
+        raise UserError(f"{name}: {kind} cannot be read through {compression}; decompress it first")
+    return kind, compression
 
 
-def list_files(inputs: Sequence[str]) -> list[str]:
-    """The files that paths, globs and folders name: sorted, unique, none of them empty.
-
-    A folder stands for the files in it (not below it) whose names have a known ending; hidden ones
-    and those that begin with "_" are left out.
-
-    Raises:
-      UserError: if one of `inputs` names nothing, or a file is empty or of an unknown format.
-    """
-    files: set[str] = set()
-    for item in inputs:
-        found = _expand(item)
-        if not found:
-            raise UserError(f"--input={item}: {_why_nothing(item)}")
-        files.update(found)
-    for path in sorted(files):
-        format_of(path)
-        if not os.access(path, os.R_OK):
-            raise UserError(f"{path}: not readable; check its permissions")
-        if os.path.getsize(path) == 0:
-            raise UserError(f"{path}: empty file, expected rows; remove it from --input")
-    return sorted(files)
+def is_divisible(name: str) -> bool:
+    """Whether a file is cut by bytes: plain lines."""
+    kind, compression = format_of(name)
+    return compression is None and kind in LINE_FORMATS
 
 
-def _expand(item: str) -> list[str]:
-    if os.path.isdir(item):
-        names = [name for name in os.listdir(item) if not name.startswith((".", "_"))]
-        paths = [os.path.join(item, name) for name in names]
-        return [path for path in paths if os.path.isfile(path) and _has_format(path)]
-    if os.path.exists(item):
-        return [item]
-    return [path for path in glob.glob(item, recursive=True) if os.path.isfile(path)]
+def open_file(name: str) -> Any:
+    """A file or object as a buffered, seekable stream of its bytes."""
+    path = location(name)
+    if storage.is_remote(path):
+        from trainer.object_store import open_reader
+
+        return open_reader(path)
+    return open(path, "rb", buffering=BLOCK_BYTES)
 
 
-def _has_format(path: str) -> bool:
-    try:
-        format_of(path)
-    except UserError:
-        return False
-    return True
-
-
-def _why_nothing(item: str) -> str:
-    if os.path.isdir(item):
-        return f"the folder holds no file that ends in {', '.join(FORMATS)} (or with .gz, .zst)"
-    if glob.has_magic(item):
-        return "no file matches; check the pattern and quote it against the shell"
-    return "no such file or folder; check the path"
-
-
-def is_divisible(path: str) -> bool:
-    """Whether the middle of a file can be read without what comes before it."""
-    kind, compression = format_of(path)
-    return compression is None and kind in ("jsonl", "text")
-
-
-def open_decompressed(path: str) -> io.BufferedReader:
-    """A file as a buffered stream of bytes, decompressed as its name says."""
+def open_decompressed(name: str) -> Any:
+    """A file or object as a buffered stream of bytes, decompressed as its name says."""
+    _, compression = format_of(name)
+    if compression is None:
+        return open_file(name)
     import pyarrow
 
-    _, compression = format_of(path)
-    return io.BufferedReader(pyarrow.input_stream(path, compression=compression), BLOCK_BYTES)
+    path = location(name)
+    if storage.is_remote(path):
+        raw = pyarrow.PythonFile(open_file(name), "r")
+        stream = pyarrow.CompressedInputStream(raw, compression)
+    else:
+        stream = pyarrow.input_stream(path, compression=compression)
+    return io.BufferedReader(stream, BLOCK_BYTES)
 
 
 @contextlib.contextmanager

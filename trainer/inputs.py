@@ -1,15 +1,25 @@
-"""Which files `prepare` reads: those that `--input` names, or a sample that is made first."""
+"""What `prepare` reads: what `--input` names or a sample, and what the flags leave open of it."""
 
 import dataclasses
 import os
 import re
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
 from trainer.config import PrepareConfig
 from trainer.errors import UserError
+from trainer.records import TOKENIZER_FOLDER, Metadata
 from trainer.sample import PREFIX, write_sample
-from trainer.sources import list_files
+from trainer.sources import (
+    column_names,
+    is_tokenised,
+    list_files,
+    num_bytes,
+    true_or_false_columns,
+)
+from trainer.token_rows import TokenLimits
+from trainer.tokenizer import load_tokenizer
 
 
 @dataclass(frozen=True)
@@ -28,8 +38,10 @@ def gather_inputs(config: PrepareConfig, work_dir: str) -> Inputs:
     """
     samples = [item for item in config.input if item.split(":")[0] == "sample"]
     if not samples:
-        files = list_files(config.input)
-        described = [{"name": path, "bytes": os.path.getsize(path)} for path in files]
+        files = list_files(
+            config.input, config.input_format, config.source_split, config.tfds_data_dir
+        )
+        described = [{"name": name, "bytes": num_bytes(name)} for name in files]
         return Inputs(files, {"inputs": described})
     if len(config.input) > 1:
         raise UserError(f"--input={','.join(config.input)}: expected a sample or files, not both")
@@ -40,3 +52,50 @@ def gather_inputs(config: PrepareConfig, work_dir: str) -> Inputs:
     num_documents = int(number[1]) if number[1] else None
     summary = write_sample(path, num_documents, config.seed, config.num_workers)
     return Inputs([path], {"inputs": [samples[0]], "sample": dataclasses.asdict(summary)})
+
+
+def choose_label_columns(config: PrepareConfig, files: Sequence[str]) -> PrepareConfig:
+    """The flags, with the columns of truth values for labels if there is no column of labels.
+
+    That is so only where `--label_field` is as it is by default, the files' schema says which
+    columns hold truth values, and all files agree.
+    """
+    if config.label_field != PrepareConfig.label_field:
+        return config
+    columns = true_or_false_columns(files[0])
+    if not columns or config.label_field[0] in (column_names(files[0]) or ()):
+        return config
+    for name in files[1:]:
+        if true_or_false_columns(name) != columns:
+            raise UserError(
+                f"{name}: other columns of truth values than {files[0]}; say with --label_field "
+                "which columns are the labels"
+            )
+    print(
+        f"{files[0]}: no column {config.label_field[0]!r}; its {len(columns)} columns of truth "
+        f"values are taken for the labels ({', '.join(columns[:3])}, ...)"
+    )
+    return dataclasses.replace(config, label_field=columns)
+
+
+def choose_token_limits(
+    config: PrepareConfig, previous: Metadata | None, files: Sequence[str]
+) -> TokenLimits | None:
+    """What the rows that come tokenised keep to; None if there are none.
+
+    Raises:
+      UserError: if there are, and no tokenizer is named that made them.
+    """
+    tokenised = next((name for name in files if is_tokenised(name)), None)
+    if tokenised is None:
+        return None
+    if previous is not None:
+        tokenizer = load_tokenizer(os.path.join(config.data_dir, TOKENIZER_FOLDER))
+        return TokenLimits.of(tokenizer, previous.max_seq_length, previous.max_windows)
+    if config.tokenizer == "train":
+        raise UserError(
+            f"--tokenizer=train: {tokenised} holds token ids, expected text to train on; name "
+            "the tokenizer that made them, a folder or a hub id"
+        )
+    tokenizer = load_tokenizer(config.tokenizer)
+    return TokenLimits.of(tokenizer, config.max_seq_length, config.max_windows)

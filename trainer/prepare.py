@@ -25,7 +25,7 @@ from trainer.config import PrepareConfig
 from trainer.corpus import Corpus, VocabularyTexts, columns_of, read_corpus
 from trainer.errors import UserError
 from trainer.files import disk_errors
-from trainer.inputs import gather_inputs
+from trainer.inputs import choose_label_columns, choose_token_limits, gather_inputs
 from trainer.labels import read_label_file
 from trainer.records import METADATA_FILE, TOKENIZER_FOLDER, Metadata, Split, load_metadata
 from trainer.shards import WritePlan
@@ -65,8 +65,10 @@ def run(config: PrepareConfig) -> Timing:
     previous = _load_previous(config)
     with _work_folder(config.data_dir) as work_dir:
         inputs = gather_inputs(config, work_dir)
+        config = choose_label_columns(config, inputs.files)
+        limits = choose_token_limits(config, previous, inputs.files)
         with process_pool(config.num_workers) as pool:
-            corpus = read_corpus(config, previous, inputs.files, work_dir, pool)
+            corpus = read_corpus(config, previous, inputs.files, limits, work_dir, pool)
             scanned = time.monotonic()
             tokenizer = _choose_tokenizer(config, previous, corpus, work_dir)
             trained = time.monotonic()

@@ -1,8 +1,10 @@
 """What a row of raw data is: checked text, id, labels as they stood, kept columns; or why not."""
 
+import datetime
+import decimal
 import json
-import os
-from collections.abc import Mapping
+import math
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
 
@@ -15,14 +17,17 @@ class Row(NamedTuple):
     `position` is its 0-based number in its file, blank lines of JSONL and text counted, a table's
     header and blank lines not. `labels` is the raw value of the label column, or a tuple of the
     raw values if there are several, or None if none was asked for. `kept` holds the values of the
-    kept columns as text, None for a column that the row does not have.
+    kept columns as JSON has them (text, number, truth value, list, dictionary), None for null and
+    for a column that the row does not have. `windows` is None, but for rows that come tokenised:
+    then it holds lists of token ids, each with [CLS] and [SEP], and `text` is empty.
     """
 
     position: int
     id: str
     text: str
     labels: Any
-    kept: tuple[str | None, ...] = ()
+    kept: tuple[Any, ...] = ()
+    windows: list[list[int]] | None = None
 
 
 class BadRow(NamedTuple):
@@ -31,6 +36,16 @@ class BadRow(NamedTuple):
     position: int
     reason: str
     raw: str
+
+
+class LabelIds(tuple[int, ...]):
+    """Labels by their places in the list of labels: never a multi-hot list, however it looks."""
+
+
+class Unreadable(NamedTuple):
+    """Stands where a value of a row cannot be read, and says why."""
+
+    reason: str
 
 
 @dataclass(frozen=True)
@@ -48,12 +63,17 @@ class Columns:
         named_id = () if self.id == "id" else (self.id,)
         return (self.text, *named_id, *self.labels)
 
+    @property
+    def all(self) -> tuple[str, ...]:
+        """Every column that is read, once."""
+        return tuple(dict.fromkeys((self.text, self.id, *self.labels, *self.kept)))
+
 
 @dataclass(frozen=True)
 class Segment:
     """Some consecutive rows of a file.
 
-    `start` and `end` are byte offsets for plain (uncompressed) JSONL and text, whose segments hold
+    `start` and `end` are byte offsets for plain (uncompressed) files of lines, whose segments hold
     the lines that start in [start, end); they are row numbers for all else. An `end` of None is
     the end of the file. `first_row` is the row number at `start`. `source` is the file name by
     which rows without an id are called: "<source>:<row number>".
@@ -67,74 +87,133 @@ class Segment:
     source: str
 
 
-def whole_file(path: str) -> Segment:
-    """All rows of a file as one segment, its number of rows not counted (0)."""
-    return Segment(path, 0, None, 0, 0, os.path.basename(path))
-
-
-def load_json(line: bytes) -> Any:
-    """The value of a line; a ValueError in its place if it is not JSON in UTF-8."""
-    try:
-        return json.loads(line.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        return ValueError(str(error))
-
-
-def row_of_text(segment: Segment, position: int, line: bytes) -> Row | BadRow:
-    """A line of plain text as a row."""
-    try:
-        text = line.decode("utf-8").rstrip("\r\n")
-    except UnicodeDecodeError as error:
-        return BadRow(position, f"not UTF-8: {error}", cut_raw(repr(line)))
-    return Row(position, _default_id(segment, position), text, None)
-
-
-def row_of_json(segment: Segment, position: int, line: bytes, columns: Columns) -> Row | BadRow:
-    """A line of JSON as a row."""
-    value = load_json(line)
-    if isinstance(value, ValueError):
-        return BadRow(position, f"not JSON: {value}", cut_raw(line.decode("utf-8", "replace")))
-    if not isinstance(value, dict):
-        reason = f"expected a JSON object, found {type(value).__name__}"
-        return BadRow(position, reason, cut_raw(line.decode("utf-8", "replace")))
-    missing = [name for name in columns.required if name not in value]
-    if missing:
-        reason = f"no field {missing[0]!r}"
-        return BadRow(position, reason, cut_raw(line.decode("utf-8", "replace")))
-    return row_of_values(segment, position, value, columns)
-
-
 def row_of_values(
     segment: Segment, position: int, values: Mapping[str, Any], columns: Columns
 ) -> Row | BadRow:
-    """A row by column name, all required columns there; its text is checked to be real text."""
-    text, identifier = values[columns.text], values.get(columns.id)
+    """A row by column name; all that is needed of it is checked."""
+    missing = [name for name in columns.required if name not in values]
+    if missing:
+        return BadRow(position, f"no field {missing[0]!r}", shown(dict(values)))
+    text = values[columns.text]
+    reason = why_no_text(text)
+    if reason is not None:
+        return BadRow(position, reason, cut_raw(text) if isinstance(text, str) else shown(text))
+    return row_beside_text(segment, position, text, values, columns)
+
+
+def row_beside_text(
+    segment: Segment,
+    position: int,
+    text: str,
+    values: Mapping[str, Any],
+    columns: Columns,
+    windows: list[list[int]] | None = None,
+) -> Row | BadRow:
+    """A row whose text, or windows, were checked before; id, labels and kept columns are here."""
+    identifier = values.get(columns.id)
+    if identifier is None or identifier == "" or identifier != identifier:  # NaN is not itself.
+        name = default_id(segment, position)
+    elif isinstance(identifier, str | int | float):
+        name = str(identifier)
+    else:
+        found = _complaint(identifier) or f"a {type(identifier).__name__}"
+        return BadRow(position, f"id is {found}, expected text or a number", shown(identifier))
+    if not is_unicode(name):
+        return BadRow(position, f"id is not {_encoding_of(name)}", cut_raw(name))
+    labels = tuple(values[name] for name in columns.labels)
+    for value in labels:
+        if isinstance(value, Unreadable):
+            return BadRow(position, f"labels are {value.reason}", "")
+        if isinstance(value, str) and not is_unicode(value):
+            return BadRow(position, f"labels are not {_encoding_of(value)}", cut_raw(value))
+    raw_labels: Any = labels if len(labels) > 1 else (labels[0] if labels else None)
+    if not columns.kept:
+        return Row(position, name, text, raw_labels, (), windows)
+    try:
+        kept = tuple(plain_value(values.get(column)) for column in columns.kept)
+    except (ValueError, RecursionError) as error:
+        return BadRow(position, f"a kept column cannot be kept: {error}", "")
+    return Row(position, name, text, raw_labels, kept, windows)
+
+
+def why_no_text(text: Any) -> str | None:
+    """Why a value is not a text that can be used, or None if it is one."""
     if not isinstance(text, str):
-        return BadRow(position, f"no text: found {type(text).__name__}", cut_raw(repr(text)))
+        return f"no text: found {_complaint(text) or type(text).__name__}"
     if not text or text.isspace():
-        return BadRow(position, "no text: it is empty", cut_raw(repr(text)))
+        return "no text: it is empty"
+    return None if is_unicode(text) else f"text is not {_encoding_of(text)}"
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written as UTF-8: halves of surrogate pairs cannot."""
+    if text.isascii():
+        return True
     try:
         text.encode("utf-8")
-    except UnicodeEncodeError as error:
-        return BadRow(position, f"text is not valid Unicode: {error.reason}", cut_raw(text))
-    name = _default_id(segment, position) if identifier in (None, "") else str(identifier)
-    labels = tuple(values[name] for name in columns.labels)
-    raw_labels: Any = labels if len(labels) > 1 else (labels[0] if labels else None)
-    kept = tuple(_as_text(values[name]) if name in values else None for name in columns.kept)
-    return Row(position, name, text, raw_labels, kept)
+    except UnicodeEncodeError:
+        return False
+    return True
 
 
-def _as_text(value: Any) -> str:
-    """A kept value: text as it is, null as empty text, all else as JSON."""
+def _encoding_of(text: str) -> str:
+    """What a text with surrogates is not: those of a table stand for bytes that are not UTF-8."""
+    is_escaped = any("\udc80" <= character <= "\udcff" for character in text)
+    return "UTF-8" if is_escaped else "valid Unicode"
+
+
+def _complaint(value: Any) -> str | None:
+    return value.reason if isinstance(value, Unreadable) else None
+
+
+def plain_value(value: Any) -> Any:
+    """A value as JSON can hold it; what is no number becomes null.
+
+    Raises:
+      ValueError: if it cannot be read, or holds text that is not Unicode.
+      RecursionError: if it is nested too deeply.
+    """
+    if isinstance(value, str):
+        if not is_unicode(value):
+            raise ValueError(f"not {_encoding_of(value)}")
+        return value
+    if value is None or isinstance(value, bool | int):
+        return value
+    if isinstance(value, float):
+        return value if math.isfinite(value) else None
+    if isinstance(value, Mapping):
+        return {str(plain_value(key)): plain_value(item) for key, item in value.items()}
+    if isinstance(value, Sequence) and not isinstance(value, bytes | Unreadable):
+        return [plain_value(item) for item in value]
+    if isinstance(value, bytes):
+        return value.decode("utf-8")
+    if isinstance(value, datetime.datetime | datetime.date | datetime.time):
+        return value.isoformat()
+    if isinstance(value, decimal.Decimal | datetime.timedelta):
+        return str(value)
+    raise ValueError(_complaint(value) or f"found {type(value).__name__}")
+
+
+def as_text(value: Any) -> str:
+    """A kept value as text: text as it is, null as empty text, all else as JSON."""
     if isinstance(value, str):
         return value
     return "" if value is None else json.dumps(value, ensure_ascii=False)
 
 
-def _default_id(segment: Segment, position: int) -> str:
+def default_id(segment: Segment, position: int) -> str:
+    """What a row without an id is called."""
     return f"{segment.source}:{position}"
 
 
 def cut_raw(raw: str) -> str:
     """The beginning of what stood in a row, as text that can be written."""
     return raw[:_MAX_RAW_CHARACTERS].encode("utf-8", "replace").decode("utf-8")
+
+
+def shown(value: Any) -> str:
+    """The beginning of a value as Python writes it."""
+    try:
+        return cut_raw(repr(value))
+    except RecursionError:
+        return "(nested too deeply to be shown)"

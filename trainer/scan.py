@@ -12,9 +12,11 @@ from typing import TextIO
 
 import numpy as np
 
-from trainer.errors import UserError
-from trainer.files import format_of, is_divisible, open_decompressed
+from trainer.files import LINE_FORMATS, format_of, is_divisible, open_decompressed
+from trainer.formats.lines import damaged
+from trainer.formats.row_copy import encode_row
 from trainer.labels import LabelError, LabelReader
+from trainer.rows import shown
 from trainer.sources import (
     BadRow,
     Columns,
@@ -24,11 +26,12 @@ from trainer.sources import (
     read_segment,
     whole_file,
 )
+from trainer.token_rows import TokenLimits, check_windows
 
 _SMALL_INPUT_BYTES = 1 << 28
 _VOCABULARY_TEXT_CHARACTERS = 10_000
-_MAX_RAW_CHARACTERS = 300
 _COPY_BYTES = 1 << 22
+_CHARACTERS_A_TOKEN = 2
 
 
 @dataclass(frozen=True)
@@ -36,7 +39,8 @@ class ScanPlan:
     """What every segment's scan is told.
 
     `vocabulary_share` is the share of texts to keep for a vocabulary; `seed` seeds the hashes:
-    the same one for all splits of a data folder, so that a text is found again.
+    the same one for all splits of a data folder, so that a text is found again. `token_limits` is
+    what rows that come tokenised keep to; None if there are none such.
     """
 
     columns: Columns
@@ -44,6 +48,7 @@ class ScanPlan:
     seed: int
     vocabulary_share: float
     work_dir: str
+    token_limits: TokenLimits | None = None
 
 
 @dataclass(frozen=True)
@@ -52,8 +57,8 @@ class ScannedSegment:
 
     Attributes:
       positions: int64 [N], row numbers in the file.
-      hashes: uint64 [N], seeded, of the texts.
-      characters: int64 [N], lengths of the texts.
+      hashes: uint64 [N], seeded, of the texts, or of the ids where rows come tokenised.
+      characters: int64 [N], lengths of the texts; of rows that come tokenised an estimate.
       label_splits: int64 [N + 1]; row i has labels[label_splits[i]:label_splits[i + 1]].
       labels: int32 [M], indices into `names`.
       names: the label names that occur.
@@ -77,57 +82,41 @@ def rows_per_segment(num_bytes: int) -> int:
 
 
 def plan_file(
-    path: str, copy_path: str, columns: Columns, segment_rows: int
-) -> tuple[list[Segment], list[BadRow]]:
-    """Cuts a file into segments; one that cannot be cut is first copied to plain JSONL.
+    name: str, copy_path: str, columns: Columns, segment_rows: int, source: str
+) -> list[Segment]:
+    """Cuts a file into segments; one that cannot be cut by bytes is first copied to lines.
 
-    The copy has one line for each row of the file, so that row numbers stay what they were. Rows
-    that cannot even be copied are returned.
+    Args:
+      name: the file.
+      copy_path: where to put the copy.
+      columns: what to copy of it.
+      segment_rows: rows of a segment.
+      source: what its rows without an id are called by.
 
     Raises:
       UserError: if the file is damaged.
     """
-    if is_divisible(path):
-        return plan_segments(path, segment_rows), []
-    kind, _ = format_of(path)
-    rejected: list[BadRow] = []
-    if kind == "jsonl":
-        _copy_decompressed(path, copy_path)
-    else:
-        rejected = _copy_table(path, columns, copy_path)
-    source = os.path.basename(path)
-    segments = plan_segments(copy_path, segment_rows)
-    return [replace(segment, source=source) for segment in segments], rejected
+    kind, _ = format_of(name)
+    if not is_divisible(name):
+        if kind in LINE_FORMATS:
+            _copy_decompressed(name, copy_path)
+        else:
+            kind = "rows"
+            with open(copy_path, "w", encoding="utf-8", errors="surrogatepass") as copy:
+                segment = replace(whole_file(name), source=source)
+                copy.writelines(map(encode_row, read_segment(segment, columns)))
+        name = f"{kind}:{copy_path}"
+    return [replace(segment, source=source) for segment in plan_segments(name, segment_rows)]
 
 
-def _copy_decompressed(path: str, copy_path: str) -> None:
+def _copy_decompressed(name: str, copy_path: str) -> None:
     copied = 0
     try:
-        with open_decompressed(path) as source, open(copy_path, "wb") as copy:
+        with open_decompressed(name) as source, open(copy_path, "wb") as copy:
             while block := source.read(_COPY_BYTES):
                 copied += copy.write(block)
     except OSError as error:
-        raise UserError(
-            f"{path}: damaged or cut short after {copied:,} decompressed bytes ({error}); "
-            "restore the file"
-        ) from None
-
-
-def _copy_table(path: str, columns: Columns, copy_path: str) -> list[BadRow]:
-    rejected = []
-    with open(copy_path, "w", encoding="utf-8") as copy:
-        for row in read_segment(whole_file(path), columns):
-            if isinstance(row, BadRow):
-                rejected.append(row)
-                copy.write("\n")
-                continue
-            labels = row.labels if len(columns.labels) > 1 else (row.labels,)
-            kept = zip(columns.kept, row.kept, strict=True)
-            values = {name: value for name, value in kept if value is not None}
-            values |= dict(zip(columns.labels, labels, strict=True))
-            values |= {columns.text: row.text, columns.id: row.id}
-            copy.write(json.dumps(values, ensure_ascii=False) + "\n")
-    return rejected
+        raise damaged(name, f"{copied:,} decompressed bytes", error) from None
 
 
 def hash_text(text: str, seed: int) -> int:
@@ -163,7 +152,12 @@ def scan_segment(plan: ScanPlan, index: int, segment: Segment) -> ScannedSegment
             if isinstance(row_labels, BadRow):
                 rejected.append(row_labels)
                 continue
-            text_hash = hash_text(row.text, plan.seed)
+            if row.windows is not None:
+                reason = _why_not_ids(row.windows, plan.token_limits)
+                if reason is not None:
+                    rejected.append(BadRow(row.position, reason, shown(row.windows[:1])))
+                    continue
+            text_hash = hash_text(row.text if row.windows is None else str(row.windows), plan.seed)
             if text_hash % 2**32 < below:
                 cut = row.text[:_VOCABULARY_TEXT_CHARACTERS]
                 vocabulary.write(json.dumps([len(positions), cut]) + "\n")
@@ -172,7 +166,9 @@ def scan_segment(plan: ScanPlan, index: int, segment: Segment) -> ScannedSegment
                 kept.update(name for name, value in values if value is not None)
             positions.append(row.position)
             hashes.append(text_hash)
-            characters.append(len(row.text))
+            characters.append(
+                len(row.text) or _CHARACTERS_A_TOKEN * sum(map(len, row.windows or ()))
+            )
             counts.append(len(row_labels))
             labels.extend(names.setdefault(name, len(names)) for name in row_labels)
     return ScannedSegment(
@@ -196,4 +192,10 @@ def _read_labels(reader: LabelReader, row: Row) -> list[str] | BadRow:
     try:
         return reader.read(row.labels)
     except LabelError as error:
-        return BadRow(row.position, str(error), repr(row.labels)[:_MAX_RAW_CHARACTERS])
+        return BadRow(row.position, str(error), shown(row.labels))
+
+
+def _why_not_ids(windows: list[list[int]], limits: TokenLimits | None) -> str | None:
+    if limits is None:
+        return "token ids, where the rows before it are text; expected files of one kind"
+    return check_windows(windows, limits)

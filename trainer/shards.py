@@ -14,6 +14,7 @@ import numpy as np
 
 from trainer.ledger import map_ragged, segment_path
 from trainer.records import Shard, checksum, encode_record
+from trainer.rows import as_text
 from trainer.scripts import known_scripts, unknown_script
 from trainer.sources import Columns, Row, Segment, read_segment
 from trainer.tally import Tally, empty_tally
@@ -126,15 +127,13 @@ def write_segment(
     done = 0
     for batch in _batches(segment, plan.columns, positions):
         texts = [row.text for row in batch]
-        documents, lost = tokenizer.encode_windows(
-            texts, plan.max_seq_length, plan.window_stride, plan.max_windows
-        )
+        documents, lost = _windows(plan, tokenizer, batch)
         encoded = [
             encode_record(
                 row.id,
                 windows,
                 sorted(label_list[bounds[at] : bounds[at + 1]]),
-                [value or "" for value in row.kept],
+                [as_text(value) for value in row.kept],
             )
             for at, (row, windows) in enumerate(zip(batch, documents, strict=True), done)
         ]
@@ -149,6 +148,21 @@ def write_segment(
         sizes = [file.write(b"".join(of_shard)) for of_shard in records]
     offsets = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
     return WrittenSegment(offsets, tally)
+
+
+def _windows(
+    plan: WritePlan, tokenizer: Tokenizer, batch: list[Row]
+) -> tuple[list[list[list[int]]], list[bool]]:
+    """The windows of rows, tokenised here or before; whether tokens were lost."""
+    texts = [row.text for row in batch if row.windows is None]
+    encoded, lost = tokenizer.encode_windows(
+        texts, plan.max_seq_length, plan.window_stride, plan.max_windows
+    )
+    if len(texts) == len(batch):
+        return encoded, lost
+    made = iter(zip(encoded, lost, strict=True))
+    both = [next(made) if row.windows is None else (row.windows, False) for row in batch]
+    return [windows for windows, _ in both], [is_cut for _, is_cut in both]
 
 
 @functools.cache

@@ -1,123 +1,136 @@
-"""Raw rows from JSONL, CSV, TSV and plain text, plain or compressed, streamed in flat memory.
+"""Raw rows, streamed in flat memory: the one entrance, whatever the format and wherever it lies.
 
 A file is cut into segments that can be read one by one, in any order and by any process, and that
 give the same rows however the file was cut. A row that cannot be used does not stop the stream: it
-comes out as a `BadRow` that says where and why.
+comes out as a `BadRow` that says where and why. The formats themselves are in `formats`.
 """
 
+import dataclasses
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 
+from trainer import storage
 from trainer.errors import UserError
-from trainer.files import BLOCK_BYTES, format_of, is_divisible, list_files, open_decompressed
-from trainer.rows import (
-    BadRow,
-    Columns,
-    Row,
-    Segment,
-    cut_raw,
-    load_json,
-    row_of_json,
-    row_of_text,
-    row_of_values,
-    whole_file,
-)
-from trainer.tables import table_names, table_rows
+from trainer.files import format_of, is_data_set, is_divisible, location, source_names
+from trainer.formats import format_module
+from trainer.listing import check_all, list_files
+from trainer.metadata import checksum
+from trainer.rows import BadRow, Columns, Row, Segment
 
 __all__ = [
     "BadRow",
     "Columns",
     "Row",
     "Segment",
+    "check_all_columns",
     "check_columns",
     "column_names",
+    "fingerprint",
+    "is_tokenised",
     "list_files",
+    "num_bytes",
     "plan_segments",
     "read_segment",
+    "read_segments",
+    "source_names",
+    "true_or_false_columns",
     "whole_file",
 ]
 
-_ROWS_TO_CHECK = 100
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+# Formats whose own schema says which columns hold truth values.
+_WITH_SCHEMA = ("parquet", "arrow", "tfds")
 
 
-def check_columns(path: str, columns: Columns) -> None:
-    """Checks that a file has the required columns: a table's header, or the first rows of JSONL.
+def whole_file(name: str) -> Segment:
+    """All rows of a file as one segment, its number of rows not counted (0)."""
+    return Segment(name, 0, None, 0, 0, source_names([name])[name])
+
+
+def check_columns(name: str, columns: Columns) -> None:
+    """Checks that a file has the required columns, as far as its beginning tells, of fit types.
 
     Raises:
-      UserError: naming the column that is missing and those that were found.
+      UserError: naming the column that is missing or wrong, and those that were found.
     """
-    kind, _ = format_of(path)
-    if kind == "text":
-        if columns.labels:
-            raise UserError(f"{path}: plain text has no labels; expected JSONL, CSV or TSV")
-        return
-    found = column_names(path)
-    for name in columns.required:
-        if found is not None and name not in found:
-            flag = {columns.text: "--text_field", columns.id: "--id_field"}.get(
-                name, "--label_field"
-            )
-            raise UserError(
-                f"{path}: no column {name!r}; found {', '.join(found) or 'none'}; "
-                f"name the right one with {flag}"
-            )
+    try:
+        format_module(name).check_columns(name, columns)
+    except OSError as error:
+        if is_data_set(name) or storage.is_remote(location(name)):
+            raise
+        raise UserError(f"{name}: cannot be read ({error.strerror or error})") from None
 
 
-def column_names(path: str) -> list[str] | None:
-    """A table's header, or the field names of the first rows of JSONL; None if there are none."""
-    kind, _ = format_of(path)
-    if kind in ("csv", "tsv"):
-        return table_names(path)
-    names: dict[str, None] = {}
-    checked = 0
-    for _, line in _lines(whole_file(path)):
-        value = load_json(line)
-        if isinstance(value, dict):
-            names.update(dict.fromkeys(value))
-            checked += 1
-        if checked >= _ROWS_TO_CHECK:
-            break
-    return list(names) if checked else None
+def check_all_columns(names: Sequence[str], columns: Columns) -> None:
+    """Checks the columns of all files.
+
+    Raises:
+      UserError: of the first file that is at fault.
+    """
+    check_all(names, check_columns, columns)
 
 
-def plan_segments(path: str, rows_per_part: int) -> list[Segment]:
+def column_names(name: str) -> list[str] | None:
+    """The columns of a file, as far as its beginning tells; None if there are none."""
+    return format_module(name).column_names(name)
+
+
+def true_or_false_columns(name: str) -> tuple[str, ...]:
+    """The columns that hold truth values only, where a format's schema says so."""
+    if format_of(name)[0] not in _WITH_SCHEMA:
+        return ()
+    return format_module(name).true_or_false(name)  # type: ignore[attr-defined]
+
+
+def is_tokenised(name: str) -> bool:
+    """Whether the rows of a file are token ids and not text."""
+    if format_of(name)[0] != "tfrecord":
+        return False
+    return format_module(name).is_tokenised(name)  # type: ignore[attr-defined]
+
+
+def num_bytes(name: str) -> int:
+    """Bytes of what a name stands for.
+
+    Raises:
+      UserError: if it is not there.
+    """
+    if is_data_set(name) or storage.is_remote(location(name)):
+        return fingerprint(name)[0]
+    return os.path.getsize(location(name))
+
+
+def fingerprint(name: str) -> tuple[int, str]:
+    """Bytes and CRC-32C (hex) of what a name stands for.
+
+    Of an object these are its metadata's: nothing is downloaded. Of a data set they are its size
+    and a digest of its description.
+
+    Raises:
+      UserError: if it is not there.
+    """
+    if is_data_set(name):
+        from trainer.formats.tfds import describe
+
+        return describe(name)
+    path = location(name)
+    if not storage.is_remote(path):
+        return os.path.getsize(path), checksum(path)
+    from trainer.object_store import find_object
+
+    found = find_object(path)
+    if found is None:
+        raise UserError(f"{path}: no such object; check the URL")
+    return found.bytes, found.checksum
+
+
+def plan_segments(name: str, rows_per_part: int) -> list[Segment]:
     """Cuts a file into segments of `rows_per_part` rows, the last one shorter.
 
-    The file is scanned once, so that row numbers are exact wherever a segment begins.
+    A file without an index of its rows is read once, so that row numbers are exact wherever a
+    segment begins.
     """
-    source = os.path.basename(path)
-    if not is_divisible(path):
-        total = sum(1 for _ in _positions(path))
-        starts = range(0, total, rows_per_part)
-        return [
-            Segment(path, start, min(start + rows_per_part, total), start,
-                    min(rows_per_part, total - start), source)
-            for start in starts
-        ]  # fmt: skip
-    segments = []
-    start = offset = row = first_row = 0
-    with open(path, "rb", buffering=BLOCK_BYTES) as file:
-        for line in file:
-            offset += len(line)
-            row += 1
-            if row - first_row == rows_per_part:
-                segments.append(Segment(path, start, offset, first_row, row - first_row, source))
-                start, first_row = offset, row
-    if row > first_row:
-        segments.append(Segment(path, start, offset, first_row, row - first_row, source))
-    return segments
-
-
-def _positions(path: str) -> Iterator[int]:
-    kind, _ = format_of(path)
-    if kind in ("csv", "tsv"):
-        names = table_names(path)
-        for position, _ in table_rows(path, names[:1]):
-            yield position
-    else:
-        for position, _ in _lines(whole_file(path)):
-            yield position
+    source = source_names([name])[name]
+    return format_module(name).plan_segments(name, source, rows_per_part)
 
 
 def read_segment(segment: Segment, columns: Columns) -> Iterator[Row | BadRow]:
@@ -126,73 +139,46 @@ def read_segment(segment: Segment, columns: Columns) -> Iterator[Row | BadRow]:
     Raises:
       UserError: if the file cannot be read on (cut short, damaged), or a table lacks a column.
     """
-    kind, _ = format_of(segment.path)
-    if kind in ("csv", "tsv"):
-        yield from _read_table(segment, columns)
-        return
-    for position, line in _lines(segment):
-        if line.isspace() or not line:
-            continue
-        if kind == "text":
-            yield row_of_text(segment, position, line)
-        else:
-            yield row_of_json(segment, position, line, columns)
+    return format_module(segment.path).read_rows(segment, columns)
 
 
-def _lines(segment: Segment) -> Iterator[tuple[int, bytes]]:
-    """(row number, line) of a file of lines."""
-    _, compression = format_of(segment.path)
-    if compression is None:
-        yield from _plain_lines(segment)
-        return
-    position = 0
-    try:
-        for position, line in enumerate(open_decompressed(segment.path)):
-            if segment.end is not None and position >= segment.end:
-                break
-            if position >= segment.start:
-                yield position, _without_mark(position, line)
-    except OSError as error:
-        raise UserError(
-            f"{segment.path}: damaged or cut short after row {position} ({error}); restore the file"
-        ) from None
+def read_segments(
+    segments: Sequence[Segment], columns: Columns
+) -> Iterator[tuple[int, Row | BadRow]]:
+    """Streams the rows of several segments, in order; there may be gaps between them.
+
+    Segments of one file that follow each other are read in one go; so are those with gaps between
+    them if the file's middle cannot be reached but through its beginning.
+
+    Yields:
+      The segment's place in `segments`, and a row.
+
+    Raises:
+      UserError: as `read_segment`.
+    """
+    start = 0
+    while start < len(segments):
+        end = start + 1
+        while end < len(segments) and _in_one_go(segments[end - 1], segments[end]):
+            end += 1
+        together = dataclasses.replace(segments[start], end=segments[end - 1].end)
+        at = start
+        for row in read_segment(together, columns):
+            while _is_behind(row, segments[at]):
+                at += 1
+            if row.position >= segments[at].first_row:
+                yield at, row
+        start = end
 
 
-def _plain_lines(segment: Segment) -> Iterator[tuple[int, bytes]]:
-    offset = segment.start
-    position = segment.first_row
-    with open(segment.path, "rb", buffering=BLOCK_BYTES) as file:
-        file.seek(offset)
-        for line in file:
-            if segment.end is not None and offset >= segment.end:
-                break
-            offset += len(line)
-            yield position, _without_mark(position, line)
-            position += 1
+def _is_behind(row: Row | BadRow, segment: Segment) -> bool:
+    return segment.end is not None and row.position >= segment.first_row + segment.num_rows
 
 
-def _without_mark(position: int, line: bytes) -> bytes:
-    return line.removeprefix(_BYTE_ORDER_MARK) if position == 0 else line
-
-
-def _read_table(segment: Segment, columns: Columns) -> Iterator[Row | BadRow]:
-    path = segment.path
-    check_columns(path, columns)
-    header = frozenset(table_names(path))
-    optional = [name for name in (columns.id, *columns.kept) if name in header]
-    names = list(dict.fromkeys([columns.text, *columns.labels, *optional]))
-    for position, values in table_rows(path, names):
-        if position < segment.start:
-            continue
-        if segment.end is not None and position >= segment.end:
-            break
-        if isinstance(values, str):
-            reason, _, raw = values.partition(": ")
-            yield BadRow(position, reason, cut_raw(raw))
-            continue
-        try:
-            row = {name: value.decode("utf-8") for name, value in zip(names, values, strict=True)}
-        except UnicodeDecodeError as error:
-            yield BadRow(position, f"not UTF-8: {error}", cut_raw(repr(values)))
-            continue
-        yield row_of_values(segment, position, row, columns)
+def _in_one_go(before: Segment, after: Segment) -> bool:
+    if before.path != after.path or before.end is None:
+        return False
+    if before.end == after.start:
+        return True
+    can_enter = is_divisible(after.path) or format_module(after.path).ENTERS
+    return not can_enter and after.start > before.end
