@@ -1,18 +1,21 @@
 """A row's labels as people write them, read into names.
 
 Accepted: a list of names; a list of ids, or a multi-hot list, where the names are known; a string
-of names or ids between delimiters; a list that a CSV turned into a string; one 0/1 column a label.
+of names or ids between delimiters; a list that a CSV turned into a string; one 0/1 column a label;
+a column of truth values, which is then one label.
 """
 
 import ast
 import re
-from collections.abc import Iterable
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from trainer.errors import UserError
+from trainer.rows import LabelIds, shown
 
 _TRUE, _FALSE = frozenset(("1", "1.0", "true")), frozenset(("0", "0.0", "false", ""))
+_MOST_DIGITS = 18
 _BARE_NUMBERS = re.compile(r"[\[(][\s\d.]*[\])]", re.ASCII)
 _STRINGS_WITHOUT_COMMA = re.compile(r"'\s*'|\"\s*\"")
 
@@ -49,6 +52,11 @@ class LabelReader:
         """
         if len(self.columns) > 1:
             return self._names_of_columns(raw)
+        if isinstance(raw, bool):
+            return self._names_of_columns((raw,))
+        if isinstance(raw, LabelIds):
+            names = self._names_of_ids(raw)
+            return sorted({name for name in names if name not in self.dropped})
         items = self._items(raw)
         if items and all(isinstance(item, int | float) for item in items):
             names = self._names_of_numbers(items)
@@ -63,7 +71,7 @@ class LabelReader:
             items = _parse_list(text) if text[:1] in ("[", "(") else text.split(self.delimiter)
             items = [item.strip() if isinstance(item, str) else item for item in items]
             return self._numbers([item for item in items if item != ""])
-        if isinstance(raw, bool) or raw is None or isinstance(raw, dict):
+        if raw is None or isinstance(raw, dict):
             raise LabelError(f"labels are {_shown(raw)}, expected a list or a string")
         if not isinstance(raw, list | tuple):
             return [raw]
@@ -72,15 +80,23 @@ class LabelReader:
     def _numbers(self, items: list[Any]) -> list[Any]:
         """Strings of digits as numbers, if labels are known and none is called so."""
         are_ids = self.names is not None and all(
-            isinstance(item, str) and item.isdecimal() and item not in self.known for item in items
+            isinstance(item, str)
+            and item.isdecimal()
+            and len(item) <= _MOST_DIGITS
+            and item not in self.known
+            for item in items
         )
         return [int(item) for item in items] if are_ids else items
 
     def _names_of_numbers(self, items: list[Any]) -> list[str]:
+        if self.names is not None and len(items) == len(self.names):
+            if all(item in (0, 1) for item in items):
+                return [name for name, is_set in zip(self.names, items, strict=True) if is_set]
+        return self._names_of_ids(items)
+
+    def _names_of_ids(self, items: Sequence[Any]) -> list[str]:
         if self.names is None:
             raise LabelError("labels are numbers; give the names that they stand for with --labels")
-        if len(items) == len(self.names) and all(item in (0, 1) for item in items):
-            return [name for name, is_set in zip(self.names, items, strict=True) if is_set]
         names = []
         for item in items:
             if isinstance(item, bool) or (isinstance(item, float) and not item.is_integer()):
@@ -95,6 +111,8 @@ class LabelReader:
     def _names_of_columns(self, raw: tuple[Any, ...]) -> list[str]:
         names = []
         for name, value in zip(self.columns, raw, strict=True):
+            if isinstance(value, list | dict | tuple):
+                raise LabelError(f"column {name!r} holds {_shown(value)}, expected 0 or 1")
             text = str(value).strip().lower() if value is not None else ""
             if text in _TRUE:
                 names.append(name)
@@ -139,7 +157,7 @@ def _parse_list(text: str) -> list[Any]:
 
 
 def _shown(value: Any) -> str:
-    text = repr(value)
+    text = shown(value)
     return text if len(text) <= 60 else text[:57] + "..."
 
 

@@ -4,6 +4,8 @@ import functools
 import struct
 from collections.abc import Iterator
 
+from google_crc32c import value as crc32c
+
 _FRAME_BYTES = 16  # Of a TFRecord: its length (8), two checksums (4 each).
 _VARINTS: dict[int, bytes] = {}
 
@@ -72,17 +74,17 @@ def _decode_varint(message: bytes, at: int) -> tuple[int, int]:
 
 def frame_records(records: list[bytes]) -> list[bytes]:
     """Records as they stand in a TFRecord file: length, its checksum, record, its checksum."""
-    from google_crc32c import value as crc32c
-
     framed = []
     for record in records:
         length = struct.pack("<Q", len(record))
-        checksums = _masked(crc32c(length)), _masked(crc32c(record))
+        checksums = masked_checksum(length), masked_checksum(record)
         framed.append(b"".join((length, checksums[0], record, checksums[1])))
     return framed
 
 
-def _masked(crc: int) -> bytes:
+def masked_checksum(data: bytes) -> bytes:
+    """The checksum of some bytes as a TFRecord file holds it: CRC-32C, masked, little-endian."""
+    crc = crc32c(data)
     rotated = (crc >> 15 | crc << 17) & 0xFFFFFFFF
     return struct.pack("<I", (rotated + 0xA282EAD8) & 0xFFFFFFFF)
 

@@ -35,7 +35,7 @@ class Format(Protocol):
 
 _MODULES = {
     "jsonl": "jsonl", "csv": "table", "tsv": "table", "text": "text", "rows": "row_copy",
-    "libmultilabel": "libmultilabel", "parquet": "columnar", "arrow": "columnar",
+    "libmultilabel": "libmultilabel", "parquet": "parquet", "arrow": "arrow",
     "tfrecord": "tfrecord", "tfds": "tfds",
 }  # fmt: skip
 

@@ -41,12 +41,15 @@ class _Lines:
         self.record: list[str] = []
         self.long_line: LongLine | None = None
         self.num_bytes = 0
+        # Lines still to come again of a record that was whole but for its width.
+        self.num_doubtful = 0
 
     def __iter__(self) -> "_Lines":
         return self
 
     def __next__(self) -> str:
         line = self._again.pop() if self._again else next(self._pieces)
+        self.num_doubtful = max(self.num_doubtful - 1, 0)
         if isinstance(line, LongLine):
             self.long_line = line
             raise _TooLong
@@ -93,6 +96,7 @@ def _records(name: str) -> Iterator[list[str] | tuple[str, str] | LongLine]:
         reader = csv.reader(lines, delimiter="\t" if kind == "tsv" else ",", strict=True)
         width = 0
         while True:
+            is_doubtful = lines.num_doubtful > 0
             try:
                 record = next(reader)
             except StopIteration:
@@ -108,7 +112,13 @@ def _records(name: str) -> Iterator[list[str] | tuple[str, str] | LongLine]:
             width = width or len(record)
             if record and len(record) != width:
                 reason = f"expected {width} columns, found {len(record)}"
+                doubtful = len(lines.record) - 1
                 yield reason, lines.give_up_record()
+                lines.num_doubtful = max(lines.num_doubtful, doubtful)
+                continue
+            is_end_of_quoted = is_doubtful and "".join(lines.record).count('"') % 2
+            if record and is_end_of_quoted:
+                yield "the rest of a row of the wrong width", lines.give_up_record()
                 continue
             lines.end_record()
             if record:

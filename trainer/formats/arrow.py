@@ -1,0 +1,95 @@
+"""Arrow files, of streams (as `datasets` saves them) or with an index, read batch by batch."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+from typing import Any
+
+from trainer.errors import UserError
+from trainer.files import open_file
+from trainer.formats import cut_rows
+from trainer.formats.columnar import check_schema, rows_of_batches, true_columns
+from trainer.formats.lines import damaged
+from trainer.rows import BadRow, Columns, Row, Segment
+
+ENTERS = False
+_MAGIC = b"ARROW1"
+# What ends a stream. Without it a file that was cut between two batches would look whole.
+_END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
+
+
+@contextlib.contextmanager
+def _opened(name: str) -> Iterator[tuple[Any, Iterator[Any]]]:
+    """The schema and the batches of a file; a damaged one is one clear line."""
+    import pyarrow
+    from pyarrow import ipc
+
+    rows = 0
+
+    def counted(batches: Iterator[Any]) -> Iterator[Any]:
+        nonlocal rows
+        for batch in batches:
+            batch.validate(full=False)
+            yield batch
+            rows += batch.num_rows
+
+    try:
+        with open_file(name) as stream:
+            if stream.read(len(_MAGIC)) == _MAGIC:
+                file = ipc.open_file(stream)
+                batches = map(file.get_batch, range(file.num_record_batches))
+                yield file.schema, counted(batches)
+                return
+            stream.seek(-min(len(_END_OF_STREAM), stream.seek(0, os.SEEK_END)), os.SEEK_END)
+            if stream.read() != _END_OF_STREAM:
+                raise OSError("the end of the stream is missing")
+            stream.seek(0)
+            reader = ipc.open_stream(stream)
+            yield reader.schema, counted(iter(reader))
+    except (OSError, pyarrow.ArrowException, ValueError) as error:
+        if isinstance(error, UserError):
+            raise
+        raise damaged(name, f"row {rows}", error) from None
+
+
+def column_names(name: str) -> list[str]:
+    """The columns of the file's schema."""
+    with _opened(name) as (schema, _):
+        return list(schema.names)
+
+
+def check_columns(name: str, columns: Columns) -> None:
+    """Checks the file's schema."""
+    with _opened(name) as (schema, _):
+        check_schema(name, schema, columns)
+
+
+def true_or_false(name: str) -> tuple[str, ...]:
+    """The columns of truth values."""
+    with _opened(name) as (schema, _):
+        return true_columns(schema)
+
+
+def plan_segments(name: str, source: str, rows_per_part: int) -> list[Segment]:
+    """Cuts a file into segments; it is read once to count its rows."""
+    with _opened(name) as (_, batches):
+        num_rows = sum(batch.num_rows for batch in batches)
+    return cut_rows(name, source, num_rows, rows_per_part)
+
+
+def read_rows(segment: Segment, columns: Columns) -> Iterator[Row | BadRow]:
+    """The rows of a segment."""
+    with _opened(segment.path) as (schema, batches):
+        check_schema(segment.path, schema, columns)
+        yield from rows_of_batches(segment, _numbered(batches, segment), schema, columns)
+
+
+def _numbered(batches: Iterator[Any], segment: Segment) -> Iterator[tuple[int, Any]]:
+    """(number of its first row, batch), as far as the segment goes."""
+    first = 0
+    for batch in batches:
+        if segment.end is not None and first >= segment.end:
+            return
+        if first + batch.num_rows > segment.start:
+            yield first, batch
+        first += batch.num_rows
