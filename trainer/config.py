@@ -740,9 +740,21 @@ class ScoreConfig:
     max_rejected: float = option(
         0.001, "Unusable rows to put up with: a share of the rows if below 1, else a number."
     )
+    worker_index: int | None = option(
+        None,
+        "Which of --num_workers this process is, from 0; each does its share of the parts in the "
+        "same --output_dir. Default: as TF_CONFIG or Slurm say, else 0.",
+    )
+    num_workers: int | None = option(
+        None, "Processes that share the parts. Default: as TF_CONFIG or Slurm say, else 1."
+    )
+    start_timeout: float = option(
+        3600.0, "Seconds that a worker waits for worker 0 to write the plan."
+    )
 
     def __post_init__(self) -> None:
         _check_choices(self)
+        self._check_worker()
         _check(self.rows_per_part >= 1, "rows_per_part", self.rows_per_part, "at least 1 row")
         _check(
             self.tokens_per_batch >= 8,
@@ -764,6 +776,16 @@ class ScoreConfig:
             "names of columns, each once, none of them id, labels or scores",
         )
         self.selection()
+
+    def _check_worker(self) -> None:
+        index, count = self.worker_index, self.num_workers
+        if (index is None) != (count is None):
+            missing = "worker_index" if index is None else "num_workers"
+            raise UserError(f"--{missing}: expected too, beside the other of the two")
+        if index is not None and count is not None:
+            _check(count >= 1, "num_workers", count, "at least 1 process")
+            _check(0 <= index < count, "worker_index", index, f"0 to {count - 1}, of {count}")
+        _check(self.start_timeout >= 0, "start_timeout", self.start_timeout, "seconds")
 
     def selection(self) -> tuple[str, float]:
         """`--scores` as (kind, number): ("all", 0), ("top", K) or ("above", P)."""

@@ -1,5 +1,6 @@
 """The model folder as a reader sees it: tokenizer, labels, thresholds and model."""
 
+import contextlib
 import dataclasses
 import hashlib
 import json
@@ -10,10 +11,13 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file
 
+from trainer import storage
 from trainer.config import PackingConfig, from_dict
 from trainer.errors import UserError
 from trainer.model import Model, build_model
+from trainer.object_store import download_folder
 from trainer.pretrained import WEIGHTS_FILE, model_config, read_tensors, to_variables
+from trainer.scratch import scratch_folder
 from trainer.tokenizer import Tokenizer, load_tokenizer
 
 MULTIHOT_FILE = "multihot.json"
@@ -57,12 +61,24 @@ def load_exported(folder: str, precision: str = "float32") -> ExportedModel:
     """Loads a model folder.
 
     Args:
-      folder: what `multihot export` wrote.
+      folder: what `multihot export` wrote, here or in Cloud Storage.
       precision: `float32` or `mixed_bfloat16`.
 
     Raises:
       UserError: if it is not a model folder, or a damaged one.
     """
+    if not storage.is_remote(folder):
+        return _load_local(folder, precision)
+    with scratch_folder() as copy:
+        with contextlib.suppress(FileNotFoundError):
+            download_folder(folder, copy, below=False)
+        try:
+            return _load_local(copy, precision)
+        except UserError as error:
+            raise UserError(str(error).replace(copy, folder.rstrip("/"))) from None
+
+
+def _load_local(folder: str, precision: str) -> ExportedModel:
     path = os.path.join(folder, MULTIHOT_FILE)
     try:
         with open(path, encoding="utf-8") as file:

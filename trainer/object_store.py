@@ -120,14 +120,21 @@ def download(url: str, path: str) -> StoredObject:
     return stored
 
 
-def download_folder(url: str, folder: str) -> list[StoredObject]:
-    """Copies the objects under a URL, and in folders below it, to a local folder.
+def download_folder(url: str, folder: str, below: bool = True) -> list[StoredObject]:
+    """Copies the objects under a URL to a local folder.
+
+    Args:
+      url: of the folder.
+      folder: an absolute path.
+      below: also those in folders below it.
 
     Raises:
       FileNotFoundError: if there are none.
     """
     base = url.rstrip("/") + "/"
     stored = list_objects(base)
+    if not below:
+        stored = [item for item in stored if "/" not in item.url.removeprefix(base)]
     if not stored:
         raise FileNotFoundError(errno.ENOENT, "not found; check bucket and folder", url)
 

@@ -1,24 +1,29 @@
 """The plan of a scoring run: which rows go to which part, and what the parts' bytes depend on.
 
-It is made once, written first, and held to: a rerun that would not continue it is refused.
+It is made once, by worker 0, written first, and held to: a rerun that would not continue it is
+refused, and other workers wait for it.
 """
 
 import dataclasses
 import json
 import os
+import time
 from collections import Counter
-from collections.abc import Sequence
+from collections.abc import Collection, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from trainer.atomic import write_atomically
 from trainer.config import PackingConfig, absolute, from_dict
-from trainer.errors import UserError
+from trainer.errors import RunAgain, UserError
+from trainer.output_folder import OutputFolder
 from trainer.records import checksum
 from trainer.sources import Segment, plan_segments
 
 PLAN_VERSION = 1
 PLAN_FILE = "plan.json"
+_FILES_AT_ONCE = 8
+_SECONDS_BETWEEN_LOOKS = 1.0
 
 
 @dataclass(frozen=True)
@@ -64,11 +69,33 @@ class Plan:
 
 
 def describe_inputs(paths: Sequence[str]) -> tuple[Input, ...]:
-    """Sizes and checksums of the files, which are read once for it."""
+    """Sizes and checksums of the files, which are read once for it, several at a time."""
     from tqdm import tqdm
 
-    progress = tqdm(paths, "checksums", unit=" files", delay=1, leave=False)
-    return tuple(Input(absolute(path), os.path.getsize(path), checksum(path)) for path in progress)
+    def describe(path: str) -> Input:
+        return Input(absolute(path), os.path.getsize(path), checksum(path))
+
+    with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
+        found = pool.map(describe, paths)
+        return tuple(
+            tqdm(found, "checksums", total=len(paths), unit=" files", delay=1, leave=False)
+        )
+
+
+def recall_inputs(plan: Plan, paths: Sequence[str], parts: Collection[int]) -> tuple[Input, ...]:
+    """The same for a worker that leaves most of it to worker 0.
+
+    Sizes are looked up, but of the checksums those only of the files of `parts`; of the others
+    they are taken from the plan.
+    """
+    needed = {segment.path for index in parts for segment in plan.parts[index].segments}
+    planned = {item.path: item.checksum for item in plan.inputs}
+    read = [path for path in paths if path in needed or absolute(path) not in planned]
+    described = {item.path: item for item in describe_inputs(read)}
+    return tuple(
+        described.get(name) or Input(name, os.path.getsize(path), planned[name])
+        for path, name in zip(paths, map(absolute, paths), strict=True)
+    )
 
 
 def plan_parts(inputs: Sequence[Input], rows_per_part: int) -> tuple[Part, ...]:
@@ -104,29 +131,28 @@ def _source_names(paths: Sequence[str]) -> dict[str, str]:
     return {path: os.path.relpath(path, common) for path in paths}
 
 
-def save_plan(output_dir: str, plan: Plan) -> None:
-    """Writes plan.json."""
+def save_plan(folder: OutputFolder, plan: Plan) -> bool:
+    """Writes plan.json; False if another process wrote one meanwhile."""
     contents = json.dumps(dataclasses.asdict(plan), indent=1, ensure_ascii=False)
-    write_atomically(os.path.join(output_dir, PLAN_FILE), contents + "\n")
+    return folder.create(PLAN_FILE, contents + "\n")
 
 
-def load_plan(output_dir: str) -> Plan | None:
+def load_plan(folder: OutputFolder) -> Plan | None:
     """The plan of an output folder that was begun before, or None.
 
     Raises:
       UserError: if the folder holds parts without a plan, or a plan that cannot be read.
     """
-    path = os.path.join(output_dir, PLAN_FILE)
-    if not os.path.exists(path):
-        if any(name.startswith("part-") for name in os.listdir(output_dir)):
+    (contents,) = folder.read([PLAN_FILE])
+    if contents is None:
+        if any(name.startswith("part-") for name in folder.find("")):
             raise UserError(
-                f"{output_dir}: holds parts but no {PLAN_FILE}; expected an empty folder or one "
+                f"{folder.url}: holds parts but no {PLAN_FILE}; expected an empty folder or one "
                 "that `multihot score` began; choose another --output_dir"
             )
         return None
     try:
-        with open(path, encoding="utf-8") as file:
-            values = json.load(file)
+        values = json.loads(contents)
         if values["version"] != PLAN_VERSION:
             raise ValueError(f"version {values['version']}, expected {PLAN_VERSION}")
         parts = tuple(
@@ -138,8 +164,30 @@ def load_plan(output_dir: str) -> Plan | None:
         return Plan(values["model_fingerprint"], values["settings"], packing, inputs, parts)
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
-            f"{path}: not a plan of this version ({error}); choose another --output_dir"
+            f"{folder.url}/{PLAN_FILE}: not a plan of this version ({error}); choose another "
+            "--output_dir"
         ) from None
+
+
+def wait_for_plan(folder: OutputFolder, seconds: float) -> Plan:
+    """The plan, as soon as worker 0 has written it.
+
+    Raises:
+      RunAgain: if it has not after that many seconds.
+    """
+    deadline = time.monotonic() + seconds
+    is_said = False
+    while (plan := load_plan(folder)) is None:
+        if not is_said:
+            print(f"waiting for worker 0 to write {folder.url}/{PLAN_FILE}", flush=True)
+            is_said = True
+        if time.monotonic() > deadline:
+            raise RunAgain(
+                f"{folder.url}/{PLAN_FILE}: worker 0 has not written it within {seconds:g} s "
+                "(--start_timeout); see to worker 0 and run the same command again"
+            )
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+    return plan
 
 
 def check_plan(

@@ -23,9 +23,17 @@ def too_many_rejected(
       where: the file or folder that holds all of the rejected rows.
     """
     with open(path, encoding="utf-8") as file:
-        first = json.loads(next(file))
+        return describe_rejections(next(file).encode(), num_rejected, num_rows, limit, where)
+
+
+def describe_rejections(
+    lines: bytes, num_rejected: int, num_rows: int, limit: float, where: str
+) -> UserError:
+    """The same, given the beginning of such a file, or nothing if it is not there any more."""
+    first = json.loads(lines.splitlines()[0]) if lines else None
+    example = f"{first['source']}: row {first['row']}: {first['reason']}; " if first else ""
     return UserError(
-        f"{first['source']}: row {first['row']}: {first['reason']}; {num_rejected:,} of "
+        f"{example}{num_rejected:,} of "
         f"{num_rows:,} rows cannot be used, --max_rejected={limit:g} allows "
         f"{allowed_rejections(limit, num_rows):,}; see {where} for all of them and repair them, "
         "or raise --max_rejected"

@@ -4,6 +4,7 @@ The pipeline itself is in scoring.py, the plan in plan.py, the output folder in 
 """
 
 import contextlib
+import functools
 import itertools
 import os
 import sys
@@ -15,32 +16,33 @@ from typing import Any
 import numpy as np
 from tqdm import tqdm
 
-from trainer import storage
+from trainer.cluster import read_cluster
 from trainer.config import PackingConfig, ScoreConfig, absolute
 from trainer.errors import UserError
 from trainer.exported import ExportedModel, load_exported
+from trainer.output_folder import OutputFolder, open_output
 from trainer.packing import choose_packing, least_tokens
 from trainer.parts import (
+    FOLDERS,
     REJECTED_FOLDER,
-    SUCCESS_FILE,
-    Manifest,
     PartWriter,
-    load_manifest,
-    open_output_folder,
-    write_success,
+    Progress,
+    begin_part,
+    rejected_file,
 )
 from trainer.plan import (
-    Input,
     Part,
     Plan,
     check_plan,
     describe_inputs,
     load_plan,
     plan_parts,
+    recall_inputs,
     save_plan,
+    wait_for_plan,
 )
-from trainer.rejected import allowed_rejections, too_many_rejected
-from trainer.result_lines import LineFormatter
+from trainer.rejected import allowed_rejections, describe_rejections
+from trainer.result_files import open_results
 from trainer.scoring import Block, read_chunks, scored_blocks
 from trainer.sources import Columns, check_columns, list_files
 from trainer.strategy import choose_scoring_precision
@@ -49,6 +51,7 @@ from trainer.strategy import choose_scoring_precision
 _SETTINGS = (
     "format",
     "scores",
+    "keep_columns",
     "text_field",
     "id_field",
     "rows_per_part",
@@ -68,60 +71,96 @@ class ScoreSummary:
 
 
 def run(config: ScoreConfig) -> ScoreSummary:
-    """Scores every row that is not scored yet, and says what was done.
+    """Scores every row of this worker's parts that is not scored yet, and says what was done.
 
     Raises:
       UserError: if an input, the model or the output folder is not usable, the folder was begun
-        with another model, other inputs or other settings, or too many rows cannot be used.
+        with another model, other inputs or other settings, too many rows cannot be used, or
+        another process writes the same part.
+      RunAgain: if worker 0 does not write a plan, or a store does not answer.
     """
-    storage.require_local("output_dir", config.output_dir)
-    columns = Columns(text=config.text_field, id=config.id_field)
+    columns = Columns(text=config.text_field, id=config.id_field, kept=config.keep_columns)
+    folder = open_output(config.output_dir)
+    worker_index, num_workers = _find_worker(config)
     paths = list_files(config.input)
+    _check_inputs(config, paths, columns)
+    if worker_index:
+        wait_for_plan(folder, config.start_timeout)
+    precision = choose_scoring_precision(config.precision)
+    model = load_exported(config.model, precision)
+    start = time.perf_counter()
+    folder.make(FOLDERS)
+    plan = _settle_plan(config, folder, model, columns, precision, paths, worker_index)
+    progress = Progress(folder, plan, worker_index, num_workers)
+    progress.load()
+    if worker_index:
+        known = recall_inputs(plan, paths, progress.waiting)
+        check_plan(plan, folder.url, model.fingerprint, _settings(config, precision), known)
+    if progress.has_ended:
+        print(f"{folder.url}: all {progress.num_done} parts are there already; nothing to do")
+        return ScoreSummary(0, 0.0)
+    documents = _score_parts(config, folder, model, columns, plan, progress)
+    progress.gather()
+    _check_rejected(config, folder, plan, progress)
+    if progress.is_complete and not any(item.rows_in for item in progress.done):
+        raise UserError(f"--input={','.join(config.input)}: no rows; expected at least one")
+    progress.finish()
+    summary = ScoreSummary(documents, time.perf_counter() - start)
+    _print_summary(folder, plan, progress, summary)
+    return summary
+
+
+def _find_worker(config: ScoreConfig) -> tuple[int, int]:
+    """Which worker this is, and of how many."""
+    if config.worker_index is not None and config.num_workers is not None:
+        return config.worker_index, config.num_workers
+    cluster = read_cluster(os.environ)
+    return (cluster.index, cluster.num_workers) if cluster else (0, 1)
+
+
+def _check_inputs(config: ScoreConfig, paths: Sequence[str], columns: Columns) -> None:
+    output_dir = absolute(config.output_dir).rstrip("/")
     for path in paths:
-        if os.path.dirname(absolute(path)) == absolute(config.output_dir):
+        if os.path.dirname(absolute(path)) == output_dir:
             raise UserError(
                 f"{path}: lies in --output_dir, where parts would count as input the next time; "
                 "choose another --output_dir"
             )
         check_columns(path, columns)
-    precision = choose_scoring_precision(config.precision)
-    model = load_exported(config.model, precision)
-    with open_output_folder(config.output_dir):
-        start = time.perf_counter()
-        settings = {name: getattr(config, name) for name in _SETTINGS} | {"precision": precision}
-        plan = _settle_plan(config, model, columns, settings, describe_inputs(paths))
-        done = [load_manifest(config.output_dir, part) for part in plan.parts]
-        if all(done) and os.path.exists(os.path.join(config.output_dir, SUCCESS_FILE)):
-            print(f"{config.output_dir}: all {len(done)} parts are there already; nothing to do")
-            return ScoreSummary(0, 0.0)
-        documents = _score_parts(config, model, columns, plan, done)
-        manifests = [manifest for manifest in done if manifest is not None]
-        if not any(manifest.rows_in for manifest in manifests):
-            raise UserError(f"--input={','.join(config.input)}: no rows; expected at least one")
-        write_success(config.output_dir, manifests)
-        summary = ScoreSummary(documents, time.perf_counter() - start)
-        _print_summary(config, manifests, summary)
-        return summary
+
+
+def _settings(config: ScoreConfig, precision: str) -> dict[str, Any]:
+    """What plan.json says of the flags: as JSON gives it back."""
+    settings = {name: getattr(config, name) for name in _SETTINGS} | {"precision": precision}
+    return settings | {"keep_columns": list(config.keep_columns)}
 
 
 def _settle_plan(
     config: ScoreConfig,
+    folder: OutputFolder,
     model: ExportedModel,
     columns: Columns,
-    settings: dict[str, Any],
-    inputs: tuple[Input, ...],
+    precision: str,
+    paths: Sequence[str],
+    worker_index: int,
 ) -> Plan:
-    """The plan that the output folder was begun with, or a new one."""
-    plan = load_plan(config.output_dir)
-    if plan is not None:
-        check_plan(plan, config.output_dir, model.fingerprint, settings, inputs)
-        return plan
-    parts = plan_parts(inputs, config.rows_per_part)
-    packing = choose_score_packing(
-        *sample_lengths(parts, columns, model), config.tokens_per_batch, model.max_windows
-    )
-    plan = Plan(model.fingerprint, settings, packing, inputs, parts)
-    save_plan(config.output_dir, plan)
+    """The plan that the output folder was begun with; from worker 0 a new one if there is none."""
+    if worker_index:
+        return wait_for_plan(folder, config.start_timeout)
+    settings = _settings(config, precision)
+    inputs = describe_inputs(paths)
+    plan = load_plan(folder)
+    if plan is None:
+        parts = plan_parts(inputs, config.rows_per_part)
+        packing = choose_score_packing(
+            *sample_lengths(parts, columns, model), config.tokens_per_batch, model.max_windows
+        )
+        plan = Plan(model.fingerprint, settings, packing, inputs, parts)
+        if save_plan(folder, plan):
+            return plan
+        # Another process with the same --worker_index was quicker, or is about to be.
+        plan = wait_for_plan(folder, config.start_timeout)
+    check_plan(plan, folder.url, model.fingerprint, settings, inputs)
     return plan
 
 
@@ -172,35 +211,43 @@ def sample_lengths(
 
 def _score_parts(
     config: ScoreConfig,
+    folder: OutputFolder,
     model: ExportedModel,
     columns: Columns,
     plan: Plan,
-    done: list[Manifest | None],
+    progress: Progress,
 ) -> int:
-    """Scores the parts that have no manifest yet, in order; returns how many documents."""
-    formatter = LineFormatter(model.labels, model.thresholds, config.selection())
-    _check_rejected(config, plan, done)
-    waiting = [index for index, manifest in enumerate(done) if manifest is None]
-    skipped = sum(plan.parts[index].num_rows for index, item in enumerate(done) if item is not None)
-    total = sum(part.num_rows for part in plan.parts)
+    """Scores this worker's parts that are not done, in order; returns how many documents."""
+    open_writer = functools.partial(
+        open_results, format=config.format, labels=model.labels, thresholds=model.thresholds,
+        selection=config.selection(), kept_columns=columns.kept,
+    )  # fmt: skip
+    _check_rejected(config, folder, plan, progress)
+    waiting = progress.waiting
+    rows = {index: plan.parts[index].num_rows for index in progress.mine}
+    total = sum(rows.values())
+    skipped = total - sum(rows[index] for index in waiting)
     documents = 0
     with (
         tqdm(desc="score", total=total, initial=skipped, unit=" documents", mininterval=1) as bar,
         contextlib.closing(scored_blocks(model, columns, plan, waiting, bar.update)) as stream,
     ):
         for index, blocks in itertools.groupby(stream, lambda block: block.part):
-            writer = PartWriter(config.output_dir, plan.parts[index], model.fingerprint)
-            for block in blocks:
-                _check_finite(config, block)
-                lines = formatter.format(block.ids, block.probabilities)
-                writer.write(lines, len(block.ids), block.num_truncated, block.rejected)
-            manifest = done[index] = writer.commit()
+            writer = begin_part(folder, plan, index, open_writer)
+            if writer is None:  # An earlier run, with other workers, was still at it.
+                progress.gather()
+                continue
+            with contextlib.closing(writer):
+                for block in blocks:
+                    _write(writer, block, config)
+                manifest = progress.manifests[index] = writer.commit()
             documents += manifest.rows_out
-            _check_rejected(config, plan, done)
+            progress.refresh()
+            _check_rejected(config, folder, plan, progress)
     return documents
 
 
-def _check_finite(config: ScoreConfig, block: Block) -> None:
+def _write(writer: PartWriter, block: Block, config: ScoreConfig) -> None:
     finite = np.isfinite(block.probabilities).all(axis=1)
     if not finite.all():
         raise UserError(
@@ -208,32 +255,40 @@ def _check_finite(config: ScoreConfig, block: Block) -> None:
             "not a number; export a model whose weights are finite, or score with "
             "--precision=float32"
         )
+    kept = [()] * len(block.ids)
+    writer.write(block.ids, block.probabilities, kept, block.num_truncated, block.rejected)
 
 
-def _check_rejected(config: ScoreConfig, plan: Plan, done: Sequence[Manifest | None]) -> None:
-    """Checks the rows that could not be used so far against --max_rejected."""
+def _check_rejected(
+    config: ScoreConfig, folder: OutputFolder, plan: Plan, progress: Progress
+) -> None:
+    """Checks the rows that could not be used so far, in all parts, against --max_rejected."""
     limit = config.max_rejected
     num_rows = sum(part.num_rows for part in plan.parts)
-    with_rejected = [item for item in done if item is not None and item.rows_rejected]
+    with_rejected = [item for item in progress.done if item.rows_rejected]
     rejected = sum(item.rows_rejected for item in with_rejected)
     if rejected > allowed_rejections(limit, num_rows):
-        path = os.path.join(config.output_dir, REJECTED_FOLDER, f"{with_rejected[0].part}.jsonl")
-        raise too_many_rejected(path, rejected, num_rows, limit, os.path.dirname(path))
+        (lines,) = folder.read([rejected_file(with_rejected[0].part)])
+        where = f"{folder.url}/{REJECTED_FOLDER}"
+        raise describe_rejections(lines or b"", rejected, num_rows, limit, where)
 
 
 def _print_summary(
-    config: ScoreConfig, manifests: Sequence[Manifest], summary: ScoreSummary
+    folder: OutputFolder, plan: Plan, progress: Progress, summary: ScoreSummary
 ) -> None:
     totals = {
-        name: sum(getattr(manifest, f"rows_{name}") for manifest in manifests)
+        name: sum(getattr(manifest, f"rows_{name}") for manifest in progress.done)
         for name in ("out", "rejected", "truncated")
     }
+    of_all = "" if progress.is_complete else f" of {len(plan.parts):,}"
     print(
-        f"{config.output_dir}: {totals['out']:,} documents in {len(manifests)} parts "
+        f"{folder.url}: {totals['out']:,} documents in {progress.num_done:,}{of_all} parts "
         f"({totals['truncated']:,} cut at the model's longest, {totals['rejected']:,} rejected); "
         f"{summary.documents:,} of them now, in {summary.seconds:.1f} s "
         f"({summary.documents / summary.seconds:,.0f} a second)"
     )
+    if not progress.is_complete:
+        print("this worker's parts are done; the last worker to end writes _SUCCESS")
 
 
 if __name__ == "__main__":

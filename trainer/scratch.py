@@ -1,0 +1,73 @@
+"""Local folders for what is on its way to or from a store: gone when their process is.
+
+A killed process cannot clear up after itself, so each folder is locked by the process that made it,
+and the next one that needs a folder removes those that nobody locks any more.
+"""
+
+import contextlib
+import fcntl
+import os
+import shutil
+import tempfile
+from collections.abc import Iterator
+
+PREFIX = "multihot-"
+
+
+@contextlib.contextmanager
+def scratch_folder(parent: str | None = None) -> Iterator[str]:
+    """A new empty folder, removed in the end.
+
+    Args:
+      parent: where; default: the system's temporary folder (TMPDIR).
+
+    Raises:
+      OSError: if it cannot be made.
+    """
+    parent = parent or tempfile.gettempdir()
+    os.makedirs(parent, exist_ok=True)
+    _remove_abandoned(parent)
+    folder, lock = _make_locked(parent)
+    try:
+        yield folder
+    finally:
+        shutil.rmtree(folder, ignore_errors=True)
+        os.close(lock)
+
+
+def _make_locked(parent: str) -> tuple[str, int]:
+    while True:
+        folder = tempfile.mkdtemp(prefix=PREFIX, dir=parent)
+        lock = _lock(folder)
+        if lock is not None:
+            return folder, lock
+        # Between its making and its locking it looked abandoned, and was removed.
+
+
+def _remove_abandoned(parent: str) -> None:
+    for entry in os.scandir(parent):
+        if not entry.name.startswith(PREFIX) or not entry.is_dir(follow_symlinks=False):
+            continue
+        with contextlib.suppress(OSError):
+            if entry.stat(follow_symlinks=False).st_uid != os.getuid():
+                continue
+            lock = _lock(entry.path)
+            if lock is not None:
+                shutil.rmtree(entry.path, ignore_errors=True)
+                os.close(lock)
+
+
+def _lock(folder: str) -> int | None:
+    """A descriptor that holds the folder's lock; None if it is locked, or gone."""
+    try:
+        descriptor = os.open(folder, os.O_RDONLY)
+    except FileNotFoundError:
+        return None
+    try:
+        fcntl.flock(descriptor, fcntl.LOCK_EX | fcntl.LOCK_NB)
+        if os.stat(folder).st_ino == os.fstat(descriptor).st_ino:
+            return descriptor
+    except (BlockingIOError, FileNotFoundError):
+        pass
+    os.close(descriptor)
+    return None
