@@ -8,6 +8,7 @@ import pytest
 
 from trainer.config import PackingConfig
 from trainer.errors import UserError
+from trainer.output_folder import open_output
 from trainer.plan import (
     Plan,
     check_plan,
@@ -87,24 +88,26 @@ def make_plan(paths):
 def test_a_plan_comes_back_as_it_was_saved(tmp_path, inputs):
     folder = tmp_path / "out"
     folder.mkdir()
-    assert load_plan(str(folder)) is None
+    output = open_output(str(folder))
+    assert load_plan(output) is None
     plan = make_plan(inputs)
-    save_plan(str(folder), plan)
-    assert load_plan(str(folder)) == plan
+    assert save_plan(output, plan) and not save_plan(output, plan)
+    assert load_plan(output) == plan
+    assert [path.name for path in folder.iterdir()] == ["plan.json"]
     check_plan(plan, str(folder), "f" * 64, SETTINGS, describe_inputs(inputs))
 
 
 def test_the_parts_of_somebody_else_are_not_written_over(tmp_path):
     (tmp_path / "part-00000-of-00001.jsonl.gz").write_bytes(b"")
     with pytest.raises(UserError, match="holds parts but no plan.json"):
-        load_plan(str(tmp_path))
+        load_plan(open_output(str(tmp_path)))
 
 
 @pytest.mark.parametrize("contents", ["", "[]", '{"version": 99}', '{"version": 1}'])
 def test_a_plan_that_cannot_be_read_is_one_line(tmp_path, contents):
     (tmp_path / "plan.json").write_text(contents)
     with pytest.raises(UserError, match=r"plan.json: not a plan of this version"):
-        load_plan(str(tmp_path))
+        load_plan(open_output(str(tmp_path)))
 
 
 def test_another_model_and_other_settings_are_refused(inputs):

@@ -20,7 +20,7 @@ from safetensors.numpy import load_file, save_file
 from trainer import cli, score
 from trainer.config import ScoreConfig
 from trainer.errors import UserError
-from trainer.parts import open_output_folder
+from trainer.output_folder import open_output
 
 NUM_ROWS = 1000
 
@@ -333,10 +333,18 @@ def test_a_score_that_is_not_a_number_stops_the_run(model, documents, tmp_path):
     assert not list((tmp_path / "out").glob("manifests/*"))
 
 
-def test_two_runs_cannot_write_to_one_folder(model, documents, tmp_path):
-    with open_output_folder(str(tmp_path / "out")):
-        with pytest.raises(UserError, match="another `multihot score` is writing to it"):
-            run_score(model, documents, tmp_path / "out")
+def test_two_runs_cannot_write_one_part(model, documents, scored, tmp_path):
+    output = tmp_path / "out"
+    shutil.copytree(scored, output)
+    name = "part-00003-of-00012"
+    (output / "manifests" / f"{name}.json").unlink()
+    other = open_output(str(output)).open_part(f"{name}.jsonl.gz", f"manifests/{name}.json")
+    assert other is not None
+    with pytest.raises(UserError, match=f"{name}.jsonl.gz: another `multihot score` is writing"):
+        run_score(model, documents, output, rows_per_part=90)
+    other.abandon()
+    assert run_score(model, documents, output, rows_per_part=90).documents == 90
+    assert read_tree(output) == read_tree(scored)
 
 
 def test_an_output_folder_that_cannot_be_made_exits_2(model, documents, tmp_path, capsys):

@@ -31,6 +31,7 @@ from typing import Any
 import numpy as np
 
 from trainer.errors import UserError
+from trainer.files import open_file
 from trainer.records import METADATA_FILE, Metadata, Split, checksum, document_id
 from trainer.shards import find_record
 from trainer.tally import Tally
@@ -45,7 +46,12 @@ _LABELS_KEPT, _LABELS_SHOWN = 20, 5
 
 
 def check_splits(
-    metadata: Metadata, new_splits: Sequence[str], tally: Tally, data_dir: str, work_dir: str
+    metadata: Metadata,
+    new_splits: Sequence[str],
+    tally: Tally,
+    data_dir: str,
+    work_dir: str,
+    shards_dir: str,
 ) -> dict[str, Any]:
     """The checks of a data folder to which splits are added.
 
@@ -53,8 +59,9 @@ def check_splits(
       metadata: of the folder, the new splits in it; its `checks` are those of the others.
       new_splits: their names.
       tally: what was counted of them.
-      data_dir: where the files of the others are.
-      work_dir: where those of the new ones are.
+      data_dir: where the text indexes of the others are.
+      work_dir: where the files of the new ones are.
+      shards_dir: where the shards of the others are, local or not.
 
     Returns:
       `checks` for metadata.json.
@@ -71,7 +78,7 @@ def check_splits(
     def examples(first: str, second: str) -> list[list[str]]:
         return [
             [
-                _read_id(metadata, name, rank, folders[name])
+                _read_id(metadata, name, rank, work_dir if name in new_splits else shards_dir)
                 for name, rank in zip((first, second), ranks, strict=True)
             ]
             for ranks in repeats[first, second].examples
@@ -125,7 +132,8 @@ def _read_id(metadata: Metadata, name: str, rank: int, folder: str) -> str:
     earlier = call["splits"][: call["splits"].index(name)]
     first_shard = sum(len(metadata.splits[other].shards) for other in earlier)
     shard, place = find_record(rank, metadata.splits[name].shards, first_shard, call["seed"])
-    return document_id(read_frame(os.path.join(folder, shard.name), place))
+    with open_file(os.path.join(folder, shard.name)) as file:
+        return document_id(read_frame(file, place))
 
 
 def _describe_repeats(found: Repeats, examples: list[list[str]]) -> dict[str, Any]:

@@ -118,7 +118,9 @@ class PrepareConfig:
     source_split: str | None = option(None, _SOURCE_SPLIT_HELP)
     tfds_data_dir: str | None = option(None, _TFDS_DATA_DIR_HELP)
     data_dir: str = option(
-        "", "Folder to write shards, tokenizer and metadata.json to.", required=True
+        "",
+        "Folder to write shards, tokenizer and metadata.json to, local or gs://.",
+        required=True,
     )
     tokenizer: str = option(
         "train", "Folder or hub id of a tokenizer, or `train` for a new WordPiece vocabulary."
@@ -161,6 +163,11 @@ class PrepareConfig:
         0.001, "Unusable rows to put up with: a share of the rows if below 1, else a number."
     )
     num_workers: int | None = option(None, "Processes; default: one a core.")
+    work_dir: str | None = option(
+        None,
+        "Local folder for intermediate files where --data_dir is gs://; it needs room for all "
+        "shards twice. Default: the system's temporary folder. (A local --data_dir is its own.)",
+    )
     seed: int = option(DEFAULT_SEED, "Seed of the split and of the order within shards.")
 
     def __post_init__(self) -> None:

@@ -115,7 +115,7 @@ class LocalFolder:
 
     def path(self, name: str) -> str:
         """Where a file of the folder is."""
-        return os.path.join(self.url, name)
+        return os.path.join(self.url, name) if name else self.url
 
     def make(self, folders: Sequence[str]) -> None:
         """See `OutputFolder`, as for all methods here."""

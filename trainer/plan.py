@@ -6,19 +6,17 @@ refused, and other workers wait for it.
 
 import dataclasses
 import json
-import os
 import time
-from collections import Counter
 from collections.abc import Collection, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any
 
-from trainer.config import PackingConfig, absolute, from_dict
+from trainer.config import PackingConfig, from_dict
 from trainer.errors import RunAgain, UserError
+from trainer.files import absolute_name
 from trainer.output_folder import OutputFolder
-from trainer.records import checksum
-from trainer.sources import Segment, plan_segments
+from trainer.sources import Segment, fingerprint, num_bytes, plan_segments, source_names
 
 PLAN_VERSION = 1
 PLAN_FILE = "plan.json"
@@ -28,7 +26,7 @@ _SECONDS_BETWEEN_LOOKS = 1.0
 
 @dataclass(frozen=True)
 class Input:
-    """A file to score: absolute path, size, CRC-32C (hex)."""
+    """A file to score: its name with an absolute path, size, CRC-32C (hex)."""
 
     path: str
     bytes: int
@@ -73,7 +71,7 @@ def describe_inputs(paths: Sequence[str]) -> tuple[Input, ...]:
     from tqdm import tqdm
 
     def describe(path: str) -> Input:
-        return Input(absolute(path), os.path.getsize(path), checksum(path))
+        return Input(absolute_name(path), *fingerprint(path))
 
     with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
         found = pool.map(describe, paths)
@@ -90,11 +88,11 @@ def recall_inputs(plan: Plan, paths: Sequence[str], parts: Collection[int]) -> t
     """
     needed = {segment.path for index in parts for segment in plan.parts[index].segments}
     planned = {item.path: item.checksum for item in plan.inputs}
-    read = [path for path in paths if path in needed or absolute(path) not in planned]
+    names = [absolute_name(path) for path in paths]
+    read = [name for name in names if name in needed or name not in planned]
     described = {item.path: item for item in describe_inputs(read)}
     return tuple(
-        described.get(name) or Input(name, os.path.getsize(path), planned[name])
-        for path, name in zip(paths, map(absolute, paths), strict=True)
+        described.get(name) or Input(name, num_bytes(name), planned[name]) for name in names
     )
 
 
@@ -106,7 +104,7 @@ def plan_parts(inputs: Sequence[Input], rows_per_part: int) -> tuple[Part, ...]:
     """
     groups: list[list[Segment]] = []
     room = 0
-    names = _source_names([item.path for item in inputs])
+    names = source_names([item.path for item in inputs])
     for item in inputs:
         for segment in plan_segments(item.path, rows_per_part):
             if segment.num_rows > room:
@@ -120,15 +118,6 @@ def plan_parts(inputs: Sequence[Input], rows_per_part: int) -> tuple[Part, ...]:
         Part(f"part-{index:05d}-of-{len(groups):05d}", tuple(group))
         for index, group in enumerate(groups)
     )
-
-
-def _source_names(paths: Sequence[str]) -> dict[str, str]:
-    """The name of each file that tells it from the others: its own, or with its folders."""
-    counts = Counter(os.path.basename(path) for path in paths)
-    if max(counts.values()) == 1:
-        return {path: os.path.basename(path) for path in paths}
-    common = os.path.commonpath(paths)
-    return {path: os.path.relpath(path, common) for path in paths}
 
 
 def save_plan(folder: OutputFolder, plan: Plan) -> bool:

@@ -23,6 +23,7 @@ from trainer import storage
 from trainer.checks import check_splits
 from trainer.config import PrepareConfig
 from trainer.corpus import Corpus, VocabularyTexts, columns_of, read_corpus
+from trainer.data_mirror import DataMirror, mirrored
 from trainer.errors import UserError
 from trainer.files import disk_errors
 from trainer.inputs import choose_label_columns, choose_token_limits, gather_inputs
@@ -60,7 +61,15 @@ def run(config: PrepareConfig) -> Timing:
     Raises:
       UserError: for anything wrong with the input, the flags or the folder.
     """
-    storage.require_local("data_dir", config.data_dir)
+    if not storage.is_remote(config.data_dir):
+        return _prepare(config, config.data_dir)
+    with mirrored(config.data_dir, config.work_dir) as mirror:
+        local = dataclasses.replace(config, data_dir=mirror.folder)
+        return _prepare(local, mirror.url, mirror)
+
+
+def _prepare(config: PrepareConfig, shown_dir: str, mirror: DataMirror | None = None) -> Timing:
+    """The same for a local folder, which `mirror` may have for one in Cloud Storage."""
     started = time.monotonic()
     previous = _load_previous(config)
     with _work_folder(config.data_dir) as work_dir:
@@ -80,9 +89,13 @@ def run(config: PrepareConfig) -> Timing:
         call = inputs.description | {"rejected": corpus.num_rejected, "seed": config.seed}
         call["splits"] = list(splits)
         metadata = _describe(previous, corpus, tokenizer, plan, splits, call)
-        checks = check_splits(metadata, list(splits), tally, config.data_dir, work_dir)
+        checks = check_splits(
+            metadata, list(splits), tally, config.data_dir, work_dir, shards_dir=shown_dir
+        )
         metadata = dataclasses.replace(metadata, checks=checks)
         _commit(config.data_dir, work_dir, metadata, splits, is_new=previous is None)
+    if mirror is not None:
+        mirror.commit(FILE_NAME, set(splits))
     timing = Timing(
         first_pass=scanned - started,
         tokenizer=trained - scanned,
@@ -91,7 +104,7 @@ def run(config: PrepareConfig) -> Timing:
         documents=sum(split.documents for split in splits.values()),
         tokens=sum(split.tokens for split in splits.values()),
     )
-    _print_summary(config.data_dir, metadata, splits, timing)
+    _print_summary(shown_dir, metadata, splits, timing)
     known = previous.checks["warnings"] if previous is not None else []
     for warning in metadata.checks["warnings"][len(known) :]:
         print(f"warning: {warning}")

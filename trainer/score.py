@@ -20,6 +20,7 @@ from trainer.cluster import read_cluster
 from trainer.config import PackingConfig, ScoreConfig, absolute
 from trainer.errors import UserError
 from trainer.exported import ExportedModel, load_exported
+from trainer.files import absolute_name, location
 from trainer.output_folder import OutputFolder, open_output
 from trainer.packing import choose_packing, least_tokens
 from trainer.parts import (
@@ -44,7 +45,7 @@ from trainer.plan import (
 from trainer.rejected import allowed_rejections, describe_rejections
 from trainer.result_files import open_results
 from trainer.scoring import Block, read_chunks, scored_blocks
-from trainer.sources import Columns, check_columns, list_files
+from trainer.sources import Columns, check_all_columns, list_files
 from trainer.strategy import choose_scoring_precision
 
 # Flags that change what is written; a rerun has to give them as they were.
@@ -82,7 +83,7 @@ def run(config: ScoreConfig) -> ScoreSummary:
     columns = Columns(text=config.text_field, id=config.id_field, kept=config.keep_columns)
     folder = open_output(config.output_dir)
     worker_index, num_workers = _find_worker(config)
-    paths = list_files(config.input)
+    paths = list_files(config.input, config.input_format, config.source_split, config.tfds_data_dir)
     _check_inputs(config, paths, columns)
     if worker_index:
         wait_for_plan(folder, config.start_timeout)
@@ -121,12 +122,12 @@ def _find_worker(config: ScoreConfig) -> tuple[int, int]:
 def _check_inputs(config: ScoreConfig, paths: Sequence[str], columns: Columns) -> None:
     output_dir = absolute(config.output_dir).rstrip("/")
     for path in paths:
-        if os.path.dirname(absolute(path)) == output_dir:
+        if os.path.dirname(location(absolute_name(path))) == output_dir:
             raise UserError(
                 f"{path}: lies in --output_dir, where parts would count as input the next time; "
                 "choose another --output_dir"
             )
-        check_columns(path, columns)
+    check_all_columns(paths, columns)
 
 
 def _settings(config: ScoreConfig, precision: str) -> dict[str, Any]:

@@ -3,6 +3,7 @@
 import functools
 import struct
 from collections.abc import Iterator
+from typing import BinaryIO
 
 from google_crc32c import value as crc32c
 
@@ -99,19 +100,22 @@ def split_frames(framed: bytes) -> Iterator[bytes]:
         start = end
 
 
-def read_frame(path: str, place: int) -> bytes:
+def read_frame(file: BinaryIO, place: int) -> bytes:
     """The record at a place, counted from 0, of a TFRecord file; its checksums are not looked at.
+
+    Args:
+      file: open at its beginning.
+      place: of the record.
 
     Raises:
       EOFError: if the file has no such record.
     """
-    with open(path, "rb") as file:
-        for _ in range(place + 1):
-            head = file.read(12)
-            if len(head) < 12:
-                raise EOFError(path)
-            (length,) = struct.unpack_from("<Q", head)
-            start = file.tell()
-            file.seek(start + length + 4)
-        file.seek(start)
-        return file.read(length)
+    for _ in range(place + 1):
+        head = file.read(12)
+        if len(head) < 12:
+            raise EOFError(f"no record {place}")
+        (length,) = struct.unpack_from("<Q", head)
+        start = file.tell()
+        file.seek(start + length + 4)
+    file.seek(start)
+    return file.read(length)
