@@ -1,9 +1,10 @@
 """A data folder in Cloud Storage, prepared here: what `prepare` reads of it, then what is new.
 
 `prepare` works in a local folder that holds what it needs of the splits that are there: metadata,
-tokenizer and text indexes, but no shards. When it is done, the new files are uploaded, metadata.json
-last, under the condition that nobody has changed it meanwhile; so the folder's reader finds the
-splits as before or all of the new ones, and a killed run's files are overwritten by the next.
+tokenizer and text indexes, but no shards. When it is done, the new files are uploaded,
+metadata.json last, under the condition that nobody has changed it meanwhile; so the folder's reader
+finds the splits as before or all of the new ones, and a killed run's files are overwritten by the
+next.
 """
 
 import contextlib
@@ -15,7 +16,7 @@ from concurrent.futures import ThreadPoolExecutor
 from trainer import object_store
 from trainer.errors import UserError
 from trainer.object_store import StoredObject, Taken
-from trainer.records import METADATA_FILE, TOKENIZER_FOLDER
+from trainer.records import METADATA_FILE, TOKENIZER_FOLDER, checksum
 from trainer.scratch import scratch_folder
 
 REJECTED_FOLDER = "rejected"
@@ -65,7 +66,8 @@ class DataMirror:
             match = is_left_over.fullmatch(name)
             if match and (is_first or match["split"] in splits):
                 object_store.delete(f"{self.url}/{name}")
-        self._upload([name for name in new if name != METADATA_FILE])
+        rest = [name for name in new if name != METADATA_FILE]
+        object_store.upload_files(self.url, self.folder, rest)
         before = self._before.get(METADATA_FILE)
         try:
             object_store.upload(
@@ -81,7 +83,8 @@ class DataMirror:
 
     def commit_rejected(self) -> None:
         """Uploads the rejected rows alone, of a run that fails for them."""
-        self._upload([name for name in self._new_files() if name.startswith(REJECTED_FOLDER)])
+        names = [name for name in self._new_files() if name.startswith(f"{REJECTED_FOLDER}/")]
+        object_store.upload_files(self.url, self.folder, names)
 
     def _new_files(self) -> list[str]:
         """Names of the local files that the store does not have so."""
@@ -93,8 +96,6 @@ class DataMirror:
         return [name for name in names if name == METADATA_FILE or not self._is_stored(name)]
 
     def _is_stored(self, name: str) -> bool:
-        from trainer.records import checksum
-
         before = self._before.get(name)
         path = os.path.join(self.folder, name)
         return (
@@ -102,13 +103,6 @@ class DataMirror:
             and before.bytes == os.path.getsize(path)
             and before.checksum == checksum(path)
         )
-
-    def _upload(self, names: list[str]) -> None:
-        def copy(name: str) -> StoredObject:
-            return object_store.upload(f"{self.url}/{name}", os.path.join(self.folder, name))
-
-        with ThreadPoolExecutor(object_store.REQUESTS_AT_ONCE) as pool:
-            list(pool.map(copy, names))
 
 
 @contextlib.contextmanager

@@ -7,6 +7,7 @@ The calibration folds exactly into the head's kernel and bias, so every consumer
 import dataclasses
 import json
 import os
+import re
 import shutil
 import sys
 from typing import Any
@@ -24,16 +25,19 @@ from trainer.errors import UserError
 from trainer.evaluation_files import CALIBRATION_FILE, EVALUATION_FOLDER, METRICS_FILE
 from trainer.exported import HEAD_PREFIX, MULTIHOT_FILE
 from trainer.model import Model, pad_batch
+from trainer.object_store import Taken, list_objects, upload, upload_files
 from trainer.packing import choose_packing, least_tokens
 from trainer.pretrained import (
     WEIGHTS_FILE,
     from_variables,
 )
 from trainer.records import TOKENIZER_FOLDER, Metadata, load_metadata
+from trainer.scratch import scratch_folder
 from trainer.tokenizer import Tokenizer, load_tokenizer
 
 SAVED_MODEL_FOLDER = "saved_model"
 _FORMAT_VERSION = 1
+_UPLOADED = re.compile(r"[\w.-]+\.(json|safetensors|txt)|saved_model/.*")
 
 
 def run(config: ExportConfig) -> None:
@@ -42,7 +46,49 @@ def run(config: ExportConfig) -> None:
     Raises:
       UserError: if the run has no checkpoint or calibration that fits, or the folder is taken.
     """
-    storage.require_local("export_dir", config.export_dir)
+    if not storage.is_remote(config.export_dir):
+        return _export(config, config.export_dir)
+    url = config.export_dir.rstrip("/")
+    with scratch_folder() as folder:
+        _check_vacant(url)
+        local = dataclasses.replace(config, export_dir=os.path.join(folder, "model"))
+        _export(local, url)
+
+
+def _check_vacant(url: str) -> None:
+    """Refuses a folder of Cloud Storage that holds a model or anything but parts of one.
+
+    Without multihot.json, its files are those that an upload left which was broken off.
+    """
+    names = {item.url.removeprefix(f"{url}/") for item in list_objects(f"{url}/")}
+    strange = sorted(name for name in names if not _UPLOADED.fullmatch(name))
+    if MULTIHOT_FILE in names or strange:
+        found = strange[0] if strange else MULTIHOT_FILE
+        raise UserError(
+            f"--export_dir={url}: holds {found} and is not an empty folder; remove it or name "
+            "another"
+        )
+
+
+def _upload(folder: str, url: str) -> None:
+    """Copies a model folder to Cloud Storage; multihot.json, which makes it one, comes last."""
+    names = [
+        os.path.relpath(os.path.join(place, name), folder)
+        for place, _, files in os.walk(folder)
+        for name in files
+    ]
+    upload_files(url, folder, [name for name in names if name != MULTIHOT_FILE])
+    try:
+        upload(f"{url}/{MULTIHOT_FILE}", os.path.join(folder, MULTIHOT_FILE), if_generation=0)
+    except Taken:
+        raise UserError(
+            f"--export_dir={url}: another `multihot export` has written it meanwhile; remove it or "
+            "name another"
+        ) from None
+
+
+def _export(config: ExportConfig, shown_dir: str) -> None:
+    """Writes the model folder to a local folder, and from there to `shown_dir` if that is a URL."""
     if os.path.exists(config.export_dir) and (
         not os.path.isdir(config.export_dir) or os.listdir(config.export_dir)
     ):
@@ -84,13 +130,15 @@ def run(config: ExportConfig) -> None:
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
+    if storage.is_remote(shown_dir):
+        _upload(config.export_dir, shown_dir)
     consumers = (
         "transformers' BertForSequenceClassification, " if best.record.model.head == "cls" else ""
     )
     print(
-        f"{config.export_dir}: model folder of step {best.step} for {consumers}"
+        f"{shown_dir}: model folder of step {best.step} for {consumers}"
         f"{SAVED_MODEL_FOLDER}/ and multihot score. Next: multihot score "
-        f"--model={config.export_dir} --input=FILES --output_dir=DIR"
+        f"--model={shown_dir} --input=FILES --output_dir=DIR"
     )
 
 

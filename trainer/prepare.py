@@ -8,6 +8,8 @@ that a run that fails or is killed leaves nothing under a final name.
 
 import contextlib
 import dataclasses
+import hashlib
+import json
 import os
 import re
 import shutil
@@ -29,7 +31,9 @@ from trainer.files import disk_errors
 from trainer.inputs import choose_label_columns, choose_token_limits, gather_inputs
 from trainer.labels import read_label_file
 from trainer.records import METADATA_FILE, TOKENIZER_FOLDER, Metadata, Split, load_metadata
+from trainer.scratch import lock_folder
 from trainer.shards import WritePlan
+from trainer.sources import num_bytes
 from trainer.text_index import write_text_indexes
 from trainer.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from trainer.workers import process_pool
@@ -41,6 +45,8 @@ SHARD_BYTES = 32 << 20
 MIN_SHARDS = 4
 BYTES_BESIDE_TOKENS = 100
 BYTES_A_TOKEN = 2.5
+# Flags that say where and by whom, not what.
+_PLACES = ("data_dir", "work_dir", "num_workers", "tfds_data_dir")
 
 
 @dataclass(frozen=True)
@@ -71,10 +77,15 @@ def run(config: PrepareConfig) -> Timing:
 def _prepare(config: PrepareConfig, shown_dir: str, mirror: DataMirror | None = None) -> Timing:
     """The same for a local folder, which `mirror` may have for one in Cloud Storage."""
     started = time.monotonic()
-    previous = _load_previous(config)
     with _work_folder(config.data_dir) as work_dir:
+        previous = _load_metadata(config)
+        if previous is not None:
+            if _is_done(config, previous):
+                print(f"{shown_dir}: prepared by this command already; nothing to do")
+                return Timing(0.0, 0.0, 0.0, 0.0, 0, 0)
+            _check_previous(config, previous)
         inputs = gather_inputs(config, work_dir)
-        config = choose_label_columns(config, inputs.files)
+        config_as_given, config = config, choose_label_columns(config, inputs.files)
         limits = choose_token_limits(config, previous, inputs.files)
         with process_pool(config.num_workers) as pool:
             corpus = read_corpus(config, previous, inputs.files, limits, work_dir, pool)
@@ -87,7 +98,7 @@ def _prepare(config: PrepareConfig, shown_dir: str, mirror: DataMirror | None = 
         indexes = write_text_indexes(corpus, plan.split_names, work_dir, plan.num_labels)
         splits = describe_splits(plan, shards, tally, indexes, corpus.num_rejected)
         call = inputs.description | {"rejected": corpus.num_rejected, "seed": config.seed}
-        call["splits"] = list(splits)
+        call |= {"splits": list(splits), "flags": _sum_up_flags(config_as_given)}
         metadata = _describe(previous, corpus, tokenizer, plan, splits, call)
         checks = check_splits(
             metadata, list(splits), tally, config.data_dir, work_dir, shards_dir=shown_dir
@@ -111,11 +122,34 @@ def _prepare(config: PrepareConfig, shown_dir: str, mirror: DataMirror | None = 
     return timing
 
 
-def _load_previous(config: PrepareConfig) -> Metadata | None:
-    """What the data folder holds already; refuses what cannot be added to it."""
+def _load_metadata(config: PrepareConfig) -> Metadata | None:
+    """What the data folder holds already."""
     if not os.path.exists(os.path.join(config.data_dir, METADATA_FILE)):
         return None
-    previous = load_metadata(config.data_dir)
+    return load_metadata(config.data_dir)
+
+
+def _sum_up_flags(config: PrepareConfig) -> str:
+    """A digest (SHA-256, hex) of the flags that change what is written."""
+    values = {name: value for name, value in vars(config).items() if name not in _PLACES}
+    return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
+
+
+def _is_done(config: PrepareConfig, previous: Metadata) -> bool:
+    """Whether this very command wrote the folder's newest splits.
+
+    So it is when a run is killed after its last file was written, and started again.
+    """
+    call = previous.source["calls"][-1]
+    if call.get("flags") != _sum_up_flags(config):
+        return False
+    return all(
+        isinstance(item, str) or num_bytes(item["name"]) == item["bytes"] for item in call["inputs"]
+    )
+
+
+def _check_previous(config: PrepareConfig, previous: Metadata) -> None:
+    """Refuses what cannot be added to the folder."""
     names = list(config.split_shares())
     present = ", ".join(previous.splits)
     if len(names) > 1 or names[0] in previous.splits:
@@ -141,22 +175,36 @@ def _load_previous(config: PrepareConfig) -> Metadata | None:
             f"--labels={config.labels}: not the labels of {config.data_dir}; leave the flag out, "
             "or name another --data_dir"
         )
-    return previous
 
 
 @contextlib.contextmanager
 def _work_folder(data_dir: str) -> Iterator[str]:
-    """A fresh folder inside the data folder, removed in the end, and an empty data folder too."""
+    """An empty folder inside the data folder, removed in the end, and an empty data folder too.
+
+    Raises:
+      UserError: if another process is preparing there.
+    """
     work_dir = os.path.join(data_dir, WORK_FOLDER)
+    lock = None
     try:
         with disk_errors(f"--data_dir={data_dir}"):
-            os.makedirs(data_dir, exist_ok=True)
-            if os.path.exists(work_dir):  # Of a run that was killed.
-                shutil.rmtree(work_dir)
-            os.mkdir(work_dir)
+            os.makedirs(work_dir, exist_ok=True)
+            lock = lock_folder(work_dir)
+            if lock is None:
+                raise UserError(
+                    f"{data_dir}: another `multihot prepare` is writing to it; wait for it to end, "
+                    "or name another --data_dir"
+                )
+            for entry in os.scandir(work_dir):  # Of a run that was killed.
+                if entry.is_dir(follow_symlinks=False):
+                    shutil.rmtree(entry.path)
+                else:
+                    os.remove(entry.path)
             yield work_dir
     finally:
-        shutil.rmtree(work_dir, ignore_errors=True)
+        if lock is not None:
+            shutil.rmtree(work_dir, ignore_errors=True)
+            os.close(lock)
         with contextlib.suppress(OSError):
             os.rmdir(data_dir)
 

@@ -38,7 +38,7 @@ def scratch_folder(parent: str | None = None) -> Iterator[str]:
 def _make_locked(parent: str) -> tuple[str, int]:
     while True:
         folder = tempfile.mkdtemp(prefix=PREFIX, dir=parent)
-        lock = _lock(folder)
+        lock = lock_folder(folder)
         if lock is not None:
             return folder, lock
         # Between its making and its locking it looked abandoned, and was removed.
@@ -51,14 +51,14 @@ def _remove_abandoned(parent: str) -> None:
         with contextlib.suppress(OSError):
             if entry.stat(follow_symlinks=False).st_uid != os.getuid():
                 continue
-            lock = _lock(entry.path)
+            lock = lock_folder(entry.path)
             if lock is not None:
                 shutil.rmtree(entry.path, ignore_errors=True)
                 os.close(lock)
 
 
-def _lock(folder: str) -> int | None:
-    """A descriptor that holds the folder's lock; None if it is locked, or gone."""
+def lock_folder(folder: str) -> int | None:
+    """A descriptor that holds a folder's lock until it is closed; None if it is locked, or gone."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except FileNotFoundError:
