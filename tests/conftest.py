@@ -4,10 +4,13 @@ import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
+from collections.abc import Iterator
 from importlib import util
+from pathlib import Path
 
 import numpy as np
 import pytest
+from fake_gcs import FakeStorage, serve
 
 from trainer.config import PrepareConfig
 
@@ -90,6 +93,22 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> str:
     path = str(tmp_path_factory.mktemp("documents") / "documents.jsonl")
     write_sample(path, 1000, seed=3)
     return path
+
+
+@pytest.fixture
+def cloud(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeStorage]:
+    """A bucket named b, without faults, which this process and its children talk to."""
+    from trainer import object_store
+
+    storage = FakeStorage({"b": {}})
+    folder = tmp_path / "certificates"
+    folder.mkdir()
+    with serve(storage, str(folder)) as environment:
+        monkeypatch.setenv("STORAGE_EMULATOR_HOST", environment["STORAGE_EMULATOR_HOST"])
+        monkeypatch.setattr(object_store, "_FIRST_PAUSE_SECONDS", 0.02)
+        object_store._client.cache_clear()
+        yield storage
+        object_store._client.cache_clear()
 
 
 @pytest.fixture(scope="session")

@@ -16,18 +16,6 @@ from trainer.records import checksum
 LARGE = os.urandom(1 << 20) * 21
 
 
-@pytest.fixture
-def cloud(tmp_path, monkeypatch):
-    """A bucket named b, without faults, which this process's client talks to."""
-    storage = FakeStorage({"b": {}})
-    with serve(storage, str(tmp_path)) as environment:
-        monkeypatch.setenv("STORAGE_EMULATOR_HOST", environment["STORAGE_EMULATOR_HOST"])
-        monkeypatch.setattr(object_store, "_FIRST_PAUSE_SECONDS", 0.02)
-        object_store._client.cache_clear()
-        yield storage
-        object_store._client.cache_clear()
-
-
 def contents(cloud, name):
     return cloud.buckets["b"][name].data
 

@@ -22,8 +22,8 @@ from fake_gcs import FakeStorage, random_faults, serve
 from trainer import prepare, storage
 from trainer.checkpoint import load_best
 from trainer.checkpoint_folder import CheckpointFolder
-from trainer.config import ExportConfig, PrepareConfig
-from trainer.errors import RunAgain, UserError
+from trainer.config import PrepareConfig
+from trainer.errors import RunAgain
 from trainer.records import load_metadata
 
 WORDS = "market price rise fall rain wind sun storm goal match team player vote law court".split()
@@ -288,17 +288,6 @@ def test_errors_of_a_store_say_whether_to_mend_or_to_run_again(text, kind, messa
     )
     assert type(error) is kind and message in str(error)
     assert storage.explain(tf.errors.AbortedError(None, None, "a lost worker")) is None
-
-
-def test_commands_that_write_local_folders_refuse_urls():
-    from trainer import export
-
-    for run, config in (
-        (prepare.run, PrepareConfig(input=("rows.jsonl",), data_dir="gs://b/data")),
-        (export.run, ExportConfig(model_dir="run", export_dir="gs://b/model")),
-    ):
-        with pytest.raises(UserError, match=r"_dir=gs://b/\w+: expected a local path"):
-            run(config)
 
 
 def test_the_fake_keeps_preconditions_and_composes(tmp_path):
