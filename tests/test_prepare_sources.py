@@ -148,7 +148,7 @@ def test_a_data_set_is_read_by_its_builder(tmp_path, own_builder, label_field, e
     reader = LabelReader(label_field if len(label_field) > 1 else None, label_field)
     by_text = {row.text: reader.read(row.labels) for row in rows}
     assert by_text["word 0"] == expected and len(by_text) == 30
-    with pytest.raises(UserError, match="--source_split=dev: .* has test, train"):
+    with pytest.raises(UserError, match="--source_split=dev: .* has train, test"):
         list_files(["tfds:own_colours"], None, "dev", own_builder)
 
 
