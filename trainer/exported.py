@@ -18,6 +18,7 @@ from trainer.model import Model, build_model
 from trainer.object_store import download_folder
 from trainer.pretrained import WEIGHTS_FILE, model_config, read_tensors, to_variables
 from trainer.scratch import scratch_folder
+from trainer.token_rows import TokenLimits
 from trainer.tokenizer import Tokenizer, load_tokenizer
 
 MULTIHOT_FILE = "multihot.json"
@@ -49,6 +50,11 @@ class ExportedModel:
     packing: PackingConfig
     model: Model
     fingerprint: str
+
+    @property
+    def token_limits(self) -> TokenLimits:
+        """What documents that come tokenised have to keep to."""
+        return TokenLimits.of(self.tokenizer, self.max_seq_length, self.max_windows)
 
     def encode(self, texts: list[str]) -> tuple[list[list[list[int]]], list[bool]]:
         """The windows (lists of ids) of each text, and whether tokens of it were lost."""

@@ -1,6 +1,6 @@
 """The evaluation step: a model's logits of a split, on all replicas of a strategy."""
 
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 
 import numpy as np
@@ -64,7 +64,13 @@ class StoppedError(Exception):
 
 
 class Predictor:
-    """A compiled forward pass over micro-batches of one shape, on all replicas of a strategy."""
+    """A compiled forward pass over micro-batches of one shape, on all replicas of a strategy.
+
+    Attributes:
+      model, packing: as trained.
+      num_replicas: how many micro-batches the strategy takes at once.
+      num_traces: how often TensorFlow traced (and compiled) the pass: once for each replica.
+    """
 
     def __init__(
         self,
@@ -83,15 +89,24 @@ class Predictor:
           stop_requested: this host's, as `TrainStep` has it; default: nobody does.
         """
         self.model = model
-        self._packing = packing
+        self.packing = packing
         self._strategy = strategy or tf.distribute.get_strategy()
         self._stop_requested = stop_requested
+        self.num_replicas = self._strategy.num_replicas_in_sync
+        self.num_traces = 0
 
         def forward(batch: MicroBatches) -> tf.Tensor:
+            self.num_traces += 1
             return model(batch, row_groups=packing.row_groups, num_documents=packing.max_documents)
 
         self._forward = tf.function(forward, jit_compile=jit_compile, autograph=False)
         self._on_replicas = tf.function(self._gather, autograph=False)
+        self._each_probabilities = tf.function(
+            lambda batches: self._strategy.run(
+                lambda batch: tf.sigmoid(self._forward(batch)), args=(batches,)
+            ),
+            autograph=False,
+        )
 
     def predict(self, batches: MicroBatches, stop: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         """Each replica's logits, and how many requested a stop."""
@@ -115,6 +130,24 @@ class Predictor:
         """Logits float32 [D, L] of one micro-batch."""
         return self._forward({name: batch[name] for name in INPUTS})
 
+    def probabilities(self, batches: Sequence[MicroBatches]) -> list[tf.Tensor]:
+        """Probabilities of one micro-batch for each replica, not waited for.
+
+        Args:
+          batches: R micro-batches; all replicas are in this process.
+
+        Returns:
+          float32 [D, L] for each of the micro-batches, on its replica's device.
+        """
+
+        def of_replica(context: tf.distribute.DistributedValues) -> MicroBatches:
+            batch = batches[context.replica_id_in_sync_group]
+            return {name: batch[name] for name in INPUTS}
+
+        values = self._strategy.experimental_distribute_values_from_function(of_replica)
+        results = self._each_probabilities(values)
+        return list(self._strategy.experimental_local_results(results))
+
     def _stacked_logits(self, batches: MicroBatches) -> np.ndarray:
         """Logits float32 [R, D, L] of one micro-batch for each of the R replicas.
 
@@ -135,7 +168,7 @@ class Predictor:
         logits, stops = self._on_replicas(values, tf.cast(requested, tf.float32))
         if float(stops) > 0:
             raise StoppedError
-        return logits.numpy().reshape([strategy.num_replicas_in_sync, -1, logits.shape[-1]])
+        return logits.numpy().reshape([self.num_replicas, -1, logits.shape[-1]])
 
     def predict_split(self, data_dir: str, metadata: Metadata, split_name: str) -> Predictions:
         """Scores every document of a split exactly once, in the order of its shards.
@@ -158,13 +191,12 @@ class Predictor:
           UserError: if the split is missing or damaged.
           StoppedError: on all hosts, if one requested a stop.
         """
-        stream = open_stream(data_dir, metadata, split_name, self._packing)
+        stream = open_stream(data_dir, metadata, split_name, self.packing)
         room = min(_BLOCK_DOCUMENTS, max(1, _BLOCK_CELLS // stream.num_labels))
         micro_batches = read_micro_batches(stream, seed=None)
-        replicas = self._strategy.num_replicas_in_sync
         held: list[Predictions] = []
         num_held = 0
-        for batches in stack_micro_batches(micro_batches, stream, replicas):
+        for batches in stack_micro_batches(micro_batches, stream, self.num_replicas):
             held.append(self._predict_stack(batches, stream.num_labels))
             num_held += len(held[-1].ids)
             if num_held >= room:

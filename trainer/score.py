@@ -44,7 +44,14 @@ from trainer.plan import (
 )
 from trainer.rejected import allowed_rejections, describe_rejections
 from trainer.result_files import open_results
-from trainer.scoring import Block, read_chunks, scored_blocks
+from trainer.scoring import (
+    Block,
+    Compilations,
+    check_finite,
+    encode_chunk,
+    read_chunks,
+    scored_blocks,
+)
 from trainer.sources import Columns, check_all_columns, list_files
 from trainer.strategy import choose_scoring_precision
 
@@ -201,8 +208,8 @@ def sample_lengths(
     lengths = np.zeros(model.max_seq_length + 1, np.int64)
     windows = np.zeros(model.max_windows + 1, np.int64)
     for part in parts[:: -(-len(parts) // _SAMPLED_PARTS)]:
-        chunk = next(read_chunks([part], [0], columns))
-        documents, _ = model.encode(chunk.texts[:_SAMPLED_ROWS_A_PART])
+        chunk = next(read_chunks([part], [0], columns, model.token_limits))
+        documents, _ = encode_chunk(chunk.first(_SAMPLED_ROWS_A_PART), model.encode)
         np.add.at(lengths, [len(window) for document in documents for window in document], 1)
         np.add.at(windows, [len(document) for document in documents], 1)
     if not windows.any():
