@@ -143,7 +143,7 @@ def test_parsing_twice_keeps_nothing_of_the_first():
         ("train", "stray", "'stray': expected only --flag=value"),
         ("evaluate", "--min_support=0", "--min_support=0: expected at least 1"),
         ("export", "--uncalibrated=perhaps", "--uncalibrated=perhaps: expected true or false"),
-        ("score", "--scores=top:0", "--scores=top:0: expected all, top:K or above:P"),
+        ("score", "--scores=top:0", "--scores=top:0: expected all, chosen, top:K or above:P"),
         ("score", "--scores=above:2", "--scores=above:2"),
         ("score", "--rows_per_part=0", "--rows_per_part=0: expected at least 1"),
     ],

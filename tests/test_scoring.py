@@ -3,12 +3,14 @@
 import json
 
 import numpy as np
+import pyarrow.parquet as pq
 import pytest
 import tensorflow as tf
 
+from trainer import score
 from trainer.blocks import BlockPacker, tokenize
 from trainer.chunks import Chunk
-from trainer.config import PackingConfig
+from trainer.config import PackingConfig, ScoreConfig
 from trainer.exported import load_exported
 from trainer.packing import choose_packing
 from trainer.plan import Part, Plan
@@ -148,3 +150,28 @@ def test_packing_is_traced_once_for_blocks_of_any_size():
         index = packer(block)["document_index"].numpy()
         assert sorted(index[index >= 0].tolist()) == list(range(count))
     assert packer.num_traces == 1
+
+
+def test_the_command_writes_parquet_from_two_replicas_with_kept_columns(
+    model, source, on_one_device, tmp_path, capsys
+):
+    output = tmp_path / "out"
+    summary = score.run(
+        ScoreConfig(
+            model=model, input=(source,), output_dir=str(output), format="parquet",
+            scores="top:3", keep_columns=("pages",), rows_per_part=200, tokens_per_batch=1024,
+            strategy="mirrored", cpu_replicas=2,
+        )
+    )  # fmt: skip
+    assert summary.documents == 600
+    assert summary.compilations == Compilations(packing=1, forward=2)
+    printed = capsys.readouterr().out
+    assert "mirrored, as asked for; 2 replicas" in printed
+    assert "packing was compiled 1 times, the forward pass 2" in printed
+    table = pq.read_table(sorted(output.glob("part-*.parquet")))
+    assert table["pages"].to_pylist() == [str(number) for number in range(600)]
+    ids = [name for block in on_one_device[0] for name in block.ids]
+    assert table["id"].to_pylist() == ids
+    expected = np.concatenate([block.probabilities for block in on_one_device[0]])
+    found = np.array([[value for _, value in row] for row in table["scores"].to_pylist()])
+    assert np.abs(found - np.sort(expected)[:, :-4:-1]).max() < 1e-6

@@ -429,6 +429,7 @@ class LossConfig:
 HEADS = ("cls", "mean", "label_attention")
 WINDOW_POOLINGS = ("max", "mean", "attention")
 STRATEGIES = ("auto", "tpu", "mirrored", "multi_worker", "one_device", "cpu")
+SCORING_STRATEGIES = tuple(name for name in STRATEGIES if name != "multi_worker")
 
 
 @dataclass(frozen=True)
@@ -739,6 +740,17 @@ class ScoreConfig:
     )
     rows_per_part: int = option(50_000, "Rows of a part, about.")
     tokens_per_batch: int = option(8192, "Tokens of a micro-batch, padding included.")
+    strategy: str = option(
+        "auto",
+        "Devices of this process to run on. auto: a TPU, else all GPUs, else the CPU.",
+        choices=SCORING_STRATEGIES,
+    )
+    tpu: str | None = option(
+        None, "TPU to take: local, a TPU VM's name, or grpc://HOST:PORT; default: a local one."
+    )
+    cpu_replicas: int = option(
+        1, "Replicas that --strategy=mirrored makes of the CPU on a machine without GPUs."
+    )
     precision: str = option(
         "auto",
         "auto: bfloat16 where the accelerator has it, else float32.",
@@ -763,6 +775,7 @@ class ScoreConfig:
         _check_choices(self)
         self._check_worker()
         _check(self.rows_per_part >= 1, "rows_per_part", self.rows_per_part, "at least 1 row")
+        _check(self.cpu_replicas >= 1, "cpu_replicas", self.cpu_replicas, "at least 1 replica")
         _check(
             self.tokens_per_batch >= 8,
             "tokens_per_batch",
@@ -795,7 +808,7 @@ class ScoreConfig:
         _check(self.start_timeout >= 0, "start_timeout", self.start_timeout, "seconds")
 
     def selection(self) -> tuple[str, float]:
-        """`--scores` as (kind, number): ("all", 0), ("top", K) or ("above", P)."""
+        """`--scores` as (kind, number): ("all", 0), ("chosen", 0), ("top", K) or ("above", P)."""
         kind, _, number = self.scores.partition(":")
         try:
             value = float(number) if number else 0.0

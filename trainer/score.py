@@ -9,8 +9,8 @@ import itertools
 import os
 import sys
 import time
-from collections.abc import Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Generator, Sequence
+from dataclasses import dataclass, field
 from typing import Any
 
 import numpy as np
@@ -26,7 +26,6 @@ from trainer.packing import choose_packing, least_tokens
 from trainer.parts import (
     FOLDERS,
     REJECTED_FOLDER,
-    PartWriter,
     Progress,
     begin_part,
     rejected_file,
@@ -53,7 +52,7 @@ from trainer.scoring import (
     scored_blocks,
 )
 from trainer.sources import Columns, check_all_columns, list_files
-from trainer.strategy import choose_scoring_precision
+from trainer.strategy import choose_scoring_precision, make_scoring_strategy
 
 # Flags that change what is written; a rerun has to give them as they were.
 _SETTINGS = (
@@ -72,10 +71,11 @@ _SAMPLED_ROWS_A_PART = 256
 
 @dataclass(frozen=True)
 class ScoreSummary:
-    """What a call scored: documents, and seconds from the plan to the last part."""
+    """What a call scored: documents, seconds from the plan to the last part, compilations."""
 
     documents: int
     seconds: float
+    compilations: Compilations = field(default_factory=Compilations)
 
 
 def run(config: ScoreConfig) -> ScoreSummary:
@@ -94,8 +94,10 @@ def run(config: ScoreConfig) -> ScoreSummary:
     _check_inputs(config, paths, columns)
     if worker_index:
         wait_for_plan(folder, config.start_timeout)
-    precision = choose_scoring_precision(config.precision)
-    model = load_exported(config.model, precision)
+    strategy = make_scoring_strategy(config)
+    precision = choose_scoring_precision(config.precision, strategy)
+    with strategy.scope():
+        model = load_exported(config.model, precision)
     start = time.perf_counter()
     folder.make(FOLDERS)
     plan = _settle_plan(config, folder, model, columns, precision, paths, worker_index)
@@ -107,13 +109,17 @@ def run(config: ScoreConfig) -> ScoreSummary:
     if progress.has_ended:
         print(f"{folder.url}: all {progress.num_done} parts are there already; nothing to do")
         return ScoreSummary(0, 0.0)
-    documents = _score_parts(config, folder, model, columns, plan, progress)
+    compilations = Compilations()
+    start_stream = functools.partial(
+        scored_blocks, model, columns, plan, strategy=strategy, compilations=compilations
+    )
+    documents = _score_parts(config, folder, model, plan, progress, start_stream)
     progress.gather()
     _check_rejected(config, folder, plan, progress)
     if progress.is_complete and not any(item.rows_in for item in progress.done):
         raise UserError(f"--input={','.join(config.input)}: no rows; expected at least one")
     progress.finish()
-    summary = ScoreSummary(documents, time.perf_counter() - start)
+    summary = ScoreSummary(documents, time.perf_counter() - start, compilations)
     _print_summary(folder, plan, progress, summary)
     return summary
 
@@ -221,14 +227,17 @@ def _score_parts(
     config: ScoreConfig,
     folder: OutputFolder,
     model: ExportedModel,
-    columns: Columns,
     plan: Plan,
     progress: Progress,
+    start_stream: Callable[[Sequence[int], Callable[[int], object]], Generator[Block, None, None]],
 ) -> int:
-    """Scores this worker's parts that are not done, in order; returns how many documents."""
+    """Scores this worker's parts that are not done, in order; returns how many documents.
+
+    `start_stream` takes the parts that wait and what to call with the number of rows done.
+    """
     open_writer = functools.partial(
         open_results, format=config.format, labels=model.labels, thresholds=model.thresholds,
-        selection=config.selection(), kept_columns=columns.kept,
+        selection=config.selection(), kept_columns=config.keep_columns,
     )  # fmt: skip
     _check_rejected(config, folder, plan, progress)
     waiting = progress.waiting
@@ -238,7 +247,7 @@ def _score_parts(
     documents = 0
     with (
         tqdm(desc="score", total=total, initial=skipped, unit=" documents", mininterval=1) as bar,
-        contextlib.closing(scored_blocks(model, columns, plan, waiting, bar.update)) as stream,
+        contextlib.closing(start_stream(waiting, bar.update)) as stream,
     ):
         for index, blocks in itertools.groupby(stream, lambda block: block.part):
             writer = begin_part(folder, plan, index, open_writer)
@@ -247,24 +256,16 @@ def _score_parts(
                 continue
             with contextlib.closing(writer):
                 for block in blocks:
-                    _write(writer, block, config)
+                    check_finite(config.model, block.ids, block.probabilities)
+                    writer.write(
+                        block.ids, block.probabilities, block.kept,
+                        block.num_truncated, block.rejected,
+                    )  # fmt: skip
                 manifest = progress.manifests[index] = writer.commit()
             documents += manifest.rows_out
             progress.refresh()
             _check_rejected(config, folder, plan, progress)
     return documents
-
-
-def _write(writer: PartWriter, block: Block, config: ScoreConfig) -> None:
-    finite = np.isfinite(block.probabilities).all(axis=1)
-    if not finite.all():
-        raise UserError(
-            f"{config.model}: gives document {block.ids[int(np.argmin(finite))]!r} a score that is "
-            "not a number; export a model whose weights are finite, or score with "
-            "--precision=float32"
-        )
-    kept = [()] * len(block.ids)
-    writer.write(block.ids, block.probabilities, kept, block.num_truncated, block.rejected)
 
 
 def _check_rejected(
@@ -293,7 +294,8 @@ def _print_summary(
         f"{folder.url}: {totals['out']:,} documents in {progress.num_done:,}{of_all} parts "
         f"({totals['truncated']:,} cut at the model's longest, {totals['rejected']:,} rejected); "
         f"{summary.documents:,} of them now, in {summary.seconds:.1f} s "
-        f"({summary.documents / summary.seconds:,.0f} a second)"
+        f"({summary.documents / summary.seconds:,.0f} a second); packing was compiled "
+        f"{summary.compilations.packing} times, the forward pass {summary.compilations.forward}"
     )
     if not progress.is_complete:
         print("this worker's parts are done; the last worker to end writes _SUCCESS")

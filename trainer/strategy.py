@@ -8,7 +8,7 @@ import tensorflow as tf
 from tensorflow.python.client.device_lib import list_local_devices
 
 from trainer.cluster import Cluster, read_cluster
-from trainer.config import TrainConfig
+from trainer.config import ScoreConfig, TrainConfig
 from trainer.errors import RUN_AGAIN, RunAgain, UserError
 from trainer.exit_timer import ExitTimer
 from trainer.meeting import meet
@@ -31,7 +31,21 @@ def make_strategy(config: TrainConfig) -> tf.distribute.Strategy:
       UserError: if the flags ask for devices that are not there, or for two things at once.
       RunAgain: if other workers or a TPU do not appear within --start_timeout.
     """
-    cluster = read_cluster(os.environ)
+    return _make(config, read_cluster(os.environ))
+
+
+def make_scoring_strategy(config: ScoreConfig) -> tf.distribute.Strategy:
+    """The strategy over this process's own devices; says what it took and why.
+
+    Workers that share a corpus have a strategy each. As `make_strategy`, call it first.
+
+    Raises:
+      UserError, RunAgain: as `make_strategy`.
+    """
+    return _make(config, None)
+
+
+def _make(config: TrainConfig | ScoreConfig, cluster: Cluster | None) -> tf.distribute.Strategy:
     name, reason = _choose(config, cluster)
     if name == "multi_worker":
         assert cluster is not None  # _choose sees to it.
@@ -46,7 +60,7 @@ def make_strategy(config: TrainConfig) -> tf.distribute.Strategy:
     return strategy
 
 
-def _choose(config: TrainConfig, cluster: Cluster | None) -> tuple[str, str]:
+def _choose(config: TrainConfig | ScoreConfig, cluster: Cluster | None) -> tuple[str, str]:
     """(name, reason) of the strategy to take."""
     name, gpus = config.strategy, tf.config.get_visible_devices("GPU")
     if config.tpu and name not in ("auto", "tpu"):
@@ -290,14 +304,15 @@ def _gibibytes(count: int) -> str:
     return f"{count / 2**30:.1f} GiB"
 
 
-def choose_scoring_precision(name: str) -> str:
-    """The precision of scoring on the first GPU, or on the CPU.
+def choose_scoring_precision(name: str, strategy: tf.distribute.Strategy | None = None) -> str:
+    """The precision of scoring.
 
     Like `choose_precision`, but without float16, whose range ordinary weights can exceed.
 
     Args:
       name: the flag's value.
+      strategy: what the run takes; default: the first GPU, or the CPU.
     """
     has_gpu = bool(tf.config.get_visible_devices("GPU"))
-    precision = choose_precision(name, one_device(gpu=has_gpu))
+    precision = choose_precision(name, strategy or one_device(gpu=has_gpu))
     return "float32" if precision == "mixed_float16" else precision
