@@ -3,12 +3,7 @@
 import gzip
 import json
 import os
-import random
 import shutil
-import signal
-import subprocess
-import sys
-import time
 from pathlib import Path
 
 import numpy as np
@@ -193,32 +188,6 @@ def test_a_rerun_does_only_what_is_missing(model, documents, scored, tmp_path, c
     capsys.readouterr()
     assert run_score(model, documents, output, rows_per_part=90).documents == 0
     assert "all 12 parts are there already; nothing to do" in capsys.readouterr().out
-
-
-def test_five_kills_leave_the_files_of_an_uninterrupted_run(model, documents, tmp_path):
-    """SIGKILL at a random moment after a random number of further parts (of 100), five times."""
-    chance = random.Random(5)
-    output, uninterrupted = tmp_path / "out", tmp_path / "uninterrupted"
-    run_score(model, documents, uninterrupted, rows_per_part=10)
-    arguments = [f"--model={model}", f"--input={documents}", f"--output_dir={output}"]
-    command = [sys.executable, "-m", "trainer.cli", "score", *arguments, "--rows_per_part=10"]
-
-    def committed():
-        return len(list(output.glob("manifests/*.json")))
-
-    for _ in range(5):
-        target = committed() + chance.randint(0, 5)
-        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
-        deadline = time.monotonic() + 120
-        while committed() < target or not (output / "plan.json").exists():
-            assert process.poll() is None and time.monotonic() < deadline
-            time.sleep(0.002)
-        time.sleep(chance.uniform(0, 0.03))
-        process.send_signal(signal.SIGKILL)
-        assert process.wait() == -signal.SIGKILL
-    assert 0 < committed() < 100
-    run_score(model, documents, output, rows_per_part=10)
-    assert read_tree(output) == read_tree(uninterrupted)
 
 
 def test_another_model_changed_input_and_other_settings_are_refused(

@@ -51,6 +51,7 @@ from trainer.scoring import (
     read_chunks,
     scored_blocks,
 )
+from trainer.scratch import own_temporary_files
 from trainer.sources import Columns, check_all_columns, list_files
 from trainer.strategy import choose_scoring_precision, make_scoring_strategy
 
@@ -87,6 +88,11 @@ def run(config: ScoreConfig) -> ScoreSummary:
         another process writes the same part.
       RunAgain: if worker 0 does not write a plan, or a store does not answer.
     """
+    with own_temporary_files():
+        return _run(config)
+
+
+def _run(config: ScoreConfig) -> ScoreSummary:
     columns = Columns(text=config.text_field, id=config.id_field, kept=config.keep_columns)
     folder = open_output(config.output_dir)
     worker_index, num_workers = _find_worker(config)

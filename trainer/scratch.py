@@ -35,6 +35,18 @@ def scratch_folder(parent: str | None = None) -> Iterator[str]:
         os.close(lock)
 
 
+@contextlib.contextmanager
+def own_temporary_files() -> Iterator[None]:
+    """Has this process's temporary files, libraries' too, made in a scratch folder."""
+    before = tempfile.tempdir
+    with scratch_folder() as folder:
+        tempfile.tempdir = folder
+        try:
+            yield
+        finally:
+            tempfile.tempdir = before
+
+
 def _make_locked(parent: str) -> tuple[str, int]:
     while True:
         folder = tempfile.mkdtemp(prefix=PREFIX, dir=parent)
