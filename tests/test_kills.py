@@ -48,9 +48,7 @@ def kill_score(model, shards, folder, most_workers, num_kills, seed):
             ]  # fmt: skip
 
         whole = folder / "whole"
-        for _ in range(2):
-            shutil.rmtree(whole, ignore_errors=True)
-            life = run_to_the_end(actors[0], flags(whole, 0, 1))
+        life = run_to_the_end(actors[0], flags(whole, 0, 1))
         expected = read_tree(whole)
         check_ids(whole, shards)
         while kills < num_kills:
@@ -111,9 +109,7 @@ def kill_prepare(documents, folder, num_kills, seed):
             )
 
         whole = folder / "whole"
-        for _ in range(2):
-            shutil.rmtree(whole, ignore_errors=True)
-            lives = [run_to_the_end(actor, call) for call in calls(whole)]
+        lives = [run_to_the_end(actor, call) for call in calls(whole)]
         expected = read_tree(whole)
         assert "rejected/more.jsonl" in expected and len(expected) > 12
         while kills < num_kills:
