@@ -64,19 +64,19 @@ def test_two_prepares_of_one_folder_at_once_are_refused(tmp_path):
         prepare.run(config(rows, tmp_path / "data", split="all"))
     assert (work_dir / "records-000000.bin").exists()
     os.close(lock)
-    prepare.run(config(rows, tmp_path / "data", split="all", vocab_size=100))
+    prepare.run(config(rows, tmp_path / "data", split="all"))
     assert not work_dir.exists() and (tmp_path / "data" / "metadata.json").exists()
 
 
 def test_the_command_that_prepared_a_folder_finds_nothing_to_do(tmp_path, capsys):
     rows = write_rows(tmp_path / "rows.jsonl", ROWS)
-    flags = {"split": "all", "vocab_size": 100}
+    flags = {"split": "all"}
     prepare.run(config(rows, tmp_path / "data", **flags))
     before = (tmp_path / "data" / "metadata.json").read_bytes()
     capsys.readouterr()
     prepare.run(config(rows, tmp_path / "data", **flags | {"num_workers": 2}))
     assert "prepared by this command already; nothing to do" in capsys.readouterr().out
-    for changes in ({"seed": 5}, {"vocab_size": 101}):
+    for changes in ({"seed": 5}, {"vocab_size": 999}):
         with pytest.raises(UserError, match="already holds the splits all"):
             prepare.run(config(rows, tmp_path / "data", **flags | changes))
     rows.write_text(rows.read_text() + '{"text": "one more", "labels": ["a"]}\n')
