@@ -29,7 +29,8 @@ def _opened(name: str) -> Iterator[tuple[Any, Iterator[Any]]]:
     def counted(batches: Iterator[Any]) -> Iterator[Any]:
         nonlocal rows
         for batch in batches:
-            batch.validate(full=False)
+            for column in batch.columns:
+                _check_offsets(column)
             yield batch
             rows += batch.num_rows
 
@@ -46,10 +47,40 @@ def _opened(name: str) -> Iterator[tuple[Any, Iterator[Any]]]:
             stream.seek(0)
             reader = ipc.open_stream(stream)
             yield reader.schema, counted(iter(reader))
-    except (OSError, pyarrow.ArrowException, ValueError) as error:
+    except (OSError, MemoryError, pyarrow.ArrowException, ValueError) as error:
         if isinstance(error, UserError):
             raise
         raise damaged(name, f"row {rows}", error) from None
+
+
+def _check_offsets(column: Any) -> None:
+    """Checks that a column points to nothing outside of itself, which would crash the process.
+
+    Raises:
+      pyarrow.ArrowInvalid: if it does.
+    """
+    import pyarrow
+
+    column.validate()
+    try:
+        column.validate(full=True)
+    except pyarrow.ArrowInvalid:
+        # Perhaps only a text that is not UTF-8, which costs its row alone: looked at as bytes.
+        column.cast(_with_bytes(column.type)).validate(full=True)
+
+
+def _with_bytes(kind: Any) -> Any:
+    """A type with bytes in the place of text, as itself or in a list."""
+    import pyarrow
+    from pyarrow import types
+
+    if types.is_list(kind):
+        return pyarrow.list_(_with_bytes(kind.value_type))
+    if types.is_large_list(kind):
+        return pyarrow.large_list(_with_bytes(kind.value_type))
+    if types.is_large_string(kind):
+        return pyarrow.large_binary()
+    return pyarrow.binary() if types.is_string(kind) else kind
 
 
 def column_names(name: str) -> list[str]:

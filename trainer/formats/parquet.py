@@ -33,7 +33,7 @@ def _opened(name: str) -> Iterator[Any]:
             ) as file,
         ):
             yield file
-    except (OSError, pyarrow.ArrowException, ValueError) as error:
+    except (OSError, MemoryError, pyarrow.ArrowException, ValueError) as error:
         if isinstance(error, UserError):
             raise
         raise damaged(name, "its beginning", error) from None
