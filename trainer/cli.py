@@ -43,6 +43,13 @@ COMMANDS: dict[str, type] = {
     "score": config.ScoreConfig,
 }
 
+# What to say where a package that an extra brings is not installed.
+_EXTRAS = {
+    "tensorflow": "TensorFlow is not installed; install one of multihot[cpu], multihot[gpu], "
+    "multihot[tpu] with pip",
+    "apache_beam": "Apache Beam is not installed, and --runner names one of its runners; install "
+    "multihot[beam] with pip, or leave --runner out",
+}
 _GREETING = (b"All log messages before absl::InitializeLog()", b"oneDNN custom operations are on")
 
 
@@ -99,10 +106,9 @@ def _run(command: str, arguments: Sequence[str]) -> None:
     except KeyboardInterrupt:
         _fail(name, "interrupted", INTERRUPTED)
     except ModuleNotFoundError as error:
-        if error.name != "tensorflow":
+        if error.name not in _EXTRAS:
             raise
-        remedy = "install one of multihot[cpu], multihot[gpu], multihot[tpu] with pip"
-        _fail(name, f"TensorFlow is not installed; {remedy}", USER_FAULT)
+        _fail(name, _EXTRAS[error.name], USER_FAULT)
     except OSError as error:
         _fail(name, _describe_os_error(error), USER_FAULT)
     except Exception as error:

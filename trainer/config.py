@@ -15,6 +15,7 @@ from trainer.errors import UserError
 Config = TypeVar("Config")
 
 DEFAULT_SEED = 17
+LOCAL_RUNNER = "local"
 
 
 NAMED_FORMATS = (
@@ -45,6 +46,28 @@ def option(default: Any, help: str, choices: tuple[str, ...] = (), required: boo
 def _check(condition: bool, flag: str, found: Any, expected: str) -> None:
     if not condition:
         raise UserError(f"--{flag}={found}: expected {expected}")
+
+
+def _runner_option() -> Any:
+    return option(
+        LOCAL_RUNNER,
+        "What runs it: local (this machine at full speed), or the name of an Apache Beam runner: "
+        "DirectRunner, DataflowRunner, FlinkRunner, SparkRunner or another.",
+    )
+
+
+def _beam_options_option() -> Any:
+    return option((), "Options for Beam, comma-separated: --beam_options=--project=p,--region=r.")
+
+
+def _check_runner(config: Any) -> None:
+    _check(bool(config.runner), "runner", config.runner, "local or the name of a Beam runner")
+    _check(
+        not config.beam_options or config.runner != LOCAL_RUNNER,
+        "beam_options",
+        ",".join(config.beam_options),
+        "none with --runner=local; name a Beam runner",
+    )
 
 
 def _check_choices(config: Any) -> None:
@@ -168,10 +191,13 @@ class PrepareConfig:
         "Local folder for intermediate files where --data_dir is gs://; it needs room for all "
         "shards twice. Default: the system's temporary folder. (A local --data_dir is its own.)",
     )
+    runner: str = _runner_option()
+    beam_options: tuple[str, ...] = _beam_options_option()
     seed: int = option(DEFAULT_SEED, "Seed of the split and of the order within shards.")
 
     def __post_init__(self) -> None:
         _check_choices(self)
+        _check_runner(self)
         _check(self.vocab_size >= 128, "vocab_size", self.vocab_size, "at least 128 WordPieces")
         _check(self.max_seq_length >= 8, "max_seq_length", self.max_seq_length, "at least 8 tokens")
         _check(
@@ -756,6 +782,8 @@ class ScoreConfig:
         "auto: bfloat16 where the accelerator has it, else float32.",
         choices=("auto", "float32", "mixed_bfloat16"),
     )
+    runner: str = _runner_option()
+    beam_options: tuple[str, ...] = _beam_options_option()
     max_rejected: float = option(
         0.001, "Unusable rows to put up with: a share of the rows if below 1, else a number."
     )
@@ -774,6 +802,15 @@ class ScoreConfig:
     def __post_init__(self) -> None:
         _check_choices(self)
         self._check_worker()
+        _check_runner(self)
+        for name in ("precision", "tokens_per_batch"):
+            found, default = getattr(self, name), getattr(ScoreConfig, name)
+            _check(
+                self.runner == LOCAL_RUNNER or found in (default, "float32"),
+                name,
+                found,
+                f"none with --runner={self.runner}, which runs the SavedModel as it was exported",
+            )
         _check(self.rows_per_part >= 1, "rows_per_part", self.rows_per_part, "at least 1 row")
         _check(self.cpu_replicas >= 1, "cpu_replicas", self.cpu_replicas, "at least 1 replica")
         _check(
@@ -806,6 +843,12 @@ class ScoreConfig:
             _check(count >= 1, "num_workers", count, "at least 1 process")
             _check(0 <= index < count, "worker_index", index, f"0 to {count - 1}, of {count}")
         _check(self.start_timeout >= 0, "start_timeout", self.start_timeout, "seconds")
+        _check(
+            self.runner == LOCAL_RUNNER or count is None,
+            "num_workers",
+            count,
+            f"none with --runner={self.runner}, which has workers of its own",
+        )
 
     def selection(self) -> tuple[str, float]:
         """`--scores` as (kind, number): ("all", 0), ("chosen", 0), ("top", K) or ("above", P)."""

@@ -3,7 +3,6 @@
 import json
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import Future, ProcessPoolExecutor
 from dataclasses import dataclass
 from functools import partial
 
@@ -27,6 +26,7 @@ from trainer.sources import (
     source_names,
 )
 from trainer.token_rows import TokenLimits
+from trainer.workers import WorkerPool
 
 REJECTED_FOLDER = "rejected"
 VOCABULARY_TEXTS = 100_000
@@ -89,7 +89,7 @@ def read_corpus(
     files: Sequence[str],
     token_limits: TokenLimits | None,
     work_dir: str,
-    pool: ProcessPoolExecutor,
+    pool: WorkerPool,
 ) -> Corpus:
     """Reads every row once and decides labels and splits.
 
@@ -135,27 +135,24 @@ def read_corpus(
 
 
 def _plan_segments(
-    files: Sequence[str], columns: Columns, work_dir: str, pool: ProcessPoolExecutor
+    files: Sequence[str], columns: Columns, work_dir: str, pool: WorkerPool
 ) -> list[Segment]:
     """The segments of all files."""
     sources = source_names(files)
-    plan = partial(
-        plan_file, columns=columns, segment_rows=rows_per_segment(sum(map(num_bytes, files)))
+    segment_rows = rows_per_segment(sum(map(num_bytes, files)))
+    plan = partial(plan_file, columns=columns, segment_rows=segment_rows)
+    copies = {
+        name: os.path.join(work_dir, f"copy-{index:06d}.jsonl") for index, name in enumerate(files)
+    }
+    # Data sets in this process: the others have no TensorFlow, nor one defined by a caller.
+    here = [name for name in files if is_data_set(name)]
+    planned = {name: plan(name, copies[name], source=sources[name]) for name in here}
+    others = [name for name in files if name not in planned]
+    found = pool.map(
+        plan, others, [copies[name] for name in others], [sources[name] for name in others]
     )
-    planned: dict[str, Future[list[Segment]]] = {}
-    here = {}
-    for index, name in enumerate(files):
-        copy_path = os.path.join(work_dir, f"copy-{index:06d}.jsonl")
-        if is_data_set(name):
-            # In this process: the others have no TensorFlow, nor a data set defined by a caller.
-            here[name] = plan(name, copy_path, source=sources[name])
-        else:
-            planned[name] = pool.submit(plan, name, copy_path, source=sources[name])
-    return [
-        segment
-        for name in files
-        for segment in (here[name] if name in here else planned[name].result())
-    ]
+    planned |= zip(others, found, strict=True)
+    return [segment for name in files for segment in planned[name]]
 
 
 def _label_reader(config: PrepareConfig, previous: Metadata | None) -> LabelReader:
@@ -191,7 +188,7 @@ def _scan(
     segments: list[Segment],
     ledger: Ledger,
     rejected_path: str,
-    pool: ProcessPoolExecutor,
+    pool: WorkerPool,
 ) -> int:
     """Scans all segments into the ledger; writes the rejected rows and returns their number."""
     num_rejected = 0

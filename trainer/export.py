@@ -23,10 +23,10 @@ from trainer.checkpoint import LoadedRun, load_best
 from trainer.config import ExportConfig, PackingConfig, absolute
 from trainer.errors import UserError
 from trainer.evaluation_files import CALIBRATION_FILE, EVALUATION_FOLDER, METRICS_FILE
-from trainer.exported import HEAD_PREFIX, MULTIHOT_FILE
+from trainer.exported import HEAD_PREFIX, MULTIHOT_FILE, SAVED_MODEL_FOLDER
 from trainer.model import Model, pad_batch
 from trainer.object_store import Taken, list_objects, upload, upload_files
-from trainer.packing import choose_packing, least_tokens
+from trainer.packing import choose_packing, least_tokens, with_slots_for_scoring
 from trainer.pretrained import (
     WEIGHTS_FILE,
     from_variables,
@@ -35,7 +35,6 @@ from trainer.records import TOKENIZER_FOLDER, Metadata, load_metadata
 from trainer.scratch import scratch_folder
 from trainer.tokenizer import Tokenizer, load_tokenizer
 
-SAVED_MODEL_FOLDER = "saved_model"
 _FORMAT_VERSION = 1
 _UPLOADED = re.compile(r"[\w.-]+\.(json|safetensors|txt)|saved_model/.*")
 
@@ -188,10 +187,11 @@ def _fold(model: Model, scale: list[float], shift: list[float]) -> None:
 def _scoring_packing(metadata: Metadata, num_tokens: int) -> PackingConfig:
     """A micro-batch for texts like the training split's, which may be as long as allowed."""
     split, longest, most = metadata.split("train"), metadata.max_seq_length, metadata.max_windows
-    return choose_packing(
+    packing = choose_packing(
         split.length_histogram, max(num_tokens, least_tokens(longest, most)), longest=longest,
         window_histogram=split.window_histogram, most_windows=most,
     )  # fmt: skip
+    return with_slots_for_scoring(packing)
 
 
 def _write_weights(model: Model, folder: str) -> None:

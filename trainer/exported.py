@@ -5,6 +5,7 @@ import dataclasses
 import hashlib
 import json
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,6 +23,7 @@ from trainer.token_rows import TokenLimits
 from trainer.tokenizer import Tokenizer, load_tokenizer
 
 MULTIHOT_FILE = "multihot.json"
+SAVED_MODEL_FOLDER = "saved_model"
 # Where our head's tensors live when transformers' classes have no place for them.
 HEAD_PREFIX = "multihot."
 
@@ -73,13 +75,29 @@ def load_exported(folder: str, precision: str = "float32") -> ExportedModel:
     Raises:
       UserError: if it is not a model folder, or a damaged one.
     """
+    with local_model(folder) as copy:
+        return _load_local(copy, precision)
+
+
+@contextlib.contextmanager
+def local_model(folder: str, below: bool = False) -> Iterator[str]:
+    """A model folder as a local one: itself, or a copy that is removed afterwards.
+
+    Args:
+      folder: what `multihot export` wrote, here or in Cloud Storage.
+      below: with the folders in it, so with the SavedModel.
+
+    Raises:
+      UserError: as what happens inside, the URL in the place of the local folder.
+    """
     if not storage.is_remote(folder):
-        return _load_local(folder, precision)
+        yield folder
+        return
     with scratch_folder() as copy:
         with contextlib.suppress(FileNotFoundError):
-            download_folder(folder, copy, below=False)
+            download_folder(folder, copy, below=below)
         try:
-            return _load_local(copy, precision)
+            yield copy
         except UserError as error:
             raise UserError(str(error).replace(copy, folder.rstrip("/"))) from None
 

@@ -214,6 +214,16 @@ def choose_packing(
     return PackingConfig(row_groups, max_documents, max(max_windows, max_documents, most_windows))
 
 
+def with_slots_for_scoring(packing: PackingConfig) -> PackingConfig:
+    """The same rows with slots for stretches of short documents.
+
+    Without labels a slot costs next to nothing, and such a stretch needs many: one for every eight
+    tokens, and for a whole row of documents that are [CLS] and [SEP] alone.
+    """
+    slots = max(packing.max_documents, packing.num_tokens // 8, packing.max_length // 2)
+    return PackingConfig(packing.row_groups, slots, max(packing.max_windows, slots))
+
+
 def _row_lengths(longest: int) -> list[int]:
     """Candidate row lengths, longest first, all multiples of 8."""
     lengths = [-(-longest // 8) * 8]

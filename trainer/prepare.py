@@ -1,9 +1,10 @@
 """`multihot prepare`: raw rows to TFRecord shards, the tokenizer beside them, metadata.json last.
 
-Two passes, both by several processes. The first reduces rows to labels, lengths and text hashes,
-from which labels, splits and a sample for the vocabulary are decided. The second tokenises and
-writes. All is made in a work folder inside the data folder and moved to its place at the end, so
-that a run that fails or is killed leaves nothing under a final name.
+Two passes, both by several processes or by the workers of a Beam runner. The first reduces rows to
+labels, lengths and text hashes, from which labels, splits and a sample for the vocabulary are
+decided. The second tokenises and writes. All is made in a work folder inside the data folder and
+moved to its place at the end, so that a run that fails or is killed leaves nothing under a final
+name.
 """
 
 import contextlib
@@ -17,11 +18,12 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
 from trainer import storage
+from trainer.beam import open_runner
 from trainer.checks import check_splits
 from trainer.config import PrepareConfig
 from trainer.corpus import Corpus, VocabularyTexts, columns_of, read_corpus
@@ -36,8 +38,11 @@ from trainer.shards import WritePlan
 from trainer.sources import num_bytes
 from trainer.text_index import write_text_indexes
 from trainer.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
-from trainer.workers import process_pool
+from trainer.workers import WorkerPool, process_pool
 from trainer.writing import describe_splits, write_corpus
+
+if TYPE_CHECKING:
+    from trainer.beam.runners import BeamRunner
 
 WORK_FOLDER = ".prepare"
 FILE_NAME = re.compile(r"(?P<split>\w+)(-\d{5}-of-\d{5}\.tfrecord|\.texts)")
@@ -46,7 +51,7 @@ MIN_SHARDS = 4
 BYTES_BESIDE_TOKENS = 100
 BYTES_A_TOKEN = 2.5
 # Flags that say where and by whom, not what.
-_PLACES = ("data_dir", "work_dir", "num_workers", "tfds_data_dir")
+_PLACES = ("data_dir", "work_dir", "num_workers", "tfds_data_dir", "runner", "beam_options")
 
 
 @dataclass(frozen=True)
@@ -67,14 +72,20 @@ def run(config: PrepareConfig) -> Timing:
     Raises:
       UserError: for anything wrong with the input, the flags or the folder.
     """
+    runner = open_runner(config.runner, config.beam_options)
     if not storage.is_remote(config.data_dir):
-        return _prepare(config, config.data_dir)
+        return _prepare(config, runner, config.data_dir)
     with mirrored(config.data_dir, config.work_dir) as mirror:
         local = dataclasses.replace(config, data_dir=mirror.folder)
-        return _prepare(local, mirror.url, mirror)
+        return _prepare(local, runner, mirror.url, mirror)
 
 
-def _prepare(config: PrepareConfig, shown_dir: str, mirror: DataMirror | None = None) -> Timing:
+def _prepare(
+    config: PrepareConfig,
+    runner: "BeamRunner | None",
+    shown_dir: str,
+    mirror: DataMirror | None = None,
+) -> Timing:
     """The same for a local folder, which `mirror` may have for one in Cloud Storage."""
     started = time.monotonic()
     with _work_folder(config.data_dir) as work_dir:
@@ -87,7 +98,7 @@ def _prepare(config: PrepareConfig, shown_dir: str, mirror: DataMirror | None = 
         inputs = gather_inputs(config, work_dir)
         config_as_given, config = config, choose_label_columns(config, inputs.files)
         limits = choose_token_limits(config, previous, inputs.files)
-        with process_pool(config.num_workers) as pool:
+        with _open_pool(config, runner, work_dir) as pool:
             corpus = read_corpus(config, previous, inputs.files, limits, work_dir, pool)
             scanned = time.monotonic()
             tokenizer = _choose_tokenizer(config, previous, corpus, work_dir)
@@ -207,6 +218,20 @@ def _work_folder(data_dir: str) -> Iterator[str]:
             os.close(lock)
         with contextlib.suppress(OSError):
             os.rmdir(data_dir)
+
+
+@contextlib.contextmanager
+def _open_pool(
+    config: PrepareConfig, runner: "BeamRunner | None", work_dir: str
+) -> Iterator[WorkerPool]:
+    """What does the work of both passes: processes of this machine, or a Beam runner's workers."""
+    if runner is None:
+        with process_pool(config.num_workers) as pool:
+            yield pool
+        return
+    from trainer.beam.worker_pool import BeamPool
+
+    yield BeamPool(runner, work_dir)
 
 
 def _choose_tokenizer(

@@ -82,16 +82,16 @@ def rows_per_segment(num_bytes: int) -> int:
 
 
 def plan_file(
-    name: str, copy_path: str, columns: Columns, segment_rows: int, source: str
+    name: str, copy_path: str, source: str, columns: Columns, segment_rows: int
 ) -> list[Segment]:
     """Cuts a file into segments; one that cannot be cut by bytes is first copied to lines.
 
     Args:
       name: the file.
       copy_path: where to put the copy.
+      source: what its rows without an id are called by.
       columns: what to copy of it.
       segment_rows: rows of a segment.
-      source: what its rows without an id are called by.
 
     Raises:
       UserError: if the file is damaged.

@@ -10,19 +10,18 @@ import os
 import sys
 import time
 from collections.abc import Callable, Generator, Sequence
-from dataclasses import dataclass, field
-from typing import Any
+from dataclasses import dataclass
+from typing import TYPE_CHECKING, Any
 
-import numpy as np
 from tqdm import tqdm
 
+from trainer.beam import open_runner
 from trainer.cluster import read_cluster
-from trainer.config import PackingConfig, ScoreConfig, absolute
+from trainer.config import LOCAL_RUNNER, ScoreConfig, absolute
 from trainer.errors import UserError
 from trainer.exported import ExportedModel, load_exported
 from trainer.files import absolute_name, location
 from trainer.output_folder import OutputFolder, open_output
-from trainer.packing import choose_packing, least_tokens
 from trainer.parts import (
     FOLDERS,
     REJECTED_FOLDER,
@@ -31,7 +30,6 @@ from trainer.parts import (
     rejected_file,
 )
 from trainer.plan import (
-    Part,
     Plan,
     check_plan,
     describe_inputs,
@@ -43,17 +41,19 @@ from trainer.plan import (
 )
 from trainer.rejected import allowed_rejections, describe_rejections
 from trainer.result_files import open_results
+from trainer.score_packing import choose_score_packing, sample_lengths
 from trainer.scoring import (
     Block,
     Compilations,
     check_finite,
-    encode_chunk,
-    read_chunks,
     scored_blocks,
 )
 from trainer.scratch import own_temporary_files
 from trainer.sources import Columns, check_all_columns, list_files
 from trainer.strategy import choose_scoring_precision, make_scoring_strategy
+
+if TYPE_CHECKING:
+    from trainer.beam.runners import BeamRunner
 
 # Flags that change what is written; a rerun has to give them as they were.
 _SETTINGS = (
@@ -65,18 +65,15 @@ _SETTINGS = (
     "rows_per_part",
     "tokens_per_batch",
 )
-# Rows whose lengths choose the shape of the micro-batches: some from each of a few parts.
-_SAMPLED_PARTS = 16
-_SAMPLED_ROWS_A_PART = 256
 
 
 @dataclass(frozen=True)
 class ScoreSummary:
-    """What a call scored: documents, seconds from the plan to the last part, compilations."""
+    """What a call scored: documents, seconds from the plan to the last part, compilations here."""
 
     documents: int
     seconds: float
-    compilations: Compilations = field(default_factory=Compilations)
+    compilations: Compilations | None = None
 
 
 def run(config: ScoreConfig) -> ScoreSummary:
@@ -93,6 +90,7 @@ def run(config: ScoreConfig) -> ScoreSummary:
 
 
 def _run(config: ScoreConfig) -> ScoreSummary:
+    runner = open_runner(config.runner, config.beam_options)
     columns = Columns(text=config.text_field, id=config.id_field, kept=config.keep_columns)
     folder = open_output(config.output_dir)
     worker_index, num_workers = _find_worker(config)
@@ -101,7 +99,8 @@ def _run(config: ScoreConfig) -> ScoreSummary:
     if worker_index:
         wait_for_plan(folder, config.start_timeout)
     strategy = make_scoring_strategy(config)
-    precision = choose_scoring_precision(config.precision, strategy)
+    # Beam's workers run the SavedModel, as it was exported.
+    precision = "float32" if runner else choose_scoring_precision(config.precision, strategy)
     with strategy.scope():
         model = load_exported(config.model, precision)
     start = time.perf_counter()
@@ -115,11 +114,16 @@ def _run(config: ScoreConfig) -> ScoreSummary:
     if progress.has_ended:
         print(f"{folder.url}: all {progress.num_done} parts are there already; nothing to do")
         return ScoreSummary(0, 0.0)
-    compilations = Compilations()
-    start_stream = functools.partial(
-        scored_blocks, model, columns, plan, strategy=strategy, compilations=compilations
-    )
-    documents = _score_parts(config, folder, model, plan, progress, start_stream)
+    _check_rejected(config, folder, plan, progress)
+    compilations = None
+    if runner is None:
+        compilations = Compilations()
+        start_stream = functools.partial(
+            scored_blocks, model, columns, plan, strategy=strategy, compilations=compilations
+        )
+        documents = _score_parts(config, folder, model, plan, progress, start_stream)
+    else:
+        documents = _score_by_beam(runner, config, folder, model, columns, plan, progress)
     progress.gather()
     _check_rejected(config, folder, plan, progress)
     if progress.is_complete and not any(item.rows_in for item in progress.done):
@@ -132,6 +136,8 @@ def _run(config: ScoreConfig) -> ScoreSummary:
 
 def _find_worker(config: ScoreConfig) -> tuple[int, int]:
     """Which worker this is, and of how many."""
+    if config.runner != LOCAL_RUNNER:
+        return 0, 1
     if config.worker_index is not None and config.num_workers is not None:
         return config.worker_index, config.num_workers
     cluster = read_cluster(os.environ)
@@ -152,7 +158,9 @@ def _check_inputs(config: ScoreConfig, paths: Sequence[str], columns: Columns) -
 def _settings(config: ScoreConfig, precision: str) -> dict[str, Any]:
     """What plan.json says of the flags: as JSON gives it back."""
     settings = {name: getattr(config, name) for name in _SETTINGS} | {"precision": precision}
-    return settings | {"keep_columns": list(config.keep_columns)}
+    # Micro-batches of other shapes differ in the last digits: a folder is all of one kind.
+    kind = LOCAL_RUNNER if config.runner == LOCAL_RUNNER else "beam"
+    return settings | {"keep_columns": list(config.keep_columns), "runner": kind}
 
 
 def _settle_plan(
@@ -172,9 +180,13 @@ def _settle_plan(
     plan = load_plan(folder)
     if plan is None:
         parts = plan_parts(inputs, config.rows_per_part)
-        packing = choose_score_packing(
-            *sample_lengths(parts, columns, model), config.tokens_per_batch, model.max_windows
-        )
+        if config.runner == LOCAL_RUNNER:
+            packing = choose_score_packing(
+                *sample_lengths(parts, columns, model), config.tokens_per_batch, model.max_windows
+            )
+        else:
+            # The SavedModel takes micro-batches of one shape.
+            packing = model.packing
         plan = Plan(model.fingerprint, settings, packing, inputs, parts)
         if save_plan(folder, plan):
             return plan
@@ -182,51 +194,6 @@ def _settle_plan(
         plan = wait_for_plan(folder, config.start_timeout)
     check_plan(plan, folder.url, model.fingerprint, settings, inputs)
     return plan
-
-
-def choose_score_packing(
-    lengths: np.ndarray, windows: np.ndarray, tokens_per_batch: int, most_windows: int
-) -> PackingConfig:
-    """The shape of the micro-batches for documents of these lengths.
-
-    Args:
-      lengths: int64 [max_seq_length + 1], windows by their tokens, of a sample; the rest may be
-        anything that fits.
-      windows: int64 [most_windows + 1], documents of the sample by their windows.
-      tokens_per_batch: about how many tokens a micro-batch has.
-      most_windows: that a document may have.
-    """
-    longest = len(lengths) - 1
-    num_tokens = max(tokens_per_batch, least_tokens(longest, most_windows))
-    packing = choose_packing(
-        lengths.tolist(), num_tokens, longest=longest,
-        window_histogram=windows.tolist(), most_windows=most_windows,
-    )  # fmt: skip
-    # Without labels a slot costs next to nothing, and a stretch of short documents needs many: one
-    # for every eight tokens, and for a whole row of documents that are [CLS] and [SEP] alone.
-    slots = max(packing.max_documents, packing.num_tokens // 8, packing.max_length // 2)
-    return PackingConfig(packing.row_groups, slots, max(packing.max_windows, slots))
-
-
-def sample_lengths(
-    parts: Sequence[Part], columns: Columns, model: ExportedModel
-) -> tuple[np.ndarray, np.ndarray]:
-    """Lengths of some rows of some parts, as histograms for `choose_score_packing`.
-
-    Returns:
-      Windows by their tokens (int64 [max_seq_length + 1]) and documents by their windows (int64
-      [max_windows + 1]).
-    """
-    lengths = np.zeros(model.max_seq_length + 1, np.int64)
-    windows = np.zeros(model.max_windows + 1, np.int64)
-    for part in parts[:: -(-len(parts) // _SAMPLED_PARTS)]:
-        chunk = next(read_chunks([part], [0], columns, model.token_limits))
-        documents, _ = encode_chunk(chunk.first(_SAMPLED_ROWS_A_PART), model.encode)
-        np.add.at(lengths, [len(window) for document in documents for window in document], 1)
-        np.add.at(windows, [len(document) for document in documents], 1)
-    if not windows.any():
-        lengths[-1] = windows[1] = 1
-    return lengths, windows
 
 
 def _score_parts(
@@ -245,7 +212,6 @@ def _score_parts(
         open_results, format=config.format, labels=model.labels, thresholds=model.thresholds,
         selection=config.selection(), kept_columns=config.keep_columns,
     )  # fmt: skip
-    _check_rejected(config, folder, plan, progress)
     waiting = progress.waiting
     rows = {index: plan.parts[index].num_rows for index in progress.mine}
     total = sum(rows.values())
@@ -274,6 +240,41 @@ def _score_parts(
     return documents
 
 
+def _score_by_beam(
+    runner: "BeamRunner",
+    config: ScoreConfig,
+    folder: OutputFolder,
+    model: ExportedModel,
+    columns: Columns,
+    plan: Plan,
+    progress: Progress,
+) -> int:
+    """The same by a Beam runner, in any order."""
+    from trainer.beam.score_job import score_parts
+    from trainer.beam.score_pipeline import ScoreJob
+
+    job = ScoreJob(
+        output_dir=absolute(config.output_dir),
+        model=absolute(config.model),
+        columns=columns,
+        max_seq_length=model.max_seq_length,
+        window_stride=model.window_stride,
+        max_windows=model.max_windows,
+        labels=model.labels,
+        thresholds=model.thresholds,
+        selection=config.selection(),
+    )
+    waiting = progress.waiting
+
+    def on_written() -> None:
+        progress.gather()
+        _check_rejected(config, folder, plan, progress)
+
+    score_parts(runner, job, plan, waiting, on_written)
+    written = (progress.manifests[place] for place in waiting)
+    return sum(manifest.rows_out for manifest in written if manifest is not None)
+
+
 def _check_rejected(
     config: ScoreConfig, folder: OutputFolder, plan: Plan, progress: Progress
 ) -> None:
@@ -295,13 +296,21 @@ def _print_summary(
         name: sum(getattr(manifest, f"rows_{name}") for manifest in progress.done)
         for name in ("out", "rejected", "truncated")
     }
+    compilations = summary.compilations
+    compiled = (
+        ""
+        if compilations is None
+        else (
+            f"; packing was compiled {compilations.packing} times, the forward pass "
+            f"{compilations.forward}"
+        )
+    )
     of_all = "" if progress.is_complete else f" of {len(plan.parts):,}"
     print(
         f"{folder.url}: {totals['out']:,} documents in {progress.num_done:,}{of_all} parts "
         f"({totals['truncated']:,} cut at the model's longest, {totals['rejected']:,} rejected); "
         f"{summary.documents:,} of them now, in {summary.seconds:.1f} s "
-        f"({summary.documents / summary.seconds:,.0f} a second); packing was compiled "
-        f"{summary.compilations.packing} times, the forward pass {summary.compilations.forward}"
+        f"({summary.documents / summary.seconds:,.0f} a second){compiled}"
     )
     if not progress.is_complete:
         print("this worker's parts are done; the last worker to end writes _SUCCESS")

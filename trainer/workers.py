@@ -5,9 +5,16 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import threading
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import ProcessPoolExecutor
-from typing import Any
+from typing import Any, Protocol
+
+
+class WorkerPool(Protocol):
+    """Whatever does tasks beside each other: processes here, or a Beam runner's workers."""
+
+    def map(self, function: Callable[..., Any], /, *arguments: Iterable[Any]) -> Iterator[Any]:
+        """The results of a function, in order, for the first of all arguments, the second, …"""
 
 
 def count_cores() -> int:

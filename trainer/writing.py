@@ -1,7 +1,6 @@
 """The second pass of `prepare` as a whole: rows tokenised, shards written, all counted."""
 
 import os
-from concurrent.futures import ProcessPoolExecutor
 from functools import partial
 
 import numpy as np
@@ -11,11 +10,10 @@ from trainer.corpus import Corpus
 from trainer.records import Shard, Split
 from trainer.shards import WritePlan, write_segment, write_shard
 from trainer.tally import Tally, empty_tally
+from trainer.workers import WorkerPool
 
 
-def write_corpus(
-    plan: WritePlan, corpus: Corpus, pool: ProcessPoolExecutor
-) -> tuple[list[Shard], Tally]:
+def write_corpus(plan: WritePlan, corpus: Corpus, pool: WorkerPool) -> tuple[list[Shard], Tally]:
     """Tokenises all rows and writes all shards into the work folder.
 
     Returns:

@@ -1,0 +1,137 @@
+"""Which Beam runner runs a pipeline, with which options, and what came of it."""
+
+import contextlib
+import io
+import logging
+from collections.abc import Callable, Sequence
+
+import apache_beam as beam
+from apache_beam.metrics import MetricsFilter
+from apache_beam.options.pipeline_options import PipelineOptions
+from apache_beam.portability.api import beam_provision_api_pb2
+from apache_beam.runners.portability.fn_api_runner.fn_runner import (
+    ExtendedProvisionInfo,
+    FnApiRunner,
+)
+from apache_beam.runners.portability.portable_runner import JobServiceHandle
+from apache_beam.runners.runner import PipelineRunner, PipelineState, create_runner
+
+from trainer.beam.faults import find_fault
+from trainer.errors import UserError
+
+# Under which the counters of our own stand.
+NAMESPACE = "multihot"
+_IN_THIS_PROCESS = ("direct", "directrunner", "fnapirunner")
+
+
+class BeamRunner:
+    """A runner and its options, checked; runs one pipeline after the other."""
+
+    def __init__(self, name: str, arguments: Sequence[str]) -> None:
+        """Finds the runner.
+
+        Args:
+          name: of the runner, as `--runner`.
+          arguments: Beam's own options, as `--beam_options`.
+
+        Raises:
+          UserError: if there is no such runner or option.
+        """
+        self._name = name
+        self._arguments = _whole_arguments(arguments)
+        self._is_local = name.lower() in _IN_THIS_PROCESS
+        _check_options(self._arguments)
+        self._make_pipeline()  # What is wrong with either is found before anything is read.
+        # What fails locally is raised; a cluster's progress is worth seeing.
+        logging.getLogger("apache_beam").setLevel(
+            logging.CRITICAL if self._is_local else logging.INFO
+        )
+
+    def __str__(self) -> str:
+        return self._name
+
+    @property
+    def is_local(self) -> bool:
+        """Whether all runs on this machine, and what is grouped is held in its memory."""
+        return self._is_local
+
+    def _options(self) -> PipelineOptions:
+        return PipelineOptions(self._arguments, runner=self._name)
+
+    def _make_runner(self) -> PipelineRunner:
+        if self._is_local:
+            # By that name Beam would first try Prism, a server that it has to download.
+            options = JobServiceHandle.encode_pipeline_options(self._options().get_all_options())
+            info = beam_provision_api_pb2.ProvisionInfo(pipeline_options=options)
+            return FnApiRunner(provision_info=ExtendedProvisionInfo(info))
+        try:
+            return create_runner(self._name)
+        except (ValueError, ImportError, AttributeError) as error:
+            raise UserError(
+                f"--runner={self._name}: {error}; expected local or the name of a Beam runner"
+            ) from None
+
+    def _make_pipeline(self) -> beam.Pipeline:
+        runner = self._make_runner()
+        try:
+            return beam.Pipeline(runner=runner, options=self._options())
+        except ValueError as error:
+            raise UserError(f"--beam_options={','.join(self._arguments)}: {error}") from None
+
+    def run(self, build: Callable[[beam.Pipeline], object]) -> dict[str, int]:
+        """Builds a pipeline, runs it to its end, and returns its counters by name.
+
+        Raises:
+          UserError, RunAgain, OSError: what a worker marked; UserError also for a job that did not
+            end well.
+        """
+        pipeline = self._make_pipeline()
+        build(pipeline)
+        try:
+            result = pipeline.run()
+            state = result.wait_until_finish()
+        except Exception as error:
+            fault = find_fault(error)
+            if fault is None:
+                raise
+            raise fault from None
+        if state != PipelineState.DONE:
+            raise UserError(
+                f"--runner={self._name}: the job ended as {state}; see the runner's own log, and "
+                "start the same command again"
+            )
+        found = result.metrics().query(MetricsFilter().with_namespace(NAMESPACE))["counters"]
+        counters: dict[str, int] = {}
+        for item in found:
+            name = item.key.metric.name
+            counters[name] = counters.get(name, 0) + item.result
+        return counters
+
+
+def _whole_arguments(arguments: Sequence[str]) -> list[str]:
+    """Puts together again what a comma within an option's value took apart."""
+    whole: list[str] = []
+    for argument in arguments:
+        if argument.startswith("-") or not whole:
+            whole.append(argument)
+        else:
+            whole[-1] += f",{argument}"
+    return whole
+
+
+def _check_options(arguments: Sequence[str]) -> None:
+    """Checks Beam's own options; its parser would end the process, or pass unknown ones over."""
+    parsers: list = []
+    PipelineOptions([]).get_all_options(add_extra_args_fn=parsers.append)
+    said = io.StringIO()
+    try:
+        with contextlib.redirect_stderr(said):
+            _, unknown = parsers[0].parse_known_args(list(arguments))
+    except SystemExit:
+        reason = said.getvalue().strip().splitlines()[-1].partition("error: ")[2]
+        raise UserError(f"--beam_options={','.join(arguments)}: {reason}") from None
+    if unknown:
+        raise UserError(
+            f"--beam_options={','.join(arguments)}: Beam has no option {unknown[0]}; expected "
+            "options as --name=value, separated by commas"
+        )

@@ -1,0 +1,59 @@
+"""The shape of micro-batches for a corpus that is scored, from some of its rows."""
+
+from collections.abc import Sequence
+
+import numpy as np
+
+from trainer.blocks import encode_chunk
+from trainer.chunks import read_chunks
+from trainer.config import PackingConfig
+from trainer.exported import ExportedModel
+from trainer.packing import choose_packing, least_tokens, with_slots_for_scoring
+from trainer.plan import Part
+from trainer.rows import Columns
+
+# Rows whose lengths choose the shape of the micro-batches: some from each of a few parts.
+_SAMPLED_PARTS = 16
+_SAMPLED_ROWS_A_PART = 256
+
+
+def choose_score_packing(
+    lengths: np.ndarray, windows: np.ndarray, tokens_per_batch: int, most_windows: int
+) -> PackingConfig:
+    """The shape of the micro-batches for documents of these lengths.
+
+    Args:
+      lengths: int64 [max_seq_length + 1], windows by their tokens, of a sample; the rest may be
+        anything that fits.
+      windows: int64 [most_windows + 1], documents of the sample by their windows.
+      tokens_per_batch: about how many tokens a micro-batch has.
+      most_windows: that a document may have.
+    """
+    longest = len(lengths) - 1
+    num_tokens = max(tokens_per_batch, least_tokens(longest, most_windows))
+    packing = choose_packing(
+        lengths.tolist(), num_tokens, longest=longest,
+        window_histogram=windows.tolist(), most_windows=most_windows,
+    )  # fmt: skip
+    return with_slots_for_scoring(packing)
+
+
+def sample_lengths(
+    parts: Sequence[Part], columns: Columns, model: ExportedModel
+) -> tuple[np.ndarray, np.ndarray]:
+    """Lengths of some rows of some parts, as histograms for `choose_score_packing`.
+
+    Returns:
+      Windows by their tokens (int64 [max_seq_length + 1]) and documents by their windows (int64
+      [max_windows + 1]).
+    """
+    lengths = np.zeros(model.max_seq_length + 1, np.int64)
+    windows = np.zeros(model.max_windows + 1, np.int64)
+    for part in parts[:: -(-len(parts) // _SAMPLED_PARTS)]:
+        chunk = next(read_chunks([part], [0], columns, model.token_limits))
+        documents, _ = encode_chunk(chunk.first(_SAMPLED_ROWS_A_PART), model.encode)
+        np.add.at(lengths, [len(window) for document in documents for window in document], 1)
+        np.add.at(windows, [len(document) for document in documents], 1)
+    if not windows.any():
+        lengths[-1] = windows[1] = 1
+    return lengths, windows
