@@ -106,9 +106,9 @@ def cloud(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeStora
     with serve(storage, str(folder)) as environment:
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", environment["STORAGE_EMULATOR_HOST"])
         monkeypatch.setattr(object_store, "_FIRST_PAUSE_SECONDS", 0.02)
-        object_store._client.cache_clear()
+        object_store._make_client.cache_clear()
         yield storage
-        object_store._client.cache_clear()
+        object_store._make_client.cache_clear()
 
 
 @pytest.fixture(scope="session")

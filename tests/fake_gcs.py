@@ -26,6 +26,8 @@ import google_crc32c
 from gcs_proxy import ProxyHandler, serve_proxy
 
 _FAULTS = ("429", "503", "reset before", "reset after", "half", "slow")
+# Of uploads only, and never at random: half of a part is kept, and the answer says so.
+KEEPS_HALF = "keeps half"
 _SLOW_SECONDS = 0.1
 _LIST_PAGE = 8  # Small, so that lists take several pages.
 
@@ -133,9 +135,11 @@ class _Handler(ProxyHandler):
             return self._reset()
         if fault == "slow":
             time.sleep(_SLOW_SECONDS)
-        if fault == "half" and self.command == "PUT":
-            self._put_half(body)
-            return self._reset()
+        if fault in ("half", KEEPS_HALF) and self.command == "PUT":
+            received = self._put_half(body)
+            if fault == "half":
+                return self._reset()
+            return self._answer(308, b"", {"Range": f"bytes=0-{received - 1}"})
         try:
             with self.storage.lock:
                 status, content, headers = self._dispatch(body)
@@ -308,13 +312,14 @@ class _Handler(ProxyHandler):
         metadata = upload.resource.get("metadata")
         return _describe(upload.bucket, name, self.storage.put(upload.bucket, name, data, metadata))
 
-    def _put_half(self, body: bytes) -> None:
-        """Half of an upload's part arrives."""
+    def _put_half(self, body: bytes) -> int:
+        """Half of an upload's part arrives; how much there is of it all."""
         identity = parse_qs(urlsplit(self.path).query)["upload_id"][0]
         session = self.storage.sessions[identity]
         sent = re.match(r"bytes (\d+)-", self.headers.get("Content-Range", ""))
         if sent and int(sent.group(1)) == len(session.received):
             session.received.extend(body[: len(body) // 2])
+        return len(session.received)
 
     def _check_generation(self, bucket: str, name: str, query: dict[str, str]) -> None:
         if "ifGenerationMatch" in query:

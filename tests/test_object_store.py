@@ -6,7 +6,7 @@ import sys
 import threading
 
 import pytest
-from fake_gcs import FakeStorage, random_faults, serve
+from fake_gcs import KEEPS_HALF, FakeStorage, random_faults, serve
 
 from trainer import object_store
 from trainer.errors import RunAgain, UserError
@@ -85,6 +85,19 @@ def test_an_upload_whose_answer_was_lost_is_not_somebody_else_s(cloud, data):
     assert find_object("gs://b/part") == stored
 
 
+def test_an_upload_of_which_the_store_keeps_half_a_piece_is_begun_again(cloud):
+    asked = []
+
+    def keep_half_once(request):
+        asked.append(request)
+        return KEEPS_HALF if [item[:3] for item in asked].count("PUT") == 2 else ""
+
+    cloud.plan = keep_half_once
+    stored = upload("gs://b/part", LARGE, if_generation=0)
+    assert contents(cloud, "part") == LARGE and stored.bytes == len(LARGE)
+    assert cloud.faults[KEEPS_HALF] >= 1 and sum("uploadType" in item for item in asked) == 2
+
+
 def test_everything_is_repeated_until_it_works(cloud, tmp_path):
     cloud.plan = random_faults(7, 0.3)
     for index in range(12):
@@ -146,10 +159,10 @@ def test_what_a_store_refuses_is_said_in_one_line(cloud, monkeypatch, bucket, ki
 def test_nobody_there_is_a_reason_to_run_again(monkeypatch):
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://127.0.0.1:9")
     monkeypatch.setattr(object_store, "_DEADLINE_SECONDS", 1.0)
-    object_store._client.cache_clear()
+    object_store._make_client.cache_clear()
     with pytest.raises(RunAgain, match="gs://b/x: the store did not answer"):
         find_object("gs://b/x")
-    object_store._client.cache_clear()
+    object_store._make_client.cache_clear()
 
 
 def test_of_many_writers_one_gets_the_name(cloud):

@@ -18,6 +18,7 @@ import functools
 import io
 import os
 import sys
+import threading
 import uuid
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -37,6 +38,7 @@ _FIRST_PAUSE_SECONDS = 1.0
 _REQUEST_SECONDS = 60.0
 _UPLOAD_PIECE_BYTES = 8 << 20  # A multiple of 256 KiB, as Cloud Storage wants.
 _TOKEN = "multihot-upload"
+_MAKING_CLIENT = threading.Lock()
 
 
 class Taken(Exception):
@@ -182,8 +184,9 @@ def upload(
     blob.crc32c = base64.b64encode(bytes.fromhex(checksum)).decode()
     if size > _UPLOAD_PIECE_BYTES:
         blob.chunk_size = _UPLOAD_PIECE_BYTES
-    try:
-        with _explained(url):
+
+    def send() -> None:
+        try:
             blob.upload_from_file(
                 source,
                 rewind=True,
@@ -194,6 +197,13 @@ def upload(
                 retry=_retry(),
                 timeout=_REQUEST_SECONDS,
             )
+        except ValueError as error:
+            # The store kept only some of a piece, after which Google's client cannot go on.
+            raise ConnectionError(f"the upload was broken off ({error})") from None
+
+    try:
+        with _explained(url):
+            _retry()(send)()
     except PreconditionFailed:
         there = _blob(url)
         with _explained(url):
@@ -368,9 +378,14 @@ def _blob(url: str) -> Any:
     return _client().bucket(bucket).blob(name)
 
 
-@functools.cache
 def _client() -> Any:
     """This process's client."""
+    with _MAKING_CLIENT:
+        return _make_client()
+
+
+@functools.cache
+def _make_client() -> Any:
     import google.auth
     from google.api_core.client_options import ClientOptions
     from google.auth.credentials import AnonymousCredentials

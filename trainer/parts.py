@@ -19,6 +19,7 @@ import time
 from collections.abc import Callable, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any, BinaryIO
 
 import numpy as np
@@ -188,21 +189,22 @@ class Progress:
         names = self._folder.find(MANIFEST_FOLDER)
         self.manifests = [None] * len(self.manifests)
         self._read_new(names)
-        self._compare_sizes()
+        files = self._compare_sizes()
         there = [i for i in self.mine if f"{self._plan.parts[i].name}.json" in names]
         with ThreadPoolExecutor(_CHECKS_AT_ONCE) as pool:
-            damaged = [index for index, whole in zip(there, pool.map(self._is_whole, there),
-                                                     strict=True) if not whole]  # fmt: skip
+            whole = pool.map(partial(self._is_whole, files), there)
+        damaged = [index for index, is_whole in zip(there, whole, strict=True) if not is_whole]
         for index in damaged:
             self._folder.remove(SUCCESS_FILE)
             self._folder.remove(manifest_file(self._plan.parts[index]))
             self.manifests[index] = None
 
-    def _is_whole(self, index: int) -> bool:
+    def _is_whole(self, files: dict[str, Found], index: int) -> bool:
         manifest = self.manifests[index]
         if manifest is None:
             return False
-        found = self._folder.sum_up(part_file(self._plan.parts[index], self._plan))
+        name = part_file(self._plan.parts[index], self._plan)
+        found = files[name] if files[name].checksum else self._folder.sum_up(name)
         return found == Found(manifest.bytes, manifest.checksum)
 
     def refresh(self) -> None:
@@ -222,12 +224,14 @@ class Progress:
             self.manifests[index] = _parse(content)
         self._looked = time.monotonic()
 
-    def _compare_sizes(self) -> None:
+    def _compare_sizes(self) -> dict[str, Found]:
+        """Forgets manifests whose parts are not there so; the files that are."""
         files = self._folder.find("")
         for index, manifest in enumerate(self.manifests):
             found = files.get(part_file(self._plan.parts[index], self._plan))
             if manifest is not None and (found is None or found.bytes != manifest.bytes):
                 self.manifests[index] = None
+        return files
 
     def gather(self) -> None:
         """Notes what other workers have finished, and whether all files are there."""
