@@ -4,6 +4,7 @@ import pytest
 
 from trainer.errors import UserError
 from trainer.labels import LabelError, LabelReader, read_label_file
+from trainer.rows import LabelIds
 
 NAMES = ("red", "green", "blue", "7")
 OPEN = LabelReader(None, ("labels",))
@@ -121,3 +122,23 @@ def test_a_faulty_label_file_is_one_clear_line(tmp_path, content, message):
     with pytest.raises(UserError, match=message) as caught:
         read_label_file(str(path))
     assert str(path) in str(caught.value) and "\n" not in str(caught.value)
+
+
+def test_a_single_column_of_truth_values_is_one_label():
+    reader = LabelReader(None, ("angry",))
+    assert (reader.read(True), reader.read(False)) == (["angry"], [])
+
+
+def test_numbers_that_are_places_are_never_multi_hot():
+    reader = LabelReader(("a", "b"), ("labels",))
+    assert reader.read(LabelIds((0, 1))) == ["a", "b"] and reader.read([0, 1]) == ["b"]
+    with pytest.raises(LabelError, match="out of range"):
+        reader.read(LabelIds((2,)))
+    with pytest.raises(LabelError, match="--labels"):
+        OPEN.read(LabelIds((0,)))
+
+
+@pytest.mark.parametrize("raw", ["9" * 5000, ["9" * 5000], "[" + "9" * 5000 + "]", "[" * 500])
+def test_labels_at_the_edge_of_what_python_reads_are_told(raw):
+    with pytest.raises(LabelError):
+        KNOWN.read(raw)
