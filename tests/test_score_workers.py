@@ -68,6 +68,15 @@ def test_another_number_of_workers_finishes_the_rest_in_any_order(model, few, al
     assert read_tree(output) == read_tree(alone)
 
 
+def test_what_killed_workers_left_aside_goes_even_when_all_was_done(model, few, alone, tmp_path):
+    output = tmp_path / "out"
+    shutil.copytree(alone, output)
+    for name in ("_SUCCESS.tmp", "plan.json.tmp", "manifests/part-00002-of-00011.json.tmp"):
+        (output / name).touch()
+    assert run_score(model, few, output) == 0
+    assert read_tree(output) == read_tree(alone)
+
+
 def test_workers_wait_for_the_plan_and_work_at_once(model, few, alone, tmp_path, capsys):
     output = tmp_path / "out"
     found = {}

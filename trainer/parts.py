@@ -244,8 +244,12 @@ class Progress:
             return
         fields = ("rows_in", "rows_out", "rows_rejected", "rows_truncated", "bytes")
         totals = {name: sum(getattr(item, name) for item in self.done) for name in fields}
-        if self._folder.create(SUCCESS_FILE, _to_json({"parts": self.num_done} | totals)):
-            self._folder.clear_up(FOLDERS)
+        self._folder.create(SUCCESS_FILE, _to_json({"parts": self.num_done} | totals))
+        self.clear_up()
+
+    def clear_up(self) -> None:
+        """Removes what killed processes left aside; every part has to be there."""
+        self._folder.clear_up(FOLDERS)
 
     @property
     def is_complete(self) -> bool:

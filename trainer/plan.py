@@ -91,9 +91,12 @@ def recall_inputs(plan: Plan, paths: Sequence[str], parts: Collection[int]) -> t
     names = [absolute_name(path) for path in paths]
     read = [name for name in names if name in needed or name not in planned]
     described = {item.path: item for item in describe_inputs(read)}
-    return tuple(
-        described.get(name) or Input(name, num_bytes(name), planned[name]) for name in names
-    )
+
+    def recall(name: str) -> Input:
+        return described.get(name) or Input(name, num_bytes(name), planned[name])
+
+    with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
+        return tuple(pool.map(recall, names))
 
 
 def plan_parts(inputs: Sequence[Input], rows_per_part: int) -> tuple[Part, ...]:

@@ -112,6 +112,7 @@ def _run(config: ScoreConfig) -> ScoreSummary:
         known = recall_inputs(plan, paths, progress.waiting)
         check_plan(plan, folder.url, model.fingerprint, _settings(config, precision), known)
     if progress.has_ended:
+        progress.clear_up()
         print(f"{folder.url}: all {progress.num_done} parts are there already; nothing to do")
         return ScoreSummary(0, 0.0)
     _check_rejected(config, folder, plan, progress)
