@@ -1,4 +1,4 @@
-"""Beam's runners: the shards of the local command byte for byte, and its scores for the same ids."""
+"""Beam: the shards of the local command byte for byte, and its scores for the same ids."""
 
 import gzip
 import json

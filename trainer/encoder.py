@@ -19,8 +19,18 @@ from trainer.errors import UserError
 # (rows, length) of each group; scalars may be tensors where the shape is not known beforehand.
 RowGroups = Sequence[tuple[int | tf.Tensor, int | tf.Tensor]]
 
+
+def _gelu(x: tf.Tensor) -> tf.Tensor:
+    """x Phi(x) (Hendrycks & Gimpel 2016, arXiv:1606.08415), exact."""
+    if x.dtype == tf.float32:
+        # In this form, which loses digits in narrower types only, TensorFlow fuses it on CPUs with
+        # the product before it: 4 % of scoring.
+        return 0.5 * x * (1.0 + tf.math.erf(x * 2**-0.5))
+    return tf.nn.gelu(x, approximate=False)
+
+
 ACTIVATIONS: dict[str, Callable[[tf.Tensor], tf.Tensor]] = {
-    "gelu": lambda x: tf.nn.gelu(x, approximate=False),
+    "gelu": _gelu,
     "gelu_new": lambda x: tf.nn.gelu(x, approximate=True),
     "gelu_pytorch_tanh": lambda x: tf.nn.gelu(x, approximate=True),
     "relu": tf.nn.relu,

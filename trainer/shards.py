@@ -242,7 +242,7 @@ def write_shard(plan: WritePlan, number: int, offsets_path: str, num_segments: i
     name = plan.shard_names[number]
     path = os.path.join(plan.work_dir, name)
     with open(path, "wb") as file:
-        file.write(b"".join([records[at] for at in order.tolist()]))
+        file.writelines(records[at] for at in order.tolist())
         file.flush()
         os.fsync(file.fileno())
     return Shard(name, len(records), os.path.getsize(path), checksum(path))

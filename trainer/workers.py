@@ -5,9 +5,12 @@ import multiprocessing
 import multiprocessing.connection
 import os
 import threading
+from collections import deque
 from collections.abc import Callable, Iterable, Iterator
-from concurrent.futures import ProcessPoolExecutor
+from concurrent.futures import Future, ProcessPoolExecutor
 from typing import Any, Protocol
+
+_TASKS_A_PROCESS = 4
 
 
 class WorkerPool(Protocol):
@@ -15,6 +18,28 @@ class WorkerPool(Protocol):
 
     def map(self, function: Callable[..., Any], /, *arguments: Iterable[Any]) -> Iterator[Any]:
         """The results of a function, in order, for the first of all arguments, the second, …"""
+
+
+class ProcessWorkers:
+    """A pool of processes, each with few tasks under way or waiting to be taken.
+
+    (`Executor.map` takes all arguments at once and keeps every result that comes before it is asked
+    for: memory that grows with the corpus.)
+    """
+
+    def __init__(self, pool: ProcessPoolExecutor, num_workers: int) -> None:
+        self._pool = pool
+        self._most = _TASKS_A_PROCESS * num_workers
+
+    def map(self, function: Callable[..., Any], /, *arguments: Iterable[Any]) -> Iterator[Any]:
+        """See `WorkerPool`; what is passed and returned must pickle."""
+        waiting: deque[Future[Any]] = deque()
+        for task in zip(*arguments, strict=True):
+            if len(waiting) == self._most:
+                yield waiting.popleft().result()
+            waiting.append(self._pool.submit(function, *task))
+        while waiting:
+            yield waiting.popleft().result()
 
 
 def count_cores() -> int:
@@ -27,22 +52,23 @@ def count_cores() -> int:
 @contextlib.contextmanager
 def process_pool(
     num_workers: int | None, prepare_worker: Callable[..., None] | None = None, *arguments: Any
-) -> Iterator[ProcessPoolExecutor]:
+) -> Iterator[ProcessWorkers]:
     """A pool of processes; what is still waiting is dropped when the block ends.
 
     Args:
       num_workers: processes; None for one a core.
       prepare_worker: called once in each process with `arguments`; both must pickle.
     """
+    num_workers = num_workers or count_cores()
     pool = ProcessPoolExecutor(
-        max_workers=num_workers or count_cores(),
+        max_workers=num_workers,
         # Forked copies of a process that runs threads (TensorFlow's, tokenizers') can hang.
         mp_context=multiprocessing.get_context("spawn"),
         initializer=_start_worker,
         initargs=(prepare_worker, arguments),
     )
     try:
-        yield pool
+        yield ProcessWorkers(pool, num_workers)
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 

@@ -1,5 +1,6 @@
 """The second pass of `prepare` as a whole: rows tokenised, shards written, all counted."""
 
+import itertools
 import os
 from functools import partial
 
@@ -28,12 +29,14 @@ def write_corpus(plan: WritePlan, corpus: Corpus, pool: WorkerPool) -> tuple[lis
     with tqdm(
         total=corpus.ledger.num_rows, desc="pass 2: tokenising", unit=" documents", mininterval=1
     ) as progress:
-        splits, ranks = zip(*corpus.ranks(num_splits), strict=True)
+        places, same_places = itertools.tee(corpus.ranks(num_splits))
+        splits, ranks = (splits for splits, _ in places), (ranks for _, ranks in same_places)
         written = pool.map(write, range(num_segments), corpus.segments, splits, ranks)
+        rows = np.diff(corpus.ledger.first_rows).tolist()
         for index, segment in enumerate(written):
             offsets[index] = segment.shard_offsets
             tally.merge(segment.tally)
-            progress.update(len(splits[index]))
+            progress.update(rows[index])
     offsets.flush()
     gather = partial(write_shard, plan, offsets_path=offsets_path, num_segments=num_segments)
     return list(pool.map(gather, range(num_shards))), tally

@@ -1,0 +1,299 @@
+"""`multihot score` beside the forward pass alone, transformers' pipeline and ONNX Runtime.
+
+All read the same model folder and the same documents on the same cores, each in a process of its
+own, in turn in every round. Loading the model is left out of all four.
+
+    score      reading, planning, tokenising, packing, compiling, forward pass, writing
+    forward    the compiled forward pass over the micro-batches of `score`, packed in memory before
+    pipeline   transformers' text-classification pipeline over texts in memory
+    onnx       ONNX Runtime, float32, the graph fused for BERT, over ids that were tokenised
+               before, in batches sorted by length
+
+Printed are documents a second, documents a second of the process's time on the cores (which other
+work on the machine hardly changes), and the largest difference between probabilities.
+
+    python benchmarks/score_speed.py [--model=EXPORT_DIR] [--documents=2000] [...]
+
+Without --model it exports what `compare_trainer.py` trained in --folder.
+"""
+
+import argparse
+import glob
+import gzip
+import json
+import os
+import shutil
+import subprocess
+import sys
+import time
+from collections.abc import Callable
+
+import numpy as np
+from corpus import CORPUS_FILE, run_multihot, write_json
+
+PEERS = ("forward", "pipeline", "onnx")
+
+
+def parse_arguments() -> argparse.Namespace:
+    """The command line."""
+    parser = argparse.ArgumentParser(
+        description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
+    )
+    parser.add_argument("--folder", default="runs/compare", help="that compare_trainer.py wrote")
+    parser.add_argument("--model", help="folder that `multihot export` wrote")
+    parser.add_argument("--input", help="JSONL of documents; default: the corpus in --folder")
+    parser.add_argument("--documents", type=int, default=2000, help="to score")
+    parser.add_argument("--batch_size", type=int, default=32, help="of pipeline and onnx")
+    parser.add_argument("--peers", default=",".join(PEERS), help="beside `score`")
+    parser.add_argument("--rounds", type=int, default=3)
+    parser.add_argument("--only", choices=("score", *PEERS), help=argparse.SUPPRESS)
+    return parser.parse_args()
+
+
+def find_model(arguments: argparse.Namespace) -> str:
+    """The model folder, exported first if it has to be."""
+    if arguments.model:
+        return arguments.model
+    folder, exported = arguments.folder, os.path.join(arguments.folder, "export")
+    trained = sorted(glob.glob(os.path.join(folder, "models", "quality-*")))
+    if not os.path.isdir(exported):
+        if not trained:
+            sys.exit(f"{folder}: no trained model; run compare_trainer.py first, or give --model")
+        data = f"--data_dir={os.path.join(folder, 'data')}"
+        run_multihot("evaluate", f"--model_dir={trained[0]}", data)
+        run_multihot("export", f"--model_dir={trained[0]}", data, f"--export_dir={exported}")
+    return exported
+
+
+def write_input(arguments: argparse.Namespace) -> str:
+    """The last documents of the corpus in a file of their own."""
+    source = arguments.input or os.path.join(arguments.folder, CORPUS_FILE)
+    path = os.path.join(arguments.folder, "score_input.jsonl")
+    with open(source, encoding="utf-8") as file:
+        lines = file.readlines()[-arguments.documents :]
+    with open(path, "w", encoding="utf-8") as file:
+        file.writelines(lines)
+    return path
+
+
+def read_texts(path: str) -> list[str]:
+    """The texts of a JSONL file."""
+    with open(path, encoding="utf-8") as file:
+        return [json.loads(line)["text"] for line in file]
+
+
+def max_length_of(model: str) -> int:
+    """Tokens of the longest document that the model takes."""
+    with open(os.path.join(model, "multihot.json"), encoding="utf-8") as file:
+        return json.load(file)["max_seq_length"]
+
+
+def timed(work: Callable[[], np.ndarray]) -> tuple[np.ndarray, dict[str, float]]:
+    """What `work` gives, its seconds, and the seconds of this process on the cores."""
+    began, used = time.perf_counter(), time.process_time()
+    result = work()
+    return result, {
+        "seconds": time.perf_counter() - began,
+        "core_seconds": time.process_time() - used,
+    }
+
+
+def score(model: str, path: str, folder: str) -> tuple[np.ndarray, dict[str, float]]:
+    """`multihot score`, from its plan to its last part."""
+    from trainer.config import ScoreConfig
+    from trainer.score import run
+
+    output_dir = os.path.join(folder, "scores")
+    shutil.rmtree(output_dir, ignore_errors=True)
+    config = ScoreConfig(model=model, input=(path,), output_dir=output_dir, precision="float32")
+    used = time.process_time()
+    summary = run(config)
+    # Loading the model, which the seconds do not hold, is part of these: in favour of the peers.
+    times = {"seconds": summary.seconds, "core_seconds": time.process_time() - used}
+    rows = []
+    for part in sorted(glob.glob(os.path.join(output_dir, "part-*.jsonl.gz"))):
+        with gzip.open(part, "rt", encoding="utf-8") as file:
+            rows += [list(json.loads(line)["scores"].values()) for line in file]
+    return np.array(rows), times
+
+
+def forward(model: str, folder: str, path: str) -> tuple[np.ndarray, dict[str, float]]:
+    """The forward pass alone, over the micro-batches that `score` packed in this folder."""
+    from trainer.blocks import BlockPacker, tokenize
+    from trainer.chunks import read_chunks
+    from trainer.exported import load_exported
+    from trainer.output_folder import open_output
+    from trainer.packing import BLOCK_MICRO_BATCHES
+    from trainer.plan import load_plan
+    from trainer.predictor import Predictor
+    from trainer.rows import Columns
+    from trainer.scoring import pack_blocks
+
+    exported = load_exported(model, "float32")
+    plan = load_plan(open_output(os.path.join(folder, "scores")))
+    assert plan is not None, "run `score` first"
+    chunks = read_chunks(plan.parts, range(len(plan.parts)), Columns(), exported.token_limits)
+    size = BLOCK_MICRO_BATCHES * plan.packing.num_tokens
+    blocks = list(tokenize(chunks, exported.encode, size, size))
+    firsts = np.cumsum([0, *(len(block.ids) for block in blocks)])
+    packed = list(pack_blocks(blocks, BlockPacker(plan.packing)))
+    predictor = Predictor(exported.model, plan.packing)
+    predictor.probabilities([packed[0].inputs])
+    probabilities = np.empty((firsts[-1], len(exported.labels)))
+    first_of = {id(block): first for block, first in zip(blocks, firsts[:-1], strict=True)}
+
+    def work() -> np.ndarray:
+        for item in packed:
+            (result,) = predictor.probabilities([item.inputs])
+            real = item.document_index >= 0
+            places = first_of[id(item.block)] + item.document_index[real]
+            probabilities[places] = result.numpy()[real]
+        return probabilities
+
+    return timed(work)
+
+
+def run_pipeline(model: str, path: str, batch_size: int) -> tuple[np.ndarray, dict[str, float]]:
+    """transformers' pipeline."""
+    import torch
+    from transformers import pipeline
+
+    torch.set_num_threads(len(os.sched_getaffinity(0)))
+    classify = pipeline("text-classification", model=model, tokenizer=model, device="cpu")
+    texts, length = read_texts(path), max_length_of(model)
+    rows, times = timed(
+        lambda: classify(
+            texts, batch_size=batch_size, top_k=None, truncation=True, max_length=length
+        )
+    )
+    order = {label: index for index, label in classify.model.config.id2label.items()}
+    probabilities = np.empty((len(rows), len(order)))
+    for row, scores in enumerate(rows):
+        for item in scores:
+            probabilities[row, order[item["label"]]] = item["score"]
+    return probabilities, times
+
+
+def export_onnx(model: str, path: str) -> None:
+    """The model folder as an ONNX graph, its attention, GELU and LayerNorm fused."""
+    import torch
+    from onnxruntime.transformers import optimizer
+    from transformers import BertForSequenceClassification
+
+    bert = BertForSequenceClassification.from_pretrained(model, attn_implementation="eager").eval()
+
+    class Logits(torch.nn.Module):
+        def __init__(self) -> None:
+            super().__init__()
+            self.bert = bert
+
+        def forward(self, input_ids, attention_mask, token_type_ids):  # type: ignore[no-untyped-def]
+            return self.bert(input_ids, attention_mask, token_type_ids).logits
+
+    names = ["input_ids", "attention_mask", "token_type_ids"]
+    example = torch.ones(2, 16, dtype=torch.long)
+    axes = {name: {0: "batch", 1: "length"} for name in names}
+    torch.onnx.export(
+        Logits(), (example, example, example * 0), path + ".plain", input_names=names,
+        output_names=["logits"], dynamic_axes=axes, opset_version=17, dynamo=False,
+    )  # fmt: skip
+    fused = optimizer.optimize_model(
+        path + ".plain", model_type="bert", opt_level=1,
+        num_heads=bert.config.num_attention_heads, hidden_size=bert.config.hidden_size,
+    )  # fmt: skip
+    print(fused.get_fused_operator_statistics())
+    fused.save_model_to_file(path)
+
+
+def run_onnx(
+    model: str, path: str, batch_size: int, folder: str
+) -> tuple[np.ndarray, dict[str, float]]:
+    """ONNX Runtime over ids in memory, the longest documents first, padded to their batch's."""
+    import onnxruntime
+
+    from trainer.tokenizer import load_tokenizer
+
+    graph = os.path.join(folder, "model.onnx")
+    if not os.path.exists(graph):
+        export_onnx(model, graph)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = len(os.sched_getaffinity(0))
+    session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    kinds = {"tensor(int32)": np.int32, "tensor(int64)": np.int64}
+    types = {item.name: kinds[item.type] for item in session.get_inputs()}
+    texts = read_texts(path)
+    ids, _ = load_tokenizer(model).encode_batch(texts, max_length_of(model))
+    lengths = np.array([len(document) for document in ids])
+    warm = {name: np.ones((1, 8), kind) for name, kind in types.items()}
+    (first,) = session.run(None, warm)
+    logits = np.empty((len(ids), first.shape[1]))
+
+    def work() -> np.ndarray:
+        order = np.argsort(-lengths, kind="stable")
+        for start in range(0, len(order), batch_size):
+            chosen = order[start : start + batch_size]
+            inputs = np.zeros((len(chosen), lengths[chosen].max()), np.int64)
+            for row, document in enumerate(chosen):
+                inputs[row, : lengths[document]] = ids[document]
+            mask = np.arange(inputs.shape[1]) < lengths[chosen, None]
+            feed = {"input_ids": inputs, "attention_mask": mask, "token_type_ids": inputs * 0}
+            feed = {name: feed[name].astype(kind) for name, kind in types.items()}
+            (logits[chosen],) = session.run(None, feed)
+        return 1 / (1 + np.exp(-logits))
+
+    return timed(work)
+
+
+def run_once(arguments: argparse.Namespace, model: str, path: str) -> None:
+    """One system, once; its times and probabilities go to files."""
+    folder, size = arguments.folder, arguments.batch_size
+    probabilities, times = {
+        "score": lambda: score(model, path, folder),
+        "forward": lambda: forward(model, folder, path),
+        "pipeline": lambda: run_pipeline(model, path, size),
+        "onnx": lambda: run_onnx(model, path, size, folder),
+    }[arguments.only]()
+    np.save(os.path.join(folder, f"{arguments.only}.npy"), probabilities)
+    write_json(os.path.join(folder, f"{arguments.only}.json"), times)
+
+
+def main() -> None:
+    """Rounds of all, then the ratios."""
+    arguments = parse_arguments()
+    folder = arguments.folder
+    os.makedirs(folder, exist_ok=True)
+    model, path = find_model(arguments), os.path.join(folder, "score_input.jsonl")
+    if arguments.only:
+        run_once(arguments, model, path)
+        return
+    path = write_input(arguments)
+    count = len(read_texts(path))
+    systems = ["score", *filter(None, arguments.peers.split(","))]
+    times: dict[str, list[dict[str, float]]] = {system: [] for system in systems}
+    for number in range(arguments.rounds):
+        for system in systems:
+            subprocess.run([sys.executable, *sys.argv, f"--only={system}"], check=True)
+            with open(os.path.join(folder, f"{system}.json"), encoding="utf-8") as file:
+                times[system].append(json.load(file))
+            print(f"round {number + 1}: {system} {times[system][-1]}", flush=True)
+    loaded = {system: np.load(os.path.join(folder, f"{system}.npy")) for system in systems}
+    print(f"\n{count} documents, medians of {arguments.rounds} rounds [each]")
+    result: dict[str, object] = {"documents": count, "times": times}
+    for kind in ("seconds", "core_seconds"):
+        speeds = {name: [count / item[kind] for item in values] for name, values in times.items()}
+        for name, values in speeds.items():
+            each = ", ".join(f"{value:.2f}" for value in values)
+            ratios = [ours / value for ours, value in zip(speeds["score"], values, strict=True)]
+            print(
+                f"  {name:9} {np.median(values):8.2f} documents a {kind[:-1].replace('_', ' ')} "
+                f"[{each}]; score has {np.median(ratios):.2f} of it"
+            )
+    for system in systems[1:]:
+        difference = float(np.abs(loaded["score"] - loaded[system]).max())
+        print(f"  largest difference of probabilities, score and {system}: {difference:.1e}")
+        result[f"difference_{system}"] = difference
+    write_json(os.path.join(folder, "score_speed.json"), result)
+
+
+if __name__ == "__main__":
+    main()
