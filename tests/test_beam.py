@@ -193,3 +193,9 @@ def test_local_commands_do_not_import_beam():
         "assert 'tensorflow' in sys.modules and 'apache_beam' not in sys.modules"
     )
     subprocess.run([sys.executable, "-c", code], check=True)
+
+
+def test_prepare_wants_a_folder_that_all_workers_share(rows):
+    config = prepare_config(rows, "gs://b/data", runner="FlinkRunner")
+    with pytest.raises(UserError, match="FlinkRunner's workers exchange files in the data folder"):
+        prepare.run(config)

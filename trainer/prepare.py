@@ -75,6 +75,12 @@ def run(config: PrepareConfig) -> Timing:
     runner = open_runner(config.runner, config.beam_options)
     if not storage.is_remote(config.data_dir):
         return _prepare(config, runner, config.data_dir)
+    if runner is not None and not runner.is_local:
+        raise UserError(
+            f"--data_dir={config.data_dir}: {runner}'s workers exchange files in the data folder, "
+            "which for gs:// is a local one first; name a folder of a file system that all of them "
+            "share and copy it to the bucket afterwards, or use --runner=local"
+        )
     with mirrored(config.data_dir, config.work_dir) as mirror:
         local = dataclasses.replace(config, data_dir=mirror.folder)
         return _prepare(local, runner, mirror.url, mirror)
