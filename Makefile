@@ -95,7 +95,8 @@ format: install-dev ## format and fix what can be fixed
 benchmark: install-dev minilm ## measure beside the peers (hours; benchmarks/README.md)
 	$(BIN)/python benchmarks/prepare_speed.py
 	$(BIN)/python benchmarks/compare_trainer.py
-	$(BIN)/python benchmarks/compare_pipeline.py
+	$(BIN)/python benchmarks/score_speed.py
+	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/compare_losses.py
 	$(BIN)/python benchmarks/keras_ways.py
 	$(BIN)/python benchmarks/label_speed.py
