@@ -71,8 +71,6 @@ def test_prepare_writes_the_same_files_and_adds_splits(cloud, rows, scratch, tmp
     for path, flags in commands:
         prepare.run(config(path, local, **flags))
     expected_lines = capsys.readouterr().out.replace(str(local), "gs://b/deep/data")
-    cloud.put("b", "deep/data/train-00000-of-00009.tfrecord", b"left by a killed run")
-    cloud.put("b", "deep/data/train-00000-of-00002.tfrecord", b"left by a killed run")
     cloud.plan = random_faults(3, 0.15)
     for path, flags in commands:
         prepare.run(config(path, "gs://b/deep/data", **flags))
@@ -90,6 +88,65 @@ def test_prepare_writes_the_same_files_and_adds_splits(cloud, rows, scratch, tmp
         prepare.run(config(rows, "gs://b/deep/data", split="more"))
 
 
+def test_what_a_killed_prepare_left_is_used_and_somebody_else_s_is_left(cloud, rows, scratch):
+    flags = {"split": "train:0.7,test:0.3", "vocab_size": 150, "num_shards": 2}
+    prepare.run(config(rows, "gs://b/data", **flags))
+    whole = read_bucket(cloud, "data")
+    assert len(whole) == 11
+    # Killed while it uploaded: some files are there, metadata.json is not.
+    for name in ("metadata.json", "train-00001-of-00002.tfrecord", "tokenizer/tokenizer.json"):
+        del cloud.buckets["b"][f"data/{name}"]
+    generations = {name: item.generation for name, item in cloud.buckets["b"].items()}
+    prepare.run(config(rows, "gs://b/data", **flags))
+    assert read_bucket(cloud, "data") == whole
+    kept = {name: cloud.buckets["b"][name].generation for name in generations}
+    assert kept == generations
+    del cloud.buckets["b"]["data/metadata.json"]
+    cloud.put("b", "data/test-00001-of-00002.tfrecord", b"of another command")
+    before = read_bucket(cloud, "data")
+    with pytest.raises(UserError, match=r"data/test-00001-of-00002.tfrecord: is there already"):
+        prepare.run(config(rows, "gs://b/data", **flags))
+    assert read_bucket(cloud, "data") == before
+
+
+def test_of_two_prepares_at_once_neither_spoils_the_other_s(cloud, rows, scratch, monkeypatch):
+    flags = {"split": "all", "vocab_size": 150, "num_shards": 1}
+    upload_files, calls = object_store.upload_files, []
+
+    def one_after_the_other(url, folder, names, generations=None):
+        calls.append(names)
+        if len(calls) == 1:  # The second one starts and ends before the first has uploaded.
+            prepare.run(config(rows, url, seed=5, **flags))
+        return upload_files(url, folder, names, generations)
+
+    monkeypatch.setattr(object_store, "upload_files", one_after_the_other)
+    with pytest.raises(UserError, match="another `multihot prepare` has written it meanwhile"):
+        prepare.run(config(rows, "gs://b/data", **flags))
+    metadata = json.loads(cloud.buckets["b"]["data/metadata.json"].data)
+    assert metadata["source"]["calls"][0]["seed"] == 5
+    for shard in metadata["splits"]["all"]["shards"]:
+        found = object_store.find_object(f"gs://b/data/{shard['name']}")
+        assert found.checksum == shard["checksum"]
+
+
+def test_of_two_exports_at_once_one_stops(cloud, model, scratch, monkeypatch):
+    run = str(Path(model).parent / "run")
+    upload_files, calls = export.upload_files, []
+
+    def one_within_the_other(url, folder, names, generations):
+        made = upload_files(url, folder, names, generations)
+        calls.append(names)
+        if len(calls) == 1:  # The second one takes the first's files for left ones.
+            export.run(ExportConfig(model_dir=run, export_dir="gs://b/model"))
+        return made
+
+    monkeypatch.setattr(export, "upload_files", one_within_the_other)
+    with pytest.raises(UserError, match="--export_dir=gs://b/model: "):
+        export.run(ExportConfig(model_dir=run, export_dir="gs://b/model"))
+    assert len(calls) == 2
+    assert load_exported("gs://b/model").fingerprint == load_exported(model).fingerprint
+
+
 def test_prepare_leaves_its_rejected_rows_in_the_store(cloud, scratch, tmp_path):
     rows = write_rows(tmp_path / "rows.jsonl", [{"text": "a", "labels": ["x"]}, {"text": 3}] * 9)
     with pytest.raises(UserError, match=r"see gs://b/data/rejected/all.jsonl") as caught:
@@ -98,12 +155,12 @@ def test_prepare_leaves_its_rejected_rows_in_the_store(cloud, scratch, tmp_path)
     assert list(read_bucket(cloud, "data")) == ["rejected/all.jsonl"]
 
 
-def test_two_prepares_of_one_folder_do_not_mix(cloud, rows, scratch, monkeypatch):
+def test_a_folder_that_is_finished_meanwhile_is_left_as_it_is(cloud, rows, scratch, monkeypatch):
     upload_files = object_store.upload_files
 
-    def meanwhile(url, folder, names):
-        upload_files(url, folder, names)
+    def meanwhile(*arguments, **flags):
         cloud.put("b", "data/metadata.json", b"{}")
+        return upload_files(*arguments, **flags)
 
     monkeypatch.setattr(object_store, "upload_files", meanwhile)
     with pytest.raises(UserError, match="another `multihot prepare` has written it meanwhile"):

@@ -47,11 +47,22 @@ def test_folders_come_whole(cloud, tmp_path):
         cloud.put("b", name, name.encode())
     listed = object_store.list_objects("gs://b/f/")
     assert [item.url for item in listed] == [f"gs://b/{name}" for name in sorted(names[:21])]
-    assert object_store.download_folder("gs://b/f", str(tmp_path / "copy")) == listed
+    object_store.download_folder("gs://b/f", str(tmp_path / "copy"))
     assert (tmp_path / "copy" / "sub" / "deep").read_bytes() == b"f/sub/deep"
     assert len(list((tmp_path / "copy").iterdir())) == 21
     with pytest.raises(FileNotFoundError, match="not found"):
         object_store.download_folder("gs://b/nowhere", str(tmp_path))
+
+
+def test_a_name_that_leads_out_of_the_folder_is_refused(cloud, tmp_path):
+    cloud.put("b", "f/a/../../out", b"x")
+    for copy in (
+        lambda: object_store.download_folder("gs://b/f", str(tmp_path / "f")),
+        lambda: object_store.download_files("gs://b/f", str(tmp_path / "f"), ["a/../../out"]),
+    ):
+        with pytest.raises(UserError, match="leads out of its folder"):
+            copy()
+    assert not (tmp_path / "out").exists()
 
 
 def test_preconditions_stop_the_second_writer(cloud):

@@ -31,7 +31,10 @@ def test_a_killed_process_s_folder_goes_when_the_next_comes_and_a_living_one_s_s
         )
         return child, Path(child.stdout.readline().strip())
 
-    (tmp_path / "multihot-not-a-folder").write_text("somebody's")
+    somebodys = ["multihot-model", "multihot-scratch-of-mine", "multihot-not-a-folder"]
+    for name in somebodys[:2]:
+        (tmp_path / name).mkdir()
+    (tmp_path / somebodys[2]).write_text("x")
     killed, left = start()
     living, kept = start()
     killed.send_signal(signal.SIGKILL)
@@ -39,7 +42,7 @@ def test_a_killed_process_s_folder_goes_when_the_next_comes_and_a_living_one_s_s
     assert (left / "file").exists() and (kept / "file").exists()
     with scratch_folder(str(tmp_path)) as folder:
         assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
-            [kept.name, os.path.basename(folder), "multihot-not-a-folder"]
+            [kept.name, os.path.basename(folder), *somebodys]
         )
     assert (kept / "file").exists() and not os.path.exists(folder)
     living.kill()
@@ -76,10 +79,10 @@ def test_the_command_that_prepared_a_folder_finds_nothing_to_do(tmp_path, capsys
     capsys.readouterr()
     prepare.run(config(rows, tmp_path / "data", **flags | {"num_workers": 2}))
     assert "prepared by this command already; nothing to do" in capsys.readouterr().out
+    rows.write_text(rows.read_text().replace("number 3", "number 4"))  # As many bytes.
+    with pytest.raises(UserError, match="already holds the splits all"):
+        prepare.run(config(rows, tmp_path / "data", **flags))
     for changes in ({"seed": 5}, {"vocab_size": 999}):
         with pytest.raises(UserError, match="already holds the splits all"):
             prepare.run(config(rows, tmp_path / "data", **flags | changes))
-    rows.write_text(rows.read_text() + '{"text": "one more", "labels": ["a"]}\n')
-    with pytest.raises(UserError, match="already holds the splits all"):
-        prepare.run(config(rows, tmp_path / "data", **flags))
     assert (tmp_path / "data" / "metadata.json").read_bytes() == before

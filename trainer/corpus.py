@@ -1,5 +1,6 @@
 """The first pass of `prepare` as a whole: every row read once, labels and splits decided."""
 
+import contextlib
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -209,6 +210,10 @@ def _scan(
     if num_rejected:
         os.makedirs(os.path.dirname(rejected_path), exist_ok=True)
         os.replace(temporary, rejected_path)
+    elif os.path.exists(rejected_path):  # Of an earlier run, which ended for them.
+        os.remove(rejected_path)
+        with contextlib.suppress(OSError):
+            os.rmdir(os.path.dirname(rejected_path))
     return num_rejected
 
 

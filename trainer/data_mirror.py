@@ -3,19 +3,20 @@
 `prepare` works in a local folder that holds what it needs of the splits that are there: metadata,
 tokenizer and text indexes, but no shards. When it is done, the new files are uploaded,
 metadata.json last, under the condition that nobody has changed it meanwhile; so the folder's reader
-finds the splits as before or all of the new ones, and a killed run's files are overwritten by the
-next.
+finds the splits as before or all of the new ones. No object is ever replaced or removed: what a
+killed run left is used if this one made the same bytes, as the same command does, and refused
+otherwise. So of several that write to one folder none can spoil another's.
 """
 
 import contextlib
 import os
 import re
 from collections.abc import Iterator
-from concurrent.futures import ThreadPoolExecutor
 
 from trainer import object_store
+from trainer.data_folder import FILE_NAME
 from trainer.errors import UserError
-from trainer.object_store import StoredObject, Taken
+from trainer.object_store import Taken
 from trainer.records import METADATA_FILE, TOKENIZER_FOLDER, checksum
 from trainer.scratch import scratch_folder
 
@@ -39,45 +40,43 @@ class DataMirror:
             for item in object_store.list_objects(self.url + "/")
         }
         if METADATA_FILE in self._before:
-            self._fetch([name for name in self._before if _NEEDED.fullmatch(name)])
+            os.makedirs(os.path.join(folder, TOKENIZER_FOLDER), exist_ok=True)
+            needed = [name for name in self._before if _NEEDED.fullmatch(name)]
+            object_store.download_files(self.url, folder, needed)
+        elif any(FILE_NAME.fullmatch(name) for name in self._before):
+            print(
+                f"warning: {self.url} holds files of a `multihot prepare` that has not ended; if "
+                "it was another command than this one, remove them or name another --data_dir"
+            )
 
-    def _fetch(self, names: list[str]) -> None:
-        os.makedirs(os.path.join(self.folder, TOKENIZER_FOLDER), exist_ok=True)
-
-        def copy(name: str) -> StoredObject:
-            return object_store.download(f"{self.url}/{name}", os.path.join(self.folder, name))
-
-        with ThreadPoolExecutor(object_store.REQUESTS_AT_ONCE) as pool:
-            list(pool.map(copy, names))
-
-    def commit(self, is_left_over: re.Pattern[str], splits: set[str]) -> None:
+    def commit(self) -> None:
         """Uploads what is new, metadata.json last.
 
-        Args:
-          is_left_over: names of files of a split, its group `split`.
-          splits: the new splits, whose files of a killed run vanish.
-
         Raises:
-          UserError: if somebody else has changed the folder meanwhile.
+          UserError: if somebody else's file is in the way, or the folder was changed meanwhile.
         """
-        new = self._new_files()
-        is_first = METADATA_FILE not in self._before
-        for name in set(self._before) - set(new):
-            match = is_left_over.fullmatch(name)
-            if match and (is_first or match["split"] in splits):
-                object_store.delete(f"{self.url}/{name}")
-        rest = [name for name in new if name != METADATA_FILE]
-        object_store.upload_files(self.url, self.folder, rest)
+        new = [name for name in self._new_files() if name != METADATA_FILE]
+        rejected = [name for name in new if name.startswith(f"{REJECTED_FOLDER}/")]
+        rest = [name for name in new if name not in rejected]
+        for name in rest:
+            if name in self._before:
+                raise UserError(
+                    f"{self.url}/{name}: is there already with other contents, of another command "
+                    f"that did not end; remove it with `gcloud storage rm {self.url}/{name}`, or "
+                    "name another --data_dir"
+                )
         before = self._before.get(METADATA_FILE)
         try:
+            object_store.upload_files(self.url, self.folder, rest, generations={})
+            object_store.upload_files(self.url, self.folder, rejected)
             object_store.upload(
                 f"{self.url}/{METADATA_FILE}",
                 os.path.join(self.folder, METADATA_FILE),
                 if_generation=before.generation if before else 0,
             )
-        except Taken:
+        except Taken as taken:
             raise UserError(
-                f"{self.url}/{METADATA_FILE}: another `multihot prepare` has written it meanwhile; "
+                f"{taken}: another `multihot prepare` has written it meanwhile; "
                 "run the command again once nobody else writes to the folder"
             ) from None
 

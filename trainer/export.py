@@ -54,19 +54,23 @@ def run(config: ExportConfig) -> None:
         _export(local, url)
 
 
-def _check_vacant(url: str) -> None:
+def _check_vacant(url: str) -> dict[str, int]:
     """Refuses a folder of Cloud Storage that holds a model or anything but parts of one.
 
     Without multihot.json, its files are those that an upload left which was broken off.
+
+    Returns:
+      The generations of these files by name.
     """
-    names = {item.url.removeprefix(f"{url}/") for item in list_objects(f"{url}/")}
-    strange = sorted(name for name in names if not _UPLOADED.fullmatch(name))
-    if MULTIHOT_FILE in names or strange:
-        found = strange[0] if strange else MULTIHOT_FILE
+    found = {item.url.removeprefix(f"{url}/"): item for item in list_objects(f"{url}/")}
+    strange = sorted(name for name in found if not _UPLOADED.fullmatch(name))
+    if MULTIHOT_FILE in found or strange:
+        holds = strange[0] if strange else MULTIHOT_FILE
         raise UserError(
-            f"--export_dir={url}: holds {found} and is not an empty folder; remove it or name "
+            f"--export_dir={url}: holds {holds} and is not an empty folder; remove it or name "
             "another"
         )
+    return {name: item.generation for name, item in found.items()}
 
 
 def _upload(folder: str, url: str) -> None:
@@ -76,13 +80,20 @@ def _upload(folder: str, url: str) -> None:
         for place, _, files in os.walk(folder)
         for name in files
     ]
-    upload_files(url, folder, [name for name in names if name != MULTIHOT_FILE])
+    names.remove(MULTIHOT_FILE)
     try:
+        left = _check_vacant(url)
+        made = upload_files(url, folder, names, generations=left)
+        # Another one may have taken ours for what a broken-off upload left.
+        now = _check_vacant(url)
+        for name, item in zip(names, made, strict=True):
+            if now.get(name) != item.generation:
+                raise Taken(item.url)
         upload(f"{url}/{MULTIHOT_FILE}", os.path.join(folder, MULTIHOT_FILE), if_generation=0)
-    except Taken:
+    except Taken as taken:
         raise UserError(
-            f"--export_dir={url}: another `multihot export` has written it meanwhile; remove it or "
-            "name another"
+            f"--export_dir={url}: another `multihot export` has written {taken} meanwhile; remove "
+            "it or name another"
         ) from None
 
 

@@ -13,9 +13,9 @@ from trainer.records import TOKENIZER_FOLDER, Metadata
 from trainer.sample import PREFIX, write_sample
 from trainer.sources import (
     column_names,
+    fingerprints,
     is_tokenised,
     list_files,
-    num_bytes,
     true_or_false_columns,
 )
 from trainer.token_rows import TokenLimits
@@ -41,7 +41,10 @@ def gather_inputs(config: PrepareConfig, work_dir: str) -> Inputs:
         files = list_files(
             config.input, config.input_format, config.source_split, config.tfds_data_dir
         )
-        described = [{"name": name, "bytes": num_bytes(name)} for name in files]
+        described = [
+            {"name": name, "bytes": num_bytes, "checksum": checksum}
+            for name, (num_bytes, checksum) in zip(files, fingerprints(files), strict=True)
+        ]
         return Inputs(files, {"inputs": described})
     if len(config.input) > 1:
         raise UserError(f"--input={','.join(config.input)}: expected a sample or files, not both")

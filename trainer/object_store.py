@@ -20,7 +20,7 @@ import os
 import sys
 import threading
 import uuid
-from collections.abc import Iterator, Sequence
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, BinaryIO
@@ -122,7 +122,7 @@ def download(url: str, path: str) -> StoredObject:
     return stored
 
 
-def download_folder(url: str, folder: str, below: bool = True) -> list[StoredObject]:
+def download_folder(url: str, folder: str, below: bool = True) -> None:
     """Copies the objects under a URL to a local folder.
 
     Args:
@@ -132,24 +132,34 @@ def download_folder(url: str, folder: str, below: bool = True) -> list[StoredObj
 
     Raises:
       FileNotFoundError: if there are none.
+      UserError: if an object's name leads out of the folder.
     """
     base = url.rstrip("/") + "/"
-    stored = list_objects(base)
+    names = [item.url.removeprefix(base) for item in list_objects(base)]
     if not below:
-        stored = [item for item in stored if "/" not in item.url.removeprefix(base)]
-    if not stored:
+        names = [name for name in names if "/" not in name]
+    if not names:
         raise FileNotFoundError(errno.ENOENT, "not found; check bucket and folder", url)
+    download_files(url, folder, names)
 
-    def copy(item: StoredObject) -> None:
-        path = os.path.join(folder, item.url.removeprefix(base))
+
+def download_files(url: str, folder: str, names: Sequence[str]) -> None:
+    """Copies the objects of those names under a URL to a local folder, several at once.
+
+    Raises:
+      UserError: if a name leads out of the folder.
+    """
+    base = url.rstrip("/") + "/"
+
+    def copy(name: str) -> None:
+        path = os.path.join(folder, name)
         if os.path.commonpath([folder, os.path.abspath(path)]) != os.path.abspath(folder):
-            raise UserError(f"{item.url}: its name leads out of its folder; rename the object")
+            raise UserError(f"{base}{name}: its name leads out of its folder; rename the object")
         os.makedirs(os.path.dirname(path), exist_ok=True)
-        download(item.url, path)
+        download(base + name, path)
 
     with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
-        list(pool.map(copy, stored))
-    return stored
+        list(pool.map(copy, names))
 
 
 def upload(
@@ -221,14 +231,28 @@ def upload(
     return stored
 
 
-def upload_files(url: str, folder: str, names: Sequence[str]) -> None:
-    """Makes objects under a URL of the files of those names in a local folder, several at once."""
+def upload_files(
+    url: str, folder: str, names: Sequence[str], generations: Mapping[str, int] | None = None
+) -> list[StoredObject]:
+    """Makes objects under a URL of the files of those names in a local folder, several at once.
+
+    Args:
+      url: of the folder of the objects.
+      folder: the local one.
+      names: relative to both.
+      generations: what each has to replace, nothing if it is not in there; default: whatever is
+        there.
+
+    Raises:
+      Taken: if there is another generation.
+    """
 
     def copy(name: str) -> StoredObject:
-        return upload(f"{url}/{name}", os.path.join(folder, name))
+        if_generation = None if generations is None else generations.get(name, 0)
+        return upload(f"{url}/{name}", os.path.join(folder, name), if_generation)
 
     with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
-        list(pool.map(copy, names))
+        return list(pool.map(copy, names))
 
 
 def delete(url: str, if_generation: int | None = None) -> None:

@@ -16,7 +16,7 @@ from trainer.config import PackingConfig, from_dict
 from trainer.errors import RunAgain, UserError
 from trainer.files import absolute_name
 from trainer.output_folder import OutputFolder
-from trainer.sources import Segment, fingerprint, num_bytes, plan_segments, source_names
+from trainer.sources import Segment, fingerprints, num_bytes, plan_segments, source_names
 
 PLAN_VERSION = 1
 PLAN_FILE = "plan.json"
@@ -67,17 +67,9 @@ class Plan:
 
 
 def describe_inputs(paths: Sequence[str]) -> tuple[Input, ...]:
-    """Sizes and checksums of the files, which are read once for it, several at a time."""
-    from tqdm import tqdm
-
-    def describe(path: str) -> Input:
-        return Input(absolute_name(path), *fingerprint(path))
-
-    with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
-        found = pool.map(describe, paths)
-        return tuple(
-            tqdm(found, "checksums", total=len(paths), unit=" files", delay=1, leave=False)
-        )
+    """Sizes and checksums of the files."""
+    described = zip(paths, fingerprints(paths), strict=True)
+    return tuple(Input(absolute_name(path), *found) for path, found in described)
 
 
 def recall_inputs(plan: Plan, paths: Sequence[str], parts: Collection[int]) -> tuple[Input, ...]:

@@ -12,8 +12,6 @@ import dataclasses
 import hashlib
 import json
 import os
-import re
-import shutil
 import sys
 import time
 from collections.abc import Iterator
@@ -27,15 +25,14 @@ from trainer.beam import open_runner
 from trainer.checks import check_splits
 from trainer.config import PrepareConfig
 from trainer.corpus import Corpus, VocabularyTexts, columns_of, read_corpus
+from trainer.data_folder import check_vacant, find_metadata, move_out, open_work_folder
 from trainer.data_mirror import DataMirror, mirrored
 from trainer.errors import UserError
-from trainer.files import disk_errors
 from trainer.inputs import choose_label_columns, choose_token_limits, gather_inputs
 from trainer.labels import read_label_file
-from trainer.records import METADATA_FILE, TOKENIZER_FOLDER, Metadata, Split, load_metadata
-from trainer.scratch import lock_folder
+from trainer.records import TOKENIZER_FOLDER, Metadata, Split
 from trainer.shards import WritePlan
-from trainer.sources import num_bytes
+from trainer.sources import fingerprints
 from trainer.text_index import write_text_indexes
 from trainer.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from trainer.workers import WorkerPool, process_pool
@@ -44,8 +41,6 @@ from trainer.writing import describe_splits, write_corpus
 if TYPE_CHECKING:
     from trainer.beam.runners import BeamRunner
 
-WORK_FOLDER = ".prepare"
-FILE_NAME = re.compile(r"(?P<split>\w+)(-\d{5}-of-\d{5}\.tfrecord|\.texts)")
 SHARD_BYTES = 32 << 20
 MIN_SHARDS = 4
 BYTES_BESIDE_TOKENS = 100
@@ -94,13 +89,14 @@ def _prepare(
 ) -> Timing:
     """The same for a local folder, which `mirror` may have for one in Cloud Storage."""
     started = time.monotonic()
-    with _work_folder(config.data_dir) as work_dir:
-        previous = _load_metadata(config)
+    with open_work_folder(config.data_dir) as work_dir:
+        previous = find_metadata(config.data_dir)
         if previous is not None:
             if _is_done(config, previous):
                 print(f"{shown_dir}: prepared by this command already; nothing to do")
                 return Timing(0.0, 0.0, 0.0, 0.0, 0, 0)
             _check_previous(config, previous)
+        check_vacant(config.data_dir, config.split_shares(), is_new=previous is None)
         inputs = gather_inputs(config, work_dir)
         config_as_given, config = config, choose_label_columns(config, inputs.files)
         limits = choose_token_limits(config, previous, inputs.files)
@@ -123,7 +119,7 @@ def _prepare(
         metadata = dataclasses.replace(metadata, checks=checks)
         _commit(config.data_dir, work_dir, metadata, splits, is_new=previous is None)
     if mirror is not None:
-        mirror.commit(FILE_NAME, set(splits))
+        mirror.commit()
     timing = Timing(
         first_pass=scanned - started,
         tokenizer=trained - scanned,
@@ -137,13 +133,6 @@ def _prepare(
     for warning in metadata.checks["warnings"][len(known) :]:
         print(f"warning: {warning}")
     return timing
-
-
-def _load_metadata(config: PrepareConfig) -> Metadata | None:
-    """What the data folder holds already."""
-    if not os.path.exists(os.path.join(config.data_dir, METADATA_FILE)):
-        return None
-    return load_metadata(config.data_dir)
 
 
 def _sum_up_flags(config: PrepareConfig) -> str:
@@ -160,9 +149,9 @@ def _is_done(config: PrepareConfig, previous: Metadata) -> bool:
     call = previous.source["calls"][-1]
     if call.get("flags") != _sum_up_flags(config):
         return False
-    return all(
-        isinstance(item, str) or num_bytes(item["name"]) == item["bytes"] for item in call["inputs"]
-    )
+    files = [item for item in call["inputs"] if not isinstance(item, str)]
+    found = fingerprints([item["name"] for item in files])
+    return found == [(item["bytes"], item["checksum"]) for item in files]
 
 
 def _check_previous(config: PrepareConfig, previous: Metadata) -> None:
@@ -192,38 +181,6 @@ def _check_previous(config: PrepareConfig, previous: Metadata) -> None:
             f"--labels={config.labels}: not the labels of {config.data_dir}; leave the flag out, "
             "or name another --data_dir"
         )
-
-
-@contextlib.contextmanager
-def _work_folder(data_dir: str) -> Iterator[str]:
-    """An empty folder inside the data folder, removed in the end, and an empty data folder too.
-
-    Raises:
-      UserError: if another process is preparing there.
-    """
-    work_dir = os.path.join(data_dir, WORK_FOLDER)
-    lock = None
-    try:
-        with disk_errors(f"--data_dir={data_dir}"):
-            os.makedirs(work_dir, exist_ok=True)
-            lock = lock_folder(work_dir)
-            if lock is None:
-                raise UserError(
-                    f"{data_dir}: another `multihot prepare` is writing to it; wait for it to end, "
-                    "or name another --data_dir"
-                )
-            for entry in os.scandir(work_dir):  # Of a run that was killed.
-                if entry.is_dir(follow_symlinks=False):
-                    shutil.rmtree(entry.path)
-                else:
-                    os.remove(entry.path)
-            yield work_dir
-    finally:
-        if lock is not None:
-            shutil.rmtree(work_dir, ignore_errors=True)
-            os.close(lock)
-        with contextlib.suppress(OSError):
-            os.rmdir(data_dir)
 
 
 @contextlib.contextmanager
@@ -336,18 +293,11 @@ def _commit(
     data_dir: str, work_dir: str, metadata: Metadata, splits: dict[str, Split], is_new: bool
 ) -> None:
     """Moves everything to its final name, metadata.json last."""
-    for name in os.listdir(data_dir):  # Files of a run that was killed right here.
-        match = FILE_NAME.fullmatch(name)
-        if match and (match["split"] in splits or is_new):
-            os.remove(os.path.join(data_dir, name))
+    names = [TOKENIZER_FOLDER] if is_new else []
     for split in splits.values():
-        for file in (*split.shards, split.text_index):
-            assert file is not None
-            os.replace(os.path.join(work_dir, file.name), os.path.join(data_dir, file.name))
-    if is_new:
-        folder = os.path.join(data_dir, TOKENIZER_FOLDER)
-        shutil.rmtree(folder, ignore_errors=True)
-        os.replace(os.path.join(work_dir, TOKENIZER_FOLDER), folder)
+        assert split.text_index is not None
+        names += [file.name for file in (*split.shards, split.text_index)]
+    move_out(data_dir, work_dir, splits, names)
     metadata.save(data_dir)
 
 

@@ -7,11 +7,16 @@ and the next one that needs a folder removes those that nobody locks any more.
 import contextlib
 import fcntl
 import os
+import re
 import shutil
+import socket
 import tempfile
 from collections.abc import Iterator
 
-PREFIX = "multihot-"
+# With the machine's name: on a disk that several share, locks may hold on each of them alone.
+_PREFIX = f"multihot-scratch-{socket.gethostname()}-"
+# As `tempfile` ends names; nobody else calls a folder so.
+_NAME = re.compile(re.escape(_PREFIX) + r"[a-z0-9_]{8}")
 
 
 @contextlib.contextmanager
@@ -49,7 +54,7 @@ def own_temporary_files() -> Iterator[None]:
 
 def _make_locked(parent: str) -> tuple[str, int]:
     while True:
-        folder = tempfile.mkdtemp(prefix=PREFIX, dir=parent)
+        folder = tempfile.mkdtemp(prefix=_PREFIX, dir=parent)
         lock = lock_folder(folder)
         if lock is not None:
             return folder, lock
@@ -58,7 +63,7 @@ def _make_locked(parent: str) -> tuple[str, int]:
 
 def _remove_abandoned(parent: str) -> None:
     for entry in os.scandir(parent):
-        if not entry.name.startswith(PREFIX) or not entry.is_dir(follow_symlinks=False):
+        if not _NAME.fullmatch(entry.name) or not entry.is_dir(follow_symlinks=False):
             continue
         with contextlib.suppress(OSError):
             if entry.stat(follow_symlinks=False).st_uid != os.getuid():

@@ -8,6 +8,7 @@ comes out as a `BadRow` that says where and why. The formats themselves are in `
 import dataclasses
 import os
 from collections.abc import Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 
 from trainer import storage
 from trainer.errors import UserError
@@ -22,10 +23,12 @@ __all__ = [
     "Columns",
     "Row",
     "Segment",
+    "can_enter",
     "check_all_columns",
     "check_columns",
     "column_names",
     "fingerprint",
+    "fingerprints",
     "is_tokenised",
     "list_files",
     "num_bytes",
@@ -39,6 +42,7 @@ __all__ = [
 
 # Formats whose own schema says which columns hold truth values.
 _WITH_SCHEMA = ("parquet", "arrow", "tfds")
+_FILES_AT_ONCE = 8
 
 
 def whole_file(name: str) -> Segment:
@@ -123,6 +127,20 @@ def fingerprint(name: str) -> tuple[int, str]:
     return found.bytes, found.checksum
 
 
+def fingerprints(names: Sequence[str]) -> list[tuple[int, str]]:
+    """`fingerprint` of each, several at a time: local files are read once for it."""
+    from tqdm import tqdm
+
+    with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
+        found = pool.map(fingerprint, names)
+        return list(tqdm(found, "checksums", len(names), unit=" files", delay=1, leave=False))
+
+
+def can_enter(name: str) -> bool:
+    """Whether rows in the middle of a file are reached without reading those before them."""
+    return is_divisible(name) or format_module(name).ENTERS
+
+
 def plan_segments(name: str, rows_per_part: int) -> list[Segment]:
     """Cuts a file into segments of `rows_per_part` rows, the last one shorter.
 
@@ -180,5 +198,4 @@ def _in_one_go(before: Segment, after: Segment) -> bool:
         return False
     if before.end == after.start:
         return True
-    can_enter = is_divisible(after.path) or format_module(after.path).ENTERS
-    return not can_enter and after.start > before.end
+    return not can_enter(after.path) and after.start > before.end
