@@ -1,5 +1,6 @@
 """Several workers in one output folder: each part once, whoever comes when, and however many."""
 
+import fcntl
 import glob
 import json
 import shutil
@@ -15,6 +16,8 @@ from killing import read_tree
 from trainer import score
 from trainer.config import ScoreConfig
 from trainer.errors import RunAgain, UserError
+from trainer.output_folder import open_output
+from trainer.parts import FOLDERS
 
 
 @pytest.fixture(scope="module")
@@ -73,8 +76,31 @@ def test_what_killed_workers_left_aside_goes_even_when_all_was_done(model, few, 
     shutil.copytree(alone, output)
     for name in ("_SUCCESS.tmp", "plan.json.tmp", "manifests/part-00002-of-00011.json.tmp"):
         (output / name).touch()
+    (output / "notes.tmp").write_text("somebody's")
+    (output / "part-00000-of-00011.d.tmp").mkdir()
     assert run_score(model, few, output) == 0
+    assert (output / "notes.tmp").read_text() == "somebody's"
+    (output / "notes.tmp").unlink()
     assert read_tree(output) == read_tree(alone)
+
+
+def test_whoever_clears_up_leaves_what_another_is_about_to_name(alone, tmp_path):
+    """Two workers end at the same time: one has _SUCCESS aside when the other clears up."""
+    output = tmp_path / "out"
+    shutil.copytree(alone, output)
+    (output / "_SUCCESS").unlink()
+    folder = open_output(str(output))
+    with open(output / "_SUCCESS.tmp", "w") as file:
+        fcntl.flock(file, fcntl.LOCK_EX)
+        assert not folder.create("_SUCCESS", "{}")
+        folder.clear_up(FOLDERS)
+        assert (output / "_SUCCESS.tmp").exists()
+    part = folder.open_part("part-00000-of-00001.jsonl.gz", "manifests/part-00000-of-00001.json")
+    folder.clear_up(FOLDERS)
+    part.name_part()
+    part.name_manifest(b"{}")
+    assert (output / "part-00000-of-00001.jsonl.gz").exists()
+    assert not (output / "_SUCCESS.tmp").exists()
 
 
 def test_workers_wait_for_the_plan_and_work_at_once(model, few, alone, tmp_path, capsys):

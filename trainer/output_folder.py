@@ -7,6 +7,7 @@ write a part so that of two who write the same one only one can name it.
 import contextlib
 import fcntl
 import os
+import re
 import tempfile
 from collections.abc import Sequence
 from typing import BinaryIO, NamedTuple, Protocol, cast
@@ -18,6 +19,7 @@ from trainer.object_store import Taken
 from trainer.records import checksum
 
 ASIDE = ".tmp"
+_OURS_ASIDE = re.compile(r"(plan\.json|_SUCCESS|part-\d+-of-\d+\.[\w.]+)" + re.escape(ASIDE))
 
 
 class Found(NamedTuple):
@@ -189,11 +191,15 @@ class LocalFolder:
         return _LocalPart(self.path(name), path, lock)
 
     def clear_up(self, folders: Sequence[str]) -> None:
-        """Files aside have one ending."""
+        """What a living process has aside, it has locked."""
         for folder in ("", *folders):
             for entry in os.scandir(self.path(folder)):
-                if entry.name.endswith(ASIDE):
+                if not _OURS_ASIDE.fullmatch(entry.name) or not entry.is_file():
+                    continue
+                lock = _lock_aside(entry.path.removesuffix(ASIDE))
+                if lock is not None:
                     _remove(entry.path)
+                    lock.close()
 
 
 def _lock_aside(path: str) -> BinaryIO | None:
@@ -233,12 +239,14 @@ class _LocalPart:
     def __init__(self, path: str, manifest_path: str, lock: BinaryIO) -> None:
         self._path, self._manifest_path, self._lock = path, manifest_path, lock
         self.file: BinaryIO = open(path + ASIDE, "wb")
+        # For whoever clears up; to keep writers apart the manifest's lock is enough.
+        fcntl.flock(self.file, fcntl.LOCK_EX)
 
     def name_part(self) -> Found:
         _sync(self.file)
-        self.file.close()
         found = Found(os.path.getsize(self._path + ASIDE), checksum(self._path + ASIDE))
         os.replace(self._path + ASIDE, self._path)
+        self.file.close()
         return found
 
     def name_manifest(self, content: bytes) -> None:
