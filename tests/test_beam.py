@@ -15,6 +15,7 @@ import pytest
 from trainer import prepare, score
 from trainer.config import PrepareConfig, ScoreConfig
 from trainer.errors import UserError
+from trainer.plan import describe_inputs, plan_parts
 
 NUM_ROWS = 200
 TWO_PROCESSES = ("--direct_running_mode=multi_processing", "--direct_num_workers=2")
@@ -151,6 +152,28 @@ def test_shards_are_those_of_the_local_command(rows, tmp_path):
 @pytest.mark.long
 def test_shards_of_two_processes(rows, tmp_path):
     check_data(rows, tmp_path, runner="DirectRunner", beam_options=TWO_PROCESSES)
+
+
+def test_parts_go_apart_where_their_file_can_be_entered_and_within_the_limit(tmp_path):
+    from trainer.beam.score_job import _pipelines, _runs
+
+    rows = [{"text": f"text {index}"} for index in range(90)]
+    pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
+    with gzip.open(tmp_path / "b.jsonl.gz", "wt") as file:
+        file.writelines(json.dumps(row) + "\n" for row in rows)
+    inputs = describe_inputs([str(tmp_path / name) for name in ("a.parquet", "b.jsonl.gz")])
+    parts = plan_parts(inputs, 10)
+    assert list(_runs(parts, range(18), 5, None)) == [
+        *((place,) for place in range(9)), tuple(range(9, 18))
+    ]  # fmt: skip
+    # Four parts of ten rows with five labels are 200 cells.
+    runs = list(_runs(parts, range(18), 5, 200))
+    assert runs[9:] == [(9, 10, 11, 12), (13, 14, 15, 16), (17,)]
+    pipelines = list(_pipelines(parts, runs, 5, 200))
+    assert [[place for run in runs for place in run] for runs in pipelines] == [
+        [0, 1, 2, 3], [4, 5, 6, 7], [8], [9, 10, 11, 12], [13, 14, 15, 16], [17]
+    ]  # fmt: skip
+    assert [runs] == list(_pipelines(parts, runs, 5, None))
 
 
 def test_a_fault_of_the_user_in_a_worker_is_one_line(model, rows, tmp_path):

@@ -1,12 +1,12 @@
 """`score` by a Beam runner: which parts go into a pipeline together, and what came of them."""
 
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from functools import partial
 
 from trainer.beam.runners import BeamRunner
 from trainer.beam.score_pipeline import ScoreJob, build_pipeline
-from trainer.files import is_divisible
 from trainer.plan import Part, Plan
+from trainer.sources import can_enter
 
 # Documents x labels that a runner on this machine holds between reading and writing, about: 256 MiB
 # of probabilities. What one pipeline wrote stays if the next is interrupted.
@@ -32,9 +32,9 @@ def score_parts(
     Raises:
       UserError, RunAgain, OSError: what a worker met.
     """
-    runs = list(_runs(plan.parts, waiting))
-    most_cells = _LOCAL_CELLS if runner.is_local else None
-    for together in _pipelines(plan.parts, runs, len(job.labels), most_cells):
+    limits = len(job.labels), _LOCAL_CELLS if runner.is_local else None
+    runs = _runs(plan.parts, waiting, *limits)
+    for together in _pipelines(plan.parts, runs, *limits):
         places = [place for run in together for place in run]
         print(f"{runner}: parts {places[0]} to {places[-1]} of {len(plan.parts)}", flush=True)
         counters = runner.run(partial(build_pipeline, runs=together, job=job))
@@ -43,22 +43,31 @@ def score_parts(
         on_written()
 
 
-def _runs(parts: Sequence[Part], waiting: Sequence[int]) -> Iterator[tuple[int, ...]]:
-    """Parts that share a file whose middle is reached through its beginning only, together."""
+def _runs(
+    parts: Sequence[Part], waiting: Sequence[int], num_labels: int, most_cells: int | None
+) -> Iterator[tuple[int, ...]]:
+    """Parts that share a file whose middle is reached through its beginning only, together.
+
+    Where there is a limit, those that exceed it are read from the beginning several times.
+    """
     run: list[int] = []
+    cells = 0
     for place in waiting:
         path = parts[place].segments[0].path
-        if run and (parts[run[-1]].segments[-1].path != path or is_divisible(path)):
+        size = parts[place].num_rows * num_labels
+        is_apart = run and (parts[run[-1]].segments[-1].path != path or can_enter(path))
+        if is_apart or (run and most_cells is not None and cells + size > most_cells):
             yield tuple(run)
-            run = []
+            run, cells = [], 0
         run.append(place)
+        cells += size
     if run:
         yield tuple(run)
 
 
 def _pipelines(
     parts: Sequence[Part],
-    runs: Sequence[tuple[int, ...]],
+    runs: Iterable[tuple[int, ...]],
     num_labels: int,
     most_cells: int | None,
 ) -> Iterator[list[tuple[int, ...]]]:
