@@ -1,7 +1,7 @@
 """Raw rows of the parts that wait to be scored, some at a time."""
 
 import itertools
-from collections.abc import Iterator, Sequence
+from collections.abc import Generator, Iterator, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
@@ -64,7 +64,7 @@ class Chunk:
 
 def read_chunks(
     parts: Sequence[Part], waiting: Sequence[int], columns: Columns, limits: TokenLimits
-) -> Iterator[Chunk]:
+) -> Generator[Chunk, None, None]:
     """Reads the rows of the waiting parts, in order; each part ends with its own last chunk.
 
     Args:

@@ -1,5 +1,6 @@
 """The shape of micro-batches for a corpus that is scored, from some of its rows."""
 
+import contextlib
 from collections.abc import Sequence
 
 import numpy as np
@@ -11,10 +12,11 @@ from trainer.exported import ExportedModel
 from trainer.packing import choose_packing, least_tokens, with_slots_for_scoring
 from trainer.plan import Part
 from trainer.rows import Columns
+from trainer.sources import can_enter
 
 # Rows whose lengths choose the shape of the micro-batches: some from each of a few parts.
 _SAMPLED_PARTS = 16
-_SAMPLED_ROWS_A_PART = 256
+_SAMPLED_ROWS = 4096
 
 
 def choose_score_packing(
@@ -43,17 +45,39 @@ def sample_lengths(
 ) -> tuple[np.ndarray, np.ndarray]:
     """Lengths of some rows of some parts, as histograms for `choose_score_packing`.
 
+    Of a file whose middle is reached through its beginning only, the beginning has to do.
+
     Returns:
       Windows by their tokens (int64 [max_seq_length + 1]) and documents by their windows (int64
       [max_windows + 1]).
     """
     lengths = np.zeros(model.max_seq_length + 1, np.int64)
     windows = np.zeros(model.max_windows + 1, np.int64)
-    for part in parts[:: -(-len(parts) // _SAMPLED_PARTS)]:
-        chunk = next(read_chunks([part], [0], columns, model.token_limits))
-        documents, _ = encode_chunk(chunk.first(_SAMPLED_ROWS_A_PART), model.encode)
+    at_once = [
+        part
+        for part in parts
+        if part.segments[0].first_row == 0 or can_enter(part.segments[0].path)
+    ]
+    sampled = at_once[:: -(-len(at_once) // _SAMPLED_PARTS)]
+    rows_a_part = -(-_SAMPLED_ROWS // len(sampled))
+    for part in sampled:
+        documents = _first_documents(part, rows_a_part, columns, model)
         np.add.at(lengths, [len(window) for document in documents for window in document], 1)
         np.add.at(windows, [len(document) for document in documents], 1)
     if not windows.any():
         lengths[-1] = windows[1] = 1
     return lengths, windows
+
+
+def _first_documents(
+    part: Part, num_rows: int, columns: Columns, model: ExportedModel
+) -> list[list[list[int]]]:
+    """The windows of a part's first usable rows, at most so many."""
+    found: list[list[list[int]]] = []
+    with contextlib.closing(read_chunks([part], [0], columns, model.token_limits)) as chunks:
+        for chunk in chunks:
+            documents, _ = encode_chunk(chunk.first(num_rows - len(found)), model.encode)
+            found += documents
+            if len(found) == num_rows:
+                break
+    return found
