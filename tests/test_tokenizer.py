@@ -1,5 +1,6 @@
 """Tokenizer: the same ids as transformers, our own cutting, vocabularies that are reproducible."""
 
+import dataclasses
 import json
 import subprocess
 import sys
@@ -20,6 +21,12 @@ TEXTS = [
 
 
 WORDS = [f"w{first}{second}" for first in "abcdefghijkl" for second in "mnopqrstuv"]
+
+
+@pytest.fixture(scope="module")
+def small() -> Tokenizer:
+    """BERT's tokenizer with a small vocabulary."""
+    return train_tokenizer(TEXTS, 200)
 
 
 @pytest.fixture(scope="module")
@@ -68,6 +75,48 @@ def test_windows_are_those_of_the_librarys_truncation(
     ids, truncated = tokenizer.encode_batch(texts, max_seq_length)
     windows, lost = tokenizer.encode_windows(texts, max_seq_length, window_stride, 1)
     assert (windows, lost) == ([[document] for document in ids], truncated)
+
+
+PIECES = [
+    *TEXTS, "x" * 250, "Caf\u00e9", "\u03a3\u039f\u03a3", "\u6f22\u5b57", "[MASK]", "don't", ".",
+    "\u0301", " \u0301", "\u00a0", "\u2003", "\n", "\t", "  ", "a b", "\ufffd", "\u200d",
+    "\U0001f600",
+]  # fmt: skip
+
+
+@given(
+    text=st.lists(st.sampled_from(PIECES), max_size=80).map("".join),
+    times=st.integers(1, 40),
+    max_seq_length=st.integers(8, 24),
+    stride=st.integers(0, 6),
+    max_windows=st.integers(1, 3),
+)
+@settings(max_examples=300, deadline=None)
+def test_long_texts_have_the_windows_of_whole_ones(
+    small, text, times, max_seq_length, stride, max_windows
+):
+    """Only a beginning of a long text is tokenised; where that is too short, all of it."""
+    assert small.splits_at_blanks
+    whole = dataclasses.replace(small)
+    whole.__dict__["splits_at_blanks"] = False
+    arguments = [text * times, text], max_seq_length, stride, max_windows
+    assert small.encode_windows(*arguments) == whole.encode_windows(*arguments)
+
+
+def test_of_a_long_text_only_a_beginning_is_tokenised(small, monkeypatch):
+    seen = []
+
+    class Backend:
+        def encode_batch_fast(self, texts):
+            seen.extend(map(len, texts))
+            return small.backend.encode_batch_fast(texts)
+
+    text = "the token " * 100_000
+    small.splits_at_blanks  # noqa: B018  # Of the real backend, before it is replaced.
+    watched = dataclasses.replace(small, backend=Backend())
+    watched.__dict__["splits_at_blanks"] = True
+    assert watched.encode_windows([text], 16, 0, 2) == small.encode_windows([text], 16, 0, 2)
+    assert len(seen) == 1 and seen[0] < 500
 
 
 @given(

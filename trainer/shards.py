@@ -22,6 +22,7 @@ from trainer.tokenizer import Tokenizer, load_tokenizer
 from trainer.wire import frame_records, split_frames
 
 _TEXTS_A_BATCH = 256
+_CHARACTERS_A_BATCH = 1 << 20
 
 
 @dataclass(frozen=True)
@@ -209,15 +210,17 @@ def _batches(segment: Segment, columns: Columns, positions: np.ndarray) -> Itera
     wanted = iter(positions.tolist())
     next_position = next(wanted, None)
     batch = []
+    characters = 0
     for row in read_segment(segment, columns):
         if row.position != next_position:
             continue
         assert isinstance(row, Row)
         batch.append(row)
+        characters += len(row.text)
         next_position = next(wanted, None)
-        if len(batch) == _TEXTS_A_BATCH:
+        if len(batch) == _TEXTS_A_BATCH or characters >= _CHARACTERS_A_BATCH:
             yield batch
-            batch = []
+            batch, characters = [], 0
     if batch:
         yield batch
 

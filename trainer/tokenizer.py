@@ -5,9 +5,11 @@ find and convert one. Padding and truncation of its own are switched off; docume
 the same way in `prepare` and in `score`.
 """
 
+import functools
 import hashlib
 import json
 import os
+import re
 from collections import Counter
 from collections.abc import Callable, Iterable
 from dataclasses import dataclass
@@ -25,6 +27,10 @@ _CONFIG_FILE = "tokenizer_config.json"
 CONTINUATION = "##"
 _MIN_PAIR_COUNT = 2
 _MAX_ALPHABET = 1000
+# Generous: English has four or five.
+_CHARACTERS_A_TOKEN = 8
+_LONGEST_WORD = 200
+_BLANK = re.compile(r"\s")
 _TOKEN_NAMES = ("unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
 
@@ -100,8 +106,7 @@ class Tokenizer:
         stride = window_stride or room
         documents: list[list[list[int]]] = []
         lost = []
-        for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=True):
-            ids = encoding.ids
+        for ids in self._encode_beginnings(texts, max_seq_length + (max_windows - 1) * stride):
             if len(ids) <= max_seq_length:
                 documents.append([ids])
                 lost.append(False)
@@ -117,6 +122,37 @@ class Tokenizer:
             )
             lost.append(needed > max_windows)
         return documents, lost
+
+    def _encode_beginnings(self, texts: list[str], num_tokens: int) -> list[list[int]]:
+        """The ids of texts, of long ones those of a beginning that has more than `num_tokens`.
+
+        A text of a million words costs no more than what is kept of it.
+        """
+        beginnings = texts
+        if self.splits_at_blanks:
+            most = _CHARACTERS_A_TOKEN * num_tokens + _LONGEST_WORD
+            beginnings = [_cut_at_blank(text, most) for text in texts]
+        ids = [encoding.ids for encoding in self.backend.encode_batch_fast(beginnings)]
+        short = [
+            place
+            for place, (text, beginning) in enumerate(zip(texts, beginnings, strict=True))
+            if len(beginning) < len(text) and len(ids[place]) <= num_tokens
+        ]
+        if short:
+            whole = self.backend.encode_batch_fast([texts[place] for place in short])
+            for place, encoding in zip(short, whole, strict=True):
+                ids[place] = encoding.ids
+        return ids
+
+    @functools.cached_property
+    def splits_at_blanks(self) -> bool:
+        """Whether what stands before a blank has the same ids whatever follows: as BERT's does."""
+        added = self.backend.get_added_tokens_decoder().values()
+        return (
+            isinstance(self.backend.normalizer, tokenizers.normalizers.BertNormalizer)
+            and isinstance(self.backend.pre_tokenizer, tokenizers.pre_tokenizers.BertPreTokenizer)
+            and not any(_BLANK.search(token.content) for token in added)
+        )
 
     def save(self, folder: str, model_max_length: int | None = None) -> None:
         """Writes the files from which `transformers.AutoTokenizer` makes the same tokenizer.
@@ -139,6 +175,14 @@ class Tokenizer:
                 f"{token}\n" for token in sorted(vocabulary, key=vocabulary.__getitem__)
             )
             _write(os.path.join(folder, "vocab.txt"), lines.removesuffix("\n"))
+
+
+def _cut_at_blank(text: str, most: int) -> str:
+    """The longest beginning of at most so many characters before a blank; else all of the text."""
+    if len(text) <= most:
+        return text
+    end = max(text.rfind(blank, 0, most) for blank in " \n\t")
+    return text[:end] if end > 0 else text
 
 
 def _write(path: str, text: str) -> None:
