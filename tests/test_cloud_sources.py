@@ -5,8 +5,11 @@ import json
 
 import pyarrow
 import pytest
+from preparing import ROWS as PREPARED
+from preparing import config, write_rows
 from pyarrow import parquet
 
+from trainer import prepare
 from trainer.errors import UserError
 from trainer.object_store import upload
 from trainer.sources import (
@@ -56,6 +59,24 @@ def test_segments_of_an_object_are_its_rows(bucket, name, tmp_path):
     rows = [(at, row.id, row.text) for at, row in read_segments(segments[1::2], Columns())]
     chosen = [(0, i) for i in range(120, 240)] + [(1, i) for i in range(360, 480)]
     assert rows == [(at, f"r{i}", f"text {i}") for at, i in chosen]
+
+
+def test_shards_of_a_prepared_folder_bring_their_labels(cloud, tmp_path):
+    data = tmp_path / "data"
+    prepare.run(config(write_rows(tmp_path / "rows.jsonl", PREPARED), data, split="all"))
+    for path in data.rglob("*"):
+        if path.is_file():
+            cloud.put("b", f"data/{path.relative_to(data)}", path.read_bytes())
+    columns = Columns(labels=("labels",))
+    found = [
+        list(read_segments(plan_segments(f"{place}/{path.name}", 4), columns))
+        for place in ("gs://b/data", data)
+        for path in sorted(data.glob("*.tfrecord"))
+    ]
+    half = len(found) // 2
+    assert found[:half] == found[half:]
+    rows = {row.id: row.labels for shard in found[:half] for _, row in shard}
+    assert rows == {row["id"]: row["labels"] for row in PREPARED}
 
 
 def test_a_fingerprint_downloads_nothing(bucket, cloud, tmp_path):

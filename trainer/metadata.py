@@ -116,13 +116,24 @@ def load_metadata(data_dir: str) -> Metadata:
     Raises:
       UserError: if there is none, or it is not one that this version understands.
     """
-    path = os.path.join(data_dir, METADATA_FILE)
     try:
-        values = json.loads(storage.read_text(path))
+        content = storage.read_bytes(os.path.join(data_dir, METADATA_FILE))
     except FileNotFoundError:
         raise UserError(
             f"{data_dir}: no {METADATA_FILE}; expected a folder that `multihot prepare` finished"
         ) from None
+    return parse_metadata(content, data_dir)
+
+
+def parse_metadata(content: bytes, data_dir: str) -> Metadata:
+    """The same, given the content of the file.
+
+    Raises:
+      UserError: if it is not one that this version understands.
+    """
+    path = os.path.join(data_dir, METADATA_FILE)
+    try:
+        values = json.loads(content.decode("utf-8"))
     except (json.JSONDecodeError, UnicodeDecodeError) as error:
         raise UserError(f"{path}: not valid JSON ({error}); run `multihot prepare` again") from None
     if not isinstance(values, dict) or values.get("schema_version") != SCHEMA_VERSION:

@@ -11,14 +11,13 @@ import struct
 from collections.abc import Iterator
 from typing import Any
 
-from trainer import storage
 from trainer.errors import UserError
-from trainer.files import location, open_decompressed
+from trainer.files import location, open_decompressed, open_file
 from trainer.formats import cut_rows
 from trainer.formats.examples import parse_example
 from trainer.formats.lines import MAX_LINE_BYTES, damaged
 from trainer.formats.schema import require_columns
-from trainer.metadata import METADATA_FILE, Metadata, load_metadata
+from trainer.metadata import METADATA_FILE, Metadata, parse_metadata
 from trainer.rows import (
     BadRow,
     Columns,
@@ -141,8 +140,11 @@ def read_rows(segment: Segment, columns: Columns) -> Iterator[Row | BadRow]:
 
 @functools.lru_cache(maxsize=8)
 def _metadata_of_folder(folder: str) -> Metadata | None:
-    path = os.path.join(folder, METADATA_FILE)
-    return load_metadata(folder) if storage.exists(path) else None
+    try:
+        with open_file(os.path.join(folder, METADATA_FILE)) as file:
+            return parse_metadata(file.read(), folder)
+    except FileNotFoundError:
+        return None
 
 
 def _metadata_beside(name: str) -> Metadata | None:
