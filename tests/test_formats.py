@@ -1,5 +1,6 @@
 """Formats: the same rows from each of them, cut anywhere, and one clear line for a damaged file."""
 
+import decimal
 import gzip
 import json
 from pathlib import Path
@@ -161,6 +162,13 @@ def test_unusual_values_of_a_table_cost_their_row_alone(tmp_path):
         "no text: found NoneType",
         "no text: it is empty",
     ]
+
+
+def test_ids_may_be_decimal_numbers(tmp_path):
+    ids = [decimal.Decimal("12345678901234567890"), decimal.Decimal("1.50"), None]
+    parquet.write_table(pyarrow.table({"id": ids, "text": ["a", "b", "c"]}), tmp_path / "x.parquet")
+    rows = read(tmp_path / "x.parquet", Columns())
+    assert [row.id for row in rows] == ["12345678901234567890.00", "1.50", "x.parquet:2"]
 
 
 @pytest.mark.parametrize(

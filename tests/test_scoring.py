@@ -131,6 +131,15 @@ def test_tokens_that_the_model_cannot_take_are_rejected_with_their_place(windows
     assert reason in row["reason"]
 
 
+def test_a_chunk_is_full_by_all_that_it_holds():
+    chunk = Chunk(0)
+    limits = TokenLimits(2, 3, 50, 6, 2)
+    for at in range(3):
+        assert not chunk.is_full
+        chunk.add(Row(at, str(at), "a", None, ("x" * 300_000, ["y" * 100_000])), "file", limits)
+    assert chunk.is_full
+
+
 def test_blocks_end_with_their_part_and_when_they_are_full():
     chunks = [
         make_chunk([Row(0, "a", "abc", None)], ends_part=False),

@@ -130,6 +130,13 @@ def test_several_label_columns_come_as_a_tuple(tmp_path):
     assert read(path, columns) == [Row(0, "x.jsonl:0", "t", (1, 0))]
 
 
+def test_a_file_that_is_named_twice_is_read_once(tmp_path, monkeypatch):
+    monkeypatch.chdir(tmp_path)
+    write(tmp_path / "a.jsonl", b"x\n")
+    assert list_files(["./a.jsonl", str(tmp_path / "a.jsonl"), "a.jsonl", "*"]) == ["./a.jsonl"]
+    assert list_files([str(tmp_path), "./"], "text") == ["text:./a.jsonl"]
+
+
 def test_folders_and_globs_are_sorted_and_hidden_files_left_out(tmp_path):
     for name in ("b.jsonl", "a.csv.gz", "_SUCCESS", ".hidden.jsonl", "notes.md"):
         write(tmp_path / name, b"x\n")

@@ -56,3 +56,12 @@ def test_closing_the_last_stage_ends_all_threads():
     stream.close()
     assert closed == [True]
     assert threading.active_count() == before
+
+
+def test_items_that_cannot_be_begun_are_a_failure_too():
+    class Broken:
+        def __iter__(self):
+            raise OSError("no such file")
+
+    with pytest.raises(OSError, match="no such file"):
+        list(run_ahead(Broken(), 1))

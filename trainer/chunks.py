@@ -6,7 +6,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from trainer.plan import Part
-from trainer.rows import BadRow, Columns, Row
+from trainer.rows import BadRow, Columns, Row, as_text
 from trainer.sources import read_segments
 from trainer.token_rows import TokenLimits, check_windows
 
@@ -47,7 +47,8 @@ class Chunk:
         self.texts.append(row.text)
         self.windows.append(row.windows)
         self.kept.append(row.kept)
-        self.characters += len(row.text)
+        self.characters += len(row.text) + len(row.id)
+        self.characters += sum(len(as_text(value)) for value in row.kept)
 
     def first(self, count: int) -> "Chunk":
         """The first of its rows, at most so many."""

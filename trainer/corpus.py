@@ -23,8 +23,8 @@ from trainer.sources import (
     Segment,
     check_all_columns,
     column_names,
-    num_bytes,
     source_names,
+    total_bytes,
 )
 from trainer.token_rows import TokenLimits
 from trainer.workers import WorkerPool
@@ -140,7 +140,7 @@ def _plan_segments(
 ) -> list[Segment]:
     """The segments of all files."""
     sources = source_names(files)
-    segment_rows = rows_per_segment(sum(map(num_bytes, files)))
+    segment_rows = rows_per_segment(total_bytes(files))
     plan = partial(plan_file, columns=columns, segment_rows=segment_rows)
     copies = {
         name: os.path.join(work_dir, f"copy-{index:06d}.jsonl") for index, name in enumerate(files)

@@ -136,6 +136,14 @@ def open_decompressed(name: str) -> Any:
     return io.BufferedReader(stream, BLOCK_BYTES)
 
 
+def changed(name: str) -> UserError:
+    """What to raise where a file turns out to be another than it was."""
+    return UserError(
+        f"{location(name)}: changed while it was read; run the command once more when nobody "
+        "writes to it"
+    )
+
+
 @contextlib.contextmanager
 def disk_errors(flag: str) -> Iterator[None]:
     """Turns what the file system refuses into a line that the user can act on.

@@ -20,13 +20,15 @@ from trainer.sources import (
 )
 from trainer.token_rows import TokenLimits
 from trainer.tokenizer import load_tokenizer
+from trainer.versions import FileVersions
 
 
 @dataclass(frozen=True)
 class Inputs:
-    """The files to read, and what metadata.json says about where they came from."""
+    """The files to read, their versions, and what metadata.json says about where they came from."""
 
     files: list[str]
+    versions: FileVersions
     description: dict[str, Any]
 
 
@@ -41,11 +43,12 @@ def gather_inputs(config: PrepareConfig, work_dir: str) -> Inputs:
         files = list_files(
             config.input, config.input_format, config.source_split, config.tfds_data_dir
         )
+        versions = FileVersions(files)
         described = [
             {"name": name, "bytes": num_bytes, "checksum": checksum}
             for name, (num_bytes, checksum) in zip(files, fingerprints(files), strict=True)
         ]
-        return Inputs(files, {"inputs": described})
+        return Inputs(files, versions, {"inputs": described})
     if len(config.input) > 1:
         raise UserError(f"--input={','.join(config.input)}: expected a sample or files, not both")
     number = re.fullmatch(re.escape(PREFIX) + r"(?::([1-9]\d*))?", samples[0])
@@ -54,7 +57,11 @@ def gather_inputs(config: PrepareConfig, work_dir: str) -> Inputs:
     path = os.path.join(work_dir, "docstrings.jsonl")
     num_documents = int(number[1]) if number[1] else None
     summary = write_sample(path, num_documents, config.seed, config.num_workers)
-    return Inputs([path], {"inputs": [samples[0]], "sample": dataclasses.asdict(summary)})
+    return Inputs(
+        [path],
+        FileVersions([path]),
+        {"inputs": [samples[0]], "sample": dataclasses.asdict(summary)},
+    )
 
 
 def choose_label_columns(config: PrepareConfig, files: Sequence[str]) -> PrepareConfig:

@@ -5,17 +5,26 @@ import glob
 import json
 import os
 import re
-from collections.abc import Callable, Iterable, Sequence
+from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from functools import partial
+from typing import TypeVar
 
 from trainer import storage
 from trainer.errors import UserError
-from trainer.files import COMPRESSIONS, FORMATS, format_of, is_data_set, location
+from trainer.files import (
+    COMPRESSIONS,
+    FORMATS,
+    absolute_name,
+    format_of,
+    is_data_set,
+    location,
+)
+
+Result = TypeVar("Result")
 
 _SAVED_SPLITS, _SAVED_STATE = "dataset_dict.json", "state.json"
 _ENDINGS = f"{', '.join(FORMATS)} (or with {', '.join(COMPRESSIONS)})"
-_FILES_AT_ONCE = 16
+FILES_AT_ONCE = 16
 
 
 def list_files(
@@ -50,9 +59,12 @@ def list_files(
         if not found:
             raise UserError(f"--input={item}: {_why_nothing(item, source_split)}")
         files.update(f"{input_format}:{path}" if input_format else path for path in found)
-    with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
-        list(pool.map(_check_file, sorted(files)))
-    return sorted(files)
+    # A file that is named twice, also by another way to it, is read once.
+    once = {absolute_name(name): name for name in sorted(files, reverse=True)}
+    chosen = sorted(once.values())
+    with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
+        list(pool.map(_check_file, chosen))
+    return chosen
 
 
 def _check_file(name: str) -> None:
@@ -189,19 +201,15 @@ def _why_nothing(item: str, source_split: str | None) -> str:
     return "no such file or folder; check the path"
 
 
-def check_all(names: Sequence[str], check: Callable[..., None], *arguments: object) -> None:
-    """Checks all files before anything is read, many at once: each costs a wait, not work.
+def for_each_file(names: Sequence[str], function: Callable[[str], Result]) -> Iterator[Result]:
+    """A function's results for all names, in order; many at once, as each costs a wait, not work.
 
     Raises:
-      UserError: of the first, in order, that is at fault.
+      Exception: that of the first data set, else of the first file, in order, that raises one.
     """
-    data_sets = [name for name in names if is_data_set(name)]
-    for name in data_sets:  # In this thread, where a test or a caller may have put its builder.
-        check(name, *arguments)
-    files = [name for name in names if not is_data_set(name)]
-    with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
-        list(pool.map(partial(_call, check, arguments), files))
-
-
-def _call(check: Callable[..., None], arguments: Sequence[object], name: str) -> None:
-    check(name, *arguments)
+    # Data sets in this thread, where a test or a caller may have put its builder.
+    here = {name: function(name) for name in names if is_data_set(name)}
+    with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
+        there = pool.map(function, [name for name in names if name not in here])
+        for name in names:
+            yield here[name] if name in here else next(there)

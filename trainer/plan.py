@@ -8,19 +8,19 @@ import dataclasses
 import json
 import time
 from collections.abc import Collection, Sequence
-from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from functools import partial
 from typing import Any
 
 from trainer.config import PackingConfig, from_dict
 from trainer.errors import RunAgain, UserError
 from trainer.files import absolute_name
+from trainer.listing import for_each_file
 from trainer.output_folder import OutputFolder
 from trainer.sources import Segment, fingerprints, num_bytes, plan_segments, source_names
 
 PLAN_VERSION = 1
 PLAN_FILE = "plan.json"
-_FILES_AT_ONCE = 8
 _SECONDS_BETWEEN_LOOKS = 1.0
 
 
@@ -87,8 +87,7 @@ def recall_inputs(plan: Plan, paths: Sequence[str], parts: Collection[int]) -> t
     def recall(name: str) -> Input:
         return described.get(name) or Input(name, num_bytes(name), planned[name])
 
-    with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
-        return tuple(pool.map(recall, names))
+    return tuple(for_each_file(names, recall))
 
 
 def plan_parts(inputs: Sequence[Input], rows_per_part: int) -> tuple[Part, ...]:
@@ -100,8 +99,9 @@ def plan_parts(inputs: Sequence[Input], rows_per_part: int) -> tuple[Part, ...]:
     groups: list[list[Segment]] = []
     room = 0
     names = source_names([item.path for item in inputs])
-    for item in inputs:
-        for segment in plan_segments(item.path, rows_per_part):
+    planned = for_each_file(list(names), partial(plan_segments, rows_per_part=rows_per_part))
+    for item, segments in zip(inputs, planned, strict=True):
+        for segment in segments:
             if segment.num_rows > room:
                 groups.append([])
                 room = rows_per_part

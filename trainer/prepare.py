@@ -108,6 +108,7 @@ def _prepare(
             plan = _plan_writing(config, previous, corpus, work_dir)
             shards, tally = write_corpus(plan, corpus, pool)
             written = time.monotonic()
+        inputs.versions.check()
         indexes = write_text_indexes(corpus, plan.split_names, work_dir, plan.num_labels)
         splits = describe_splits(plan, shards, tally, indexes, corpus.num_rejected)
         call = inputs.description | {"rejected": corpus.num_rejected, "seed": config.seed}

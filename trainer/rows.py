@@ -113,7 +113,7 @@ def row_beside_text(
     identifier = values.get(columns.id)
     if identifier is None or identifier == "" or identifier != identifier:  # NaN is not itself.
         name = default_id(segment, position)
-    elif isinstance(identifier, str | int | float):
+    elif isinstance(identifier, str | int | float | decimal.Decimal):
         name = str(identifier)
     else:
         found = _complaint(identifier) or f"a {type(identifier).__name__}"

@@ -51,6 +51,7 @@ from trainer.scoring import (
 from trainer.scratch import own_temporary_files
 from trainer.sources import Columns, check_all_columns, list_files
 from trainer.strategy import choose_scoring_precision, make_scoring_strategy
+from trainer.versions import FileVersions
 
 if TYPE_CHECKING:
     from trainer.beam.runners import BeamRunner
@@ -96,6 +97,7 @@ def _run(config: ScoreConfig) -> ScoreSummary:
     worker_index, num_workers = _find_worker(config)
     paths = list_files(config.input, config.input_format, config.source_split, config.tfds_data_dir)
     _check_inputs(config, paths, columns)
+    versions = FileVersions([absolute_name(path) for path in paths])
     if worker_index:
         wait_for_plan(folder, config.start_timeout)
     strategy = make_scoring_strategy(config)
@@ -122,9 +124,10 @@ def _run(config: ScoreConfig) -> ScoreSummary:
         start_stream = functools.partial(
             scored_blocks, model, columns, plan, strategy=strategy, compilations=compilations
         )
-        documents = _score_parts(config, folder, model, plan, progress, start_stream)
+        documents = _score_parts(config, folder, model, plan, progress, versions, start_stream)
     else:
         documents = _score_by_beam(runner, config, folder, model, columns, plan, progress)
+        versions.check()
     progress.gather()
     _check_rejected(config, folder, plan, progress)
     if progress.is_complete and not any(item.rows_in for item in progress.done):
@@ -203,6 +206,7 @@ def _score_parts(
     model: ExportedModel,
     plan: Plan,
     progress: Progress,
+    versions: FileVersions,
     start_stream: Callable[[Sequence[int], Callable[[int], object]], Generator[Block, None, None]],
 ) -> int:
     """Scores this worker's parts that are not done, in order; returns how many documents.
@@ -234,6 +238,7 @@ def _score_parts(
                         block.ids, block.probabilities, block.kept,
                         block.num_truncated, block.rejected,
                     )  # fmt: skip
+                versions.check(segment.path for segment in plan.parts[index].segments)
                 manifest = progress.manifests[index] = writer.commit()
             documents += manifest.rows_out
             progress.refresh()

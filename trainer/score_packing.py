@@ -53,15 +53,11 @@ def sample_lengths(
     """
     lengths = np.zeros(model.max_seq_length + 1, np.int64)
     windows = np.zeros(model.max_windows + 1, np.int64)
-    at_once = [
-        part
-        for part in parts
-        if part.segments[0].first_row == 0 or can_enter(part.segments[0].path)
-    ]
-    sampled = at_once[:: -(-len(at_once) // _SAMPLED_PARTS)]
-    rows_a_part = -(-_SAMPLED_ROWS // len(sampled))
-    for part in sampled:
-        documents = _first_documents(part, rows_a_part, columns, model)
+    runs = _reachable(parts)
+    sampled = runs[:: -(-len(runs) // _SAMPLED_PARTS)]
+    most = -(-_SAMPLED_ROWS // len(sampled))
+    for run in sampled:
+        documents = _first_documents(run, most, columns, model)
         np.add.at(lengths, [len(window) for document in documents for window in document], 1)
         np.add.at(windows, [len(document) for document in documents], 1)
     if not windows.any():
@@ -69,15 +65,27 @@ def sample_lengths(
     return lengths, windows
 
 
+def _reachable(parts: Sequence[Part]) -> list[list[Part]]:
+    """Parts whose rows are reached at once, each with those that are reached through it only."""
+    runs: list[list[Part]] = []
+    for part in parts:
+        first = part.segments[0]
+        if first.first_row == 0 or can_enter(first.path):
+            runs.append([])
+        runs[-1].append(part)
+    return runs
+
+
 def _first_documents(
-    part: Part, num_rows: int, columns: Columns, model: ExportedModel
+    parts: Sequence[Part], most: int, columns: Columns, model: ExportedModel
 ) -> list[list[list[int]]]:
-    """The windows of a part's first usable rows, at most so many."""
+    """The windows of the first usable rows of parts that follow each other, at most so many."""
     found: list[list[list[int]]] = []
-    with contextlib.closing(read_chunks([part], [0], columns, model.token_limits)) as chunks:
+    chunks = read_chunks(parts, range(len(parts)), columns, model.token_limits)
+    with contextlib.closing(chunks):
         for chunk in chunks:
-            documents, _ = encode_chunk(chunk.first(num_rows - len(found)), model.encode)
+            documents, _ = encode_chunk(chunk.first(most - len(found)), model.encode)
             found += documents
-            if len(found) == num_rows:
+            if len(found) == most:
                 break
     return found

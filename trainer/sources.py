@@ -8,13 +8,13 @@ comes out as a `BadRow` that says where and why. The formats themselves are in `
 import dataclasses
 import os
 from collections.abc import Iterator, Sequence
-from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 
 from trainer import storage
 from trainer.errors import UserError
-from trainer.files import format_of, is_data_set, is_divisible, location, source_names
+from trainer.files import changed, format_of, is_data_set, is_divisible, location, source_names
 from trainer.formats import format_module
-from trainer.listing import check_all, list_files
+from trainer.listing import for_each_file, list_files
 from trainer.metadata import checksum
 from trainer.rows import BadRow, Columns, Row, Segment
 
@@ -36,13 +36,13 @@ __all__ = [
     "read_segment",
     "read_segments",
     "source_names",
+    "total_bytes",
     "true_or_false_columns",
     "whole_file",
 ]
 
 # Formats whose own schema says which columns hold truth values.
 _WITH_SCHEMA = ("parquet", "arrow", "tfds")
-_FILES_AT_ONCE = 8
 
 
 def whole_file(name: str) -> Segment:
@@ -70,7 +70,8 @@ def check_all_columns(names: Sequence[str], columns: Columns) -> None:
     Raises:
       UserError: of the first file that is at fault.
     """
-    check_all(names, check_columns, columns)
+    for _ in for_each_file(names, partial(check_columns, columns=columns)):
+        pass
 
 
 def column_names(name: str) -> list[str] | None:
@@ -103,6 +104,11 @@ def num_bytes(name: str) -> int:
     return os.path.getsize(location(name))
 
 
+def total_bytes(names: Sequence[str]) -> int:
+    """Bytes of all that names stand for."""
+    return sum(for_each_file(names, num_bytes))
+
+
 def fingerprint(name: str) -> tuple[int, str]:
     """Bytes and CRC-32C (hex) of what a name stands for.
 
@@ -131,9 +137,8 @@ def fingerprints(names: Sequence[str]) -> list[tuple[int, str]]:
     """`fingerprint` of each, several at a time: local files are read once for it."""
     from tqdm import tqdm
 
-    with ThreadPoolExecutor(_FILES_AT_ONCE) as pool:
-        found = pool.map(fingerprint, names)
-        return list(tqdm(found, "checksums", len(names), unit=" files", delay=1, leave=False))
+    found = for_each_file(names, fingerprint)
+    return list(tqdm(found, "checksums", len(names), unit=" files", delay=1, leave=False))
 
 
 def can_enter(name: str) -> bool:
@@ -184,6 +189,8 @@ def read_segments(
         for row in read_segment(together, columns):
             while _is_behind(row, segments[at]):
                 at += 1
+                if at == end:
+                    raise changed(together.path)
             if row.position >= segments[at].first_row:
                 yield at, row
         start = end

@@ -28,8 +28,9 @@ def run_ahead(items: Iterable[Item], depth: int) -> Generator[Item, None, None]:
                 continue
 
     def fill() -> None:
-        iterator = iter(items)
+        iterator = None
         try:
+            iterator = iter(items)
             for item in iterator:
                 put(True, item)
                 if stopped.is_set():
