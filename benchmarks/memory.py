@@ -13,6 +13,7 @@ import json
 import os
 import subprocess
 import sys
+import tempfile
 import time
 from collections.abc import Iterator
 
@@ -88,19 +89,19 @@ def measure(*arguments: str) -> dict[str, float]:
     """Runs a command; peaks in MiB of its tree (PSS) and of its largest process, and seconds."""
     command = [sys.executable, "-m", "trainer.cli", *arguments]
     began = time.perf_counter()
-    process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.PIPE)
     tree = largest = 0
     samples = 0
-    with contextlib.suppress(subprocess.TimeoutExpired):
+    with tempfile.TemporaryFile() as errors:
+        process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=errors)
         while process.poll() is None:
             processes = _descendants(process.pid)
             tree = max(tree, sum(_field(pid, "smaps_rollup", "Pss:") for pid in processes))
             largest = max([largest, *(_field(pid, "status", "VmHWM:") for pid in processes)])
             samples += 1
             time.sleep(_SAMPLE_SECONDS)
-    _, errors = process.communicate()
-    if process.returncode:
-        sys.exit(errors.decode()[-2000:])
+        if process.returncode:
+            errors.seek(0)
+            sys.exit(errors.read().decode()[-2000:])
     return {
         "tree_mib": tree / _MEBIBYTE,
         "largest_process_mib": largest / _MEBIBYTE,

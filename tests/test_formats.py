@@ -3,6 +3,7 @@
 import decimal
 import gzip
 import json
+import uuid
 from pathlib import Path
 
 import datasets
@@ -164,11 +165,20 @@ def test_unusual_values_of_a_table_cost_their_row_alone(tmp_path):
     ]
 
 
-def test_ids_may_be_decimal_numbers(tmp_path):
+def test_ids_may_be_decimal_numbers_and_uuids(tmp_path):
     ids = [decimal.Decimal("12345678901234567890"), decimal.Decimal("1.50"), None]
     parquet.write_table(pyarrow.table({"id": ids, "text": ["a", "b", "c"]}), tmp_path / "x.parquet")
     rows = read(tmp_path / "x.parquet", Columns())
     assert [row.id for row in rows] == ["12345678901234567890.00", "1.50", "x.parquet:2"]
+    names = [uuid.UUID(int=7), uuid.UUID(int=8)]
+    values = pyarrow.array([name.bytes for name in names], pyarrow.binary(16))
+    table = pyarrow.table({"id": values.cast(pyarrow.uuid()), "text": ["a", "b"]})
+    parquet.write_table(table, tmp_path / "y.parquet")
+    rows = read(tmp_path / "y.parquet", Columns(kept=("id",)))
+    assert [(row.id, row.kept) for row in rows] == [(str(name), (str(name),)) for name in names]
+    parquet.write_table(pyarrow.table({"id": values, "text": ["a", "b"]}), tmp_path / "z.parquet")
+    with pytest.raises(UserError, match="'id' holds fixed_size_binary.16., expected text or num"):
+        check_columns(str(tmp_path / "z.parquet"), Columns())
 
 
 @pytest.mark.parametrize(
@@ -295,6 +305,7 @@ def test_libmultilabels_lines_need_their_flag(tmp_path):
         (b"1,b\xffd,a\n2,good,b\n", ["2"], 1),
         (b"1,a\0b,a\r\n2,good,b\r3,good,c\n\n\r\n4,good,d", ["1", "2", "3", "4"], 0),
         (b'1,"a\r\nb\rc""",a\n2,good,b', ["1", "2"], 0),
+        (b"1,a,a\r2,b,b\r3,c,", ["1", "2", "3"], 0),
     ],
 )
 def test_a_broken_row_of_a_table_costs_itself_alone(tmp_path, table, good, bad):

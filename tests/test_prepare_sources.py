@@ -24,6 +24,20 @@ def tokenizer_dir(tmp_path_factory) -> str:
     return folder
 
 
+def test_a_table_that_can_be_entered_is_copied_in_pieces(tmp_path, tokenizer_dir, monkeypatch):
+    rows = [{name: row[name] for name in ("text", "labels")} for row in ROWS]
+    parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "r.parquet", row_group_size=3)
+    found = []
+    for size in (4, 100):
+        monkeypatch.setattr("trainer.scan._COPIED_ROWS", size)
+        data_dir = str(tmp_path / f"data-{size}")
+        flags = {"tokenizer": tokenizer_dir, "split": "all", "num_shards": 1}
+        prepare.run(config(tmp_path / "r.parquet", data_dir, **flags))
+        found.append(read_split(data_dir, "all"))
+    assert found[0] == found[1]
+    assert sorted(name for name, _, _ in found[0]) == [f"r.parquet:{i}" for i in range(9)]
+
+
 def test_shards_can_be_prepared_again(tmp_path, tokenizer_dir):
     rows = [row | {"text": row["text"] + " number" * 20, "year": 1990} for row in ROWS]
     path = write_rows(tmp_path / "rows.jsonl", rows)

@@ -281,6 +281,20 @@ def test_an_input_that_cannot_be_scored_is_one_line(model, tmp_path, contents, c
     assert not (tmp_path / "out" / "_SUCCESS").exists()
 
 
+def test_a_column_to_keep_that_nothing_has_is_told(model, tmp_path, capsys):
+    table = tmp_path / "a.csv"
+    table.write_text("text,country\nsome words,fr\n")
+    flags = {"keep_columns": ("contry",)}
+    with pytest.raises(UserError, match="no input has a column 'contry'; found text, country"):
+        run_score(model, table, tmp_path / "out", **flags)
+    assert not (tmp_path / "out").exists()
+    lines = write_rows(tmp_path / "a.jsonl", [{"id": "1", "text": "some words", "country": "fr"}])
+    run_score(model, lines, tmp_path / "out", **flags)
+    assert "warning: --keep_columns=contry: no input begins with" in capsys.readouterr().err
+    (line,) = read_scores(tmp_path / "out")
+    assert line["contry"] is None
+
+
 def test_input_in_the_output_folder_is_refused(model, tmp_path):
     (tmp_path / "in.txt").write_text("some text\n")
     with pytest.raises(UserError, match=r"in.txt: lies in --output_dir"):

@@ -15,9 +15,17 @@ from trainer.errors import UserError
 from trainer.files import is_data_set
 from trainer.labels import LabelReader, check_unique, read_label_file
 from trainer.ledger import Ledger
+from trainer.listing import for_each_file
 from trainer.records import Metadata
-from trainer.rejected import allowed_rejections, too_many_rejected
-from trainer.scan import ScanPlan, plan_file, rows_per_segment, scan_segment, vocabulary_path
+from trainer.rejected import REJECTED_FOLDER, allowed_rejections, too_many_rejected
+from trainer.scan import (
+    ScanPlan,
+    pieces_of,
+    plan_file,
+    rows_per_segment,
+    scan_segment,
+    vocabulary_path,
+)
 from trainer.sources import (
     Columns,
     Segment,
@@ -29,7 +37,6 @@ from trainer.sources import (
 from trainer.token_rows import TokenLimits
 from trainer.workers import WorkerPool
 
-REJECTED_FOLDER = "rejected"
 VOCABULARY_TEXTS = 100_000
 
 
@@ -121,8 +128,9 @@ def read_corpus(
     rejected_path = os.path.join(
         config.data_dir, REJECTED_FOLDER, "-".join(config.split_shares()) + ".jsonl"
     )
-    num_rejected = _scan(plan, segments, ledger, rejected_path, pool)
-    _check_rows(config, num_rejected, ledger.num_rows, rejected_path)
+    most_rejected = allowed_rejections(config.max_rejected, num_rows)
+    num_rejected = _scan(plan, segments, ledger, rejected_path, most_rejected, pool)
+    _check_rows(config, num_rejected, ledger.num_rows, num_rows, rejected_path)
     _check_kept(config, columns, ledger, files)
     labels, dropped = _choose_labels(config, plan.labels, ledger)
     places = {name: place for place, name in enumerate(labels)}
@@ -142,18 +150,15 @@ def _plan_segments(
     sources = source_names(files)
     segment_rows = rows_per_segment(total_bytes(files))
     plan = partial(plan_file, columns=columns, segment_rows=segment_rows)
-    copies = {
-        name: os.path.join(work_dir, f"copy-{index:06d}.jsonl") for index, name in enumerate(files)
-    }
+    pieces = [piece for found in for_each_file(files, pieces_of) for piece in found]
+    copies = [os.path.join(work_dir, f"copy-{index:06d}.jsonl") for index in range(len(pieces))]
+    calls = list(zip(pieces, copies, [sources[piece.path] for piece in pieces], strict=True))
     # Data sets in this process: the others have no TensorFlow, nor one defined by a caller.
-    here = [name for name in files if is_data_set(name)]
-    planned = {name: plan(name, copies[name], source=sources[name]) for name in here}
-    others = [name for name in files if name not in planned]
-    found = pool.map(
-        plan, others, [copies[name] for name in others], [sources[name] for name in others]
-    )
-    planned |= zip(others, found, strict=True)
-    return [segment for name in files for segment in planned[name]]
+    here = [plan(*call) for call in calls if is_data_set(call[0].path)]
+    elsewhere = [call for call in calls if not is_data_set(call[0].path)]
+    there = pool.map(plan, *zip(*elsewhere, strict=True)) if elsewhere else iter(())
+    planned = (here.pop(0) if is_data_set(piece.path) else next(there) for piece in pieces)
+    return [segment for found in planned for segment in found]
 
 
 def _label_reader(config: PrepareConfig, previous: Metadata | None) -> LabelReader:
@@ -189,9 +194,13 @@ def _scan(
     segments: list[Segment],
     ledger: Ledger,
     rejected_path: str,
+    most_rejected: int,
     pool: WorkerPool,
 ) -> int:
-    """Scans all segments into the ledger; writes the rejected rows and returns their number."""
+    """Scans all segments into the ledger; writes the rejected rows and returns their number.
+
+    It stops behind the segment that goes beyond the most that may be rejected.
+    """
     num_rejected = 0
     temporary = os.path.join(plan.work_dir, "rejected.jsonl")
     total = sum(segment.num_rows for segment in segments)
@@ -207,6 +216,8 @@ def _scan(
                 file.write(json.dumps(line | {"raw": row.raw}, ensure_ascii=False) + "\n")
                 num_rejected += 1
             progress.update(segment.num_rows)
+            if num_rejected > most_rejected:
+                break
     if num_rejected:
         os.makedirs(os.path.dirname(rejected_path), exist_ok=True)
         os.replace(temporary, rejected_path)
@@ -217,10 +228,11 @@ def _scan(
     return num_rejected
 
 
-def _check_rows(config: PrepareConfig, num_rejected: int, num_usable: int, path: str) -> None:
+def _check_rows(
+    config: PrepareConfig, num_rejected: int, num_usable: int, num_rows: int, path: str
+) -> None:
     """Checks that not too many rows are unusable, and that there are any usable ones."""
-    num_rows = num_rejected + num_usable
-    if num_rows == 0:
+    if num_rejected + num_usable == 0:
         raise UserError(f"--input={','.join(config.input)}: no rows; expected at least one")
     limit = config.max_rejected
     if num_rejected > allowed_rejections(limit, num_rows) or not num_usable:

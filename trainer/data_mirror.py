@@ -18,9 +18,9 @@ from trainer.data_folder import FILE_NAME
 from trainer.errors import UserError
 from trainer.object_store import Taken
 from trainer.records import METADATA_FILE, TOKENIZER_FOLDER, checksum
+from trainer.rejected import REJECTED_FOLDER
 from trainer.scratch import scratch_folder
 
-REJECTED_FOLDER = "rejected"
 _NEEDED = re.compile(rf"{re.escape(METADATA_FILE)}|{TOKENIZER_FOLDER}/.*|\w+\.texts")
 
 

@@ -157,8 +157,8 @@ def _expand_remote(url: str, source_split: str | None, any_ending: bool) -> list
     if not url.endswith("/") and find_object(url) is not None:
         return [url]
     folder = url.rstrip("/") + "/"
-    names = [item.url.removeprefix(folder) for item in list_objects(folder) if item.bytes]
-    names = [name for name in names if "/" not in name]
+    found = list_objects(folder, below=False)
+    names = [item.url.removeprefix(folder) for item in found if item.bytes]
     return [folder + name for name in _usable(names, source_split, any_ending)]
 
 

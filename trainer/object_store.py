@@ -71,8 +71,12 @@ def find_object(url: str) -> StoredObject | None:
     return _describe(blob)
 
 
-def list_objects(url_prefix: str) -> list[StoredObject]:
+def list_objects(url_prefix: str, below: bool = True) -> list[StoredObject]:
     """The objects whose URLs begin so, sorted; those that only stand for a folder left out.
+
+    Args:
+      url_prefix: how they begin.
+      below: also those with a "/" in the rest of their names.
 
     Raises:
       OSError: if the store refuses it, or there is no such bucket.
@@ -81,7 +85,11 @@ def list_objects(url_prefix: str) -> list[StoredObject]:
     bucket, prefix = _split(url_prefix)
     with _explained(url_prefix):
         blobs = _client().list_blobs(
-            bucket, prefix=prefix, retry=_retry(), timeout=_REQUEST_SECONDS
+            bucket,
+            prefix=prefix,
+            delimiter=None if below else "/",
+            retry=_retry(),
+            timeout=_REQUEST_SECONDS,
         )
         # A list of several pages may hold a name twice when one of them was asked for again.
         found = {blob.name: _describe(blob) for blob in blobs if not blob.name.endswith("/")}
@@ -135,9 +143,7 @@ def download_folder(url: str, folder: str, below: bool = True) -> None:
       UserError: if an object's name leads out of the folder.
     """
     base = url.rstrip("/") + "/"
-    names = [item.url.removeprefix(base) for item in list_objects(base)]
-    if not below:
-        names = [name for name in names if "/" not in name]
+    names = [item.url.removeprefix(base) for item in list_objects(base, below)]
     if not names:
         raise FileNotFoundError(errno.ENOENT, "not found; check bucket and folder", url)
     download_files(url, folder, names)

@@ -279,12 +279,9 @@ class StoreFolder:
     def find(self, folder: str) -> dict[str, Found]:
         """Sizes and checksums from the list."""
         prefix = self._url(f"{folder}/" if folder else "")
-        listed = object_store.list_objects(prefix)
-        found = {item.url.removeprefix(prefix): item for item in listed}
         return {
-            name: Found(item.bytes, item.checksum)
-            for name, item in found.items()
-            if "/" not in name
+            item.url.removeprefix(prefix): Found(item.bytes, item.checksum)
+            for item in object_store.list_objects(prefix, below=False)
         }
 
     def read(self, names: Sequence[str]) -> list[bytes | None]:
@@ -314,9 +311,12 @@ class StoreFolder:
 
     def open_part(self, name: str, manifest: str) -> PartFile | None:
         """Notes what a killed run may have left, which is what may be replaced."""
-        if object_store.find_object(self._url(manifest)) is not None:
-            return None
-        return _StorePart(self.url, name, manifest)
+        part = _StorePart(self.url, name, manifest)
+        # Afterwards, so that a part that is named in between is not taken for what was left.
+        if object_store.find_object(self._url(manifest)) is None:
+            return part
+        part.abandon()
+        return None
 
     def clear_up(self, folders: Sequence[str]) -> None:
         """Nothing: an upload that was broken off leaves no object."""

@@ -26,11 +26,11 @@ import numpy as np
 
 from trainer.output_folder import Found, OutputFolder, PartFile
 from trainer.plan import Part, Plan
+from trainer.rejected import REJECTED_FOLDER
 from trainer.result_files import ENDINGS, ResultWriter
 
 SUCCESS_FILE = "_SUCCESS"
 MANIFEST_FOLDER = "manifests"
-REJECTED_FOLDER = "rejected"
 FOLDERS = (MANIFEST_FOLDER, REJECTED_FOLDER)
 _CHECKS_AT_ONCE = 8
 # What other workers have done meanwhile counts for --max_rejected; how often to look.

@@ -109,8 +109,9 @@ def plan_parts(inputs: Sequence[Input], rows_per_part: int) -> tuple[Part, ...]:
             room -= segment.num_rows
     if not groups:
         raise UserError(f"--input: no rows in {', '.join(item.path for item in inputs)}")
+    width = max(5, len(str(len(groups))))  # Names in order are parts in order.
     return tuple(
-        Part(f"part-{index:05d}-of-{len(groups):05d}", tuple(group))
+        Part(f"part-{index:0{width}d}-of-{len(groups):0{width}d}", tuple(group))
         for index, group in enumerate(groups)
     )
 

@@ -4,6 +4,9 @@ import json
 
 from trainer.errors import UserError
 
+# In the data folder and in the output folder.
+REJECTED_FOLDER = "rejected"
+
 
 def allowed_rejections(limit: float, num_rows: int) -> int:
     """Rows that `--max_rejected` allows: a share of the rows if below 1, else a number."""

@@ -4,6 +4,7 @@ import datetime
 import decimal
 import json
 import math
+import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
@@ -113,7 +114,7 @@ def row_beside_text(
     identifier = values.get(columns.id)
     if identifier is None or identifier == "" or identifier != identifier:  # NaN is not itself.
         name = default_id(segment, position)
-    elif isinstance(identifier, str | int | float | decimal.Decimal):
+    elif isinstance(identifier, str | int | float | decimal.Decimal | uuid.UUID):
         name = str(identifier)
     else:
         found = _complaint(identifier) or f"a {type(identifier).__name__}"
@@ -189,7 +190,7 @@ def plain_value(value: Any) -> Any:
         return value.decode("utf-8")
     if isinstance(value, datetime.datetime | datetime.date | datetime.time):
         return value.isoformat()
-    if isinstance(value, decimal.Decimal | datetime.timedelta):
+    if isinstance(value, decimal.Decimal | datetime.timedelta | uuid.UUID):
         return str(value)
     raise ValueError(_complaint(value) or f"found {type(value).__name__}")
 

@@ -22,6 +22,7 @@ from trainer.sources import (
     Columns,
     Row,
     Segment,
+    can_enter,
     plan_segments,
     read_segment,
     whole_file,
@@ -31,6 +32,8 @@ from trainer.token_rows import TokenLimits, check_windows
 _SMALL_INPUT_BYTES = 1 << 28
 _VOCABULARY_TEXT_CHARACTERS = 10_000
 _COPY_BYTES = 1 << 22
+# Of a file that can be entered, so that several processes copy it.
+_COPIED_ROWS = 1 << 17
 _CHARACTERS_A_TOKEN = 2
 
 
@@ -81,13 +84,20 @@ def rows_per_segment(num_bytes: int) -> int:
     return 1024 if num_bytes < _SMALL_INPUT_BYTES else 16384
 
 
+def pieces_of(name: str) -> list[Segment]:
+    """What `plan_file` takes of a file at a time: all of it, or, where it can be entered, less."""
+    if is_divisible(name) or not can_enter(name):
+        return [whole_file(name)]
+    return plan_segments(name, _COPIED_ROWS)
+
+
 def plan_file(
-    name: str, copy_path: str, source: str, columns: Columns, segment_rows: int
+    piece: Segment, copy_path: str, source: str, columns: Columns, segment_rows: int
 ) -> list[Segment]:
     """Cuts a file into segments; one that cannot be cut by bytes is first copied to lines.
 
     Args:
-      name: the file.
+      piece: of `pieces_of` the file.
       copy_path: where to put the copy.
       source: what its rows without an id are called by.
       columns: what to copy of it.
@@ -96,6 +106,7 @@ def plan_file(
     Raises:
       UserError: if the file is damaged.
     """
+    name = piece.path
     kind, _ = format_of(name)
     if not is_divisible(name):
         if kind in LINE_FORMATS:
@@ -103,8 +114,8 @@ def plan_file(
         else:
             kind = "rows"
             with open(copy_path, "w", encoding="utf-8", errors="surrogatepass") as copy:
-                segment = replace(whole_file(name), source=source)
-                copy.writelines(map(encode_row, read_segment(segment, columns)))
+                rows = read_segment(replace(piece, source=source), columns)
+                copy.writelines(map(encode_row, rows))
         name = f"{kind}:{copy_path}"
     return [replace(segment, source=source) for segment in plan_segments(name, segment_rows)]
 

@@ -16,15 +16,16 @@ from typing import TYPE_CHECKING, Any
 from tqdm import tqdm
 
 from trainer.beam import open_runner
+from trainer.blocks import Block, check_finite
 from trainer.cluster import read_cluster
 from trainer.config import LOCAL_RUNNER, ScoreConfig, absolute
 from trainer.errors import UserError
 from trainer.exported import ExportedModel, load_exported
-from trainer.files import absolute_name, location
+from trainer.files import absolute_name, format_of, location
+from trainer.listing import for_each_file
 from trainer.output_folder import OutputFolder, open_output
 from trainer.parts import (
     FOLDERS,
-    REJECTED_FOLDER,
     Progress,
     begin_part,
     rejected_file,
@@ -39,17 +40,12 @@ from trainer.plan import (
     save_plan,
     wait_for_plan,
 )
-from trainer.rejected import allowed_rejections, describe_rejections
+from trainer.rejected import REJECTED_FOLDER, allowed_rejections, describe_rejections
 from trainer.result_files import open_results
 from trainer.score_packing import choose_score_packing, sample_lengths
-from trainer.scoring import (
-    Block,
-    Compilations,
-    check_finite,
-    scored_blocks,
-)
+from trainer.scoring import Compilations, scored_blocks
 from trainer.scratch import own_temporary_files
-from trainer.sources import Columns, check_all_columns, list_files
+from trainer.sources import Columns, check_all_columns, column_names, list_files
 from trainer.strategy import choose_scoring_precision, make_scoring_strategy
 from trainer.versions import FileVersions
 
@@ -157,6 +153,28 @@ def _check_inputs(config: ScoreConfig, paths: Sequence[str], columns: Columns) -
                 "choose another --output_dir"
             )
     check_all_columns(paths, columns)
+    if columns.kept:
+        _check_kept(paths, columns)
+
+
+def _check_kept(paths: Sequence[str], columns: Columns) -> None:
+    """Checks that each column to keep is one that some input has.
+
+    A field that the first rows of JSONL lack may come later: that is a warning.
+    """
+    found: dict[str, None] = {}
+    for names in for_each_file(paths, column_names):
+        found |= dict.fromkeys(names or ())
+    missing = [name for name in columns.kept if name not in found]
+    if not missing:
+        return
+    line = (
+        f"--keep_columns={','.join(columns.kept)}: no input has a column {missing[0]!r}; found "
+        f"{', '.join(found)}; correct the name, or keep fewer columns"
+    )
+    if all(format_of(path)[0] != "jsonl" for path in paths):
+        raise UserError(line)
+    print(f"warning: {line.replace('has', 'begins with rows that have')}", file=sys.stderr)
 
 
 def _settings(config: ScoreConfig, precision: str) -> dict[str, Any]:

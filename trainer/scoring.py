@@ -13,8 +13,8 @@ from dataclasses import dataclass
 import numpy as np
 import tensorflow as tf
 
-from trainer.blocks import Block, BlockPacker, check_finite, encode_chunk, tokenize
-from trainer.chunks import Chunk, read_chunks
+from trainer.blocks import Block, BlockPacker, tokenize
+from trainer.chunks import read_chunks
 from trainer.exported import ExportedModel
 from trainer.model import INPUTS
 from trainer.packing import BLOCK_MICRO_BATCHES, empty_micro_batch
@@ -22,18 +22,6 @@ from trainer.plan import Plan
 from trainer.predictor import Predictor
 from trainer.rows import Columns
 from trainer.stages import run_ahead
-
-__all__ = [
-    "Block",
-    "BlockPacker",
-    "Chunk",
-    "Compilations",
-    "check_finite",
-    "encode_chunk",
-    "read_chunks",
-    "scored_blocks",
-    "tokenize",
-]
 
 _CHUNKS_AHEAD = 4
 _BLOCKS_AHEAD = 1

@@ -8,7 +8,10 @@ import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
 from concurrent.futures import Future, ProcessPoolExecutor
+from concurrent.futures.process import BrokenProcessPool
 from typing import Any, Protocol
+
+from trainer.errors import UserError
 
 _TASKS_A_PROCESS = 4
 
@@ -34,12 +37,18 @@ class ProcessWorkers:
     def map(self, function: Callable[..., Any], /, *arguments: Iterable[Any]) -> Iterator[Any]:
         """See `WorkerPool`; what is passed and returned must pickle."""
         waiting: deque[Future[Any]] = deque()
-        for task in zip(*arguments, strict=True):
-            if len(waiting) == self._most:
+        try:
+            for task in zip(*arguments, strict=True):
+                if len(waiting) == self._most:
+                    yield waiting.popleft().result()
+                waiting.append(self._pool.submit(function, *task))
+            while waiting:
                 yield waiting.popleft().result()
-            waiting.append(self._pool.submit(function, *task))
-        while waiting:
-            yield waiting.popleft().result()
+        except BrokenProcessPool:
+            raise UserError(
+                "a worker process was killed, as the system does when memory runs out; run the "
+                "same command with fewer --num_workers, or on a machine with more memory"
+            ) from None
 
 
 def count_cores() -> int:

@@ -2,7 +2,7 @@
 
 import contextlib
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from typing import Any
 
 from trainer.errors import UserError
@@ -29,8 +29,6 @@ def _opened(name: str) -> Iterator[tuple[Any, Iterator[Any]]]:
     def counted(batches: Iterator[Any]) -> Iterator[Any]:
         nonlocal rows
         for batch in batches:
-            for column in batch.columns:
-                _check_offsets(column)
             yield batch
             rows += batch.num_rows
 
@@ -112,15 +110,21 @@ def read_rows(segment: Segment, columns: Columns) -> Iterator[Row | BadRow]:
     """The rows of a segment."""
     with _opened(segment.path) as (schema, batches):
         check_schema(segment.path, schema, columns)
-        yield from rows_of_batches(segment, _numbered(batches, segment), schema, columns)
+        names = [name for name in columns.all if name in schema.names]
+        numbered = _numbered(batches, segment, names)
+        yield from rows_of_batches(segment, numbered, schema, columns)
 
 
-def _numbered(batches: Iterator[Any], segment: Segment) -> Iterator[tuple[int, Any]]:
-    """(number of its first row, batch), as far as the segment goes."""
+def _numbered(
+    batches: Iterator[Any], segment: Segment, names: Sequence[str]
+) -> Iterator[tuple[int, Any]]:
+    """(number of its first row, batch), as far as the segment goes, its columns checked."""
     first = 0
     for batch in batches:
         if segment.end is not None and first >= segment.end:
             return
         if first + batch.num_rows > segment.start:
+            for name in names:
+                _check_offsets(batch.column(name))
             yield first, batch
         first += batch.num_rows

@@ -27,7 +27,8 @@ def check_schema(name: str, schema: Any, columns: Columns) -> None:
         raise wrong_type(name, columns.text, columns, str(text), "text")
     if columns.id in schema.names:
         found = _value_type(schema.field(columns.id).type)
-        if types.is_nested(found) or types.is_temporal(found):
+        is_raw = types.is_fixed_size_binary(found)
+        if types.is_nested(found) or types.is_temporal(found) or is_raw:
             raise wrong_type(name, columns.id, columns, str(found), "text or numbers")
     for column in columns.labels:
         found = _value_type(schema.field(column).type)

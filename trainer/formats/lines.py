@@ -90,7 +90,9 @@ def _compressed_lines(segment: Segment) -> Iterator[tuple[int, bytes | LongLine]
 def damaged(name: str, where: str, error: Exception) -> UserError:
     """What to raise where a file cannot be read on."""
     reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return UserError(f"{name}: damaged or cut short after {where} ({reason}); restore the file")
+    return UserError(
+        f"{name}: damaged or cut short somewhere after {where} ({reason}); restore the file"
+    )
 
 
 def without_mark(name: str, line: bytes) -> bytes:

@@ -80,7 +80,7 @@ def _physical_lines(name: str, file: Any) -> Iterator[str | LongLine]:
             continue
         if number == 0:
             line = without_mark(name, line)
-        if b"\r" in line and line.find(b"\r") < len(line) - 2:
+        if b"\r" in line.removesuffix(b"\n").removesuffix(b"\r"):
             for piece in line.splitlines(keepends=True):
                 yield piece.decode("utf-8", "surrogateescape")
         else:
