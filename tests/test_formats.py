@@ -228,6 +228,12 @@ def test_token_ids_come_as_windows(tmp_path):
     assert rows[1] == Row(1, "b", "", LabelIds((2,)), (), [[2, 8, 3]])
 
 
+def test_texts_may_lie_beside_a_metadata_json_of_somebody_else(tmp_path):
+    (tmp_path / "metadata.json").write_text('{"schema_version": "of something else"}')
+    write_records(tmp_path / "x.tfrecord", [example(text=[b"some words"])])
+    assert read(tmp_path / "x.tfrecord", Columns()) == [Row(0, "x.tfrecord:0", "some words", None)]
+
+
 def test_berts_layout_loses_its_padding(tmp_path):
     def record(ids, mask, second=0, real=1):
         segments = [0] * (len(ids) - 1) + [second]

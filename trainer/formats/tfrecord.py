@@ -118,7 +118,6 @@ def plan_segments(name: str, source: str, rows_per_part: int) -> list[Segment]:
 
 def read_rows(segment: Segment, columns: Columns) -> Iterator[Row | BadRow]:
     """The rows of a segment; padding examples are passed over."""
-    metadata = _metadata_beside(segment.path)
     for position, record in enumerate(_records(segment.path)):
         if position < segment.start:
             continue
@@ -130,7 +129,7 @@ def read_rows(segment: Segment, columns: Columns) -> Iterator[Row | BadRow]:
             continue
         try:
             features = parse_example(record)
-            row = _row(segment, position, features, columns, metadata)
+            row = _row(segment, position, features, columns)
         except ValueError as error:
             yield BadRow(position, str(error), cut_raw(repr(record[:200])))
             continue
@@ -158,7 +157,6 @@ def _row(
     position: int,
     features: dict[str, list[Any]],
     columns: Columns,
-    metadata: Metadata | None,
 ) -> Row | BadRow | None:
     """An example as a row; None for one that only fills a batch.
 
@@ -169,7 +167,9 @@ def _row(
         return _row_of_text(segment, position, features, columns)
     values = {name: _single(features[name]) for name in (columns.id, *columns.kept)
               if name in features}  # fmt: skip
+    metadata = None
     if "window_lengths" in features:
+        metadata = _metadata_beside(segment.path)
         windows = _own_windows(features)
         if metadata is not None and "slices" in features:
             slices = map(_decode, features["slices"])
