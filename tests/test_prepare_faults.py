@@ -141,6 +141,25 @@ def test_bad_input_is_one_clear_line_and_leaves_nothing(
 
 
 @pytest.mark.parametrize(
+    "labels, message",
+    [
+        ([3, 4], "row 0: labels are numbers; give the names that they stand for with --labels"),
+        ({"a": 1}, "expected a list or a string"),
+    ],
+)
+def test_labels_that_no_row_has_right_are_told_before_all_is_read(
+    tmp_path, monkeypatch, labels, message
+):
+    rows = [{"text": f"text {index}", "labels": labels} for index in range(3000)]
+    path = write_rows(tmp_path / "rows.jsonl", rows)
+    monkeypatch.setattr("trainer.corpus._scan", None)  # It would be called.
+    with pytest.raises(UserError, match=message) as caught:
+        prepare.run(config(path, tmp_path / "data", split="all", max_rejected=10_000))
+    assert "none of the first 100 rows" in str(caught.value)
+    assert not (tmp_path / "data").exists()
+
+
+@pytest.mark.parametrize(
     "item, message",
     [
         ("sample:poems", "expected sample:docstrings or sample:docstrings:N"),

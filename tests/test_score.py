@@ -254,6 +254,18 @@ def test_rejected_rows_are_written_with_position_and_reason(model, documents, tm
     assert (success["rows_in"], success["rows_out"], success["rows_rejected"]) == (9, 6, 3)
 
 
+def test_rejected_rows_that_were_removed_are_written_again(model, tmp_path):
+    rows = [{"id": str(at), "text": "some words" if at % 4 else ""} for at in range(20)]
+    source = write_rows(tmp_path / "rows.jsonl", rows)
+    flags = {"rows_per_part": 10, "max_rejected": 5}
+    run_score(model, source, tmp_path / "out", **flags)
+    (path, other) = sorted((tmp_path / "out" / "rejected").iterdir())
+    whole = path.read_bytes()
+    path.unlink()
+    assert run_score(model, source, tmp_path / "out", **flags).documents == 7
+    assert path.read_bytes() == whole and other.exists()
+
+
 def test_a_part_of_nothing_but_unusable_rows_is_empty(model, tmp_path):
     (tmp_path / "bad.jsonl").write_text("{\n" * 3)
     run_score(model, tmp_path / "bad.jsonl", tmp_path / "out", max_rejected=3)

@@ -2,6 +2,7 @@
 
 import gzip
 import json
+import os
 from pathlib import Path
 
 import pyarrow
@@ -135,6 +136,14 @@ def test_a_file_that_is_named_twice_is_read_once(tmp_path, monkeypatch):
     write(tmp_path / "a.jsonl", b"x\n")
     assert list_files(["./a.jsonl", str(tmp_path / "a.jsonl"), "a.jsonl", "*"]) == ["./a.jsonl"]
     assert list_files([str(tmp_path), "./"], "text") == ["text:./a.jsonl"]
+
+
+def test_a_name_that_is_not_unicode_is_refused(tmp_path):
+    path = os.fsencode(tmp_path) + b"/caf\xe9.jsonl"
+    with open(path, "wb") as file:
+        file.write(b'{"text": "x"}\n')
+    with pytest.raises(UserError, match=r"caf\\udce9.jsonl: its name is not UTF-8; rename"):
+        list_files([str(tmp_path)])
 
 
 def test_folders_and_globs_are_sorted_and_hidden_files_left_out(tmp_path):

@@ -1,6 +1,7 @@
 """The first pass of `prepare` as a whole: every row read once, labels and splits decided."""
 
 import contextlib
+import itertools
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -13,7 +14,7 @@ from tqdm import tqdm
 from trainer.config import PrepareConfig
 from trainer.errors import UserError
 from trainer.files import is_data_set
-from trainer.labels import LabelReader, check_unique, read_label_file
+from trainer.labels import LabelError, LabelReader, check_unique, read_label_file
 from trainer.ledger import Ledger
 from trainer.listing import for_each_file
 from trainer.records import Metadata
@@ -28,16 +29,20 @@ from trainer.scan import (
 )
 from trainer.sources import (
     Columns,
+    Row,
     Segment,
     check_all_columns,
     column_names,
+    read_segment,
     source_names,
     total_bytes,
+    whole_file,
 )
 from trainer.token_rows import TokenLimits
 from trainer.workers import WorkerPool
 
 VOCABULARY_TEXTS = 100_000
+_ROWS_TO_CHECK = 100
 
 
 @dataclass(frozen=True)
@@ -114,11 +119,13 @@ def read_corpus(
     """
     columns = columns_of(config, previous)
     check_all_columns(files, columns)
+    reader = _label_reader(config, previous)
+    _check_labels(files[0], columns, reader)
     segments = _plan_segments(files, columns, work_dir, pool)
     num_rows = sum(segment.num_rows for segment in segments)
     plan = ScanPlan(
         columns=columns,
-        labels=_label_reader(config, previous),
+        labels=reader,
         seed=hash_seed(config, previous),
         vocabulary_share=_vocabulary_share(config, previous, num_rows),
         work_dir=work_dir,
@@ -159,6 +166,27 @@ def _plan_segments(
     there = pool.map(plan, *zip(*elsewhere, strict=True)) if elsewhere else iter(())
     planned = (here.pop(0) if is_data_set(piece.path) else next(there) for piece in pieces)
     return [segment for found in planned for segment in found]
+
+
+def _check_labels(name: str, columns: Columns, reader: LabelReader) -> None:
+    """Checks that of the first rows of a file some have labels that can be read.
+
+    Raises:
+      UserError: if there are several rows, and none has.
+    """
+    rows = (row for row in read_segment(whole_file(name), columns) if isinstance(row, Row))
+    reasons = []
+    for row in itertools.islice(rows, _ROWS_TO_CHECK):
+        try:
+            reader.read(row.labels)
+            return
+        except LabelError as error:
+            reasons.append(f"row {row.position}: {error}")
+    if len(reasons) > 1:
+        raise UserError(
+            f"{name}: {reasons[0]}; none of the first {len(reasons)} rows has labels that can be "
+            f"read; name the right column with --label_field (now {','.join(columns.labels)})"
+        )
 
 
 def _label_reader(config: PrepareConfig, previous: Metadata | None) -> LabelReader:

@@ -69,6 +69,9 @@ def list_files(
 
 def _check_file(name: str) -> None:
     """Checks that a file can be read and holds something."""
+    if not name.isascii() and name != name.encode("utf-8", "replace").decode("utf-8"):
+        shown = name.encode("utf-8", "backslashreplace").decode("utf-8")
+        raise UserError(f"{shown}: its name is not UTF-8; rename the file")
     format_of(name)
     path = location(name)
     if is_data_set(name) or storage.is_remote(path):

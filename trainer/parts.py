@@ -190,6 +190,10 @@ class Progress:
         self.manifests = [None] * len(self.manifests)
         self._read_new(names)
         files = self._compare_sizes()
+        files |= {
+            f"{REJECTED_FOLDER}/{name}": item
+            for name, item in self._folder.find(REJECTED_FOLDER).items()
+        }
         there = [i for i in self.mine if f"{self._plan.parts[i].name}.json" in names]
         with ThreadPoolExecutor(_CHECKS_AT_ONCE) as pool:
             whole = pool.map(partial(self._is_whole, files), there)
@@ -201,7 +205,9 @@ class Progress:
 
     def _is_whole(self, files: dict[str, Found], index: int) -> bool:
         manifest = self.manifests[index]
-        if manifest is None:
+        if manifest is None or (
+            manifest.rows_rejected and rejected_file(manifest.part) not in files
+        ):
             return False
         name = part_file(self._plan.parts[index], self._plan)
         found = files[name] if files[name].checksum else self._folder.sum_up(name)

@@ -1,6 +1,7 @@
 """How many unusable rows a command puts up with."""
 
 import json
+import math
 
 from trainer.errors import UserError
 
@@ -10,7 +11,8 @@ REJECTED_FOLDER = "rejected"
 
 def allowed_rejections(limit: float, num_rows: int) -> int:
     """Rows that `--max_rejected` allows: a share of the rows if below 1, else a number."""
-    return int(limit * num_rows) if limit < 1 else int(limit)
+    # 0.29 of 100 rows are 29 rows, whatever binary fractions make of it.
+    return math.floor(limit * num_rows + 1e-9) if limit < 1 else int(limit)
 
 
 def too_many_rejected(

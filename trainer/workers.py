@@ -14,6 +14,7 @@ from typing import Any, Protocol
 from trainer.errors import UserError
 
 _TASKS_A_PROCESS = 4
+_LOOK_SECONDS = 5.0
 
 
 class WorkerPool(Protocol):
@@ -40,15 +41,33 @@ class ProcessWorkers:
         try:
             for task in zip(*arguments, strict=True):
                 if len(waiting) == self._most:
-                    yield waiting.popleft().result()
+                    yield self._result(waiting.popleft())
                 waiting.append(self._pool.submit(function, *task))
             while waiting:
-                yield waiting.popleft().result()
+                yield self._result(waiting.popleft())
         except BrokenProcessPool:
             raise UserError(
                 "a worker process was killed, as the system does when memory runs out; run the "
                 "same command with fewer --num_workers, or on a machine with more memory"
             ) from None
+
+    def _result(self, future: "Future[Any]") -> Any:
+        """A result, waited for as long as all processes live.
+
+        (One that is killed in the middle of sending a result leaves the executor waiting for the
+        rest of it, and nobody hears of it.)
+        """
+        while True:
+            try:
+                return future.result(_LOOK_SECONDS)
+            except TimeoutError:
+                if future.done():  # Raised by the function itself.
+                    raise
+            processes = list((self._pool._processes or {}).values())
+            if any(process.exitcode is not None for process in processes):
+                for process in processes:
+                    process.kill()
+                raise BrokenProcessPool
 
 
 def count_cores() -> int:
