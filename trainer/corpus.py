@@ -1,7 +1,6 @@
 """The first pass of `prepare` as a whole: every row read once, labels and splits decided."""
 
 import contextlib
-import itertools
 import json
 import os
 from collections.abc import Iterator, Sequence
@@ -14,7 +13,7 @@ from tqdm import tqdm
 from trainer.config import PrepareConfig
 from trainer.errors import UserError
 from trainer.files import is_data_set
-from trainer.labels import LabelError, LabelReader, check_unique, read_label_file
+from trainer.label_choice import check_labels, choose_labels, make_reader
 from trainer.ledger import Ledger
 from trainer.listing import for_each_file
 from trainer.records import Metadata
@@ -29,20 +28,16 @@ from trainer.scan import (
 )
 from trainer.sources import (
     Columns,
-    Row,
     Segment,
     check_all_columns,
     column_names,
-    read_segment,
     source_names,
     total_bytes,
-    whole_file,
 )
 from trainer.token_rows import TokenLimits
 from trainer.workers import WorkerPool
 
 VOCABULARY_TEXTS = 100_000
-_ROWS_TO_CHECK = 100
 
 
 @dataclass(frozen=True)
@@ -119,8 +114,8 @@ def read_corpus(
     """
     columns = columns_of(config, previous)
     check_all_columns(files, columns)
-    reader = _label_reader(config, previous)
-    _check_labels(files[0], columns, reader)
+    reader = make_reader(config, previous)
+    check_labels(files[0], columns, reader)
     segments = _plan_segments(files, columns, work_dir, pool)
     num_rows = sum(segment.num_rows for segment in segments)
     plan = ScanPlan(
@@ -139,7 +134,7 @@ def read_corpus(
     num_rejected = _scan(plan, segments, ledger, rejected_path, most_rejected, pool)
     _check_rows(config, num_rejected, ledger.num_rows, num_rows, rejected_path)
     _check_kept(config, columns, ledger, files)
-    labels, dropped = _choose_labels(config, plan.labels, ledger)
+    labels, dropped = choose_labels(config, plan.labels, ledger)
     places = {name: place for place, name in enumerate(labels)}
     label_map = np.array([places.get(name, -1) for name in ledger.names], np.int64)
     label_counts = np.zeros(len(labels), np.int64)
@@ -166,48 +161,6 @@ def _plan_segments(
     there = pool.map(plan, *zip(*elsewhere, strict=True)) if elsewhere else iter(())
     planned = (here.pop(0) if is_data_set(piece.path) else next(there) for piece in pieces)
     return [segment for found in planned for segment in found]
-
-
-def _check_labels(name: str, columns: Columns, reader: LabelReader) -> None:
-    """Checks that of the first rows of a file some have labels that can be read.
-
-    Raises:
-      UserError: if there are several rows, and none has.
-    """
-    rows = (row for row in read_segment(whole_file(name), columns) if isinstance(row, Row))
-    reasons = []
-    for row in itertools.islice(rows, _ROWS_TO_CHECK):
-        try:
-            reader.read(row.labels)
-            return
-        except LabelError as error:
-            reasons.append(f"row {row.position}: {error}")
-    if len(reasons) > 1:
-        raise UserError(
-            f"{name}: {reasons[0]}; none of the first {len(reasons)} rows has labels that can be "
-            f"read; name the right column with --label_field (now {','.join(columns.labels)})"
-        )
-
-
-def _label_reader(config: PrepareConfig, previous: Metadata | None) -> LabelReader:
-    columns = config.label_field
-    check_unique(columns, f"--label_field={','.join(columns)}")
-    names: tuple[str, ...] | None = None
-    if config.labels is not None:
-        names = read_label_file(config.labels)
-    elif len(columns) > 1:
-        names = columns
-    if names is not None and len(columns) > 1 and set(names) != set(columns):
-        differing = ", ".join(sorted(set(names) ^ set(columns))[:5])
-        raise UserError(
-            f"--labels={config.labels}: names other labels than --label_field ({differing}); "
-            "expected the same names, or leave --labels out"
-        )
-    if previous is None:
-        return LabelReader(names, columns, config.label_delimiter)
-    return LabelReader(
-        previous.labels, columns, config.label_delimiter, frozenset(previous.dropped_labels)
-    )
 
 
 def _vocabulary_share(config: PrepareConfig, previous: Metadata | None, num_rows: int) -> float:
@@ -279,24 +232,6 @@ def _check_kept(
             f"has a column {missing[0]!r}; {files[0]} has {found}; correct the name, or keep "
             "fewer columns"
         )
-
-
-def _choose_labels(
-    config: PrepareConfig, reader: LabelReader, ledger: Ledger
-) -> tuple[tuple[str, ...], dict[str, int]]:
-    """The labels in order, and those of the data that are too rare."""
-    counts = dict(zip(ledger.names, ledger.label_counts, strict=True))
-    if reader.names is not None:
-        return reader.names, {}
-    enough = config.min_label_count
-    labels = tuple(sorted(name for name, count in counts.items() if count >= enough))
-    if not labels:
-        most = max(counts.values(), default=0)
-        raise UserError(
-            f"--label_field={','.join(config.label_field)}: no label has --min_label_count="
-            f"{enough} documents, the commonest has {most}; check the column, or lower the count"
-        )
-    return labels, {name: counts[name] for name in sorted(counts) if counts[name] < enough}
 
 
 def _check_splits(config: PrepareConfig, corpus: Corpus) -> None:
