@@ -94,6 +94,11 @@ def test_a_plan_comes_back_as_it_was_saved(tmp_path, inputs):
     assert save_plan(output, plan) and not save_plan(output, plan)
     assert load_plan(output) == plan
     assert [path.name for path in folder.iterdir()] == ["plan.json"]
+    (folder / "plan.json").write_text(
+        (folder / "plan.json").read_text().replace('"first_row": 10', '"first_row": 11', 1)
+    )
+    with pytest.raises(UserError, match="its content does not match its own sha256"):
+        load_plan(output)
     check_plan(plan, str(folder), "f" * 64, SETTINGS, describe_inputs(inputs))
 
 

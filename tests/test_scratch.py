@@ -82,6 +82,13 @@ def test_the_command_that_prepared_a_folder_finds_nothing_to_do(tmp_path, capsys
     rows.write_text(rows.read_text().replace("number 3", "number 4"))  # As many bytes.
     with pytest.raises(UserError, match="already holds the splits all"):
         prepare.run(config(rows, tmp_path / "data", **flags))
+    labels = tmp_path / "labels.txt"
+    labels.write_text("a\nb\nc\n")
+    flags |= {"labels": str(labels)}
+    prepare.run(config(rows, tmp_path / "more", **flags))
+    labels.write_text("c\nb\na\n")
+    with pytest.raises(UserError, match="already holds the splits all"):
+        prepare.run(config(rows, tmp_path / "more", **flags))
     for changes in ({"seed": 5}, {"vocab_size": 999}):
         with pytest.raises(UserError, match="already holds the splits all"):
             prepare.run(config(rows, tmp_path / "data", **flags | changes))

@@ -10,6 +10,7 @@ from collections.abc import Iterator, Sequence
 
 import numpy as np
 
+from trainer.disk_arrays import make_array
 from trainer.scan import ScannedSegment
 from trainer.split import StratifiedSplitter
 
@@ -108,7 +109,7 @@ class Ledger:
         for file in self._buckets:
             file.close()
         path = os.path.join(self.work_dir, "splits.bin")
-        assigned = np.memmap(path, np.uint8, "w+", shape=(self.num_rows,))
+        assigned = make_array(path, np.uint8, (self.num_rows,))
         if len(shares) > 1:
             splitter = StratifiedSplitter(shares, label_counts, self.num_rows)
             for rows, hashes, label_splits, labels in self.buckets():

@@ -17,6 +17,7 @@ from trainer.errors import RunAgain, UserError
 from trainer.files import absolute_name
 from trainer.listing import for_each_file
 from trainer.output_folder import OutputFolder
+from trainer.seal import seal, unseal
 from trainer.sources import Segment, fingerprints, num_bytes, plan_segments, source_names
 
 PLAN_VERSION = 1
@@ -118,7 +119,7 @@ def plan_parts(inputs: Sequence[Input], rows_per_part: int) -> tuple[Part, ...]:
 
 def save_plan(folder: OutputFolder, plan: Plan) -> bool:
     """Writes plan.json; False if another process wrote one meanwhile."""
-    contents = json.dumps(dataclasses.asdict(plan), indent=1, ensure_ascii=False)
+    contents = json.dumps(seal(dataclasses.asdict(plan)), indent=1, ensure_ascii=False)
     return folder.create(PLAN_FILE, contents + "\n")
 
 
@@ -140,6 +141,7 @@ def load_plan(folder: OutputFolder) -> Plan | None:
         values = json.loads(contents)
         if values["version"] != PLAN_VERSION:
             raise ValueError(f"version {values['version']}, expected {PLAN_VERSION}")
+        values = unseal(values)
         parts = tuple(
             Part(part["name"], tuple(Segment(**segment) for segment in part["segments"]))
             for part in values["parts"]

@@ -150,6 +150,11 @@ def _is_done(config: PrepareConfig, previous: Metadata) -> bool:
     call = previous.source["calls"][-1]
     if call.get("flags") != _sum_up_flags(config):
         return False
+    if config.labels is not None and read_label_file(config.labels) != previous.labels:
+        return False
+    if config.tokenizer != "train":
+        if load_tokenizer(config.tokenizer).fingerprint != previous.tokenizer_fingerprint:
+            return False
     files = [item for item in call["inputs"] if not isinstance(item, str)]
     found = fingerprints([item["name"] for item in files])
     return found == [(item["bytes"], item["checksum"]) for item in files]

@@ -14,6 +14,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from trainer.corpus import Corpus
+from trainer.disk_arrays import make_array
 from trainer.ledger import map_ragged
 from trainer.records import Shard, checksum
 from trainer.shards import mix
@@ -99,7 +100,7 @@ def write_text_indexes(
 
 def _write_ranks(corpus: Corpus, num_splits: int, path: str) -> np.ndarray:
     """uint32 [rows], on disk: how many rows before a row went to the same split."""
-    ranks = np.memmap(path, np.uint32, "w+", shape=(corpus.ledger.num_rows,))
+    ranks = make_array(path, np.uint32, (corpus.ledger.num_rows,))
     for first_row, (splits, before) in zip(
         corpus.ledger.first_rows, corpus.ranks(num_splits), strict=False
     ):

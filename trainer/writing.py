@@ -8,6 +8,7 @@ import numpy as np
 from tqdm import tqdm
 
 from trainer.corpus import Corpus
+from trainer.disk_arrays import make_array
 from trainer.records import Shard, Split
 from trainer.shards import WritePlan, write_segment, write_shard
 from trainer.tally import Tally, empty_tally
@@ -22,7 +23,7 @@ def write_corpus(plan: WritePlan, corpus: Corpus, pool: WorkerPool) -> tuple[lis
     """
     num_segments, num_shards = len(corpus.segments), len(plan.shard_names)
     offsets_path = os.path.join(plan.work_dir, "offsets.bin")
-    offsets = np.memmap(offsets_path, np.int64, "w+", shape=(num_segments, num_shards + 1))
+    offsets = make_array(offsets_path, np.int64, (num_segments, num_shards + 1))
     num_splits = len(plan.split_names)
     tally = empty_tally(num_splits, plan.max_seq_length, plan.num_labels)
     write = partial(write_segment, plan, label_map=corpus.label_map)
