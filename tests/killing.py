@@ -7,6 +7,7 @@ is once its modules are imported, with a life of its own that SIGKILL ends at an
 import contextlib
 import json
 import os
+import select
 import signal
 import subprocess
 import sys
@@ -58,6 +59,10 @@ class Stage:
         with contextlib.suppress(ProcessLookupError):
             os.kill(self._child, signal.SIGKILL)
 
+    def ends_within(self, seconds: float) -> bool:
+        """Waits for the run's end, at most so long."""
+        return bool(select.select([self._process.stdout], [], [], max(0.0, seconds))[0])
+
     def wait(self) -> int:
         """The run's exit code, -9 if it was killed."""
         return int(self._read())
@@ -94,8 +99,8 @@ def run_and_kill(runs: Sequence[tuple[Stage, Sequence[str], float]]) -> list[int
     for stage, arguments, _ in runs:
         stage.start(arguments)
     for stage, _, seconds in sorted(runs, key=lambda run: run[2]):
-        time.sleep(max(0.0, start + seconds - time.monotonic()))
-        stage.kill()
+        if not stage.ends_within(start + seconds - time.monotonic()):
+            stage.kill()
     return [stage.wait() for stage, _, _ in runs]
 
 

@@ -14,7 +14,7 @@ from trainer.disk_arrays import make_array
 from trainer.scan import ScannedSegment
 from trainer.split import StratifiedSplitter
 
-ROWS_PER_BUCKET = 1 << 17
+ROWS_PER_BUCKET = 1 << 14
 MOST_BUCKETS = 512  # Each is an open file.
 
 
@@ -65,7 +65,7 @@ class Ledger:
         return self.first_rows[-1]
 
     def _bucket_path(self, bucket: int) -> str:
-        return os.path.join(self.work_dir, f"bucket-{bucket:06d}.npy")
+        return os.path.join(self.work_dir, f"bucket-{bucket:06d}.bin")
 
     def add(self, scanned: ScannedSegment) -> None:
         """Takes in the next segment."""
@@ -81,14 +81,19 @@ class Ledger:
             label_splits=scanned.label_splits,
             labels=labels,
         )
+        lengths = np.diff(scanned.label_splits)
         bucket_of_row = bucket_of(scanned.hashes, self._num_buckets)
         for bucket in np.unique(bucket_of_row).tolist():
             rows = np.flatnonzero(bucket_of_row == bucket)
             _, row_labels = take_ragged(scanned.label_splits, labels, rows)
-            np.save(self._buckets[bucket], rows + self.num_rows)
-            np.save(self._buckets[bucket], scanned.hashes[rows])
-            np.save(self._buckets[bucket], np.diff(scanned.label_splits)[rows])
-            np.save(self._buckets[bucket], row_labels)
+            block = (
+                np.array([len(rows), len(row_labels)]),
+                rows + self.num_rows,
+                scanned.hashes[rows].view(np.int64),
+                lengths[rows],
+                row_labels,
+            )
+            np.concatenate(block, dtype=np.int64).tofile(self._buckets[bucket])
         self.first_rows.append(self.num_rows + len(scanned.positions))
         self.kept |= scanned.kept
         self.characters += int(scanned.characters.sum())
@@ -128,16 +133,18 @@ class Ledger:
         return map(self._load_bucket, range(self._num_buckets))
 
     def _load_bucket(self, bucket: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
-        empty = [np.zeros(0, kind) for kind in (np.int64, np.uint64, np.int64, np.int32)]
-        blocks: list[list[np.ndarray]] = [[array] for array in empty]
-        path = self._bucket_path(bucket)
-        size = os.path.getsize(path)
-        with open(path, "rb") as file:
-            while file.tell() < size:
-                for block in blocks:
-                    block.append(np.load(file))
+        content = np.fromfile(self._bucket_path(bucket), np.int64)
+        blocks: list[list[np.ndarray]] = [[content[:0]] for _ in range(4)]
+        start = 0
+        while start < len(content):
+            num_rows, num_labels = content[start : start + 2].tolist()
+            start += 2
+            for block, size in zip(blocks, (num_rows,) * 3 + (num_labels,), strict=True):
+                block.append(content[start : start + size])
+                start += size
         rows, hashes, lengths, labels = (np.concatenate(block) for block in blocks)
-        return rows, hashes, np.concatenate([[0], np.cumsum(lengths)]), labels
+        label_splits = np.concatenate([[0], np.cumsum(lengths)])
+        return rows, hashes.view(np.uint64), label_splits, labels.astype(np.int32)
 
 
 def bucket_of(hashes: np.ndarray, num_buckets: int) -> np.ndarray:

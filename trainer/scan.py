@@ -81,7 +81,7 @@ class ScannedSegment:
 
 def rows_per_segment(num_bytes: int) -> int:
     """Rows of a segment: few where the input is small, so that all cores have some."""
-    return 1024 if num_bytes < _SMALL_INPUT_BYTES else 16384
+    return 1024 if num_bytes < _SMALL_INPUT_BYTES else 4096
 
 
 def pieces_of(name: str) -> list[Segment]:

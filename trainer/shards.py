@@ -9,6 +9,7 @@ import functools
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
+from typing import BinaryIO
 
 import numpy as np
 
@@ -19,10 +20,11 @@ from trainer.scripts import known_scripts, unknown_script
 from trainer.sources import Columns, Row, Segment, read_segment
 from trainer.tally import Tally, empty_tally
 from trainer.tokenizer import Tokenizer, load_tokenizer
-from trainer.wire import frame_records, split_frames
+from trainer.wire import frame_records, frame_starts
 
 _TEXTS_A_BATCH = 256
 _CHARACTERS_A_BATCH = 1 << 20
+_RECORDS_AT_A_TIME = 1 << 12
 
 
 @dataclass(frozen=True)
@@ -236,16 +238,36 @@ def write_shard(plan: WritePlan, number: int, offsets_path: str, num_segments: i
     """
     shape = (num_segments, len(plan.shard_names) + 1)
     offsets = np.memmap(offsets_path, np.int64, "r", shape=shape)[:, number : number + 2]
-    records: list[bytes] = []
-    for index, (start, end) in enumerate(offsets.tolist()):
-        with open(records_path(plan.work_dir, index), "rb") as file:
-            file.seek(start)
-            records.extend(split_frames(file.read(end - start)))
-    order = _shuffle(number, len(records), plan.seed)
     name = plan.shard_names[number]
     path = os.path.join(plan.work_dir, name)
-    with open(path, "wb") as file:
-        file.writelines(records[at] for at in order.tolist())
+    with open(f"{path}.gathered", "w+b") as gathered, open(path, "wb") as file:
+        bounds = _gather(plan.work_dir, offsets, gathered)
+        order = _shuffle(number, len(bounds) - 1, plan.seed)
+        # Read one by one, for a shard is more than a process should hold.
+        for at in range(0, len(order), _RECORDS_AT_A_TIME):
+            places = order[at : at + _RECORDS_AT_A_TIME]
+            sizes = (bounds[places + 1] - bounds[places]).tolist()
+            for start, size in zip(bounds[places].tolist(), sizes, strict=True):
+                file.write(os.pread(gathered.fileno(), size, start))
         file.flush()
         os.fsync(file.fileno())
-    return Shard(name, len(records), os.path.getsize(path), checksum(path))
+    os.remove(f"{path}.gathered")
+    return Shard(name, len(order), os.path.getsize(path), checksum(path))
+
+
+def _gather(work_dir: str, offsets: np.ndarray, gathered: BinaryIO) -> np.ndarray:
+    """Puts a shard's records from all segments into one file, in order.
+
+    Returns:
+      int64 [N + 1], where each of the N records begins, and the end.
+    """
+    starts = []
+    position = 0
+    for index, (start, end) in enumerate(offsets.tolist()):
+        with open(records_path(work_dir, index), "rb") as file:
+            file.seek(start)
+            framed = file.read(end - start)
+        starts.append(position + np.array(frame_starts(framed), np.int64))
+        position += gathered.write(framed)
+    gathered.flush()
+    return np.append(np.concatenate(starts), position)

@@ -23,7 +23,7 @@ from trainer.shards import mix
 # were read before this one. 16 bytes.
 ENTRY = np.dtype([("text", "<u8"), ("labels", "<u4"), ("rank", "<u4")])
 MOST_EXAMPLES = 5
-_ENTRIES_AT_A_TIME = 1 << 20
+_ENTRIES_AT_A_TIME = 1 << 14
 
 
 @dataclass

@@ -90,14 +90,15 @@ def masked_checksum(data: bytes) -> bytes:
     return struct.pack("<I", (rotated + 0xA282EAD8) & 0xFFFFFFFF)
 
 
-def split_frames(framed: bytes) -> Iterator[bytes]:
-    """The framed records of which some bytes consist."""
+def frame_starts(framed: bytes) -> list[int]:
+    """Where each of the framed records begins of which some bytes consist."""
+    starts = []
     start = 0
     while start < len(framed):
+        starts.append(start)
         (length,) = struct.unpack_from("<Q", framed, start)
-        end = start + length + _FRAME_BYTES
-        yield framed[start:end]
-        start = end
+        start += length + _FRAME_BYTES
+    return starts
 
 
 def read_frame(file: BinaryIO, place: int) -> bytes:
