@@ -48,7 +48,9 @@ def kill_score(model, shards, folder, most_workers, num_kills, seed):
             ]  # fmt: skip
 
         whole = folder / "whole"
-        life = run_to_the_end(actors[0], flags(whole, 0, 1))
+        first = run_to_the_end(actors[0], flags(folder / "first", 0, 1))
+        # The first run finds less in the disk's cache than those that follow.
+        life = min(first, run_to_the_end(actors[0], flags(whole, 0, 1)))
         expected = read_tree(whole)
         check_ids(whole, shards)
         while kills < num_kills:
