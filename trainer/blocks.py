@@ -110,7 +110,7 @@ class BlockPacker:
                 return pack(input_ids, packing=packing)
 
         spec = tf.RaggedTensorSpec([None, None, None], tf.int32, row_splits_dtype=tf.int64)
-        self._pack = tf.function(pack_block, input_signature=[spec])
+        self._pack = tf.function(pack_block, input_signature=[spec], autograph=False)
 
     def __call__(self, block: Block) -> dict[str, tf.Tensor]:
         """The micro-batches of a block."""
