@@ -2,8 +2,10 @@
 
 Of a TPU kind the table holds, a chip: `hbm_bytes` (what libtpu's compiler lets a program take, not
 what the data sheet says; null where that is not known), `bf16_flops` (peak, a second),
-`hbm_bandwidth` (bytes a second), `ici_links` and `ici_link_bandwidth` (links to neighbouring chips,
-and bytes a second of one of them in one direction). Then the runtime images of slices of one host
+`hbm_bandwidth` (bytes a second), `clock` (cycles a second), `ici_links` and `ici_link_bandwidth`
+(links to neighbouring chips, and bytes a second of one of them in one direction). The clock is the
+peak divided by what the chip's matrix units do in a cycle (v5e: 4 units of 128 x 128); for v6e it
+takes 4 units of 256 x 256, which Google does not say. Then the runtime images of slices of one host
 and of several, each with a warning where TensorFlow is not known to work; the machine types that
 Vertex AI has; and the slices that Cloud TPU offers. Peaks, bandwidths and slices are those of
 Google's documentation (cloud.google.com/tpu/docs/v4, v5e, v5p, v6e); `hbm_bytes` were provoked by
@@ -37,6 +39,7 @@ class TpuKind:
       hbm_bytes: what libtpu's compiler lets a program take; None where that is not known.
       bf16_flops: multiplications and additions a second, at most.
       hbm_bandwidth: bytes a second.
+      clock: cycles a second.
       ici_links: links to other chips.
       ici_link_bandwidth: bytes a second of one link in one direction.
       dimensions: of the torus that the chips form.
@@ -46,6 +49,7 @@ class TpuKind:
     hbm_bytes: int | None
     bf16_flops: float
     hbm_bandwidth: float
+    clock: float
     ici_links: int
     ici_link_bandwidth: float
     dimensions: int
@@ -116,6 +120,7 @@ def tpu_kinds() -> Mapping[str, TpuKind]:
                     "hbm_bytes",
                     "bf16_flops",
                     "hbm_bandwidth",
+                    "clock",
                     "ici_links",
                     "ici_link_bandwidth",
                     "dimensions",
