@@ -12,6 +12,7 @@ from trainer.config import check_choices, option
 from trainer.errors import UserError
 
 PROVISIONING = ("on_demand", "spot", "reserved")
+VERTEX_PROVISIONING = ("on_demand", "spot", "flex_start")
 
 
 def check(condition: bool, flag: str, found: Any, expected: str) -> None:
@@ -37,6 +38,16 @@ def check_zone(zone: str) -> None:
         "zone",
         zone,
         "a zone such as us-central1-a",
+    )
+
+
+def check_region(region: str) -> None:
+    """Checks that a region looks like one."""
+    check(
+        re.fullmatch(r"[a-z]+-[a-z]+\d+", region) is not None,
+        "region",
+        region,
+        "a region such as us-central1",
     )
 
 
@@ -117,6 +128,92 @@ class SubmitTpuConfig:
             "--provisioning=reserved beside it",
         )
         check(1 <= self.num_slices <= 100, "num_slices", self.num_slices, "1 to 100 slices")
+        check(0 < self.max_hours <= 720, "max_hours", self.max_hours, "above 0 and at most 720")
+        check(0 <= self.max_restarts <= 1000, "max_restarts", self.max_restarts, "0 to 1000")
+        check(self.waits or not self.follow, "follow", "true", "no --no_wait: following is waiting")
+        parse_labels(self.labels)
+
+    @property
+    def waits(self) -> bool:
+        """Whether the command stays until the job's end."""
+        return self.wait and not self.no_wait
+
+
+@dataclass(frozen=True)
+class SubmitVertexConfig:
+    """`multihot submit vertex`: commands on machines of Vertex AI with GPUs, or a v5e host."""
+
+    project: str = option("", "Google Cloud project that pays.", required=True)
+    region: str = option("", "Region of the machines, such as us-central1.", required=True)
+    bucket: str = option("", "Bucket of that region for package, logs and state.", required=True)
+    accelerator: str = option(
+        "",
+        "A machine's GPUs or TPU chips: KIND or KIND:NUMBER of t4, v100, l4, a100, a100-80gb and "
+        "h100, or v5e:1x1, v5e:2x2 or v5e:2x4.",
+        required=True,
+    )
+    name: str = option("", "Name of the job.", required=True)
+    num_machines: int = option(
+        1, "Machines that share the work: one is the chief, the others its workers."
+    )
+    provisioning: str = option(
+        "on_demand",
+        "How the machines are paid for: on_demand; spot, cheaper and taken away at any time; or "
+        "flex_start, which waits until all of them are free.",
+        choices=VERTEX_PROVISIONING,
+    )
+    container_image: str = option(
+        "python:3.12-slim",
+        "Image of the machines' container, from Docker Hub or Artifact Registry: any with Python "
+        "3.11 to 3.13; Multihot and its locked dependencies are installed into it at the start.",
+    )
+    boot_disk_gb: int = option(100, "Disk of each machine in GB.")
+    service_account: str | None = option(
+        None, "Account that the job runs as; default: Vertex AI's own for custom code."
+    )
+    network: str | None = option(
+        None,
+        "Network that the machines are peered with: projects/NUMBER/global/networks/NAME; "
+        "default: none.",
+    )
+    labels: tuple[str, ...] = option(
+        (), "Further labels as KEY=VALUE, comma-separated, for instance for billing."
+    )
+    max_hours: float = option(24.0, "Hours after which Vertex AI ends the job, whatever happens.")
+    max_restarts: int = option(
+        3, "Times to run a command again, which resumes, after a machine was lost."
+    )
+    wait: bool = option(True, "Wait for the end.")
+    no_wait: bool = option(False, "Return once the job is made; the same as --nowait.")
+    follow: bool = option(False, "While waiting, print what the job prints.")
+    dry_run: bool = option(
+        False, "Print every request as it would be sent, and send nothing; needs no credentials."
+    )
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        check_project(self.project)
+        check_region(self.region)
+        check_name(self.name)
+        bucket_name(self.bucket)
+        for flag in ("service_account", "network", "container_image"):
+            value = getattr(self, flag)
+            check(
+                value is None or re.fullmatch(r"[\w.@:/-]+", value) is not None,
+                flag,
+                value,
+                "letters, digits and - _ . @ : /",
+            )
+        check(
+            self.network is None
+            or re.fullmatch(r"projects/\d+/global/networks/[-a-z0-9]+", self.network) is not None,
+            "network",
+            self.network,
+            "projects/NUMBER/global/networks/NAME, with the project's number as `gcloud projects "
+            "describe` shows it",
+        )
+        check(1 <= self.num_machines <= 1000, "num_machines", self.num_machines, "1 to 1000")
+        check(self.boot_disk_gb >= 100, "boot_disk_gb", self.boot_disk_gb, "100 or more")
         check(0 < self.max_hours <= 720, "max_hours", self.max_hours, "above 0 and at most 720")
         check(0 <= self.max_restarts <= 1000, "max_restarts", self.max_restarts, "0 to 1000")
         check(self.waits or not self.follow, "follow", "true", "no --no_wait: following is waiting")
