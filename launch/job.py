@@ -74,10 +74,7 @@ class Job:
 
     def labels(self) -> dict[str, str]:
         """The labels by which the job's resources are known as ours, and as whose."""
-        return {
-            JOB_LABEL: self.group,
-            VERSION_LABEL: re.sub(r"[^a-z0-9_-]", "-", trainer.__version__.lower()),
-        }
+        return marks(self.group)
 
     def to_json(self) -> str:
         """The record as indented JSON."""
@@ -101,6 +98,14 @@ class Job:
                 f"job.json: not a record of this version of Multihot ({error}); submit the job "
                 "again, or use the version that submitted it"
             ) from None
+
+
+def marks(group: str) -> dict[str, str]:
+    """The labels by which whatever is created for a job of that name is known as ours."""
+    return {
+        JOB_LABEL: group,
+        VERSION_LABEL: re.sub(r"[^a-z0-9_-]", "-", trainer.__version__.lower()),
+    }
 
 
 def check_name(name: str) -> None:
