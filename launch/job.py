@@ -13,8 +13,10 @@ so that machines that run the job can read its record at once.
 """
 
 import dataclasses
+import datetime
 import json
 import re
+import uuid
 from dataclasses import dataclass
 
 import trainer
@@ -23,6 +25,8 @@ from trainer.errors import UserError
 FOLDER = "multihot"
 JOB_LABEL, VERSION_LABEL = "multihot-job", "multihot-version"
 ENVIRONMENTS = ("tpu", "gpu", "cpu")
+# Commands whose work several machines share; the others run on the first machine alone.
+SHARED = ("train", "score")
 # Cloud TPU's rule for the names of nodes, with room for the number of a slice.
 _NAME = re.compile(r"[a-z]([-a-z0-9]{0,50}[a-z0-9])?")
 
@@ -98,6 +102,12 @@ class Job:
                 f"job.json: not a record of this version of Multihot ({error}); submit the job "
                 "again, or use the version that submitted it"
             ) from None
+
+
+def new_submission() -> str:
+    """An identity for a submission; later ones sort after earlier ones."""
+    now = datetime.datetime.now(datetime.UTC)
+    return f"{now:%Y%m%dt%H%M%S}-{uuid.uuid4().hex[:8]}"
 
 
 def marks(group: str) -> dict[str, str]:

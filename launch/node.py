@@ -26,14 +26,12 @@ from collections.abc import Sequence
 from pathlib import Path
 from typing import Any
 
-from launch.job import Job
+from launch.job import SHARED, Job
 from launch.reports import Reporter
 from trainer.errors import RUN_AGAIN
 
 RUNTIME_PORT = 8470
 _PAUSE_SECONDS = 30.0
-# What of a job several machines do together.
-_SHARED = ("train", "score")
 _POLL_SECONDS = 0.5
 
 
@@ -70,7 +68,7 @@ class Node:
         return RUN_AGAIN if self.stopping else code
 
     def _is_mine(self, command: Sequence[str]) -> bool:
-        return self.host == 0 or command[0] in _SHARED
+        return self.host == 0 or command[0] in SHARED
 
     def _serving(self) -> Any:
         """The server of this host's own chips, while the commands run."""
@@ -97,7 +95,7 @@ class Node:
 
     def _complete(self, command: tuple[str, ...]) -> tuple[str, ...]:
         """A command with the addresses of the slice's hosts, where it takes the slice."""
-        if len(self.addresses) <= 1 or command[0] not in _SHARED:
+        if len(self.addresses) <= 1 or command[0] not in SHARED:
             return command
         if any(flag.lstrip("-").partition("=")[0] == "tpu" for flag in command[1:]):
             return command

@@ -19,6 +19,7 @@ import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
+from typing import Any
 
 from launch.job import Job, StoredFile
 from trainer import object_store
@@ -77,6 +78,11 @@ def upload(job: Job, package: Package) -> None:
         except object_store.Taken:
             # By its fingerprint the same file, unless somebody wrote another one over it.
             object_store.upload(url, data)
+
+
+def upload_request(url: str, **details: Any) -> dict[str, Any]:
+    """An upload as `--dry_run` shows it: of which object, on which condition, with what in it."""
+    return {"service": "storage.googleapis.com", "method": "Insert", "object": url} | details
 
 
 def read_requirements(environment: str) -> bytes:
