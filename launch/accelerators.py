@@ -13,7 +13,8 @@ programs that do not fit ("exceeds available HBM (15.75G)").
 
 Of a GPU kind: the name that Vertex AI has for it, memory in bytes, peak in the narrow type that
 training takes (`flops`, `flops_type`), memory bandwidth, and the machine type for each number of
-GPUs, with those numbers that are only to be had as spot machines.
+GPUs, with those numbers that are only to be had as spot machines. Of machines without either, which
+prepare as fast as others and cost less, the machine type for each number of virtual CPUs.
 """
 
 import functools
@@ -83,12 +84,13 @@ class VertexMachine:
     """A machine of Vertex AI with its accelerators, as a request names them.
 
     Attributes:
-      name: as the user writes it, such as `l4:2` or `v5e:2x2`.
+      name: as the user writes it, such as `l4:2`, `v5e:2x2` or `cpu:16`.
       machine_type: Compute Engine's.
-      accelerator_type: Vertex AI's name of the GPU; None for TPUs, which the machine type implies.
+      accelerator_type: Vertex AI's name of the GPU; None for TPUs, which the machine type implies,
+        and for machines without accelerators.
       accelerators: how many GPUs or chips the machine has.
-      tpu_topology: of the chips; None for GPUs.
-      environment: which locked requirements run on it, `gpu` or `tpu`.
+      tpu_topology: of the chips; None for others.
+      environment: which locked requirements run on it, `gpu`, `tpu` or `cpu`.
       spot_only: whether it is only to be had as a spot machine.
       warning: why TensorFlow may not work there; None where nothing speaks against it.
     """
@@ -196,7 +198,7 @@ def find_slice(text: str, flag: str = "accelerator") -> TpuSlice:
 
 @functools.cache
 def vertex_machines() -> tuple[VertexMachine, ...]:
-    """All machines with accelerators that Vertex AI has and Multihot knows."""
+    """All machines that Vertex AI has and Multihot knows."""
     found = []
     for kind, row in _read_table()["gpu"].items():
         for count, machine_type in row["machines"].items():
@@ -226,11 +228,24 @@ def vertex_machines() -> tuple[VertexMachine, ...]:
                     warning=row["vertex_warning"],
                 )
             )
+    for count, machine_type in _read_table()["cpu"]["machines"].items():
+        found.append(
+            VertexMachine(
+                name=f"cpu:{count}",
+                machine_type=machine_type,
+                accelerator_type=None,
+                accelerators=0,
+                tpu_topology=None,
+                environment="cpu",
+                spot_only=False,
+                warning=None,
+            )
+        )
     return tuple(found)
 
 
 def find_vertex_machine(text: str, flag: str = "accelerator") -> VertexMachine:
-    """The machine with that GPU and number of them (`l4`, `l4:2`) or TPU topology (`v5e:2x2`).
+    """The machine with that GPU and number of them (`l4`, `l4:2`), TPU topology (`v5e:2x2`) or CPUs.
 
     A kind alone stands for its smallest machine that is to be had at any time.
 

@@ -148,8 +148,8 @@ class SubmitVertexConfig:
     bucket: str = option("", "Bucket of that region for package, logs and state.", required=True)
     accelerator: str = option(
         "",
-        "A machine's GPUs or TPU chips: KIND or KIND:NUMBER of t4, v100, l4, a100, a100-80gb and "
-        "h100, or v5e:1x1, v5e:2x2 or v5e:2x4.",
+        "A machine's GPUs, KIND or KIND:NUMBER of t4, v100, l4, a100, a100-80gb and h100; its TPU "
+        "chips, v5e:1x1, v5e:2x2 or v5e:2x4; or none, cpu:NUMBER of virtual CPUs.",
         required=True,
     )
     name: str = option("", "Name of the job.", required=True)
@@ -223,6 +223,63 @@ class SubmitVertexConfig:
     def waits(self) -> bool:
         """Whether the command stays until the job's end."""
         return self.wait and not self.no_wait
+
+
+@dataclass(frozen=True)
+class SubmitDataflowConfig:
+    """`multihot submit dataflow`: `score` of a corpus by many workers of Dataflow."""
+
+    project: str = option("", "Google Cloud project that pays.", required=True)
+    region: str = option("", "Region of the workers, such as us-central1.", required=True)
+    bucket: str = option(
+        "", "Bucket of that region for the package and Beam's temporary files.", required=True
+    )
+    name: str = option("", "Name of the job.", required=True)
+    max_workers: int = option(10, "Most machines that Dataflow may take at once.")
+    machine_type: str = option("n1-standard-4", "Compute Engine's type of the machines.")
+    sdk_container_image: str | None = option(
+        None,
+        "Image of Beam's SDK with multihot[cpu,beam] installed; default: Beam's own, into which "
+        "each worker installs Multihot and its locked dependencies when it starts.",
+    )
+    service_account: str | None = option(
+        None, "Account that the workers run as; default: the project's Compute Engine account."
+    )
+    subnetwork: str | None = option(
+        None, "Subnetwork of the workers: regions/REGION/subnetworks/NAME; default: Dataflow's."
+    )
+    external_ips: bool = option(
+        True, "Whether workers have external addresses; without, they need Cloud NAT to install."
+    )
+    labels: tuple[str, ...] = option(
+        (), "Further labels as KEY=VALUE, comma-separated, for instance for billing."
+    )
+    dry_run: bool = option(
+        False, "Print what would be run and how, and touch nothing; needs no credentials."
+    )
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        check_project(self.project)
+        check_region(self.region)
+        check_name(self.name)
+        bucket_name(self.bucket)
+        check(1 <= self.max_workers <= 4000, "max_workers", self.max_workers, "1 to 4000")
+        check(
+            re.fullmatch(r"[a-z0-9]+(-[a-z0-9]+)+", self.machine_type) is not None,
+            "machine_type",
+            self.machine_type,
+            "a machine type such as n1-standard-4",
+        )
+        for flag in ("service_account", "subnetwork", "sdk_container_image"):
+            value = getattr(self, flag)
+            check(
+                value is None or re.fullmatch(r"[\w.@:/-]+", value) is not None,
+                flag,
+                value,
+                "letters, digits and - _ . @ : /",
+            )
+        parse_labels(self.labels)
 
 
 def parse_labels(labels: tuple[str, ...]) -> dict[str, str]:

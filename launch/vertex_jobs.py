@@ -6,8 +6,11 @@ to Python as text, which installs the job's wheel and its locked dependencies an
 job's commands, all of which is told to it as JSON in one variable. No shell is involved.
 
 Imports Google's client only where it is used; the requests themselves are its messages.
+MULTIHOT_VERTEX_ENDPOINT names another server, spoken to in the clear and without credentials.
 """
 
+import json
+import os
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -19,6 +22,7 @@ from launch.config import SubmitVertexConfig, parse_labels
 from launch.job import JOB_LABEL, Job
 from trainer.errors import RunAgain
 
+ENDPOINT_VARIABLE = "MULTIHOT_VERTEX_ENDPOINT"
 SUBMISSION_LABEL = "multihot-submission"
 WORK_DIR = "/tmp/multihot"
 ENDED = (
@@ -84,6 +88,15 @@ def build_request(config: SubmitVertexConfig, machine: VertexMachine, job: Job) 
     )
 
 
+def to_dict(request: Any) -> dict[str, Any]:
+    """A request as the service's REST API would get it: fields that are not set left out."""
+    return json.loads(
+        type(request).to_json(
+            request, including_default_value_fields=False, use_integers_for_enums=False
+        )
+    )
+
+
 def labels_of(job: Job) -> dict[str, str]:
     """The labels by which a custom job is known as ours, as whose, and from which submission."""
     return job.labels() | {SUBMISSION_LABEL: job.submission}
@@ -93,7 +106,9 @@ def _build_pool(config: SubmitVertexConfig, machine: VertexMachine, job: Job, re
     from google.cloud.aiplatform_v1 import types
 
     spec = types.MachineSpec(machine_type=machine.machine_type)
-    environment = {"MULTIHOT_JOB": job.to_json(), "PYTHONUNBUFFERED": "1"}
+    # In the values of variables, Vertex AI takes $(NAME) for another one's value.
+    record = job.to_json().replace("$", "\\u0024")
+    environment = {"MULTIHOT_JOB": record, "PYTHONUNBUFFERED": "1"}
     if machine.accelerator_type:
         spec.accelerator_type = types.AcceleratorType[machine.accelerator_type]
         spec.accelerator_count = machine.accelerators
@@ -121,7 +136,16 @@ def make_client(region: str) -> Any:
     """A client of a region's service, with the machine's default credentials."""
     from google.cloud.aiplatform_v1.services.job_service import JobServiceClient
 
-    return JobServiceClient(client_options={"api_endpoint": f"{region}-aiplatform.googleapis.com"})
+    endpoint = os.environ.get(ENDPOINT_VARIABLE)
+    if not endpoint:
+        address = f"{region}-aiplatform.googleapis.com"
+        return JobServiceClient(client_options={"api_endpoint": address})
+    import grpc
+    from google.cloud.aiplatform_v1.services.job_service.transports import JobServiceGrpcTransport
+
+    return JobServiceClient(
+        transport=JobServiceGrpcTransport(channel=grpc.insecure_channel(endpoint))
+    )
 
 
 def create(client: Any, request: Any) -> Any:
@@ -137,31 +161,34 @@ def create(client: Any, request: Any) -> Any:
     """
     from google.api_core.exceptions import DeadlineExceeded, ServiceUnavailable
 
-    labels = dict(request.custom_job.labels)
-    condition = f"labels.{SUBMISSION_LABEL}={labels[SUBMISSION_LABEL]}"
     lost = None
     for pause in _pauses():
         try:
             made = client.create_custom_job(request=request, timeout=_REQUEST_SECONDS)
-            return _end_others(client, request.parent, condition, made) if lost else made
+            return _end_others(client, request, made) if lost else made
         except (ServiceUnavailable, DeadlineExceeded) as error:
             lost = error
             time.sleep(pause)
-            if _list(client, request.parent, condition):
-                return _end_others(client, request.parent, condition)
+            if find_submission(client, request):
+                return _end_others(client, request)
     raise RunAgain(f"Vertex AI does not answer ({lost}); run the same command again")
 
 
-def _end_others(client: Any, place: str, condition: str, made: Any = None) -> Any:
-    """The first of the jobs of one submission, after the others have been ended.
+def find_submission(client: Any, request: Any) -> list[Any]:
+    """The jobs that a CreateCustomJobRequest has made, however often it arrived."""
+    submission = request.custom_job.labels[SUBMISSION_LABEL]
+    return _list(client, request.parent, f"labels.{SUBMISSION_LABEL}={submission}")
+
+
+def _end_others(client: Any, request: Any, made: Any = None) -> Any:
+    """The first of the jobs that a request has made, after the others have been ended.
 
     Args:
       client: of the service.
-      place: project and region.
-      condition: that the submission's jobs meet.
+      request: that made them.
       made: one of them, should the list not have it yet.
     """
-    jobs = {job.name: job for job in _list(client, place, condition)}
+    jobs = {job.name: job for job in find_submission(client, request)}
     if made is not None:
         jobs.setdefault(made.name, made)
     first, *others = sorted(jobs.values(), key=lambda job: (job.create_time, job.name))
@@ -196,6 +223,11 @@ def _list(client: Any, place: str, condition: str) -> list[Any]:
 def get(client: Any, name: str) -> Any:
     """A custom job as it is now, by its full name."""
     return patiently(lambda: client.get_custom_job(name=name, timeout=_REQUEST_SECONDS))
+
+
+def describe(job: Any) -> str:
+    """A custom job's state in words."""
+    return str(job.state.name).removeprefix("JOB_STATE_").lower().replace("_", " ")
 
 
 def cancel(client: Any, name: str) -> None:

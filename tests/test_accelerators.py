@@ -107,6 +107,7 @@ def test_topologies_need_not_be_on_offer():
         ("h100", "a3-highgpu-8g", "NVIDIA_H100_80GB", 8, None),
         ("v5e", "ct5lp-hightpu-4t", None, 4, "2x2"),
         ("v5litepod-8", "ct5lp-hightpu-8t", None, 8, "2x4"),
+        ("cpu:32", "n2-standard-32", None, 0, None),
     ],
 )
 def test_machines_of_vertex(text, machine_type, accelerator_type, accelerators, topology):
@@ -114,14 +115,15 @@ def test_machines_of_vertex(text, machine_type, accelerator_type, accelerators, 
     assert found.machine_type == machine_type
     assert found.accelerator_type == accelerator_type
     assert (found.accelerators, found.tpu_topology) == (accelerators, topology)
-    assert found.environment == ("tpu" if topology else "gpu")
+    expected = "tpu" if topology else "gpu" if accelerators else "cpu"
+    assert found.environment == expected
 
 
 @pytest.mark.parametrize(
     ("text", "message"),
     [
         ("l4:3", "expected one of l4:1, l4:2, l4:4, l4:8"),
-        ("h200", "expected one of t4, v100, l4, a100, a100-80gb, h100, v5e"),
+        ("h200", "expected one of t4, v100, l4, a100, a100-80gb, h100, v5e, cpu"),
         ("v5litepod-16", "v5e:1x1, v5e:2x2, v5e:2x4; other slices .* `multihot submit tpu`"),
         ("v6e", "`multihot submit tpu`"),
     ],
