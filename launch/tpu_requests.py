@@ -116,6 +116,9 @@ def to_dict(request: Any) -> dict[str, Any]:
     """A request as the service's REST API would get it: fields that are not set left out."""
     return json.loads(
         type(request).to_json(
-            request, including_default_value_fields=False, use_integers_for_enums=False
+            request,
+            including_default_value_fields=False,
+            use_integers_for_enums=False,
+            sort_keys=True,
         )
     )
