@@ -75,7 +75,7 @@ class BuildWithLocks(build_py):
             return
         target = Path(self.build_lib) / "launch" / "requirements"
         target.mkdir(parents=True, exist_ok=True)
-        for name in ("cpu.txt", "gpu.txt", "tpu.txt"):
+        for name in ("beam.txt", "cpu.txt", "gpu.txt", "tpu.txt"):
             shutil.copy(ROOT / "requirements" / name, target / name)
 
 

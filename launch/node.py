@@ -3,7 +3,8 @@
     python -m launch.node JOB_FILE WORK_DIR [--host=K] [--attempt=A] [--endpoints=…]
 
 The commands run one after the other, each in a process of its own; one that ends with exit code 75
-("run again") is started again, up to the job's --max_restarts. What they print goes to
+("run again") is started again, up to the job's --max_restarts, and those that were done before the
+machine was taken away are not run again. What they print goes to
 `logs/host-K/` in pieces, what this machine is doing to `state/host-K.json` every few seconds, and
 how it ended to `exit_code/host-K`.
 
@@ -16,6 +17,7 @@ that the job has not ended. Nothing here deletes anything.
 """
 
 import argparse
+import contextlib
 import json
 import os
 import signal
@@ -32,6 +34,7 @@ from trainer.errors import RUN_AGAIN
 
 RUNTIME_PORT = 8470
 _PAUSE_SECONDS = 30.0
+_OF_CLUSTER = ("TF_CONFIG", "CLUSTER_SPEC")
 _POLL_SECONDS = 0.5
 
 
@@ -61,19 +64,24 @@ class Node:
         if is_server:
             code = self._run_process(runtime_command(), "serving its chips to host 0")
         else:
+            num_done = self.reporter.read_num_done()
             with self._serving():
                 for index, command in enumerate(self.job.commands):
-                    if code == 0 and self._is_mine(command):
+                    if index < num_done:
+                        self.reporter.say(f"{command[0]} was done before")
+                    elif code == 0 and self._is_mine(command):
                         code = self._run_command(index, command)
+                        if code == 0 and self.host == 0:
+                            self.reporter.record_num_done(index + 1)
         return RUN_AGAIN if self.stopping else code
 
     def _is_mine(self, command: Sequence[str]) -> bool:
         return self.host == 0 or command[0] in SHARED
 
-    def _serving(self) -> Any:
+    def _serving(self) -> contextlib.AbstractContextManager[Any]:
         """The server of this host's own chips, while the commands run."""
         if len(self.addresses) <= 1:
-            return _Nothing()
+            return contextlib.nullcontext()
         return _Server(self.work / "runtime.log")
 
     def _run_command(self, index: int, command: tuple[str, ...]) -> int:
@@ -81,7 +89,7 @@ class Node:
         what = f"running {command[0]} ({index + 1} of {len(self.job.commands)})"
         arguments = [sys.executable, "-u", "-m", "trainer.cli", *self._complete(command)]
         for restart in range(self.job.max_restarts + 1):
-            code = self._run_process(arguments, what)
+            code = self._run_process(arguments, what, shared=command[0] in SHARED)
             if code != RUN_AGAIN or self.stopping or restart == self.job.max_restarts:
                 return code
             self.reporter.say(
@@ -102,12 +110,22 @@ class Node:
         hosts = ",".join(f"grpc://{address}:{RUNTIME_PORT}" for address in self.addresses)
         return (*command, f"--tpu={hosts}")
 
-    def _run_process(self, command: Sequence[str], what: str) -> int:
-        """Runs a process, its output passed on; its exit code, as shells say it."""
+    def _run_process(self, command: Sequence[str], what: str, shared: bool = True) -> int:
+        """Runs a process, its output passed on; its exit code, as shells say it.
+
+        Args:
+          command: the program and its arguments.
+          what: it does, for the user.
+          shared: whether it is to know of the other machines.
+        """
         self.reporter.begin(what)
+        variables = {
+            name: value for name, value in os.environ.items() if shared or name not in _OF_CLUSTER
+        }
         with subprocess.Popen(
             command,
             cwd=self.work,
+            env=variables,
             stdin=subprocess.DEVNULL,
             stdout=subprocess.PIPE,
             stderr=subprocess.STDOUT,
@@ -128,17 +146,7 @@ class Node:
             time.sleep(_POLL_SECONDS)
 
 
-class _Nothing:
-    """A context in which nothing runs."""
-
-    def __enter__(self) -> None:
-        """Nothing."""
-
-    def __exit__(self, *_: object) -> None:
-        """Nothing."""
-
-
-class _Server:
+class _Server(contextlib.AbstractContextManager[None]):
     """A context in which this host's chips are served; what that prints stays on this machine."""
 
     def __init__(self, log: Path) -> None:

@@ -16,6 +16,7 @@ _PIECE_BYTES = 4 << 20
 # Beyond this, what a store that is away for long has not taken is dropped, the oldest first.
 _KEPT_BYTES = 64 << 20
 _LINE_CHARACTERS = 400
+_DONE = "state/done.json"
 
 
 @dataclass(frozen=True)
@@ -114,6 +115,17 @@ class Reporter:
         text = json.dumps(asdict(ending)) + "\n"
         copy.write_text(text, encoding="utf-8")
         object_store.upload(f"{self._job.folder}/exit_code/host-{self._host}", text.encode())
+
+    def record_num_done(self, count: int) -> None:
+        """Says how many of the job's commands are done, for the machine that comes after this."""
+        record = {"submission": self._job.submission, "num_done": count}
+        object_store.upload(f"{self._job.folder}/{_DONE}", json.dumps(record).encode())
+
+    def read_num_done(self) -> int:
+        """How many of the job's commands were done before this machine came."""
+        text = object_store.read_object(f"{self._job.folder}/{_DONE}")
+        record = json.loads(text) if text else {}
+        return record["num_done"] if record.get("submission") == self._job.submission else 0
 
     def _ship_until_closed(self) -> None:
         while not self._closing.wait(self._interval):

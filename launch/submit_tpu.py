@@ -1,10 +1,8 @@
 """`multihot submit tpu`: from a command to its results in the bucket, with nothing left running."""
 
-import datetime
 import json
 import sys
 import time
-import uuid
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
@@ -14,8 +12,8 @@ from launch.buckets import check_bucket, region_of
 from launch.commands import Commands, parse_commands
 from launch.config import SubmitTpuConfig
 from launch.follow import ask_to_leave
-from launch.job import Job, bucket_name
-from launch.package import Package
+from launch.job import Job, bucket_name, new_submission
+from launch.package import Package, upload_request
 from launch.slice_watch import Outcome, SliceWatch
 from launch.tpu_requests import API, make_create_request, resource_name, to_dict
 from launch.tpu_resources import Phase, QueuedResources
@@ -84,7 +82,7 @@ def make_jobs(
         Job(
             name=name,
             group=config.name,
-            submission=submission or _new_submission(),
+            submission=submission or new_submission(),
             bucket=bucket_name(config.bucket),
             commands=_share(commands, index, config.num_slices),
             environment="tpu",
@@ -113,11 +111,6 @@ def _share(commands: Commands, index: int, count: int) -> Commands:
     return tuple((*command, *share) for command in commands)
 
 
-def _new_submission() -> str:
-    now = datetime.datetime.now(datetime.UTC)
-    return f"{now:%Y%m%dt%H%M%S}-{uuid.uuid4().hex[:8]}"
-
-
 def list_requests(
     config: SubmitTpuConfig, slice_of_chips: TpuSlice, jobs: Sequence[Job], package: Package
 ) -> list[dict[str, Any]]:
@@ -126,7 +119,7 @@ def list_requests(
     for job in jobs:
         for item in (package.wheel, package.requirements):
             requests.append(
-                _upload_request(
+                upload_request(
                     f"{job.folder}/package/{item.name}", if_generation=0, sha256=item.sha256
                 )
             )
@@ -135,9 +128,7 @@ def list_requests(
         requests.append(
             {"service": API, "method": "CreateQueuedResource", "request": to_dict(create)}
         )
-        requests.append(
-            _upload_request(f"{job.folder}/job.json", content=json.loads(job.to_json()))
-        )
+        requests.append(upload_request(f"{job.folder}/job.json", content=json.loads(job.to_json())))
     for job in jobs:
         requests.append(
             {
@@ -148,10 +139,6 @@ def list_requests(
             }
         )
     return requests
-
-
-def _upload_request(url: str, **details: Any) -> dict[str, Any]:
-    return {"service": "storage.googleapis.com", "method": "Insert", "object": url} | details
 
 
 def _make_room(resources: QueuedResources, job: Job, config: SubmitTpuConfig) -> None:
