@@ -245,7 +245,7 @@ def vertex_machines() -> tuple[VertexMachine, ...]:
 
 
 def find_vertex_machine(text: str, flag: str = "accelerator") -> VertexMachine:
-    """The machine with that GPU and number of them (`l4`, `l4:2`), TPU topology (`v5e:2x2`) or CPUs.
+    """The machine with those GPUs (`l4`, `l4:2`), TPU chips (`v5e:2x2`) or CPUs (`cpu:8`).
 
     A kind alone stands for its smallest machine that is to be had at any time.
 

@@ -14,8 +14,6 @@ from dataclasses import dataclass, field
 
 import grpc
 from google.cloud.aiplatform_v1 import types
-from google.cloud.aiplatform_v1.services.job_service import JobServiceClient
-from google.cloud.aiplatform_v1.services.job_service.transports import JobServiceGrpcTransport
 from google.protobuf import empty_pb2
 
 _SERVICE = "google.cloud.aiplatform.v1.JobService"
@@ -135,17 +133,13 @@ def faults(method: str, *sequence: Fault | None) -> Callable[[str], Fault | None
 
 
 @contextmanager
-def serve(vertex: FakeVertex) -> Iterator[Callable[[str], JobServiceClient]]:
-    """Serves it; gives what makes clients of it, whatever the region."""
+def serve(vertex: FakeVertex) -> Iterator[str]:
+    """Serves it; gives the address."""
     methods = {
-        "CreateCustomJob": (vertex.create, types.CreateCustomJobRequest, types.CustomJob),
-        "GetCustomJob": (vertex.get, types.GetCustomJobRequest, types.CustomJob),
-        "ListCustomJobs": (
-            vertex.list,
-            types.ListCustomJobsRequest,
-            types.ListCustomJobsResponse,
-        ),
-        "CancelCustomJob": (vertex.cancel, types.CancelCustomJobRequest, empty_pb2.Empty),
+        "CreateCustomJob": ("create", types.CreateCustomJobRequest, types.CustomJob),
+        "GetCustomJob": ("get", types.GetCustomJobRequest, types.CustomJob),
+        "ListCustomJobs": ("list", types.ListCustomJobsRequest, types.ListCustomJobsResponse),
+        "CancelCustomJob": ("cancel", types.CancelCustomJobRequest, empty_pb2.Empty),
     }
     handlers = {
         name: grpc.unary_unary_rpc_method_handler(
@@ -161,21 +155,13 @@ def serve(vertex: FakeVertex) -> Iterator[Callable[[str], JobServiceClient]]:
     server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(_SERVICE, handlers),))
     port = server.add_insecure_port("127.0.0.1:0")
     server.start()
-    channels = []
-
-    def make_client(region: str) -> JobServiceClient:
-        channels.append(grpc.insecure_channel(f"127.0.0.1:{port}"))
-        return JobServiceClient(transport=JobServiceGrpcTransport(channel=channels[-1]))
-
     try:
-        yield make_client
+        yield f"127.0.0.1:{port}"
     finally:
-        for channel in channels:
-            channel.close()
         server.stop(None).wait()
 
 
-def _answer(vertex: FakeVertex, name: str, function: Callable) -> Callable:
+def _answer(vertex: FakeVertex, name: str, function: str) -> Callable:
     def answer(request: object, context: grpc.ServicerContext) -> object:
         with vertex.lock:
             vertex.requests.append(name)
@@ -183,7 +169,7 @@ def _answer(vertex: FakeVertex, name: str, function: Callable) -> Callable:
             if fault is not None and fault.message != LOST:
                 context.abort(fault.code, fault.message)
             try:
-                result = function(request)
+                result = getattr(vertex, function)(request)
             except Refused as refused:
                 context.abort(refused.code, str(refused))
         if fault is not None:

@@ -1,6 +1,7 @@
 """Vertex AI's requests, byte for byte, and Google's client against a local fake."""
 
 import json
+from contextlib import contextmanager
 from pathlib import Path
 
 import grpc
@@ -55,11 +56,11 @@ def shown(request):
 
 
 CASES = {
-    **{item.name.replace(":", "-"): make_config(item.name) for item in vertex_machines()},
     **{
-        f"{item.name.replace(':', '-')}-spot": make_config(item.name, provisioning="spot")
+        item.name.replace(":", "-"): make_config(
+            item.name, provisioning="spot" if item.spot_only else "on_demand"
+        )
         for item in vertex_machines()
-        if item.spot_only
     },
     "several-machines": make_config(
         "a100:4",
@@ -112,9 +113,18 @@ def test_what_a_user_wrote_is_data_in_one_variable():
 
 
 @pytest.fixture
-def quick(monkeypatch):
+def connect(monkeypatch):
+    """No long pauses; and what serves a fake to `make_client`."""
     monkeypatch.setattr(vertex_jobs, "_FIRST_PAUSE_SECONDS", 0.01)
     monkeypatch.setattr(vertex_jobs, "_LONGEST_PAUSE_SECONDS", 0.01)
+
+    @contextmanager
+    def open_client(vertex):
+        with serve(vertex) as address:
+            monkeypatch.setenv(vertex_jobs.ENDPOINT_VARIABLE, address)
+            yield vertex_jobs.make_client("us-central1")
+
+    return open_client
 
 
 @pytest.mark.parametrize(
@@ -129,15 +139,15 @@ def quick(monkeypatch):
         ((Fault(UNAVAILABLE, "try again"), Fault(UNAVAILABLE, LOST)), 2),
     ],
 )
-def test_one_job_is_made_however_often_it_has_to_be_asked_for(quick, plan, requests):
+def test_one_job_is_made_however_often_it_has_to_be_asked_for(connect, plan, requests):
     vertex = FakeVertex(plan=faults("CreateCustomJob", *plan))
-    with serve(vertex) as make_client:
-        made = vertex_jobs.create(make_client("us-central1"), build(make_config()))
+    with connect(vertex) as client:
+        made = vertex_jobs.create(client, build(make_config()))
     assert list(vertex.jobs) == [made.name] and made.display_name == "my-job"
     assert vertex.requests.count("CreateCustomJob") == requests
 
 
-def test_of_jobs_made_twice_over_the_first_is_left(quick, capsys):
+def test_of_jobs_made_twice_over_the_first_is_left(connect, capsys):
     """The list does not show the first job yet when it is looked for."""
     vertex = FakeVertex(plan=faults("CreateCustomJob", Fault(UNAVAILABLE, LOST)))
     lists = iter([[], None])
@@ -148,8 +158,7 @@ def test_of_jobs_made_twice_over_the_first_is_left(quick, capsys):
         return answer if next(lists, None) is None else type(answer)()
 
     vertex.list = list_late
-    with serve(vertex) as make_client:
-        client = make_client("us-central1")
+    with connect(vertex) as client:
         made = vertex_jobs.create(client, build(make_config()))
         states = [vertex_jobs.get(client, name).state.name for name in vertex.jobs]
     assert made.name.endswith("/1000") and len(vertex.jobs) == 2
@@ -157,20 +166,19 @@ def test_of_jobs_made_twice_over_the_first_is_left(quick, capsys):
     assert "customJobs/1001 was made twice over; ending it" in capsys.readouterr().err
 
 
-def test_a_service_that_stays_away_is_given_up(quick, monkeypatch):
+def test_a_service_that_stays_away_is_given_up(connect, monkeypatch):
     monkeypatch.setattr(vertex_jobs, "_DEADLINE_SECONDS", 0.1)
     vertex = FakeVertex(plan=lambda method: Fault(UNAVAILABLE, "the backend is away"))
-    with serve(vertex) as make_client:
+    with connect(vertex) as client:
         with pytest.raises(RunAgain, match="Vertex AI does not answer .*the backend is away"):
-            vertex_jobs.create(make_client("us-central1"), build(make_config()))
+            vertex_jobs.create(client, build(make_config()))
     assert vertex.requests.count("CreateCustomJob") == 1  # Whether it is there could not be asked.
     assert not vertex.jobs
 
 
-def test_ours_are_found_by_their_labels_over_several_pages(quick):
+def test_ours_are_found_by_their_labels_over_several_pages(connect):
     vertex = FakeVertex(plan=faults("ListCustomJobs", Fault(UNAVAILABLE, "away")))
-    with serve(vertex) as make_client:
-        client = make_client("us-central1")
+    with connect(vertex) as client:
         for name in ("one", "two", "two", "two", "three"):
             client.create_custom_job(request=build(make_config(name=name)))
         strange = build(make_config(name="two"))
@@ -184,10 +192,9 @@ def test_ours_are_found_by_their_labels_over_several_pages(quick):
     assert [job.name.rpartition("/")[2] for job in twos] == ["1003", "1002", "1001"]
 
 
-def test_a_job_is_cancelled_once_and_one_that_has_ended_is_left(quick):
+def test_a_job_is_cancelled_once_and_one_that_has_ended_is_left(connect):
     vertex = FakeVertex()
-    with serve(vertex) as make_client:
-        client = make_client("us-central1")
+    with connect(vertex) as client:
         vertex.states = ("QUEUED", "PENDING", "RUNNING")
         waiting = vertex_jobs.create(client, build(make_config()))
         vertex_jobs.cancel(client, waiting.name)
