@@ -1,0 +1,318 @@
+"""The startup script of a slice's hosts, run for real in clean folders, against fakes."""
+
+import dataclasses
+import json
+import os
+import shutil
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Iterator
+from contextlib import contextmanager
+from importlib import util
+from pathlib import Path
+
+import fake_gcs
+import pytest
+from fake_gcs import FakeStorage
+from fake_machine import FakeMachine, serve
+
+from launch import package
+from launch.job import Job, StoredFile
+from launch.tpu_requests import make_metadata
+
+BUCKET = "jobs-of-mine"
+RESOURCE = "projects/p/locations/us-central1-a/queuedResources/first"
+PLACE = "multihot/first"
+NOTHING = StoredFile("none", 0, "0" * 64)
+JOB = Job(
+    name="first",
+    group="first",
+    submission="20240501t000000-a",
+    bucket=BUCKET,
+    commands=(),
+    environment="cpu",
+    accelerator="v5e:2x2",
+    resource=RESOURCE,
+    wheel=NOTHING,
+    requirements=NOTHING,
+    max_restarts=0,
+    max_seconds=600,
+)
+DELETE = f"/v2/{RESOURCE}?force=true"
+
+
+@dataclasses.dataclass
+class Host:
+    """A host that boots: its folder, its surroundings, its bucket."""
+
+    machine: FakeMachine
+    storage: FakeStorage
+    folder: Path
+    environment: dict[str, str]
+    process: subprocess.Popen | None = None
+
+    @property
+    def work(self) -> Path:
+        """What the script keeps on its disk."""
+        return self.folder / "work"
+
+    def start(self) -> None:
+        """What Google's agent does: takes the script from the metadata, and runs it."""
+        script = self.folder / "startup-script"
+        script.write_text(self.machine.attributes["startup-script"])
+        self.process = subprocess.Popen(
+            ["bash", str(script)],
+            cwd=self.folder,
+            env=self.environment,
+            stdin=subprocess.DEVNULL,
+            start_new_session=True,
+        )
+
+    def wait(self, seconds: float = 100.0) -> int:
+        """Exit code of the script; its watchdog lives on."""
+        assert self.process is not None
+        return self.process.wait(seconds)
+
+    def kill(self) -> None:
+        """What the end of the machine does: everything ends."""
+        if self.process is not None:
+            try:
+                os.killpg(self.process.pid, signal.SIGKILL)
+            except ProcessLookupError:
+                pass
+            self.process.wait()
+
+    def read(self, name: str) -> str:
+        """An object of the job's folder."""
+        return self.storage.buckets[BUCKET][f"{PLACE}/{name}"].data.decode()
+
+    def names(self) -> list[str]:
+        """Names of the job's objects."""
+        return [name.removeprefix(PLACE + "/") for name in self.storage.buckets[BUCKET]]
+
+    def logs(self) -> str:
+        """What the job has printed."""
+        names = (name for name in self.names() if name.startswith("logs/host-0/"))
+        return "".join(map(self.read, sorted(names)))
+
+    def wait_for_delete(self, seconds: float = 20.0) -> None:
+        """Returns when a deletion was taken."""
+        deadline = time.monotonic() + seconds
+        while not self.machine.deletes:
+            assert time.monotonic() < deadline, (self.work / "startup.log").read_text()
+            time.sleep(0.05)
+
+
+@contextmanager
+def make_host(tmp_path: Path, job: Job, bootstrap: str | None = None) -> Iterator[Host]:
+    """A host of a job; with a bootstrap of the test's own, or the real one."""
+    machine = FakeMachine(make_metadata(job, attempt=0))
+    if bootstrap is not None:
+        machine.attributes["multihot-bootstrap"] = bootstrap
+    storage = FakeStorage({BUCKET: {}, "data": {}})
+    programs = tmp_path / "programs"
+    programs.mkdir()
+    # Whatever the image calls it.
+    (programs / "python3.11").symlink_to(sys._base_executable)  # type: ignore[attr-defined]
+    (programs / "python3").symlink_to(sys._base_executable)  # type: ignore[attr-defined]
+    installed = Path(util.find_spec("tensorflow").origin).parents[1]
+    with serve(machine) as address, fake_gcs.serve(storage, str(tmp_path)) as environment:
+        environment |= {
+            "PATH": f"{programs}:{os.environ['PATH']}",
+            "HOME": str(tmp_path),
+            "GCE_METADATA_HOST": address,
+            "MULTIHOT_TPU_URL": f"http://{address}",
+            "MULTIHOT_WORK": str(tmp_path / "work"),
+            "MULTIHOT_PAUSE": "1",
+            "MULTIHOT_SITE_PACKAGES": str(installed),
+        }
+        host = Host(machine, storage, tmp_path, environment)
+        try:
+            yield host
+        finally:
+            host.kill()
+
+
+def packed(storage: FakeStorage, job: Job) -> Job:
+    """The job with the project's package in its folder."""
+    built = package.build("cpu")
+    for name, data in built.contents.items():
+        storage.put(BUCKET, f"{PLACE}/package/{name}", data)
+    return dataclasses.replace(job, wheel=built.wheel, requirements=built.requirements)
+
+
+def set_job(host: Host, job: Job) -> None:
+    host.machine.attributes.update(make_metadata(job, attempt=0))
+
+
+def test_a_job_runs_in_a_clean_folder_and_the_slice_is_deleted(tmp_path):
+    """Two commands; what one wrote on the host the other brings to the bucket.
+
+    The name of a file is what a shell would make much of.
+    """
+    odd = "a $(touch pwned)\"; touch 'pwned' `touch pwned` & #.jsonl"
+    commands = (
+        ("sample", f"--output={odd}", "--num_documents=120"),
+        ("prepare", f"--input={odd}", "--data_dir=gs://data/d", "--vocab_size=300"),
+    )
+    with make_host(tmp_path, JOB) as host:
+        job = packed(host.storage, dataclasses.replace(JOB, commands=commands))
+        set_job(host, job)
+        host.start()
+        assert host.wait() == 0, host.logs()
+        assert host.machine.deletes == [DELETE]
+        assert json.loads(host.read("exit_code/host-0"))["exit_code"] == 0
+        state = json.loads(host.read("state/host-0.json"))
+        assert (state["submission"], state["what"]) == (job.submission, "running prepare (2 of 2)")
+        assert json.loads(host.read("state/done.json"))["num_done"] == 2
+        text = host.logs()
+        assert "host 0: running sample (1 of 2)" in text
+        assert "120 documents" in text and "\r" not in text
+        assert "host 0 ends with exit code 0" in host.read(
+            f"logs/host-0/{job.submission}-000-startup.log"
+        )
+        assert "d/metadata.json" in host.storage.buckets["data"]
+        assert not list(tmp_path.rglob("pwned"))
+        assert (host.work / odd).exists()
+
+
+def test_a_bootstrap_that_fails_leaves_its_exit_code_and_no_slice(tmp_path):
+    with make_host(tmp_path, JOB, "import sys; print('no'); sys.exit(7)") as host:
+        host.start()
+        assert host.wait() == 7
+        assert host.machine.deletes == [DELETE]
+        ending = json.loads(host.read("exit_code/host-0"))
+        assert (ending["exit_code"], ending["submission"]) == (7, JOB.submission)
+        assert "no\n" in host.read(f"logs/host-0/{JOB.submission}-000-startup.log")
+
+
+def test_a_package_that_is_not_the_submitted_one_is_not_run(tmp_path):
+    with make_host(tmp_path, JOB) as host:
+        job = packed(host.storage, JOB)
+        host.storage.put(BUCKET, f"{PLACE}/package/{job.wheel.name}", b"another")
+        set_job(host, job)
+        host.start()
+        assert host.wait() == 2
+        assert host.machine.deletes == [DELETE]
+        log = host.read(f"logs/host-0/{JOB.submission}-000-startup.log")
+        assert f"expected {job.wheel.sha256}" in log
+
+
+def test_the_watchdog_deletes_a_slice_whose_time_is_over(tmp_path):
+    """The job hangs; the first two deletions are refused."""
+    job = dataclasses.replace(JOB, max_seconds=1)
+    with make_host(tmp_path, job, "import time; time.sleep(600)") as host:
+        host.machine.refused_deletes = 2
+        host.start()
+        host.wait_for_delete()
+        assert host.machine.refusals == 2
+        assert host.process is not None and host.process.poll() is None
+        ending = json.loads(host.read("exit_code/host-0"))
+        assert (ending["exit_code"], ending["reason"]) == (124, "the time of --max_hours was over")
+
+
+def test_the_watchdog_outlives_the_script(tmp_path):
+    """The script is killed, as for want of memory; its slice is deleted all the same."""
+    job = dataclasses.replace(JOB, max_seconds=2)
+    with make_host(tmp_path, job, "import time; time.sleep(600)") as host:
+        host.start()
+        while not (host.work / "watchdog.pid").exists():
+            time.sleep(0.02)
+        assert host.process is not None
+        host.process.kill()
+        host.wait_for_delete()
+
+
+def test_a_deletion_that_is_refused_at_the_end_is_asked_for_again(tmp_path):
+    with make_host(tmp_path, JOB, "") as host:
+        host.machine.refused_deletes = 3
+        host.start()
+        assert host.wait() == 0
+        host.wait_for_delete()
+        assert host.machine.refusals == 3
+        assert json.loads(host.read("exit_code/host-0"))["exit_code"] == 0
+
+
+def test_a_machine_that_is_taken_away_deletes_nothing_and_may_come_back(tmp_path):
+    """SIGTERM is passed on; after the next boot the time that is left is what it was."""
+    hangs = "import time; print('runs', flush=True); time.sleep(600)"
+    with make_host(tmp_path, JOB, hangs) as host:
+        host.start()
+        log = host.work / "startup.log"
+        while not (log.exists() and "runs" in log.read_text()):
+            time.sleep(0.02)
+        assert host.process is not None
+        host.process.terminate()
+        assert host.wait(10) == 143
+        assert host.machine.deletes == []
+        assert not any(name.startswith("exit_code/") for name in host.names())
+        deadline = (host.work / "deadline").read_text()
+        host.kill()
+        host.machine.attributes["multihot-bootstrap"] = "import sys; sys.exit(0)"
+        host.start()
+        while not host.machine.deletes:
+            assert (host.work / "deadline").read_text() == deadline or host.machine.deletes
+            time.sleep(0.02)
+        assert host.wait() == 0
+        assert json.loads(host.read("exit_code/host-0"))["exit_code"] == 0
+
+
+def test_no_token_and_nothing_of_the_users_is_in_the_script():
+    """The script is the same for every job, and no secret is in what a slice is given."""
+    other = dataclasses.replace(JOB, name="other", commands=(("sample", "--output=x"),))
+    one, two = make_metadata(JOB, 0), make_metadata(other, 1)
+    for name in ("startup-script", "multihot-bootstrap"):
+        assert one[name] == two[name]
+    assert "token" not in "".join(one[name] for name in one if name.startswith("multihot-job"))
+
+
+def test_shellcheck_finds_nothing():
+    program = shutil.which("shellcheck")
+    if program is None:
+        pytest.skip("shellcheck is not installed; apt-get install shellcheck")
+    script = Path(package.__file__).with_name("startup.sh")
+    done = subprocess.run([program, str(script)], capture_output=True, text=True, check=False)
+    assert (done.stdout, done.returncode) == ("", 0)
+
+
+@pytest.mark.long
+def test_a_model_is_trained_measured_and_exported_on_a_clean_host(tmp_path):
+    """What `make tpu-train` submits, small, on CPUs: the model folder lies in the bucket."""
+    from safetensors.numpy import load
+
+    commands = (
+        ("sample", "--output=s.jsonl", "--num_documents=400"),
+        ("prepare", "--input=s.jsonl", "--data_dir=gs://data/d", "--vocab_size=512")
+        + ("--max_seq_length=64", "--num_shards=1"),
+        ("train", "--data_dir=gs://data/d", "--model_dir=gs://data/m", "--hidden_size=16")
+        + ("--num_layers=1", "--num_attention_heads=2", "--intermediate_size=32")
+        + ("--tokens_per_replica=512", "--num_train_epochs=0.3", "--jit_compile=false"),
+        ("evaluate", "--model_dir=gs://data/m", "--data_dir=gs://data/d", "--resamples=0"),
+        ("export", "--model_dir=gs://data/m", "--export_dir=gs://data/e"),
+    )
+    with make_host(tmp_path, JOB) as host:
+        set_job(host, packed(host.storage, dataclasses.replace(JOB, commands=commands)))
+        host.start()
+        assert host.wait(900) == 0, host.logs()
+        assert host.machine.deletes == [DELETE]
+        data = host.storage.buckets["data"]
+        record = json.loads(data["e/multihot.json"].data)
+        assert record["calibration"]
+        assert load(data["e/model.safetensors"].data)["classifier.weight"].shape[1] == 16
+        assert "e/saved_model/saved_model.pb" in data
+        assert json.loads(host.read("exit_code/host-0"))["exit_code"] == 0
+
+
+@pytest.mark.long
+def test_a_command_that_fails_on_a_clean_host_leaves_its_words_and_no_slice(tmp_path):
+    commands = (("train", "--data_dir=gs://data/none", "--model_dir=gs://data/m"),)
+    with make_host(tmp_path, JOB) as host:
+        set_job(host, packed(host.storage, dataclasses.replace(JOB, commands=commands)))
+        host.start()
+        assert host.wait(300) == 2
+        assert host.machine.deletes == [DELETE]
+        ending = json.loads(host.read("exit_code/host-0"))
+        assert ending["exit_code"] == 2
+        assert "multihot train: error: gs://data/none" in ending["reason"]
