@@ -141,7 +141,7 @@ class SubmitTpuConfig:
 
 @dataclass(frozen=True)
 class SubmitVertexConfig:
-    """`multihot submit vertex`: commands on machines of Vertex AI with GPUs, or a v5e host."""
+    """`multihot submit vertex`: commands on machines of Vertex AI: GPUs, a v5e host, or CPUs."""
 
     project: str = option("", "Google Cloud project that pays.", required=True)
     region: str = option("", "Region of the machines, such as us-central1.", required=True)

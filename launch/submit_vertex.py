@@ -50,11 +50,11 @@ def run(config: SubmitVertexConfig, arguments: Sequence[str]) -> None:
         check_bucket(job.bucket, config.project, config.region)
         _check_name(client, config)
         packages.upload(job, package)
-        object_store.upload(f"{job.folder}/job.json", job.to_json().encode())
         made = None
         try:
             made = vertex_jobs.create(client, request)
             _check_alone(client, config, made)
+            _write_record(job)
             _say(f"{config.name}: {made.name} is made; {job.folder}/")
             _say(f"{config.name}: to be seen at {console_url(made.name)}")
             if config.waits:
@@ -62,7 +62,7 @@ def run(config: SubmitVertexConfig, arguments: Sequence[str]) -> None:
             else:
                 _say(_manual(config))
         except KeyboardInterrupt:
-            _stop(client, config, request, made)
+            _stop(client, config, request, job, made)
 
 
 def find_machine(config: SubmitVertexConfig, commands: Commands) -> VertexMachine:
@@ -125,7 +125,12 @@ def list_requests(request: Any, job: Job, package: Package) -> list[dict[str, An
     ]
     record = upload_request(f"{job.folder}/job.json", content=json.loads(job.to_json()))
     create = vertex_jobs.to_dict(request)
-    return [*uploads, record, {"service": API, "method": "CreateCustomJob", "request": create}]
+    return [*uploads, {"service": API, "method": "CreateCustomJob", "request": create}, record]
+
+
+def _write_record(job: Job) -> None:
+    """Leaves the record for whoever asks later; not before the name is this submission's."""
+    object_store.upload(f"{job.folder}/job.json", job.to_json().encode())
 
 
 def place_of(config: SubmitVertexConfig) -> Place:
@@ -232,7 +237,7 @@ def _report(config: SubmitVertexConfig, job: Job, found: Any) -> None:
     raise UserError(f"{message}; see what it printed: {logs}")
 
 
-def _stop(client: Any, config: SubmitVertexConfig, request: Any, made: Any) -> NoReturn:
+def _stop(client: Any, config: SubmitVertexConfig, request: Any, job: Job, made: Any) -> NoReturn:
     """Asks what to do after a Ctrl-C, and does it.
 
     The job may have been made although its answer has not come.
@@ -241,10 +246,11 @@ def _stop(client: Any, config: SubmitVertexConfig, request: Any, made: Any) -> N
     if not jobs:
         _say(f"{config.name}: not made; nothing is left running")
     elif ask_to_leave(config.name):
+        _write_record(job)
         _say(f"{config.name}: left running. {_manual(config)}")
     else:
-        for job in jobs:
-            vertex_jobs.cancel(client, job.name)
+        for item in jobs:
+            vertex_jobs.cancel(client, item.name)
         _say(f"{config.name}: cancelled; Vertex AI ends its machines")
     raise KeyboardInterrupt
 

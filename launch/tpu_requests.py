@@ -15,7 +15,7 @@ API = "tpu.googleapis.com"
 SUBMISSION = "multihot-submission"
 _JOB, _BOOTSTRAP, _RESOURCE = "multihot-job", "multihot-bootstrap", "multihot-resource"
 _MAX_SECONDS, _ATTEMPT = "multihot-max-seconds", "multihot-attempt"
-_BUCKET, _FOLDER = "multihot-bucket", "multihot-folder"
+BUCKET, _FOLDER = "multihot-bucket", "multihot-folder"
 _STARTUP_SCRIPT = "startup-script"
 
 _SCOPES = ("https://www.googleapis.com/auth/cloud-platform",)
@@ -104,7 +104,7 @@ def make_metadata(job: Job, attempt: int, seconds_left: int | None = None) -> di
         _RESOURCE: job.resource,
         _MAX_SECONDS: str(job.max_seconds if seconds_left is None else seconds_left),
         _ATTEMPT: str(attempt),
-        _BUCKET: job.bucket,
+        BUCKET: job.bucket,
         _FOLDER: f"{FOLDER}/{job.name}",
         SUBMISSION: job.submission,
     }

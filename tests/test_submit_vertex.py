@@ -256,6 +256,7 @@ def test_of_two_submissions_at_one_moment_the_first_is_left(storage, vertex):
         submit_vertex.run(make_config(), TRAIN)
     states = [job.state.name for job in vertex.jobs.values()]
     assert states == ["JOB_STATE_QUEUED", "JOB_STATE_CANCELLING"]
+    assert "multihot/my-job/job.json" not in storage.buckets["my-bucket"]
 
 
 @pytest.mark.parametrize(
@@ -310,6 +311,7 @@ def test_an_interruption_while_the_answer_is_out_finds_the_job(storage, vertex, 
             submit_vertex.run(make_config(name=name), TRAIN)
         found = [job.state.name for job in vertex.jobs.values()]
         assert found == [f"JOB_STATE_{state}" for state in states]
+        assert (f"multihot/{name}/job.json" in storage.buckets["my-bucket"]) is answer
 
 
 def test_ctrl_c_asks_and_cancels_a_job_that_is_pending(storage, vertex):
@@ -349,10 +351,12 @@ def test_a_dry_run_prints_the_requests_and_touches_nothing(tmp_path):
         [*command, "--", *TRAIN], env=environment, capture_output=True, text=True, check=True
     )
     requests = json.loads(done.stdout)
-    assert [request["method"] for request in requests] == ["Insert"] * 3 + ["CreateCustomJob"]
-    record = requests[2]["content"]
+    assert [request["method"] for request in requests] == (
+        ["Insert", "Insert", "CreateCustomJob", "Insert"]
+    )
+    record = requests[3]["content"]
     assert record["commands"] == [list(TRAIN)] and record["accelerator"] == "l4:1"
-    create = requests[3]["request"]
+    create = requests[2]["request"]
     assert create["parent"] == "projects/my-project/locations/europe-west4"
     (pool,) = create["customJob"]["jobSpec"]["workerPoolSpecs"]
     assert pool["machineSpec"]["acceleratorType"] == "NVIDIA_L4"

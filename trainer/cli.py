@@ -24,6 +24,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 from launch import config as launch_config
+from launch import jobs_config
 from trainer import commands, config, storage
 from trainer.errors import (
     INTERRUPTED,
@@ -39,10 +40,22 @@ from trainer.flags import describe_flags, parse_flags
 COMMANDS: dict[str, type] = {
     **commands.COMMANDS,
     "submit tpu": launch_config.SubmitTpuConfig,
+    "submit vertex": launch_config.SubmitVertexConfig,
+    "submit dataflow": launch_config.SubmitDataflowConfig,
+    "jobs list": jobs_config.JobsListConfig,
+    "jobs status": jobs_config.JobsStatusConfig,
+    "jobs logs": jobs_config.JobsLogsConfig,
+    "jobs cancel": jobs_config.JobsCancelConfig,
 }
 # Where a command's function is, if not `run` of trainer.<name>.
 _PLACES = {
     "submit tpu": ("launch.submit_tpu", "run"),
+    "submit vertex": ("launch.submit_vertex", "run"),
+    "submit dataflow": ("launch.submit_dataflow", "run"),
+    "jobs list": ("launch.jobs", "list_jobs"),
+    "jobs status": ("launch.jobs", "show_status"),
+    "jobs logs": ("launch.jobs", "print_logs"),
+    "jobs cancel": ("launch.jobs", "cancel"),
 }
 # Commands that take others behind `--`.
 _SUBMITTING = "submit "
