@@ -30,12 +30,14 @@ from typing import Any
 
 from launch.job import SHARED, Job
 from launch.reports import Reporter
+from trainer.cluster import Cluster
 from trainer.errors import RUN_AGAIN
 
 RUNTIME_PORT = 8470
 _PAUSE_SECONDS = 30.0
 _OF_CLUSTER = ("TF_CONFIG", "CLUSTER_SPEC")
 _POLL_SECONDS = 0.5
+_SERVERS_SECONDS = 1800.0
 
 
 class Node:
@@ -66,6 +68,7 @@ class Node:
         else:
             num_done = self.reporter.read_num_done()
             with self._serving():
+                code = self._await_servers()
                 for index, command in enumerate(self.job.commands):
                     if index < num_done:
                         self.reporter.say(f"{command[0]} was done before")
@@ -77,6 +80,24 @@ class Node:
 
     def _is_mine(self, command: Sequence[str]) -> bool:
         return self.host == 0 or command[0] in SHARED
+
+    def _await_servers(self) -> int:
+        """Waits until all hosts of a slice serve their chips; an exit code.
+
+        They install as this one does, some a little later.
+        """
+        if len(self.addresses) <= 1:
+            return 0
+        hosts = tuple(f"{address}:{RUNTIME_PORT}" for address in self.addresses)
+        cluster = Cluster(("this host", *hosts), 0, "the slice")
+        self.reporter.begin(f"waiting for {len(hosts)} hosts to serve their chips")
+        deadline = time.monotonic() + _SERVERS_SECONDS
+        while not self.stopping and (missing := cluster.find_missing()):
+            if time.monotonic() > deadline:
+                self.reporter.say(f"gave up waiting for {', '.join(missing)}")
+                return RUN_AGAIN
+            self._sleep(_POLL_SECONDS)
+        return 0
 
     def _serving(self) -> contextlib.AbstractContextManager[Any]:
         """The server of this host's own chips, while the commands run."""
@@ -122,6 +143,9 @@ class Node:
         variables = {
             name: value for name, value in os.environ.items() if shared or name not in _OF_CLUSTER
         }
+        if len(self.addresses) > 1:
+            # The server has the chips; a command reaches them through it.
+            variables["TPU_LOAD_LIBRARY"] = "1" if command == runtime_command() else "0"
         with subprocess.Popen(
             command,
             cwd=self.work,

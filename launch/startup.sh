@@ -92,6 +92,8 @@ stop() {
 }
 
 mkdir -p "$work"
+# Startup scripts may come without it, and what installs packages wants one.
+export HOME="${HOME:-$work}"
 cd "$work" || exit 1
 exec >>"$work/startup.log" 2>&1
 until resource="$(read_metadata attributes/multihot-resource)"; do sleep "$pause"; done
@@ -111,6 +113,12 @@ echo "host $host of $resource, attempt $attempt, starts at $(date --utc +%FT%TZ)
 rm -f "$work/exit_code.json" "$work/ended"
 attribute multihot-job '' >"$work/job.json"
 attribute multihot-bootstrap '' >"$work/bootstrap.py"
+if ! call --retry 5 "$tpu_api/v2/$resource" >/dev/null; then
+  echo "error: the account of this slice cannot use Cloud TPU, so that the slice could not delete" \
+    "itself; grant it: gcloud projects add-iam-policy-binding PROJECT" \
+    "--member=serviceAccount:ACCOUNT --role=roles/tpu.admin"
+  exit 2
+fi
 endpoints="$(attribute worker-network-endpoints '')"
 # Images for slices of several hosts start a runtime of another TensorFlow, which holds the chips.
 if [[ $endpoints == *,* ]]; then systemctl stop tpu-runtime.service; fi

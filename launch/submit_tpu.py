@@ -52,8 +52,9 @@ def run(config: SubmitTpuConfig, arguments: Sequence[str]) -> None:
         packages.upload(job, package)
     watches = [_make_watch(config, slice_of_chips, resources, job) for job in jobs]
     try:
+        _say(f"{config.name}: asking for {slice_of_chips.name} in {config.zone}")
         _create(watches)
-        _say(f"{config.name}: asked for {slice_of_chips.name} in {config.zone}; {jobs[0].folder}/")
+        _say(f"{config.name}: asked; {jobs[0].folder}/ has what is known of it")
         if config.waits:
             outcomes = _wait(config, watches)
         else:

@@ -21,6 +21,7 @@ class FakeMachine:
     Attributes:
       attributes: its metadata.
       ip: its address.
+      has_role: whether its account may use Cloud TPU.
       refused_deletes: how many deletions are answered by 503 before one is taken.
       deletes: URLs of the deletions that were taken.
       refusals: how many were not.
@@ -28,6 +29,7 @@ class FakeMachine:
 
     attributes: dict[str, str]
     ip: str = "127.0.0.1"
+    has_role: bool = True
     refused_deletes: int = 0
     deletes: list[str] = field(default_factory=list)
     refusals: int = 0
@@ -37,7 +39,9 @@ class _Handler(BaseHTTPRequestHandler):
     machine: FakeMachine
 
     def do_GET(self) -> None:
-        """Answers for the metadata server."""
+        """Answers for the metadata server, and for Cloud TPU."""
+        if self.path.startswith("/v2/"):
+            return self._answer(200 if self._may_use() else 403, "{}")
         assert self.headers["Metadata-Flavor"] == "Google"
         path = urlsplit(self.path).path.removeprefix("/computeMetadata/v1/instance/")
         if path == "service-accounts/default/token":
@@ -52,13 +56,16 @@ class _Handler(BaseHTTPRequestHandler):
 
     def do_DELETE(self) -> None:
         """Answers for Cloud TPU."""
-        if self.headers["Authorization"] != f"Bearer {TOKEN}":
-            return self._answer(401, "{}")
+        if not self._may_use():
+            return self._answer(403, "{}")
         if self.machine.refusals < self.machine.refused_deletes:
             self.machine.refusals += 1
             return self._answer(503, "{}")
         self.machine.deletes.append(self.path)
         self._answer(200, '{"name": "an operation"}')
+
+    def _may_use(self) -> bool:
+        return self.machine.has_role and self.headers["Authorization"] == f"Bearer {TOKEN}"
 
     def _answer(self, status: int, text: str) -> None:
         data = text.encode()

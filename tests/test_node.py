@@ -94,7 +94,12 @@ def test_the_machine_that_comes_after_goes_on_where_the_first_stopped(cloud, mon
 
 
 def test_the_first_host_of_a_pod_takes_the_chips_of_all(cloud, monkeypatch, tmp_path):
-    """Every host serves its chips; only the first runs commands, with the addresses of all."""
+    """Every host serves its chips; only the first runs commands, with the addresses of all.
+
+    It waits for the servers: of three looks, two miss a host.
+    """
+    looks = [["10.0.0.3"], ["10.0.0.3"], []]
+    monkeypatch.setattr(node.Cluster, "find_missing", lambda self: looks.pop(0))
     log = tmp_path / "served"
     script = f"import time; open({str(log)!r}, 'a').write('x'); time.sleep(60)"
     monkeypatch.setattr(node, "runtime_command", lambda: [sys.executable, "-c", script])
@@ -110,7 +115,18 @@ def test_the_first_host_of_a_pod_takes_the_chips_of_all(cloud, monkeypatch, tmp_
     train, export = processes.started
     assert train[-1] == "--tpu=grpc://10.0.0.2:8470,grpc://10.0.0.3:8470"
     assert export[-1] == "--export_dir=gs://d/e"
-    assert log.read_text() == "x"
+    assert log.read_text() == "x" and looks == []
+
+
+def test_a_host_of_a_pod_that_never_serves_is_not_waited_for_for_ever(cloud, monkeypatch, tmp_path):
+    monkeypatch.setattr(node, "_SERVERS_SECONDS", 0.0)
+    monkeypatch.setattr(node, "runtime_command", lambda: [sys.executable, "-c", ""])
+    monkeypatch.setattr(node.Cluster, "find_missing", lambda self: ["worker 2 (10.0.0.3:8470)"])
+    processes = Processes()
+    made = make_node(monkeypatch, tmp_path, processes, addresses=ADDRESSES)
+    with made.reporter:
+        assert made.run() == 75
+    assert "gave up waiting for worker 2 (10.0.0.3:8470)" in JobLog(JOB).read_new()
 
 
 def test_the_other_hosts_of_a_pod_serve_their_chips(cloud, monkeypatch, tmp_path):

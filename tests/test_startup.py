@@ -119,9 +119,9 @@ def make_host(tmp_path: Path, job: Job, bootstrap: str | None = None) -> Iterato
     (programs / "python3").symlink_to(sys._base_executable)  # type: ignore[attr-defined]
     installed = Path(util.find_spec("tensorflow").origin).parents[1]
     with serve(machine) as address, fake_gcs.serve(storage, str(tmp_path)) as environment:
+        # No HOME, as Google's agent starts it.
         environment |= {
             "PATH": f"{programs}:{os.environ['PATH']}",
-            "HOME": str(tmp_path),
             "GCE_METADATA_HOST": address,
             "MULTIHOT_TPU_URL": f"http://{address}",
             "MULTIHOT_WORK": str(tmp_path / "work"),
@@ -198,6 +198,21 @@ def test_a_package_that_is_not_the_submitted_one_is_not_run(tmp_path):
         assert host.machine.deletes == [DELETE]
         log = host.read(f"logs/host-0/{JOB.submission}-000-startup.log")
         assert f"expected {job.wheel.sha256}" in log
+
+
+def test_an_account_that_could_not_delete_the_slice_is_told_before_the_job_runs(tmp_path):
+    with make_host(tmp_path, JOB, "open('ran', 'w')") as host:
+        host.machine.has_role = False
+        host.start()
+        assert host.wait() == 2
+        assert not (host.work / "ran").exists()
+        log = host.read(f"logs/host-0/{JOB.submission}-000-startup.log")
+        assert "--role=roles/tpu.admin" in log
+        assert json.loads(host.read("exit_code/host-0"))["exit_code"] == 2
+        # Once the account has the role, the watchdog gets its way.
+        assert host.machine.deletes == []
+        host.machine.has_role = True
+        host.wait_for_delete()
 
 
 def test_the_watchdog_deletes_a_slice_whose_time_is_over(tmp_path):
