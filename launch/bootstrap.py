@@ -80,6 +80,8 @@ def download(bucket: str, name: str, path: str) -> None:
             request = urllib.request.Request(url, headers={"Authorization": "Bearer " + token()})
             with urllib.request.urlopen(request, timeout=60) as answer, open(path, "wb") as file:
                 shutil.copyfileobj(answer, file)
+                if file.tell() != int(answer.headers["Content-Length"]):
+                    raise ConnectionError(f"{file.tell()} bytes arrived")
             return
         except OSError as error:  # URLError, HTTPError and timeouts are kinds of it.
             status = getattr(error, "code", None)
