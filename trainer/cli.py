@@ -7,6 +7,7 @@ Imports nothing heavy itself, so that help answers at once. Exit codes:
 
   0    done
   2    something that the user can fix, in one line on standard error
+  3    a step needs more memory than its accelerator has (`preflight`)
   75   stopped, nothing lost: run the same command again (EX_TEMPFAIL of sysexits.h). `train` ends
        so after SIGTERM, a first SIGINT, a notice of the machine's end, or the loss of a worker,
        and every command when a store does not answer
@@ -25,11 +26,14 @@ from typing import Any, NoReturn
 
 from launch import config as launch_config
 from launch import jobs_config
+from launch.preflight_config import PreflightConfig
 from trainer import commands, config, storage
 from trainer.errors import (
+    DOES_NOT_FIT,
     INTERRUPTED,
     RUN_AGAIN,
     USER_FAULT,
+    DoesNotFit,
     RunAgain,
     UserError,
     end_process,
@@ -39,6 +43,7 @@ from trainer.flags import describe_flags, parse_flags
 # In the order in which a user meets them.
 COMMANDS: dict[str, type] = {
     **commands.COMMANDS,
+    "preflight": PreflightConfig,
     "submit tpu": launch_config.SubmitTpuConfig,
     "submit vertex": launch_config.SubmitVertexConfig,
     "submit dataflow": launch_config.SubmitDataflowConfig,
@@ -49,6 +54,7 @@ COMMANDS: dict[str, type] = {
 }
 # Where a command's function is, if not `run` of trainer.<name>.
 _PLACES = {
+    "preflight": ("launch.preflight", "run"),
     "submit tpu": ("launch.submit_tpu", "run"),
     "submit vertex": ("launch.submit_vertex", "run"),
     "submit dataflow": ("launch.submit_dataflow", "run"),
@@ -132,6 +138,8 @@ def _run(command: str, arguments: Sequence[str], submitted: Sequence[str]) -> No
             _find(command)(parsed)
     except UserError as error:
         _fail(name, str(error), USER_FAULT)
+    except DoesNotFit as error:
+        _fail(name, str(error), DOES_NOT_FIT)
     except RunAgain as error:
         if command != "train":
             _fail(name, str(error), RUN_AGAIN)
