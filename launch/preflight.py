@@ -10,9 +10,10 @@ import dataclasses
 import json
 import time
 from dataclasses import dataclass
+from pathlib import Path
 
 from launch.batch_search import QUANTUM, Largest, find_largest
-from launch.compilation import check_memory, compile_programs
+from launch.compilation import DEFAULT_PYTHON, check_memory, compile_programs
 from launch.job_shape import (
     JobShape,
     choose_shape,
@@ -141,7 +142,10 @@ def _cost_of(
         )[name]
         for depth in depths
     }
-    compiled = compile_programs(programs, target, name, least_effort=config.least_effort)
+    python = Path(config.compiler) if config.compiler else DEFAULT_PYTHON
+    compiled = compile_programs(
+        programs, target, name, python=python, least_effort=config.least_effort
+    )
     costs = [measure(program, target.rates) for program in compiled.values()]
     if len(depths) == 1:
         return costs[0], depths

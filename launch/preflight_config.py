@@ -93,6 +93,11 @@ class PreflightConfig:
         "Compiles in about half the time; the program takes more memory and time than the one "
         "that a TPU would run.",
     )
+    compiler: str | None = option(
+        None,
+        "Python of an environment with multihot[preflight] and without TensorFlow for TPUs; "
+        "default: .venv-preflight, as `make compiler` makes it.",
+    )
     costs: int = option(12, "Kinds of operations to list, those that take longest first.")
     output: str | None = option(None, "JSON file for all figures, local or gs://.")
 

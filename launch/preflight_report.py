@@ -3,6 +3,7 @@
 from __future__ import annotations
 
 import math
+import textwrap
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
@@ -16,10 +17,10 @@ if TYPE_CHECKING:
     from launch.preflight import StepReport
 
 _TRUST = (
-    "memory is the compiler's own count. Time was never measured on a TPU: the least leaves vector "
-    "arithmetic and gaps between operations out, the most takes on-chip memory for HBM or loops "
-    "for slower than they are; expect something between. Reading of input, evaluations, "
-    "checkpoints and the start are not in it."
+    "memory is the compiler's own count. Time was never measured on a TPU: the roofline leaves "
+    "vector arithmetic and gaps between operations out; XLA's model takes on-chip memory for HBM, "
+    "and the cycles take loops over memory for twice as long as they are; expect something "
+    "between. Reading of input, evaluations, checkpoints and the start are not in it."
 )
 
 
@@ -71,16 +72,17 @@ def describe_step(
     )
     yield f"  time of a step: {_range(cost.seconds, 1e3)} ms"
     yield (
-        f"    {roofline.seconds * 1e3:8.1f} ms  the larger of products at peak and HBM at full "
-        f"bandwidth, operation by operation; {roofline.link_seconds * 1e3:.1f} ms of it sums over "
-        "the links"
+        f"    {roofline.seconds * 1e3:8.1f} ms  roofline: of each operation the larger of products "
+        f"at peak and HBM at full bandwidth; {roofline.link_seconds * 1e3:.1f} ms sum over links"
     )
     for seconds, by in (
         (cost.xla_seconds, "XLA's cost model"),
         (cost.cycle_seconds, "the compiler's estimates of cycles"),
     ):
         yield f"    {seconds * 1e3:8.1f} ms  {by}, and the links"
-    yield f"  how far to trust it: {_TRUST}"
+    yield from textwrap.wrap(
+        f"how far to trust it: {_TRUST}", 100, initial_indent="  ", subsequent_indent="  "
+    )
     utilisation = report.utilisation(target.kind.bf16_flops)
     yield f"  model FLOP utilisation: {_range(utilisation, 100)} % of the peak (padding included)"
     yield (
