@@ -163,7 +163,7 @@ class SubmitVertexConfig:
         choices=VERTEX_PROVISIONING,
     )
     container_image: str = option(
-        "python:3.12-slim",
+        "python:3.11-slim",
         "Image of the machines' container, from Docker Hub or Artifact Registry: any with Python "
         "3.11 to 3.13; Multihot and its locked dependencies are installed into it at the start.",
     )
