@@ -58,7 +58,7 @@ def run(config: SubmitVertexConfig, arguments: Sequence[str]) -> None:
             _say(f"{config.name}: {made.name} is made; {job.folder}/")
             _say(f"{config.name}: to be seen at {console_url(made.name)}")
             if config.waits:
-                _report(config, job, _wait(client, config, job, made.name))
+                _report(config, job, _wait_patiently(client, config, job, made.name))
             else:
                 _say(_manual(config))
         except KeyboardInterrupt:
@@ -190,6 +190,16 @@ def _check_alone(client: Any, config: SubmitVertexConfig, made: Any) -> None:
             f"--name={config.name}: another submission has taken that name at the same moment "
             f"({min(alive)[1]}); this one is cancelled; take another name"
         )
+
+
+def _wait_patiently(client: Any, config: SubmitVertexConfig, job: Job, name: str) -> Any:
+    """As `_wait`; a service that stays away is no reason to submit again."""
+    try:
+        return _wait(client, config, job, name)
+    except RunAgain as error:
+        raise RunAgain(
+            f"{config.name}: out of sight, but it goes on ({error}). {_manual(config)}"
+        ) from None
 
 
 def _wait(client: Any, config: SubmitVertexConfig, job: Job, name: str) -> Any:

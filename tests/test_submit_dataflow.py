@@ -99,6 +99,7 @@ def test_an_image_of_ones_own_needs_nothing_installed():
     assert not any("the.whl" in option or "beam.txt" in option for option in options)
 
 
+@pytest.mark.long
 def test_a_refusal_is_one_line_with_what_mends_it(storage, dataflow):
     message = "Dataflow API has not been used in project my-project before or it is disabled."
     dataflow.refusal = (403, message)

@@ -167,6 +167,15 @@ def test_a_job_that_was_stopped_may_be_run_again(storage, vertex):
         submit_vertex.run(make_config(), TRAIN)
 
 
+def test_a_job_that_is_out_of_sight_goes_on(storage, vertex, monkeypatch):
+    monkeypatch.setattr(vertex_jobs, "_DEADLINE_SECONDS", 0.1)
+    away = Fault(grpc.StatusCode.UNAVAILABLE, "the backend is away")
+    vertex.plan = lambda method: away if method == "GetCustomJob" else None
+    with pytest.raises(RunAgain, match="my-job: out of sight, but it goes on .*jobs status"):
+        submit_vertex.run(make_config(), TRAIN)
+    assert [job.state.name for job in vertex.jobs.values()] == ["JOB_STATE_QUEUED"]
+
+
 def fault(code, message):
     return Fault(getattr(grpc.StatusCode, code), message)
 
