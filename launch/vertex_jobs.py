@@ -11,6 +11,7 @@ MULTIHOT_VERTEX_ENDPOINT names another server, spoken to in the clear and withou
 
 import json
 import os
+import re
 import sys
 import time
 from collections.abc import Callable, Iterator
@@ -20,7 +21,7 @@ from typing import Any, TypeVar
 from launch.accelerators import VertexMachine
 from launch.config import SubmitVertexConfig, parse_labels
 from launch.job import JOB_LABEL, Job
-from trainer.errors import RunAgain
+from trainer.errors import RunAgain, UserError
 
 ENDPOINT_VARIABLE = "MULTIHOT_VERTEX_ENDPOINT"
 SUBMISSION_LABEL = "multihot-submission"
@@ -167,6 +168,7 @@ def create(client: Any, request: Any) -> Any:
             made = client.create_custom_job(request=request, timeout=_REQUEST_SECONDS)
             return _end_others(client, request, made) if lost else made
         except (ServiceUnavailable, DeadlineExceeded) as error:
+            _check_address(error)
             lost = error
             time.sleep(pause)
             if find_submission(client, request):
@@ -254,9 +256,24 @@ def patiently(ask: Callable[[], Answer]) -> Answer:
         try:
             return ask()
         except (ServiceUnavailable, DeadlineExceeded) as error:
+            _check_address(error)
             lost = error
             time.sleep(pause)
     raise RunAgain(f"Vertex AI does not answer ({lost.message}); run the same command again")
+
+
+def _check_address(error: Any) -> None:
+    """Tells a region that is none, whose server has no address, from a service that is away.
+
+    Raises:
+      UserError: if the server's name is not known.
+    """
+    unknown = re.search(r"(?:errors resolving|resolution failed for) (\S+)-aipl", error.message)
+    if unknown:
+        raise UserError(
+            f"--region={unknown[1]}: Vertex AI has no server of that name, or this machine is not "
+            "online; regions: cloud.google.com/vertex-ai/docs/general/locations"
+        )
 
 
 def _pauses() -> Iterator[float]:

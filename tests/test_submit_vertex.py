@@ -229,6 +229,28 @@ def test_refusals_are_one_line_with_what_mends_them(storage, vertex, answer, mes
     assert "\n" not in line and not vertex.jobs
 
 
+def test_a_region_that_is_none_is_named(storage, vertex):
+    """As gRPC says it of a name that no server has."""
+    answer = fault(
+        "UNAVAILABLE",
+        "errors resolving mars-north1-aiplatform.googleapis.com:443: [field:hostname lookup "
+        "error:address lookup failed: Domain name not found]",
+    )
+    vertex.plan = lambda method: answer
+    with pytest.raises(UserError, match="--region=mars-north1: Vertex AI has no server of that"):
+        submit_vertex.run(make_config(), TRAIN)
+    assert vertex.requests == ["ListCustomJobs"]
+
+
+def test_nobody_signed_in_is_said(storage, monkeypatch, tmp_path):
+    monkeypatch.delenv(vertex_jobs.ENDPOINT_VARIABLE, raising=False)
+    monkeypatch.delenv("GOOGLE_APPLICATION_CREDENTIALS", raising=False)
+    for name, value in (("HOME", tmp_path), ("CLOUDSDK_CONFIG", tmp_path), ("NO_GCE_CHECK", True)):
+        monkeypatch.setenv(name, str(value).lower() if value is True else str(value))
+    with pytest.raises(UserError, match="sign in: gcloud auth application-default login"):
+        submit_vertex.run(make_config(), TRAIN)
+
+
 def test_an_answer_that_was_lost_makes_no_second_job(storage, vertex):
     lost = Fault(grpc.StatusCode.UNAVAILABLE, fake_vertex.LOST)
     vertex.plan = faults("CreateCustomJob", Fault(grpc.StatusCode.UNAVAILABLE, "away"), lost)
