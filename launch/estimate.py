@@ -16,6 +16,7 @@ from dataclasses import dataclass, field
 
 from launch.hlo import Computation, Instruction, Module
 from launch.traffic import (
+    ASYNCHRONOUS,
     COLLECTIVES,
     FREE,
     hbm_bytes,
@@ -159,8 +160,8 @@ def _cost(module: Module, item: Instruction, computation: Computation, rates: Ra
     opcode = item.opcode.removesuffix("-start")
     if item.opcode.endswith(("-done", "-update")):
         return Cost()
-    if opcode in ("copy", "slice") and opcode != item.opcode:
-        moved = moved_bytes(item)
+    if item.opcode in ASYNCHRONOUS:
+        moved = moved_bytes(module, item)
         return Cost(hbm=moved, hbm_seconds=moved / rates.hbm)
     if opcode in COLLECTIVES:
         # A ring passes on all bytes but its own part, twice: to sum, and to spread the sums.
@@ -183,10 +184,10 @@ def _cost(module: Module, item: Instruction, computation: Computation, rates: Ra
 
 def _run(item: Instruction, cost: Cost, rates: Rates, channel: _Channel, by_cycles: bool) -> Cost:
     """Its cost beside the copies that are under way, and what waiting for one takes."""
-    if item.opcode in ("copy-start", "slice-start"):
+    if item.opcode in ASYNCHRONOUS:
         channel.left[item.name] = cost.hbm
         return cost
-    if item.opcode in ("copy-done", "slice-done"):
+    if item.opcode.endswith("-done") and item.operands[0] in channel.left:
         return Cost(channel.finish(item.operands[0]) / rates.hbm)
     seconds = max(cost.seconds, cost.cycle_seconds) if by_cycles else cost.seconds
     channel.work(seconds * rates.hbm - cost.hbm)

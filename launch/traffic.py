@@ -17,6 +17,8 @@ _FREE_CALLS = ("ConcatBitcast", "X64Combine", "X64SplitLow", "X64SplitHigh", "As
 COLLECTIVES = frozenset(
     {"all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute"}
 )
+# What begins to move bytes and does not wait for them.
+ASYNCHRONOUS = frozenset({"copy-start", "slice-start", "async-start"})
 _WINDOW = re.compile(r"window=\{([^}]*)\}")
 _LABELS = re.compile(r"dim_labels=([\w?]+)_([\w?]+)->([\w?]+)")
 _CONTRACTING = re.compile(r"lhs_contracting_dims=\{([\d,]*)\}")
@@ -38,7 +40,7 @@ def matmul_flops(module: Module, instruction: Instruction, computation: Computat
         for index in match[1].split(",") if match else ():
             depth *= left.sizes[int(index)] if index else 1
         return 2 * instruction.shapes[0].num_elements * depth
-    if instruction.opcode not in ("fusion", "async-start"):
+    if instruction.opcode != "fusion":
         return 0
     inner = module.computations[instruction.called[0]]
     return sum(matmul_flops(module, item, inner) for item in inner.instructions.values())
@@ -125,9 +127,12 @@ def is_free(instruction: Instruction) -> bool:
     )
 
 
-def moved_bytes(instruction: Instruction) -> int:
-    """Bytes of HBM that an asynchronous copy or slice reads and writes, given its start."""
-    (destination, source) = _ends_of_copy(instruction)
+def moved_bytes(module: Module, start: Instruction) -> int:
+    """Bytes of HBM that an asynchronous copy (`ASYNCHRONOUS`) reads and writes, given its start."""
+    if start.opcode == "async-start":
+        inner = module.computations[start.called[0]]
+        return sum(hbm_bytes(module, item, inner) for item in inner.instructions.values())
+    destination, source = _ends_of_copy(start)
     # A slice moves as much as it makes.
     return destination.bytes * (destination.in_hbm + source.in_hbm)
 

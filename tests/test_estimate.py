@@ -153,6 +153,23 @@ def test_a_copy_moves_beside_what_leaves_bandwidth():
     assert costs["copy-done without a name"].seconds == pytest.approx(left / 1e9)
 
 
+def test_a_slice_that_is_copied_asynchronously_moves_its_own_bytes():
+    """Of 1 MiB in HBM 4 KiB go to the chip; the whole array is among the results of the start."""
+    whole, part = "f32[2048,128]{1,0:T(8,128)}", "f32[8,128]{1,0:T(8,128)S(1)}"
+    text = (
+        f"HloModule m\n\n%moving (a: f32[], i: s32[]) -> f32[] {{\n  %a = {whole} parameter(0)\n"
+        "  %i = s32[]{:S(6)} parameter(1)\n"
+        f"  ROOT %s = {part} dynamic-slice(%a, %i, %i), dynamic_slice_sizes={{8,128}}\n}}\n\n"
+        f"ENTRY %main (a: f32[], i: s32[]) -> f32[] {{\n  %a = {whole} parameter(0)\n"
+        "  %i = s32[]{:S(6)} parameter(1)\n"
+        f"  %start = (({whole}, s32[]{{:S(6)}}), {part}, s32[]{{:S(2)}}) async-start(%a, %i), "
+        f"calls=%moving\n  ROOT %done = {part} async-done(%start)\n}}\n"
+    )
+    whole_cost = total(estimate(parse_module(text), RATES))
+    assert whole_cost.hbm == 4096
+    assert whole_cost.seconds == pytest.approx(4096 / 1e9)
+
+
 def test_the_compiler_may_note_how_often_a_loop_runs():
     noted = PROGRAM.replace(
         "body=%body", 'body=%body, backend_config={"known_trip_count":{"n":"7"}}'
