@@ -65,6 +65,7 @@ class SliceWatch:
         self._phase: Phase | None = None
         self._active_since: float | None = None
         self._seconds_used = 0.0
+        self._is_asked_for = False
         self._is_to_create = False
         self._num_absent = 0
         self._reported = (0.0, "")
@@ -75,6 +76,7 @@ class SliceWatch:
         Raises:
           UserError, RunAgain: as `QueuedResources.create`.
         """
+        self._is_asked_for = True
         self._resources.create(self._make_request(self.attempt, self._seconds_left()))
         self._phase = None
 
@@ -115,13 +117,15 @@ class SliceWatch:
         return self._give_up(found) if found.phase is Phase.FAILED else None
 
     def cancel(self, seconds: float = 20.0) -> None:
-        """Deletes the slice; one that was just asked for may appear a little later.
+        """Deletes the slice, if there is one.
 
         Args:
-          seconds: for which a slice that is not there is expected to appear.
+          seconds: for which a slice that was asked for and never seen is expected to appear.
         """
-        deadline = time.monotonic() + seconds
+        deadline = time.monotonic() + (seconds if self._phase is None else 0.0)
         for pause in pauses(0.5):
+            if not self._is_asked_for:
+                return
             if self._resources.find(self.job.name).submission == self.job.submission:
                 self._resources.delete(self.job.name)
                 return

@@ -123,6 +123,11 @@ endpoints="$(attribute worker-network-endpoints '')"
 # Images for slices of several hosts start a runtime of another TensorFlow, which holds the chips.
 if [[ $endpoints == *,* ]]; then systemctl stop tpu-runtime.service; fi
 
+printf '{"submission": "%s", "attempt": %d, "host": %d, "what": "%s", "line": "", "time": %d}\n' \
+  "$submission" "$attempt" "$host" "installing" "$(date +%s)" >"$work/state.json"
+upload "$work/state.json" "state/host-$host.json"
+
+if [[ -n $stopping ]]; then exit 143; fi
 python3 "$work/bootstrap.py" "$work/job.json" "$work" \
   "--host=$host" "--attempt=$attempt" "--endpoints=$endpoints" &
 child=$!

@@ -31,9 +31,8 @@ def run(config: SubmitTpuConfig, arguments: Sequence[str]) -> None:
       arguments: what follows `--`.
 
     Raises:
-      UserError: for what the user can mend, here or in the job.
+      UserError: for what the user can mend, here or in the job, and for a job that failed.
       RunAgain: if the slice was taken away too often, or a service does not answer.
-      SystemExit: with the exit code of a job that failed otherwise.
     """
     commands = parse_commands(arguments)
     slice_of_chips = find_slice(config.accelerator)
@@ -143,7 +142,7 @@ def list_requests(
 
 
 def _make_room(resources: QueuedResources, job: Job, config: SubmitTpuConfig) -> None:
-    """Removes what an earlier slice of that name left that was taken away or failed.
+    """Removes what an earlier slice of that name left that was taken away, failed or is going.
 
     Raises:
       UserError: if the name is taken by anything else.
@@ -157,7 +156,7 @@ def _make_room(resources: QueuedResources, job: Job, config: SubmitTpuConfig) ->
             "Multihot's making; take another name, or remove it: "
             f"{resources.place(job.name).remove}"
         )
-    if found.phase not in (Phase.TAKEN_AWAY, Phase.FAILED):
+    if found.phase not in (Phase.TAKEN_AWAY, Phase.FAILED, Phase.DELETING):
         raise UserError(
             f"--name={config.name}: a job of that name {found.phase.value} ({found.state}); take "
             f"another name, or end it: multihot jobs cancel --project={config.project} "

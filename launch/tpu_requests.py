@@ -9,6 +9,7 @@ from typing import Any
 from launch.accelerators import TpuSlice
 from launch.config import SubmitTpuConfig, parse_labels
 from launch.job import FOLDER, Job
+from trainer.errors import UserError
 
 API = "tpu.googleapis.com"
 # What a slice's hosts read of their metadata.
@@ -19,7 +20,7 @@ BUCKET, _FOLDER = "multihot-bucket", "multihot-folder"
 _STARTUP_SCRIPT = "startup-script"
 
 _SCOPES = ("https://www.googleapis.com/auth/cloud-platform",)
-# Compute Engine's limits, in bytes.
+# Compute Engine's limit on a value.
 _VALUE_BYTES = 256 << 10
 
 
@@ -94,6 +95,9 @@ def make_metadata(job: Job, attempt: int, seconds_left: int | None = None) -> di
     """What the slice's hosts find in their metadata.
 
     The watchdog's part stands by itself, so that it needs no parser of JSON.
+
+    Raises:
+      UserError: for commands that are longer than a slice's metadata may be.
     """
     folder = Path(__file__).parent
     record = json.dumps(dataclasses.asdict(job), sort_keys=True)
@@ -108,7 +112,11 @@ def make_metadata(job: Job, attempt: int, seconds_left: int | None = None) -> di
         _FOLDER: f"{FOLDER}/{job.name}",
         SUBMISSION: job.submission,
     }
-    assert all(len(value.encode()) < _VALUE_BYTES for value in metadata.values())
+    if len(record.encode()) > _VALUE_BYTES:
+        raise UserError(
+            f"the commands behind `--` have {len(record.encode())} bytes, more than the "
+            f"{_VALUE_BYTES} that a slice can be given; name folders or globs instead of files"
+        )
     return metadata
 
 

@@ -2,149 +2,17 @@
 
 import dataclasses
 import json
-import os
 import shutil
-import signal
 import subprocess
-import sys
 import time
-from collections.abc import Iterator
-from contextlib import contextmanager
-from importlib import util
 from pathlib import Path
 
-import fake_gcs
 import pytest
-from fake_gcs import FakeStorage
-from fake_machine import FakeMachine, serve
+from booting import BUCKET, DELETE, JOB, PLACE, make_host, packed, set_job
 
 from launch import package
-from launch.job import Job, StoredFile
+from launch.reports import Ending, State
 from launch.tpu_requests import make_metadata
-
-BUCKET = "jobs-of-mine"
-RESOURCE = "projects/p/locations/us-central1-a/queuedResources/first"
-PLACE = "multihot/first"
-NOTHING = StoredFile("none", 0, "0" * 64)
-JOB = Job(
-    name="first",
-    group="first",
-    submission="20240501t000000-a",
-    bucket=BUCKET,
-    commands=(),
-    environment="cpu",
-    accelerator="v5e:2x2",
-    resource=RESOURCE,
-    wheel=NOTHING,
-    requirements=NOTHING,
-    max_restarts=0,
-    max_seconds=600,
-)
-DELETE = f"/v2/{RESOURCE}?force=true"
-
-
-@dataclasses.dataclass
-class Host:
-    """A host that boots: its folder, its surroundings, its bucket."""
-
-    machine: FakeMachine
-    storage: FakeStorage
-    folder: Path
-    environment: dict[str, str]
-    process: subprocess.Popen | None = None
-
-    @property
-    def work(self) -> Path:
-        """What the script keeps on its disk."""
-        return self.folder / "work"
-
-    def start(self) -> None:
-        """What Google's agent does: takes the script from the metadata, and runs it."""
-        script = self.folder / "startup-script"
-        script.write_text(self.machine.attributes["startup-script"])
-        self.process = subprocess.Popen(
-            ["bash", str(script)],
-            cwd=self.folder,
-            env=self.environment,
-            stdin=subprocess.DEVNULL,
-            start_new_session=True,
-        )
-
-    def wait(self, seconds: float = 100.0) -> int:
-        """Exit code of the script; its watchdog lives on."""
-        assert self.process is not None
-        return self.process.wait(seconds)
-
-    def kill(self) -> None:
-        """What the end of the machine does: everything ends."""
-        if self.process is not None:
-            try:
-                os.killpg(self.process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
-            self.process.wait()
-
-    def read(self, name: str) -> str:
-        """An object of the job's folder."""
-        return self.storage.buckets[BUCKET][f"{PLACE}/{name}"].data.decode()
-
-    def names(self) -> list[str]:
-        """Names of the job's objects."""
-        return [name.removeprefix(PLACE + "/") for name in self.storage.buckets[BUCKET]]
-
-    def logs(self) -> str:
-        """What the job has printed."""
-        names = (name for name in self.names() if name.startswith("logs/host-0/"))
-        return "".join(map(self.read, sorted(names)))
-
-    def wait_for_delete(self, seconds: float = 20.0) -> None:
-        """Returns when a deletion was taken."""
-        deadline = time.monotonic() + seconds
-        while not self.machine.deletes:
-            assert time.monotonic() < deadline, (self.work / "startup.log").read_text()
-            time.sleep(0.05)
-
-
-@contextmanager
-def make_host(tmp_path: Path, job: Job, bootstrap: str | None = None) -> Iterator[Host]:
-    """A host of a job; with a bootstrap of the test's own, or the real one."""
-    machine = FakeMachine(make_metadata(job, attempt=0))
-    if bootstrap is not None:
-        machine.attributes["multihot-bootstrap"] = bootstrap
-    storage = FakeStorage({BUCKET: {}, "data": {}})
-    programs = tmp_path / "programs"
-    programs.mkdir()
-    # Whatever the image calls it.
-    (programs / "python3.11").symlink_to(sys._base_executable)  # type: ignore[attr-defined]
-    (programs / "python3").symlink_to(sys._base_executable)  # type: ignore[attr-defined]
-    installed = Path(util.find_spec("tensorflow").origin).parents[1]
-    with serve(machine) as address, fake_gcs.serve(storage, str(tmp_path)) as environment:
-        # No HOME, as Google's agent starts it.
-        environment |= {
-            "PATH": f"{programs}:{os.environ['PATH']}",
-            "GCE_METADATA_HOST": address,
-            "MULTIHOT_TPU_URL": f"http://{address}",
-            "MULTIHOT_WORK": str(tmp_path / "work"),
-            "MULTIHOT_PAUSE": "1",
-            "MULTIHOT_SITE_PACKAGES": str(installed),
-        }
-        host = Host(machine, storage, tmp_path, environment)
-        try:
-            yield host
-        finally:
-            host.kill()
-
-
-def packed(storage: FakeStorage, job: Job) -> Job:
-    """The job with the project's package in its folder."""
-    built = package.build("cpu")
-    for name, data in built.contents.items():
-        storage.put(BUCKET, f"{PLACE}/package/{name}", data)
-    return dataclasses.replace(job, wheel=built.wheel, requirements=built.requirements)
-
-
-def set_job(host: Host, job: Job) -> None:
-    host.machine.attributes.update(make_metadata(job, attempt=0))
 
 
 def test_a_job_runs_in_a_clean_folder_and_the_slice_is_deleted(tmp_path):
@@ -198,6 +66,28 @@ def test_a_package_that_is_not_the_submitted_one_is_not_run(tmp_path):
         assert host.machine.deletes == [DELETE]
         log = host.read(f"logs/host-0/{JOB.submission}-000-startup.log")
         assert f"expected {job.wheel.sha256}" in log
+
+
+def test_a_host_of_a_pod_is_told_its_place_and_says_what_it_does(tmp_path):
+    with make_host(
+        tmp_path, JOB, "import json, sys; json.dump(sys.argv, open('argv', 'w'))"
+    ) as host:
+        endpoints = "unknown:unknown:10.0.0.2,unknown:unknown:10.0.0.3"
+        host.machine.attributes |= {
+            "agent-worker-number": "1",
+            "worker-network-endpoints": endpoints,
+            "multihot-attempt": "2",
+        }
+        host.start()
+        assert host.wait() == 0
+        program, job, work, *flags = json.loads((host.work / "argv").read_text())
+        assert [program, job] == [str(host.work / name) for name in ("bootstrap.py", "job.json")]
+        assert work == str(host.work)
+        assert flags == ["--host=1", "--attempt=2", f"--endpoints={endpoints}"]
+        state = State(**json.loads(host.read("state/host-1.json")))
+        assert (state.submission, state.attempt, state.what) == (JOB.submission, 2, "installing")
+        ending = Ending(**json.loads(host.read("exit_code/host-1")))
+        assert (ending.host, ending.attempt, ending.exit_code) == (1, 2, 0)
 
 
 def test_an_account_that_could_not_delete_the_slice_is_told_before_the_job_runs(tmp_path):

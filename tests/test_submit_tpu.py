@@ -1,86 +1,24 @@
 """`submit tpu` by Google's own clients against fakes of Cloud TPU and Cloud Storage."""
 
 import json
-import sys
-from collections.abc import Iterator
 
 import fake_tpu
 import grpc
 import pytest
-from fake_gcs import FakeStorage
-from fake_tpu import LOST, FakeTpu, Fault
-from google.cloud.tpu_v2 import types
+from fake_tpu import LOST, Fault
+from submitting import (
+    BUCKET,
+    NAME,
+    PACKAGE,
+    SUBMIT,
+    TRAIN,
+    Slices,
+    run,
+    with_flags,
+)
 
-from launch import package, slice_watch, submit_tpu, tpu_resources
-from launch.job import Job, StoredFile
-from launch.package import Package
-from trainer import cli
-
-BUCKET = "jobs-of-mine"
-NAME = "projects/my-project/locations/us-central1-a/queuedResources/first"
-FLAGS = [
-    "--project=my-project",
-    "--zone=us-central1-a",
-    f"--bucket={BUCKET}",
-    "--accelerator=v5e:2x2",
-    "--name=first",
-]
-TRAIN = ["train", "--data_dir=gs://data/d", "--model_dir=gs://data/m"]
-SUBMIT = ["submit", "tpu", *FLAGS, "--", *TRAIN]
-CONTENTS = {"0123/multihot-0.1.0-py3-none-any.whl": b"wheel", "4567/tpu.txt": b"locked"}
-
-
-@pytest.fixture
-def tpu(monkeypatch: pytest.MonkeyPatch, cloud: FakeStorage) -> Iterator[FakeTpu]:
-    """The service without faults, a bucket beside it, and no time lost on waiting."""
-    cloud.buckets[BUCKET] = {}
-    cloud.locations[BUCKET] = "US-CENTRAL1"
-    fake = FakeTpu()
-    stored = [StoredFile(name, len(data), "5" * 64) for name, data in CONTENTS.items()]
-    monkeypatch.setattr(package, "build", lambda environment: Package(*stored, CONTENTS))
-    monkeypatch.setattr(tpu_resources, "_FIRST_PAUSE_SECONDS", 0.01)
-    monkeypatch.setattr(tpu_resources, "_LONGEST_PAUSE_SECONDS", 0.02)
-    monkeypatch.setattr(submit_tpu, "_POLL_SECONDS", 0.01)
-    with fake_tpu.serve(fake) as address:
-        monkeypatch.setenv(tpu_resources.ENDPOINT_VARIABLE, address)
-        yield fake
-
-
-class Slices:
-    """What slices do: each active one logs, ends with an exit code, and deletes itself."""
-
-    def __init__(self, tpu: FakeTpu, cloud: FakeStorage, *exit_codes: int) -> None:
-        self.tpu, self.cloud, self.exit_codes = tpu, cloud, list(exit_codes)
-        tpu.on_active = self.run
-
-    def run(self, resource: types.QueuedResource) -> None:
-        if resource.name not in self.tpu.resources or not self.exit_codes:
-            return
-        metadata = resource.tpu.node_spec[0].node.metadata
-        job = Job.from_json(metadata["multihot-job"])
-        place = f"multihot/{job.name}"
-        mark = f"{job.submission}-{metadata['multihot-attempt']:0>3}"
-        code = self.exit_codes.pop(0)
-        ending = {"submission": job.submission, "attempt": 0, "host": 0, "exit_code": code}
-        ending["reason"] = "last line"
-        for index in range(3):
-            name = f"{place}/logs/host-0/{mark}-17-{index:06d}.log"
-            self.cloud.put(BUCKET, name, f"step {index}\n".encode())
-        self.cloud.put(BUCKET, f"{place}/exit_code/host-0", json.dumps(ending).encode())
-        self.tpu.remove(resource.name)
-
-
-def run(arguments: list[str]) -> int:
-    """Exit code of a command."""
-    try:
-        cli.main(arguments)
-    except SystemExit as error:
-        return int(error.code or 0)
-    return 0
-
-
-def with_flags(*flags: str) -> list[str]:
-    return ["submit", "tpu", *FLAGS, *flags, "--", *TRAIN]
+from launch import slice_watch
+from launch.job import Job
 
 
 def test_a_job_runs_to_its_end_and_leaves_nothing(tpu, cloud, capsys):
@@ -93,7 +31,7 @@ def test_a_job_runs_to_its_end_and_leaves_nothing(tpu, cloud, capsys):
     assert tpu.resources == {}
     (request,) = tpu.created
     objects = cloud.buckets[BUCKET]
-    for name, data in CONTENTS.items():
+    for name, data in PACKAGE.items():
         assert objects[f"multihot/first/package/{name}"].data == data
     record = Job.from_json(objects["multihot/first/job.json"].data)
     assert record == Job.from_json(fake_tpu.metadata_of(request)["multihot-job"])
@@ -210,230 +148,6 @@ def test_a_slice_that_somebody_deleted_is_not_waited_for(tpu, capsys):
     tpu.on_active = lambda resource: tpu.remove(resource.name)
     assert run(SUBMIT) == 75
     assert "its slice was deleted before it had ended" in capsys.readouterr().err
-
-
-REFUSALS = [
-    (
-        Fault(grpc.StatusCode.PERMISSION_DENIED, "Cloud TPU API is disabled", "SERVICE_DISABLED"),
-        "gcloud services enable tpu.googleapis.com --project=my-project",
-    ),
-    (
-        Fault(grpc.StatusCode.PERMISSION_DENIED, "Cloud TPU API has not been used in project 1"),
-        "gcloud services enable tpu.googleapis.com --project=my-project",
-    ),
-    (
-        Fault(grpc.StatusCode.PERMISSION_DENIED, "Permission 'tpu.nodes.create' denied"),
-        "add-iam-policy-binding my-project --member=user:YOU --role=roles/tpu.admin",
-    ),
-    (
-        Fault(grpc.StatusCode.PERMISSION_DENIED, "iam.serviceAccounts.actAs is required"),
-        "--role=roles/iam.serviceAccountUser",
-    ),
-    (Fault(grpc.StatusCode.UNAUTHENTICATED, "no"), "gcloud auth application-default login"),
-    (
-        Fault(grpc.StatusCode.RESOURCE_EXHAUSTED, "Quota limit 'TPUV5sPreemptible' exceeded"),
-        "gcloud beta quotas preferences create --service=tpu.googleapis.com",
-    ),
-    (
-        Fault(grpc.StatusCode.ALREADY_EXISTS, "Resource already exists"),
-        "gcloud compute tpus queued-resources delete first --force --zone=us-central1-a",
-    ),
-    (
-        Fault(grpc.StatusCode.NOT_FOUND, "Location us-central1-a is not found"),
-        "gcloud compute tpus locations list --project=my-project",
-    ),
-    (
-        Fault(grpc.StatusCode.INVALID_ARGUMENT, "acceleratorType v5litepod-4 is not in the zone"),
-        "gcloud compute tpus accelerator-types list --zone=us-central1-a",
-    ),
-    (
-        Fault(grpc.StatusCode.INVALID_ARGUMENT, "network 'n' was not found"),
-        "gcloud compute networks subnets list --project=my-project",
-    ),
-    (
-        Fault(grpc.StatusCode.NOT_FOUND, "Reservation r does not exist"),
-        "gcloud compute reservations list --project=my-project",
-    ),
-]
-
-
-def check_refusal(capsys: pytest.CaptureFixture, expected: str) -> None:
-    error = capsys.readouterr().err.strip()
-    assert error.startswith("multihot submit tpu: error: ") and "\n" not in error
-    assert expected in error
-
-
-@pytest.mark.parametrize(("fault", "expected"), REFUSALS)
-def test_a_refusal_is_one_line_with_the_command_that_mends_it(tpu, capsys, fault, expected):
-    tpu.plan = lambda method: fault if method == "CreateQueuedResource" else None
-    assert run(SUBMIT) == 2
-    check_refusal(capsys, expected)
-    assert tpu.resources == {}
-
-
-@pytest.mark.parametrize(("fault", "expected"), [item for item in REFUSALS if not item[0].reason])
-def test_a_refusal_by_the_operation_reads_the_same(tpu, capsys, fault, expected):
-    tpu.create_error = (fault.code, fault.message)
-    assert run(SUBMIT) == 2
-    check_refusal(capsys, expected)
-
-
-def test_a_resource_that_fails_is_removed_and_says_why(tpu, capsys):
-    tpu.states = [("WAITING_FOR_RESOURCES", "FAILED")]
-    tpu.failure = (grpc.StatusCode.RESOURCE_EXHAUSTED, "Quota exceeded for v5e")
-    assert run(SUBMIT) == 2
-    check_refusal(capsys, "Quota exceeded for v5e")
-    assert tpu.resources == {}
-
-
-def test_a_service_that_is_away_for_good_says_to_run_again(tpu, capsys, monkeypatch):
-    monkeypatch.setattr(tpu_resources, "_RETRY_SECONDS", 0.2)
-    tpu.plan = lambda method: Fault(grpc.StatusCode.UNAVAILABLE, "away")
-    assert run(SUBMIT) == 75
-    assert "tpu.googleapis.com did not answer" in capsys.readouterr().err
-
-
-def test_without_credentials_it_says_how_to_sign_in(tpu, capsys, monkeypatch, tmp_path):
-    monkeypatch.delenv(tpu_resources.ENDPOINT_VARIABLE)
-    monkeypatch.setenv("NO_GCE_CHECK", "true")
-    monkeypatch.setenv("HOME", str(tmp_path))
-    for name in ("GOOGLE_APPLICATION_CREDENTIALS", "CLOUDSDK_CONFIG"):
-        monkeypatch.delenv(name, raising=False)
-    assert run(SUBMIT) == 2
-    check_refusal(capsys, "no Google credentials were found; sign in: gcloud auth application-")
-
-
-def test_a_bucket_of_another_region_is_refused(tpu, cloud, capsys):
-    cloud.locations[BUCKET] = "EUROPE-WEST4"
-    assert run(SUBMIT) == 2
-    check_refusal(
-        capsys,
-        f"gcloud storage buckets create gs://{BUCKET}-us-central1 --project=my-project "
-        "--location=us-central1",
-    )
-    assert tpu.created == []
-
-
-def test_a_multi_region_that_holds_the_zone_is_taken(tpu, cloud):
-    cloud.locations[BUCKET] = "US"
-    Slices(tpu, cloud, 0)
-    assert run(SUBMIT) == 0
-
-
-def test_a_bucket_that_does_not_exist_is_named(tpu, cloud, capsys):
-    del cloud.buckets[BUCKET]
-    assert run(SUBMIT) == 2
-    check_refusal(capsys, "there is no such bucket; create it: gcloud storage buckets create gs://")
-
-
-def test_two_submissions_of_one_name(tpu, capsys):
-    assert run(with_flags("--no_wait")) == 0
-    assert run(with_flags("--no_wait")) == 2
-    check_refusal(capsys, "--name=first: a job of that name")
-    assert len(tpu.created) == 1 and [*tpu.resources] == [NAME]
-
-
-def test_two_submissions_at_the_same_moment(tpu, capsys, monkeypatch):
-    """Neither sees the other's slice before it asks for its own: the service decides."""
-    absent = tpu_resources.Found(tpu_resources.Phase.ABSENT)
-    monkeypatch.setattr(submit_tpu, "_make_room", lambda *_: absent)
-    assert run(with_flags("--no_wait")) == 0
-    assert run(with_flags("--no_wait")) == 2
-    check_refusal(capsys, "first exists already; take another --name")
-    assert len(tpu.created) == 1 and [*tpu.resources] == [NAME]
-
-
-def test_what_is_left_of_a_slice_that_was_taken_away_makes_room(tpu, cloud, capsys):
-    tpu.states = [("SUSPENDED",), fake_tpu.HAPPY]
-    assert run(with_flags("--no_wait")) == 0
-    Slices(tpu, cloud, 0)
-    assert run(SUBMIT) == 0
-    assert "removing the slice of that name that was taken away" in capsys.readouterr().out
-
-
-def test_a_name_that_is_none_of_ours_is_left_alone(tpu, capsys):
-    tpu.resources[NAME] = types.QueuedResource(name=NAME)
-    tpu._left[NAME] = ["ACTIVE"]
-    assert run(SUBMIT) == 2
-    check_refusal(capsys, "is not of Multihot's making")
-    assert [*tpu.resources] == [NAME]
-
-
-def interrupt_next_sleep(monkeypatch: pytest.MonkeyPatch) -> None:
-    """A Ctrl-C comes while the command waits between two looks."""
-
-    def interrupt(_: object) -> None:
-        monkeypatch.setattr(submit_tpu.time, "sleep", sleep)
-        raise KeyboardInterrupt
-
-    sleep = submit_tpu.time.sleep
-    monkeypatch.setattr(submit_tpu.time, "sleep", interrupt)
-
-
-@pytest.mark.parametrize(("answer", "left"), [("", 1), ("y", 1), ("c", 0), ("cancel", 0)])
-def test_ctrl_c_asks_whether_to_leave_it_running(tpu, capsys, monkeypatch, answer, left):
-    monkeypatch.setattr(sys.stdin, "isatty", lambda: True)
-    monkeypatch.setattr("builtins.input", lambda question: answer)
-    interrupt_next_sleep(monkeypatch)
-    assert run(SUBMIT) == 130
-    assert len(tpu.resources) == left
-    shown = capsys.readouterr().out
-    assert ("left running" if left else "cancelled; nothing is left running") in shown
-
-
-def test_ctrl_c_without_a_terminal_leaves_it_running(tpu, monkeypatch):
-    monkeypatch.setattr(sys.stdin, "isatty", lambda: False)
-    interrupt_next_sleep(monkeypatch)
-    assert run(SUBMIT) == 130
-    assert len(tpu.resources) == 1
-
-
-def test_ctrl_c_while_the_slice_is_being_created(tpu, capsys, monkeypatch):
-    """The request has gone out, its operation is not done, and deleting is refused at first."""
-    tpu.operation_polls = 1000
-    tpu.refused_deletes = 3
-    tpu.states = [("CREATING",)]
-
-    def interrupt(operation: object, seconds: float) -> None:
-        monkeypatch.setattr(tpu_resources, "_wait_for", lambda *_: None)
-        raise KeyboardInterrupt
-
-    monkeypatch.setattr(tpu_resources, "_wait_for", interrupt)
-    monkeypatch.setattr(submit_tpu, "ask_to_leave", lambda name: False)
-    assert run(SUBMIT) == 130
-    assert tpu.requests.count("DeleteQueuedResource") == 4
-    assert tpu.resources == {}
-    assert "cancelled" in capsys.readouterr().out
-
-
-def test_several_slices_share_a_corpus(tpu, cloud):
-    Slices(tpu, cloud, 0, 0, 0)
-    score = ["score", "--model=gs://data/e", "--input=gs://data/i", "--output_dir=gs://data/o"]
-    assert run(["submit", "tpu", *FLAGS, "--num_slices=3", "--", *score]) == 0
-    records = [fake_tpu.record_of(request) for request in tpu.created]
-    assert [record["name"] for record in records] == ["first-0", "first-1", "first-2"]
-    assert [record["commands"][0][-2:] for record in records] == [
-        [f"--worker_index={index}", "--num_workers=3"] for index in range(3)
-    ]
-    assert {record["group"] for record in records} == {"first"}
-    assert tpu.resources == {}
-
-
-def test_several_slices_are_all_made_or_none(tpu, capsys):
-    tpu.plan = lambda method: (
-        Fault(grpc.StatusCode.RESOURCE_EXHAUSTED, "Quota")
-        if method == "CreateQueuedResource" and len(tpu.created) == 2
-        else None
-    )
-    score = ["score", "--model=gs://data/e", "--input=gs://data/i", "--output_dir=gs://data/o"]
-    assert run(["submit", "tpu", *FLAGS, "--num_slices=3", "--", *score]) == 2
-    check_refusal(capsys, "first-2: the quota of my-project in us-central1-a")
-    assert len(tpu.created) == 2 and tpu.resources == {}
-
-
-def test_several_slices_do_not_train(tpu, capsys):
-    assert run(with_flags("--num_slices=2")) == 2
-    check_refusal(capsys, "expected `score` alone")
 
 
 def test_a_store_that_is_away_does_not_end_the_waiting(tpu, cloud, monkeypatch, capsys):
