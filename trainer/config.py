@@ -724,7 +724,9 @@ class ExportConfig:
         None, "Folder that `multihot prepare` wrote; default: the one that training read."
     )
     export_dir: str = option(
-        "", "Model folder to write; must not exist or be empty.", required=True
+        "",
+        "Model folder to write; must not exist, be empty, or be this export's already.",
+        required=True,
     )
     uncalibrated: bool = option(False, "Export without a calibration of this checkpoint.")
 
