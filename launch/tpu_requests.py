@@ -47,7 +47,7 @@ def make_create_request(
       seconds_left: of the job's `max_seconds`; default: all of them.
       request_id: by which the service knows a request that arrives twice; default: a new one.
     """
-    from google.cloud import tpu_v2
+    import google.cloud.tpu_v2 as tpu_v2
 
     parent = f"projects/{config.project}/locations/{config.zone}"
     reserved = config.provisioning == "reserved"
