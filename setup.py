@@ -4,9 +4,11 @@
 """
 
 import re
+import shutil
 from pathlib import Path
 
 from setuptools import find_packages, setup
+from setuptools.command.build_py import build_py
 
 ROOT = Path(__file__).parent
 VERSION = re.search(r'__version__ = "(.+?)"', (ROOT / "trainer/__init__.py").read_text())[1]
@@ -35,6 +37,8 @@ EXTRAS = {
     "tpu": ["tensorflow-tpu>=2.20,<2.21", "libtpu>=0.0.14,<0.0.32"],
     # `--runner`: the same commands as Apache Beam pipelines.
     "beam": ["apache-beam[gcp]>=2.70,<3"],
+    # `submit tpu`, `submit vertex` and `jobs`.
+    "cloud": ["google-cloud-aiplatform>=1.148,<2", "google-cloud-tpu>=1.24,<2"],
     # The compiler for TPUs that launch/tpu_compiler.py runs. tensorflow-tpu aborts next to a libtpu
     # this new, so it has an environment of its own. It uses parts of jax that only a lock holds
     # still, hence the narrow bounds.
@@ -60,6 +64,21 @@ EXTRAS = {
     ],
 }
 
+
+class BuildWithLocks(build_py):
+    """Puts the locks that jobs on other machines install into the package as well."""
+
+    def run(self) -> None:
+        """As of any build."""
+        super().run()
+        if self.editable_mode:  # The clone itself, where they lie already.
+            return
+        target = Path(self.build_lib) / "launch" / "requirements"
+        target.mkdir(parents=True, exist_ok=True)
+        for name in ("beam.txt", "cpu.txt", "gpu.txt", "tpu.txt"):
+            shutil.copy(ROOT / "requirements" / name, target / name)
+
+
 setup(
     name="multihot",
     version=VERSION,
@@ -70,7 +89,8 @@ setup(
     license_files=["LICENSE"],
     python_requires=">=3.11,<3.14",
     packages=find_packages(include=["launch", "trainer", "trainer.*"]),
-    package_data={"trainer": ["templates/*"]},
+    package_data={"launch": ["*.json", "*.sh"], "trainer": ["templates/*"]},
+    cmdclass={"build_py": BuildWithLocks},
     install_requires=CORE,
     extras_require=EXTRAS,
     entry_points={"console_scripts": ["multihot=trainer.cli:main"]},

@@ -8,9 +8,10 @@ import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
+from launch.accelerators import default_topology
+from launch.compilation import compile_programs
 from launch.lowering import lower_steps
-from launch.preflight import DEFAULT_PYTHON, compile_programs
-from launch.targets import DEFAULT_TOPOLOGIES, GIB, parse_target
+from launch.targets import GIB, parse_target
 from trainer.config import ModelConfig, OptimizerConfig, PackingConfig, parse_row_groups
 
 # BERT-base's vocabulary and width.
@@ -20,7 +21,7 @@ _VOCAB_SIZE, _HIDDEN_SIZE, _HEADS, _INTERMEDIATE_SIZE = 30522, 768, 12, 3072
 def main() -> None:
     """Compiles every step for every target, the smallest program first."""
     parser = argparse.ArgumentParser(description=__doc__)
-    parser.add_argument("--targets", default=",".join(DEFAULT_TOPOLOGIES.values()))
+    parser.add_argument("--targets", default=",".join(map(default_topology, ("v5e", "v5p", "v6e"))))
     parser.add_argument("--num_layers", type=int, default=12)
     parser.add_argument("--num_labels", type=int, default=100)
     parser.add_argument("--row_groups", default="128x128", help="of a replica's micro-batch")
@@ -42,7 +43,7 @@ def main() -> None:
     for target in map(parse_target, arguments.targets.split(",")):
         programs = lower_steps(model, OptimizerConfig(), packing, packing, replicas=target.chips)
         for name in ("score", "evaluate", "train"):
-            compiled = compile_programs({name: programs[name]}, target, DEFAULT_PYTHON)[name]
+            compiled = compile_programs({name: programs[name]}, target)[name]
             print(
                 f"{target.topology} {name}: {compiled} ({target.hbm_bytes / GIB:.2f} GiB there)",
                 flush=True,

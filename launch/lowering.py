@@ -1,7 +1,6 @@
 """The train, evaluation and scoring steps as HLO, as one chip of a slice runs them."""
 
-from collections.abc import Callable
-from functools import partial
+from collections.abc import Callable, Collection
 from typing import Any
 
 import numpy as np
@@ -9,9 +8,9 @@ import tensorflow as tf
 from tensorflow.compiler.tf2xla.ops import gen_xla_ops
 from tensorflow.python.distribute import one_device_strategy
 
-from trainer.config import ModelConfig, OptimizerConfig, PackingConfig
+from trainer.config import LossConfig, ModelConfig, OptimizerConfig, PackingConfig
 from trainer.label_transfer import no_labels
-from trainer.losses import weighted_bce
+from trainer.losses import Loss, make_loss
 from trainer.model import Model, build_model
 from trainer.optimizer import AdamW
 from trainer.packing import empty_micro_batch
@@ -22,6 +21,8 @@ from trainer.step import TrainStep
 _TOTAL_DOCUMENTS = 1_000_000
 # Of a document, where there are so many that they travel as indices.
 _MOST_LABELS = 32
+
+STEPS = ("train", "evaluate", "score")
 
 
 class SliceStrategy(tf.distribute.Strategy):
@@ -87,6 +88,9 @@ def lower_steps(
     replicas: int,
     accumulation: int = 1,
     precision: str = "mixed_bfloat16",
+    loss_config: LossConfig | None = None,
+    most_labels: int = _MOST_LABELS,
+    steps: Collection[str] = STEPS,
 ) -> dict[str, bytes]:
     """Lowers the steps of a job.
 
@@ -97,20 +101,39 @@ def lower_steps(
       replicas: chips that share a step; in scoring they have nothing to tell each other.
       accumulation: micro-batches a replica in each train step.
       precision: `mixed_bfloat16` or `float32`.
+      loss_config: the loss; default: weighted cross-entropy.
+      most_labels: of a document, where there are so many that they travel as indices.
+      steps: which ones to lower.
 
     Returns:
-      Serialized HLO modules: `train` (forward and backward pass, the sum over replicas, clipping,
-      AdamW), `evaluate` (logits, and the sum of requests to stop) and `score` (probabilities).
+      Serialized HLO modules by step: `train` (forward and backward pass, the sum over replicas,
+      clipping, AdamW), `evaluate` (logits, and the sum of requests to stop) and `score`
+      (probabilities).
     """
     model, strategy = build_model(model_config, precision), SliceStrategy(replicas)
-    evaluation, scoring = Predictor(model, packing, strategy), Predictor(model, scoring_packing)
-    return {
-        "train": _lower_train(strategy, model, optimizer_config, packing, accumulation),
-        "evaluate": lower(evaluation.predict, _micro_batch(packing), tf.TensorSpec([])),
-        "score": lower(
+    lowered = {}
+    if "train" in steps:
+        loss = _make_loss(loss_config or LossConfig(), model_config.num_labels)
+        lowered["train"] = _lower_train(
+            strategy, model, optimizer_config, packing, accumulation, loss, most_labels
+        )
+    if "evaluate" in steps:
+        evaluation = Predictor(model, packing, strategy)
+        inputs = _micro_batch(packing), tf.TensorSpec([])
+        lowered["evaluate"] = lower(evaluation.predict, *inputs)
+    if "score" in steps:
+        scoring = Predictor(model, scoring_packing)
+        lowered["score"] = lower(
             lambda batch: tf.sigmoid(scoring.logits(batch)), _micro_batch(scoring_packing)
-        ),
-    }
+        )
+    return lowered
+
+
+def _make_loss(config: LossConfig, num_labels: int) -> Loss:
+    # Weights and counts are constants of the program; any numbers give the same one.
+    ones = np.ones(num_labels, np.float32)
+    counts = [_TOTAL_DOCUMENTS // 10] * num_labels
+    return make_loss(config, ones, ones, counts, _TOTAL_DOCUMENTS)
 
 
 def _lower_train(
@@ -119,6 +142,8 @@ def _lower_train(
     config: OptimizerConfig,
     packing: PackingConfig,
     accumulation: int,
+    loss: Loss,
+    most_labels: int,
 ) -> bytes:
     variables = model.named_variables()
     optimizer = AdamW(
@@ -128,18 +153,17 @@ def _lower_train(
         model.config.num_layers,
         _TOTAL_DOCUMENTS,
     )
-    num_labels = model.config.num_labels
     step = TrainStep(
         strategy,
         model,
         optimizer,
         packing,
-        partial(weighted_bce, pos_weights=np.ones(num_labels, np.float32)),
+        loss,
         seed=0,
         # The whole step is lowered as one program, as on a TPU.
         jit_compile=False,
     )
-    labels = no_labels(packing.max_documents, num_labels, _MOST_LABELS)
+    labels = no_labels(packing.max_documents, model.config.num_labels, most_labels)
     batches = {
         name: tf.TensorSpec([accumulation, *spec.shape], spec.dtype)
         for name, spec in (_micro_batch(packing) | labels).items()

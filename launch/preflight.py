@@ -1,117 +1,219 @@
-"""Compiles lowered programs for a TPU slice, in an environment of its own, and measures them."""
+"""`multihot preflight`: compiles a job's steps for a TPU slice without one, and says what it needs.
 
+The exact steps of `train` and `score` are lowered here, compiled by libtpu in processes of their
+own, and read: memory as the compiler gives it, time as `estimate.py` reckons it from the compiled
+program. A deep encoder is compiled with one and with two layers and extended from there, since its
+layers are alike.
+"""
+
+import dataclasses
 import json
-import subprocess
-import tempfile
-from collections.abc import Mapping
+import time
 from dataclasses import dataclass
 from pathlib import Path
 
-from launch.targets import GIB, Target
-from trainer.errors import UserError
+from launch.batch_search import QUANTUM, Largest, find_largest
+from launch.compilation import DEFAULT_PYTHON, check_memory, compile_programs
+from launch.job_shape import (
+    JobShape,
+    choose_shape,
+    model_flops,
+    num_parameters,
+    read_metadata,
+)
+from launch.lowering import lower_steps
+from launch.preflight_config import PreflightConfig
+from launch.preflight_report import describe_job, describe_largest, describe_step
+from launch.step_cost import StepCost, extend, measure
+from launch.targets import Target, parse_target
+from trainer.atomic import write_atomically
+from trainer.errors import DoesNotFit
+from trainer.packing import least_tokens
 
-_COMPILER = Path(__file__).with_name("tpu_compiler.py")
-
-# Where `make preflight` installs the compiler.
-DEFAULT_PYTHON = Path(__file__).parents[1] / ".venv-preflight" / "bin" / "python"
-
-# A message of libtpu's goes on with tables and stack traces; its first lines say what is wrong.
-_MESSAGE_CHARACTERS = 300
+# Layers of the programs that are compiled in place of deeper ones.
+_SHALLOW, _DEEP = 1, 2
 
 
 @dataclass(frozen=True)
-class Compiled:
-    """What the compiler says of one program on one chip of a slice.
+class StepReport:
+    """What is known of one step.
 
     Attributes:
-      seconds: that compilation took here.
-      flops, bytes_accessed: of one execution on one chip by XLA's cost model, which counts
-        on-chip memory as well as HBM.
-      arguments: bytes of weights, slots and inputs.
-      outputs: bytes of results that do not reuse the memory of an argument.
-      temporaries: bytes of activations and gradients, at their peak.
-      code: bytes of the program.
+      cost: of one execution on one chip.
+      model_flops: useful FLOP of it (`job_shape.model_flops`).
+      documents: that one chip takes in one execution, on average.
+      passes: times that it sees the corpus.
+      compiled_layers: depths of the programs that the cost comes from.
     """
 
-    seconds: float
-    flops: float
-    bytes_accessed: float
-    arguments: int
-    outputs: int
-    temporaries: int
-    code: int
+    cost: StepCost
+    model_flops: float
+    documents: float
+    passes: float
+    compiled_layers: tuple[int, ...]
 
-    @property
-    def memory(self) -> int:
-        """Bytes of HBM that the program needs on each chip."""
-        return self.arguments + self.outputs + self.temporaries + self.code
+    def utilisation(self, peak: float) -> tuple[float, float]:
+        """Least and most of the chip's peak (FLOP a second) that is useful work."""
+        shortest, longest = self.cost.seconds
+        return self.model_flops / longest / peak, self.model_flops / shortest / peak
 
-    def __str__(self) -> str:
-        kinds = ", ".join(
-            f"{kind} {getattr(self, kind) / GIB:.3f}"
-            for kind in ("arguments", "outputs", "temporaries", "code")
-        )
-        return (
-            f"{self.memory / GIB:.3f} GiB a chip ({kinds}), {self.flops / 1e12:.3f} TFLOP, "
-            f"{self.bytes_accessed / 1e9:.1f} GB accessed, compiled in {self.seconds:.0f} s"
-        )
+    def documents_per_second(self) -> tuple[float, float]:
+        """Least and most documents a second of one chip."""
+        shortest, longest = self.cost.seconds
+        return self.documents / longest, self.documents / shortest
+
+    def chip_hours(self, num_documents: int) -> tuple[float, float]:
+        """Least and most hours that a chip, or as many chips together, takes for the corpus."""
+        slowest, fastest = self.documents_per_second()
+        hours = num_documents * self.passes / 3600
+        return hours / fastest, hours / slowest
 
 
-def compile_programs(
-    programs: Mapping[str, bytes],
-    target: Target,
-    python: Path = DEFAULT_PYTHON,
-    *,
-    least_effort: bool = False,
-) -> dict[str, Compiled]:
-    """Compiles programs for one replica on each chip of a slice.
-
-    Args:
-      programs: serialized HLO modules by name, as `lowering` makes them.
-      target: the slice.
-      python: interpreter of an environment with jax and the newest libtpu.
-      least_effort: compiles in about half the time, for a check of what compiles at all; the
-        program takes more memory and time than the one that a TPU would run.
+def run(config: PreflightConfig) -> None:
+    """Compiles the steps and prints what they need.
 
     Raises:
-      UserError: if a program does not compile, does not fit, or there is no compiler.
+      DoesNotFit: if a step needs more memory than a chip has, after all is printed.
+      UserError: for anything about the flags, the data or the checkpoint that the user can mend.
     """
-    if not python.exists():
-        raise UserError(f"{python}: no compiler for TPUs; run `make preflight`")
-    with tempfile.TemporaryDirectory() as folder:
-        names = {}
-        for index, (name, program) in enumerate(programs.items()):
-            path = Path(folder) / f"{index}.hlo"
-            path.write_bytes(program)
-            names[str(path)] = name
-        command = [str(python), str(_COMPILER), f"--topology={target.topology}"]
-        command += [f"--replicas={target.chips}", f"--optimization_level={int(least_effort)}"]
-        process = subprocess.run([*command, *names], capture_output=True, text=True, check=False)
-    if process.returncode != 0:
-        reason = (process.stderr.strip().splitlines() or ["no message"])[-1]
-        raise UserError(f"{target.topology}: the compiler ended with {reason}")
-    reports = [json.loads(line) for line in process.stdout.splitlines()]
-    return {(name := names[report["path"]]): _read(report, name, target) for report in reports}
+    began = time.monotonic()
+    target = parse_target(config.target)
+    shape = choose_shape(config, read_metadata(config))
+    print("\n".join(describe_job(config, target, shape)), flush=True)
+    reports: dict[str, StepReport] = {}
+    failures: list[DoesNotFit] = []
+    for name in config.steps:
+        try:
+            reports[name] = report_step(config, target, shape, name)
+            print("\n".join(["", *describe_step(config, target, shape, name, reports[name])]))
+            check_memory(name, reports[name].cost.total_memory, target)
+        except DoesNotFit as error:
+            failures.append(error)
+            print(f"\n{error}", flush=True)
+    largest = find_batch(config, target, shape, reports) if config.find_batch else None
+    if largest is not None:
+        print("\n".join(["", *describe_largest(config, target, largest)]))
+    print(f"\n{time.monotonic() - began:.0f} s, nothing of it on a TPU", flush=True)
+    if config.output is not None:
+        _save(config, target, shape, reports, largest)
+    if failures:
+        raise failures[0]
 
 
-def _read(report: dict, name: str, target: Target) -> Compiled:
-    if "error" in report:
-        message = " ".join(report["error"].split())[:_MESSAGE_CHARACTERS].rstrip(".")
-        if "RESOURCE_EXHAUSTED" in message:
-            message += "; take fewer --tokens_per_replica"
-        raise UserError(f"{target.topology}: the {name} step does not compile: {message}")
-    compiled = Compiled(
-        report["seconds"],
-        report["flops"],
-        report["bytes_accessed"],
-        report["arguments"],
-        report["outputs"] - report["aliased"],
-        report["temporaries"],
-        report["code"],
+def report_step(config: PreflightConfig, target: Target, shape: JobShape, name: str) -> StepReport:
+    """Compiles a step for a slice and measures it.
+
+    Raises:
+      DoesNotFit: if the compiler refuses even the shallow program for its size.
+      UserError: if the step does not compile.
+    """
+    accumulation = config.gradient_accumulation if name == "train" else 1
+    cost, depths = _cost_of(config, target, shape, name)
+    packing = shape.packing if name == "train" else shape.scoring_packing
+    # The backward pass is two more products for each one of the forward pass.
+    passes = 3 if name == "train" else 1
+    return StepReport(
+        cost,
+        passes * accumulation * model_flops(shape.model, packing),
+        accumulation * shape.documents_per_batch(packing),
+        config.num_train_epochs if name == "train" else 1.0,
+        depths,
     )
-    if compiled.memory > target.hbm_bytes:
-        raise UserError(
-            f"{target.topology}: the {name} step needs {compiled.memory / GIB:.1f} GiB a chip, "
-            f"which has {target.hbm_bytes / GIB:.1f}; take fewer --tokens_per_replica"
-        )
-    return compiled
+
+
+def _cost_of(
+    config: PreflightConfig, target: Target, shape: JobShape, name: str
+) -> tuple[StepCost, tuple[int, ...]]:
+    """The cost of a step at its full depth, and the depths that were compiled for it."""
+    layers = shape.model.num_layers
+    depths = (layers,) if config.full_depth or layers <= _DEEP else (_SHALLOW, _DEEP)
+    programs = {
+        str(depth): lower_steps(
+            shape.with_layers(depth).model,
+            config.optimizer,
+            shape.packing,
+            shape.scoring_packing,
+            replicas=target.chips,
+            accumulation=config.gradient_accumulation,
+            precision="float32" if config.precision == "float32" else "mixed_bfloat16",
+            loss_config=config.objective,
+            most_labels=shape.most_labels,
+            steps=[name],
+        )[name]
+        for depth in depths
+    }
+    python = Path(config.compiler) if config.compiler else DEFAULT_PYTHON
+    compiled = compile_programs(
+        programs, target, name, python=python, least_effort=config.least_effort
+    )
+    costs = [measure(program, target.rates) for program in compiled.values()]
+    if len(depths) == 1:
+        return costs[0], depths
+    shallow, deep = costs
+    return extend(shallow, deep, layers - _DEEP), depths
+
+
+def find_batch(
+    config: PreflightConfig, target: Target, shape: JobShape, reports: dict[str, StepReport]
+) -> Largest:
+    """Looks for the largest --tokens_per_replica whose train step fits.
+
+    Args:
+      config: the flags; the search begins at its --tokens_per_replica.
+      target: the slice.
+      shape: of the job.
+      reports: what is known already, by step.
+
+    Raises:
+      UserError: if a step does not compile.
+    """
+    known = {}
+    if "train" in reports:
+        known[config.tokens_per_replica] = reports["train"].cost.total_memory
+    metadata = read_metadata(config)
+
+    def memory_of(tokens: int) -> float:
+        if tokens not in known:
+            print(f"compiling with --tokens_per_replica={tokens}", flush=True)
+            larger = dataclasses.replace(config, tokens_per_replica=tokens)
+            try:
+                cost, _ = _cost_of(larger, target, choose_shape(larger, metadata), "train")
+                known[tokens] = cost.total_memory
+            except DoesNotFit:
+                known[tokens] = float("inf")
+        return known[tokens]
+
+    # Weights, two slots and gradients, float32.
+    fixed = 4 * 4 * num_parameters(shape.model)
+    least = least_tokens(metadata.max_seq_length, metadata.max_windows)
+    least = -(-least // QUANTUM) * QUANTUM
+    return find_largest(memory_of, target.hbm_bytes, config.tokens_per_replica, fixed, least)
+
+
+def _save(
+    config: PreflightConfig,
+    target: Target,
+    shape: JobShape,
+    reports: dict[str, StepReport],
+    largest: Largest | None,
+) -> None:
+    """Writes all figures to --output."""
+    steps = {}
+    for name, report in reports.items():
+        steps[name] = dataclasses.asdict(report) | {
+            "total_memory": report.cost.total_memory,
+            "seconds": report.cost.seconds,
+            "utilisation": report.utilisation(target.kind.bf16_flops),
+            "documents_per_second_per_chip": report.documents_per_second(),
+            "chip_hours": report.chip_hours(shape.num_documents),
+        }
+    content = {
+        "config": dataclasses.asdict(config),
+        "target": dataclasses.asdict(target),
+        "shape": dataclasses.asdict(shape),
+        "steps": steps,
+        "largest": largest and dataclasses.asdict(largest),
+    }
+    assert config.output is not None
+    write_atomically(config.output, json.dumps(content, indent=1) + "\n")
+    print(f"{config.output}: all figures")

@@ -1,23 +1,18 @@
-"""TPU slices that a job is compiled for: their names, chips and memory."""
+"""TPU slices that a job is compiled for: their chips, memory and links."""
 
 import math
-import re
 from dataclasses import dataclass
 
+from launch.accelerators import TpuKind, default_topology, parse_topology, tpu_kinds
+from launch.estimate import Rates
 from trainer.errors import UserError
 
 GIB = 1 << 30
 
-# What libtpu's compiler lets a program take of a chip's memory; the rest is its own. Provoked by
-# programs that do not fit: "exceeds available HBM (15.75G)".
-HBM_BYTES = {
-    "v5e": int(15.75 * GIB),
-    "v5p": int(95.73 * GIB),
-    "v6e": int(31.24 * GIB),
-}
-
-# The smallest slice of each kind that is one host.
-DEFAULT_TOPOLOGIES = {"v5e": "v5e:2x2", "v5p": "v5p:2x2x1", "v6e": "v6e:2x2"}
+# Chips along a dimension at which the ends of a torus of two dimensions are linked too.
+_FULL_RING = 16
+# A torus of three dimensions is made of cubes of so many chips along each edge.
+_CUBE = 4
 
 
 @dataclass(frozen=True)
@@ -25,30 +20,65 @@ class Target:
     """A slice of TPU chips.
 
     Attributes:
+      kind: of its chips.
       topology: libtpu's name of it, such as `v5e:2x2`.
-      chips: how many there are, one replica on each.
-      hbm_bytes: what a program can have of one chip's memory.
+      sizes: chips along each dimension.
     """
 
+    kind: TpuKind
     topology: str
-    chips: int
-    hbm_bytes: int
+    sizes: tuple[int, ...]
+
+    @property
+    def chips(self) -> int:
+        """How many there are, one replica on each."""
+        return math.prod(self.sizes)
+
+    @property
+    def hbm_bytes(self) -> int:
+        """What a program can have of one chip's memory."""
+        assert self.kind.hbm_bytes is not None
+        return self.kind.hbm_bytes
+
+    @property
+    def rates(self) -> Rates:
+        """What one of the chips can do."""
+        return Rates(
+            flops=self.kind.bf16_flops,
+            hbm=self.kind.hbm_bandwidth,
+            links=self._link_bandwidth(),
+            replicas=self.chips,
+            clock=self.kind.clock,
+        )
+
+    def _link_bandwidth(self) -> float:
+        """Bytes a second that a chip passes on in a sum over the slice.
+
+        Each dimension sums a share of the data. A ring passes it on both ways; where the ends are
+        not linked, a chip at one of them has a single link along that dimension.
+        """
+        if len(self.sizes) == 2:
+            rings = [size >= _FULL_RING for size in self.sizes]
+        else:
+            rings = [all(size % _CUBE == 0 for size in self.sizes)] * len(self.sizes)
+        links = sum(
+            1 + is_ring for size, is_ring in zip(self.sizes, rings, strict=True) if size > 1
+        )
+        return self.kind.ici_link_bandwidth * max(links, 1)
 
 
 def parse_target(text: str) -> Target:
     """`v5e:2x2`, or `v5e` for the smallest slice of that kind that is one host.
 
     Raises:
-      UserError: if the text is anything else.
+      UserError: if the text is anything else, or the compiler's memory for such chips is unknown.
     """
-    topology = DEFAULT_TOPOLOGIES.get(text, text)
-    match = re.fullmatch(r"(\w+):(\d+(?:x\d+)+)", topology)
-    sizes = [int(size) for size in match[2].split("x")] if match else []
-    # v5p chips form a torus of three dimensions, the others one of two.
-    dimensions = 3 if match and match[1] == "v5p" else 2
-    if match is None or match[1] not in HBM_BYTES or len(sizes) != dimensions or 0 in sizes:
+    known = [name for name, kind in tpu_kinds().items() if kind.hbm_bytes is not None]
+    found = parse_topology(default_topology(text) if text in known else text)
+    if found is None or found[0].name not in known:
         raise UserError(
             f"--target={text}: expected a TPU slice such as "
-            f"{', '.join(DEFAULT_TOPOLOGIES.values())}"
+            f"{', '.join(default_topology(name) for name in known)}"
         )
-    return Target(topology, math.prod(sizes), HBM_BYTES[match[1]])
+    kind, sizes = found
+    return Target(kind, f"{kind.name}:{sizes}", tuple(map(int, sizes.split("x"))))

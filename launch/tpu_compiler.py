@@ -3,13 +3,14 @@
 The newest libtpu, which this wants, aborts next to TensorFlow for TPUs. So this file runs in an
 environment that holds jax and libtpu and neither TensorFlow nor this project's other files:
 
-    .venv-preflight/bin/python launch/tpu_compiler.py --topology=v5e:2x2 --replicas=4 train.hlo ...
+    .venv-preflight/bin/python launch/tpu_compiler.py --topology=v5e:2x2 --replicas=4 train.hlo
 
-Each file holds a serialized HLO module. One line of JSON a file goes to standard output: its
-`path`, and either `error` or `seconds` (of compilation), `flops` and `bytes_accessed` (of one
-replica by XLA's cost model, which counts on-chip memory as well as HBM) and the bytes of one chip's
-HBM by kind: `arguments`, `outputs`, `aliased` (outputs that reuse an argument's memory),
-`temporaries` and `code`.
+The file holds a serialized HLO module. One line of JSON goes to standard output: either `error` or
+`seconds` (of compilation), `flops`, `bytes_accessed` and `optimal_seconds` (of one replica by XLA's
+cost model, which counts on-chip memory as well as HBM, and each custom call of the entry
+computation as -1 s) and the bytes of one chip's HBM by kind: `arguments`, `outputs`, `aliased`
+(outputs that reuse an argument's memory), `temporaries` and `code`. With --text the compiled
+program goes to a file of that name.
 """
 
 import argparse
@@ -56,13 +57,16 @@ def read_program(path: str) -> ir.Module:
     return module
 
 
-def compile_program(path: str, devices: list[Any], optimization_level: int) -> dict[str, Any]:
+def compile_program(
+    path: str, devices: list[Any], optimization_level: int, text: str | None
+) -> dict[str, Any]:
     """Compiles one file with one replica on each device and describes the result.
 
     Args:
       path: of the serialized HLO module.
       devices: of a topology.
       optimization_level: 0 for the compiler's default, 1 for its least effort.
+      text: file for the text of the compiled program, if it is wanted.
     """
     options = _jax.CompileOptions()
     options.num_replicas = len(devices)
@@ -75,14 +79,17 @@ def compile_program(path: str, devices: list[Any], optimization_level: int) -> d
     try:
         compiled = devices[0].client.compile(program, _jax.DeviceList(tuple(devices)), options)
     except _jax.JaxRuntimeError as error:
-        return {"path": path, "error": str(error)}
+        return {"error": str(error)}
     seconds = time.monotonic() - start
     memory, cost = compiled.get_compiled_memory_stats(), compiled.cost_analysis()
+    if text is not None:
+        with open(text, "w", encoding="utf-8") as file:
+            file.write(compiled.hlo_modules()[0].to_string())
     return {
-        "path": path,
         "seconds": seconds,
         "flops": cost["flops"],
         "bytes_accessed": cost["bytes accessed"],
+        "optimal_seconds": cost["optimal_seconds"],
         "arguments": memory.argument_size_in_bytes,
         "outputs": memory.output_size_in_bytes,
         "aliased": memory.alias_size_in_bytes,
@@ -92,19 +99,20 @@ def compile_program(path: str, devices: list[Any], optimization_level: int) -> d
 
 
 def main() -> None:
-    """Compiles the files of the command line, one after the other."""
-    parser = argparse.ArgumentParser(description="Compile HLO modules for a TPU slice.")
+    """Compiles the file of the command line."""
+    parser = argparse.ArgumentParser(description="Compile an HLO module for a TPU slice.")
     parser.add_argument("--topology", required=True, help="such as v5e:2x2")
     parser.add_argument("--replicas", type=int, required=True, help="chips that run the program")
     parser.add_argument(
         "--optimization_level", type=int, default=0, help="0: the default; 1: least"
     )
-    parser.add_argument("paths", nargs="+", help="files of serialized HLO modules")
+    parser.add_argument("--text", help="file for the text of the compiled program")
+    parser.add_argument("path", help="file of a serialized HLO module")
     arguments = parser.parse_args()
     topology = topologies.get_topology_desc(platform="tpu", topology_name=arguments.topology)
     devices = list(topology.devices)[: arguments.replicas]
-    for path in arguments.paths:
-        print(json.dumps(compile_program(path, devices, arguments.optimization_level)), flush=True)
+    report = compile_program(arguments.path, devices, arguments.optimization_level, arguments.text)
+    print(json.dumps(report))
 
 
 if __name__ == "__main__":

@@ -7,12 +7,16 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 from collections.abc import Iterator
 from importlib import util
 from pathlib import Path
+from typing import TYPE_CHECKING
 
 import numpy as np
 import pytest
 from fake_gcs import FakeStorage, serve
 
 from trainer.config import PrepareConfig
+
+if TYPE_CHECKING:
+    from fake_tpu import FakeTpu
 
 
 def pytest_configure() -> None:
@@ -109,6 +113,29 @@ def cloud(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeStora
         object_store._make_client.cache_clear()
         yield storage
         object_store._make_client.cache_clear()
+
+
+@pytest.fixture
+def tpu(monkeypatch: pytest.MonkeyPatch, cloud: FakeStorage) -> Iterator["FakeTpu"]:
+    """Cloud TPU without faults, a bucket for jobs beside it, and no time lost on waiting."""
+    import fake_tpu
+    from submitting import BUCKET, PACKAGE
+
+    from launch import package, submit_tpu, tpu_resources
+    from launch.job import StoredFile
+
+    cloud.buckets[BUCKET] = {}
+    cloud.locations[BUCKET] = "US-CENTRAL1"
+    fake = fake_tpu.FakeTpu()
+    stored = [StoredFile(name, len(data), "5" * 64) for name, data in PACKAGE.items()]
+    made = package.Package(*stored, PACKAGE)
+    monkeypatch.setattr(package, "build", lambda environment: made)
+    monkeypatch.setattr(tpu_resources, "_FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(tpu_resources, "_LONGEST_PAUSE_SECONDS", 0.02)
+    monkeypatch.setattr(submit_tpu, "_POLL_SECONDS", 0.01)
+    with fake_tpu.serve(fake) as address:
+        monkeypatch.setenv(tpu_resources.ENDPOINT_VARIABLE, address)
+        yield fake
 
 
 @pytest.fixture(scope="session")

@@ -64,12 +64,14 @@ class FakeStorage:
     Attributes:
       buckets: by bucket and name.
       statuses: buckets that answer every request with this status, such as 403 or 503.
+      locations: where buckets lie; default: nowhere.
       plan: for each of the other requests ("GET /path?query"), one of `_FAULTS` or "" for none.
       faults: how often each came.
     """
 
     buckets: dict[str, dict[str, Stored]]
     statuses: dict[str, int] = field(default_factory=dict)
+    locations: dict[str, str] = field(default_factory=dict)
     plan: Callable[[str], str] = lambda request: ""
     faults: Counter[str] = field(default_factory=Counter)
 
@@ -202,7 +204,8 @@ class _Handler(ProxyHandler):
         if action:
             return 200, self._make_from(bucket, name, action, body), {}
         if not path.startswith(f"/storage/v1/b/{bucket}/o"):
-            return 200, {"name": bucket, "location": "NOWHERE"}, {}
+            location = self.storage.locations.get(bucket, "NOWHERE")
+            return 200, {"name": bucket, "location": location}, {}
         if not name:
             return 200, self._list(bucket, query), {}
         stored = self._find(bucket, name, query)
@@ -264,6 +267,9 @@ class _Handler(ProxyHandler):
     ) -> tuple[int, object, dict[str, str]]:
         """A whole upload; or begins a resumable one, takes a part, or says how far it has come."""
         sessions = self.storage.sessions
+        if query.get("uploadType") == "media":
+            whole = Session(bucket, {"name": query["name"]}, query, bytearray(body))
+            return 200, self._store(whole), {}
         if query.get("uploadType") == "multipart":
             resource, data = self._split_multipart(body)
             return 200, self._store(Session(bucket, resource, query, bytearray(data))), {}

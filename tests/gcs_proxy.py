@@ -112,7 +112,8 @@ def serve_proxy(handler: type[ProxyHandler], folder: str) -> Iterator[dict[str, 
     """
     handler.tls_context = _make_tls_context(folder)
     server = _Server(("127.0.0.1", 0), handler)
-    threading.Thread(target=server.serve_forever, daemon=True).start()
+    # It looks that often whether it is to end.
+    threading.Thread(target=server.serve_forever, args=(0.02,), daemon=True).start()
     try:
         yield {
             "HTTPS_PROXY": f"http://127.0.0.1:{server.server_port}",

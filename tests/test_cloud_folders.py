@@ -178,8 +178,11 @@ def test_export_and_score_write_the_same_files(cloud, model, documents, scratch,
     same = {name for name, data in read_tree(model).items() if files[name] == data}
     assert {"multihot.json", "model.safetensors", "tokenizer.json", "config.json"} <= same
     assert load_exported("gs://b/model").fingerprint == load_exported(model).fingerprint
+    generation = cloud.generation
+    export.run(ExportConfig(model_dir=run, export_dir="gs://b/model"))  # Does nothing again.
+    assert cloud.generation == generation
     with pytest.raises(UserError, match="gs://b/model: holds multihot.json"):
-        export.run(ExportConfig(model_dir=run, export_dir="gs://b/model"))
+        export.run(ExportConfig(model_dir=run, export_dir="gs://b/model", uncalibrated=True))
     with pytest.raises(UserError, match="gs://b/none: no multihot.json"):
         load_exported("gs://b/none")
 

@@ -3,6 +3,7 @@
 import json
 import os
 import shutil
+from pathlib import Path
 
 import numpy as np
 import pytest
@@ -181,6 +182,16 @@ def test_a_folder_that_is_taken_is_left_alone(exported, tmp_path):
     with pytest.raises(UserError, match="not an empty folder"):
         export.run(ExportConfig(model_dir=exported[0], export_dir=str(tmp_path)))
     assert os.listdir(tmp_path) == ["mine.txt"]
+
+
+def test_the_same_export_again_does_nothing_and_another_one_is_refused(exported, capsys):
+    model_dir, folder, _ = exported
+    before = {path: os.stat(path).st_mtime_ns for path in Path(folder).rglob("*")}
+    export.run(ExportConfig(model_dir=model_dir, export_dir=folder))
+    assert "exported from this checkpoint already; nothing to do" in capsys.readouterr().out
+    with pytest.raises(UserError, match="not an empty folder"):
+        export.run(ExportConfig(model_dir=model_dir, export_dir=folder, uncalibrated=True))
+    assert {path: os.stat(path).st_mtime_ns for path in Path(folder).rglob("*")} == before
 
 
 def test_a_folder_that_is_no_model_folder_is_named(tmp_path):

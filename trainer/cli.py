@@ -1,9 +1,13 @@
 """`multihot COMMAND --flag=value …`: finds the command's module, imports it, and runs it.
 
+A command's name is one word or two (`submit tpu`). What follows a `--` is not for the command
+itself but for what it submits.
+
 Imports nothing heavy itself, so that help answers at once. Exit codes:
 
   0    done
   2    something that the user can fix, in one line on standard error
+  3    a step needs more memory than its accelerator has (`preflight`)
   75   stopped, nothing lost: run the same command again (EX_TEMPFAIL of sysexits.h). `train` ends
        so after SIGTERM, a first SIGINT, a notice of the machine's end, or the loss of a worker,
        and every command when a store does not answer
@@ -17,31 +21,50 @@ import difflib
 import importlib
 import os
 import sys
-from collections.abc import Iterator, Sequence
-from types import ModuleType
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
-from trainer import config, storage
+from launch import config as launch_config
+from launch import jobs_config
+from launch.preflight_config import PreflightConfig
+from trainer import commands, config, storage
 from trainer.errors import (
+    DOES_NOT_FIT,
     INTERRUPTED,
     RUN_AGAIN,
     USER_FAULT,
+    DoesNotFit,
     RunAgain,
     UserError,
     end_process,
 )
 from trainer.flags import describe_flags, parse_flags
 
-# In the order in which a user meets them. Each is the module trainer.<name> with a run(config).
+# In the order in which a user meets them.
 COMMANDS: dict[str, type] = {
-    "sample": config.SampleConfig,
-    "prepare": config.PrepareConfig,
-    "train": config.TrainConfig,
-    "evaluate": config.EvaluateConfig,
-    "report": config.ReportConfig,
-    "export": config.ExportConfig,
-    "score": config.ScoreConfig,
+    **commands.COMMANDS,
+    "preflight": PreflightConfig,
+    "submit tpu": launch_config.SubmitTpuConfig,
+    "submit vertex": launch_config.SubmitVertexConfig,
+    "submit dataflow": launch_config.SubmitDataflowConfig,
+    "jobs list": jobs_config.JobsListConfig,
+    "jobs status": jobs_config.JobsStatusConfig,
+    "jobs logs": jobs_config.JobsLogsConfig,
+    "jobs cancel": jobs_config.JobsCancelConfig,
 }
+# Where a command's function is, if not `run` of trainer.<name>.
+_PLACES = {
+    "preflight": ("launch.preflight", "run"),
+    "submit tpu": ("launch.submit_tpu", "run"),
+    "submit vertex": ("launch.submit_vertex", "run"),
+    "submit dataflow": ("launch.submit_dataflow", "run"),
+    "jobs list": ("launch.jobs", "list_jobs"),
+    "jobs status": ("launch.jobs", "show_status"),
+    "jobs logs": ("launch.jobs", "print_logs"),
+    "jobs cancel": ("launch.jobs", "cancel"),
+}
+# Commands that take others behind `--`.
+_SUBMITTING = "submit "
 
 # What to say where a package that an extra brings is not installed.
 _EXTRAS = {
@@ -49,6 +72,10 @@ _EXTRAS = {
     "multihot[tpu] with pip",
     "apache_beam": "Apache Beam is not installed, and --runner names one of its runners; install "
     "multihot[beam] with pip, or leave --runner out",
+    "google.cloud.tpu_v2": "Google's client for Cloud TPU is not installed; install "
+    "multihot[cloud] with pip",
+    "google.cloud.aiplatform_v1": "Google's client for Vertex AI is not installed; install "
+    "multihot[cloud] with pip",
 }
 _GREETING = (b"All log messages before absl::InitializeLog()", b"oneDNN custom operations are on")
 
@@ -74,7 +101,7 @@ def main(argv: Sequence[str] | None = None) -> None:
     if arguments[0] == "--version":
         print(f"multihot {importlib.import_module('trainer').__version__}")
         return
-    command, *arguments = arguments
+    command, arguments, submitted = _split(arguments)
     if command not in COMMANDS:
         close = difflib.get_close_matches(command, COMMANDS, n=1)
         hint = f"did you mean {close[0]}?" if close else f"expected one of {', '.join(COMMANDS)}"
@@ -82,10 +109,22 @@ def main(argv: Sequence[str] | None = None) -> None:
     if any(argument in ("-h", "--help", "-help") for argument in arguments):
         print(_usage(command))
         return
-    _run(command, arguments)
+    _run(command, arguments, submitted)
 
 
-def _run(command: str, arguments: Sequence[str]) -> None:
+def _split(arguments: list[str]) -> tuple[str, list[str], list[str]]:
+    """Name of the command, its own arguments, and those behind `--` for what it submits."""
+    end = 1
+    if any(name.startswith(f"{arguments[0]} ") for name in COMMANDS):  # A first word of two.
+        end += len(arguments) > 1 and not arguments[1].startswith("-")
+    name, rest = " ".join(arguments[:end]), arguments[end:]
+    if name.startswith(_SUBMITTING) and "--" in rest:
+        place = rest.index("--")
+        return name, rest[:place], rest[place + 1 :]
+    return name, rest, []
+
+
+def _run(command: str, arguments: Sequence[str], submitted: Sequence[str]) -> None:
     name = f"multihot {command}"
     # TensorFlow reads this when it is imported; a user who wants its chatter sets it.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
@@ -93,10 +132,14 @@ def _run(command: str, arguments: Sequence[str]) -> None:
         parsed: Any = parse_flags(COMMANDS[command], arguments)
         if command == "train":
             _train(parsed, arguments)
+        elif command.startswith(_SUBMITTING):
+            _find(command)(parsed, submitted)
         else:
-            _import(command).run(parsed)
+            _find(command)(parsed)
     except UserError as error:
         _fail(name, str(error), USER_FAULT)
+    except DoesNotFit as error:
+        _fail(name, str(error), DOES_NOT_FIT)
     except RunAgain as error:
         if command != "train":
             _fail(name, str(error), RUN_AGAIN)
@@ -133,13 +176,14 @@ def _train(parsed: config.TrainConfig, arguments: Sequence[str]) -> None:
 
     # Before TensorFlow and NumPy start threads, which would take the signals otherwise.
     with Interruption() as interruption:
-        _import("train").run(parsed, interruption)
+        _find("train")(parsed, interruption)
 
 
-def _import(command: str) -> ModuleType:
-    """The module of a command."""
+def _find(command: str) -> Callable[..., None]:
+    """The function of a command, its module imported."""
+    module, name = _PLACES.get(command, (f"trainer.{command}", "run"))
     with _without_greeting():
-        return importlib.import_module(f"trainer.{command}")
+        return getattr(importlib.import_module(module), name)
 
 
 @contextlib.contextmanager
@@ -205,9 +249,10 @@ def _overview() -> str:
 
 
 def _usage(command: str) -> str:
+    behind = " -- COMMAND --flag=value ..." if command.startswith(_SUBMITTING) else ""
     return "\n".join(
         [
-            f"Usage: multihot {command} --flag=value ...",
+            f"Usage: multihot {command} --flag=value ...{behind}",
             "",
             f"{summarize(command)}",
             "",

@@ -70,7 +70,7 @@ def _check_runner(config: Any) -> None:
     )
 
 
-def _check_choices(config: Any) -> None:
+def check_choices(config: Any) -> None:
     """Checks every enumeration field, and every required one, of a config."""
     for item in dataclasses.fields(config):
         value = getattr(config, item.name)
@@ -117,7 +117,7 @@ class SampleConfig:
     seed: int = option(DEFAULT_SEED, "Seed of the order in which source files are taken.")
 
     def __post_init__(self) -> None:
-        _check_choices(self)
+        check_choices(self)
         _check(
             self.num_documents is None or self.num_documents > 0,
             "num_documents",
@@ -196,7 +196,7 @@ class PrepareConfig:
     seed: int = option(DEFAULT_SEED, "Seed of the split and of the order within shards.")
 
     def __post_init__(self) -> None:
-        _check_choices(self)
+        check_choices(self)
         _check_runner(self)
         _check(self.vocab_size >= 128, "vocab_size", self.vocab_size, "at least 128 WordPieces")
         _check(self.max_seq_length >= 8, "max_seq_length", self.max_seq_length, "at least 8 tokens")
@@ -380,7 +380,7 @@ class OptimizerConfig:
     )
 
     def __post_init__(self) -> None:
-        _check_choices(self)
+        check_choices(self)
         _check(self.learning_rate > 0, "learning_rate", self.learning_rate, "a positive rate")
         for name in ("warmup", "adam_beta1", "adam_beta2", "ema_decay"):
             _check(0 <= getattr(self, name) < 1, name, getattr(self, name), "a number in [0, 1)")
@@ -442,7 +442,7 @@ class LossConfig:
     )
 
     def __post_init__(self) -> None:
-        _check_choices(self)
+        check_choices(self)
         for name in ("focal_gamma", "asymmetric_gamma_positive", "logit_adjustment"):
             _check(getattr(self, name) >= 0, name, getattr(self, name), "a number not below 0")
         gamma = self.asymmetric_gamma_negative
@@ -559,7 +559,7 @@ class TrainConfig:
     seed: int = option(DEFAULT_SEED, "Seed of initial weights, shuffling and dropout.")
 
     def __post_init__(self) -> None:
-        _check_choices(self)
+        check_choices(self)
         for name in (
             "hidden_size",
             "num_layers",
@@ -670,7 +670,7 @@ class EvaluateConfig:
     )
 
     def __post_init__(self) -> None:
-        _check_choices(self)
+        check_choices(self)
         _check(self.min_support >= 1, "min_support", self.min_support, "at least 1 document")
         _check(self.exact_memory >= 0, "exact_memory", self.exact_memory, "0 GiB or more")
         _check(self.resamples >= 0, "resamples", self.resamples, "0 or more")
@@ -706,7 +706,7 @@ class ReportConfig:
     )
 
     def __post_init__(self) -> None:
-        _check_choices(self)
+        check_choices(self)
         _check(
             self.baseline_documents >= 0,
             "baseline_documents",
@@ -724,12 +724,14 @@ class ExportConfig:
         None, "Folder that `multihot prepare` wrote; default: the one that training read."
     )
     export_dir: str = option(
-        "", "Model folder to write; must not exist or be empty.", required=True
+        "",
+        "Model folder to write; must not exist, be empty, or be this export's already.",
+        required=True,
     )
     uncalibrated: bool = option(False, "Export without a calibration of this checkpoint.")
 
     def __post_init__(self) -> None:
-        _check_choices(self)
+        check_choices(self)
 
 
 @dataclass(frozen=True)
@@ -800,7 +802,7 @@ class ScoreConfig:
     )
 
     def __post_init__(self) -> None:
-        _check_choices(self)
+        check_choices(self)
         self._check_worker()
         _check_runner(self)
         for name in ("precision", "tokens_per_batch"):

@@ -4,6 +4,7 @@ import os
 from typing import NoReturn
 
 USER_FAULT = 2
+DOES_NOT_FIT = 3
 RUN_AGAIN = 75  # EX_TEMPFAIL of sysexits.h: the same command is expected to succeed later.
 INTERRUPTED = 130  # What a shell says of a program that SIGINT ended.
 
@@ -12,6 +13,13 @@ class UserError(ValueError):
     """Something the user caused: printed as one line, exit code 2, no traceback.
 
     The message says what happened, where, what was expected and what to do.
+    """
+
+
+class DoesNotFit(Exception):
+    """A step needs more memory than its accelerator has: one line, exit code 3, no traceback.
+
+    The message says what it needs, what there is and what to do.
     """
 
 

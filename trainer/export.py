@@ -25,7 +25,7 @@ from trainer.errors import UserError
 from trainer.evaluation_files import CALIBRATION_FILE, EVALUATION_FOLDER, METRICS_FILE
 from trainer.exported import HEAD_PREFIX, MULTIHOT_FILE, SAVED_MODEL_FOLDER
 from trainer.model import Model, pad_batch
-from trainer.object_store import Taken, list_objects, upload, upload_files
+from trainer.object_store import Taken, list_objects, read_object, upload, upload_files
 from trainer.packing import choose_packing, least_tokens, with_slots_for_scoring
 from trainer.pretrained import (
     WEIGHTS_FILE,
@@ -40,11 +40,14 @@ _UPLOADED = re.compile(r"[\w.-]+\.(json|safetensors|txt)|saved_model/.*")
 
 
 def run(config: ExportConfig) -> None:
-    """Writes the model folder, whole or not at all.
+    """Writes the model folder, whole or not at all; nothing if it is there already.
 
     Raises:
       UserError: if the run has no checkpoint or calibration that fits, or the folder is taken.
     """
+    if _is_exported(config):
+        print(f"{config.export_dir}: exported from this checkpoint already; nothing to do")
+        return None
     if not storage.is_remote(config.export_dir):
         return _export(config, config.export_dir)
     url = config.export_dir.rstrip("/")
@@ -52,6 +55,38 @@ def run(config: ExportConfig) -> None:
         _check_vacant(url)
         local = dataclasses.replace(config, export_dir=os.path.join(folder, "model"))
         _export(local, url)
+
+
+def _is_exported(config: ExportConfig) -> bool:
+    """Whether the folder holds the model of the same checkpoint with the same calibration.
+
+    So that a chain of commands that was broken off may be run again.
+    """
+    place = config.export_dir.rstrip("/")
+    path = f"{place}/{MULTIHOT_FILE}"
+    if storage.is_remote(place):
+        text = read_object(path)
+    elif os.path.isfile(path):
+        with open(path, "rb") as file:
+            text = file.read()
+    else:
+        text = None
+    if text is None:
+        return False
+    best = load_best(config.model_dir)
+    calibration = _read_calibration(config, best)
+    try:
+        found = json.loads(text)
+        return (
+            found["fingerprints"]["checkpoint"] == best.fingerprint
+            and found["thresholds"] == calibration["thresholds"]
+            and all(
+                found["calibration"][name] == calibration[name]
+                for name in ("calibrated", "scale", "shift")
+            )
+        )
+    except (ValueError, TypeError, KeyError):
+        return False
 
 
 def _check_vacant(url: str) -> dict[str, int]:

@@ -71,6 +71,25 @@ def find_object(url: str) -> StoredObject | None:
     return _describe(blob)
 
 
+def find_regions(bucket: str) -> tuple[str, ...] | None:
+    """Where a bucket's objects lie: a region, the regions of a pair, or a multi-region.
+
+    Returns:
+      Lower-case names (`us-central1`; `us`), or None if there is no such bucket.
+
+    Raises:
+      OSError: if the store refuses to say.
+      RunAgain: if the store does not answer.
+    """
+    found = _client().bucket(bucket)
+    try:
+        with _explained(f"{SCHEME}{bucket}"):
+            found.reload(retry=_retry(), timeout=_REQUEST_SECONDS)
+    except FileNotFoundError:
+        return None
+    return tuple(name.lower() for name in found.data_locations or [found.location])
+
+
 def list_objects(url_prefix: str, below: bool = True) -> list[StoredObject]:
     """The objects whose URLs begin so, sorted; those that only stand for a folder left out.
 

@@ -81,6 +81,8 @@ class BeamRunner:
     def run(self, build: Callable[[beam.Pipeline], object]) -> dict[str, int]:
         """Builds a pipeline, runs it to its end, and returns its counters by name.
 
+        A cluster's job is cancelled when this command is interrupted: nobody would look at it.
+
         Raises:
           UserError, RunAgain, OSError: what a worker marked; UserError also for a job that did not
             end well.
@@ -89,12 +91,21 @@ class BeamRunner:
         build(pipeline)
         try:
             result = pipeline.run()
-            state = result.wait_until_finish()
+            try:
+                state = result.wait_until_finish()
+            except KeyboardInterrupt:
+                if not self._is_local:
+                    print(f"{self._name}: interrupted; cancelling the job", flush=True)
+                    result.cancel()
+                raise
         except Exception as error:
             fault = find_fault(error)
-            if fault is None:
+            if fault is not None:
+                raise fault from None
+            # Dataflow raises what others return: that the job did not end well.
+            state = getattr(getattr(error, "result", None), "state", None)
+            if state is None:
                 raise
-            raise fault from None
         if state != PipelineState.DONE:
             raise UserError(
                 f"--runner={self._name}: the job ended as {state}; see the runner's own log, and "

@@ -1,0 +1,308 @@
+"""`multihot jobs`: what `submit` has made, wherever it runs, found by the labels that mark it ours.
+
+Cloud TPU knows its slices as long as they exist, Vertex AI its jobs for months, and a job's folder
+in the bucket what its machines have printed and how they ended.
+"""
+
+import time
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass
+from datetime import datetime
+from functools import partial
+from typing import Any
+
+from launch import vertex_jobs
+from launch.cloud_errors import Place, explained
+from launch.follow import JobLog, describe_state, read_records
+from launch.job import FOLDER, JOB_LABEL, Job, bucket_name
+from launch.jobs_config import JobsCancelConfig, JobsListConfig, JobsLogsConfig, JobsStatusConfig
+from launch.reports import Ending, State
+from launch.submit_vertex import API
+from launch.tpu_requests import BUCKET
+from launch.tpu_resources import Phase, QueuedResources, describe
+from trainer import object_store
+from trainer.errors import UserError
+
+_POLL_SECONDS = 10.0
+
+
+@dataclass(frozen=True)
+class FoundJob:
+    """A slice or a custom job that is ours.
+
+    Attributes:
+      name: that its user gave it; of several slices of one job, its own.
+      group: that its user gave it.
+      place: where it is, for the user.
+      accelerator: what it runs on.
+      state: in words.
+      alive: whether it costs, or is about to.
+      created: when.
+      bucket: of its folder.
+      end: ends it.
+    """
+
+    name: str
+    group: str
+    place: str
+    accelerator: str
+    state: str
+    alive: bool
+    created: datetime | None
+    bucket: str
+    end: Callable[[], None]
+
+
+def list_jobs(config: JobsListConfig) -> None:
+    """Prints a table of the jobs there are.
+
+    Raises:
+      UserError, RunAgain: if a service refuses to say, or does not answer.
+    """
+    rows = [
+        (item.name, item.place, item.accelerator, item.state, _date(item.created))
+        for item in find(config.project, config.zone, config.region)
+    ]
+    if config.bucket:
+        known = {row[0] for row in rows}
+        rows += [
+            (job.name, job.folder, job.accelerator, _describe_end(job), _date_of(job))
+            for job in _read_jobs(bucket_name(config.bucket))
+            if job.name not in known
+        ]
+    if not rows:
+        print("no jobs of Multihot there")
+        return
+    _print_table(("NAME", "WHERE", "ACCELERATOR", "STATE", "CREATED"), rows)
+
+
+def show_status(config: JobsStatusConfig) -> None:
+    """Prints what a job and its machines are doing, as far as anybody knows.
+
+    Raises:
+      UserError: if there is no such job, or a service refuses to say.
+      RunAgain: if a service does not answer.
+    """
+    found = _newest(find(config.project, config.zone, config.region, config.name))
+    for item in found:
+        print(
+            f"{item.name}: {item.state} in {item.place}, on {item.accelerator}, since "
+            f"{_date(item.created)}"
+        )
+    buckets = {item.name: item.bucket for item in found}
+    if config.bucket:
+        buckets = buckets or {config.name: bucket_name(config.bucket)}
+    records = [job for name, bucket in buckets.items() if (job := read_job(bucket, name))]
+    if not found and not records:
+        raise UserError(_no_job(config))
+    for job in records:
+        _show_machines(job)
+
+
+def print_logs(config: JobsLogsConfig) -> None:
+    """Prints what a machine has printed, and what it still prints if that is wanted.
+
+    Raises:
+      UserError: if there is no such job, or a service refuses to say.
+      RunAgain: if a service does not answer.
+    """
+    bucket = bucket_name(config.bucket) if config.bucket else _find_bucket(config)
+    job = read_job(bucket, config.name)
+    if job is None:
+        raise UserError(
+            f"gs://{bucket}/{FOLDER}/{config.name}/job.json: not found; check --bucket and --name"
+        )
+    log = JobLog(job, config.host)
+    while True:
+        # In this order, so that nothing of what it printed last is missed.
+        ended = config.host in read_records(job, Ending)
+        print(log.read_new(), end="", flush=True)
+        if ended or not config.follow:
+            break
+        time.sleep(_POLL_SECONDS)
+    startup = log.read_startup()
+    if startup:
+        print(f"--- installation, last lines\n{startup}")
+
+
+def cancel(config: JobsCancelConfig) -> None:
+    """Ends jobs, and waits until slices are gone.
+
+    Raises:
+      UserError: if there is no such job, or a service refuses to end it.
+      RunAgain: if a service does not answer.
+    """
+    found = find(config.project, config.zone, config.region, config.name)
+    if not found and config.name:
+        raise UserError(_no_job(config))
+    alive = [item for item in found if item.alive]
+    for item in alive:
+        item.end()
+        print(f"{item.name}: ended in {item.place}", flush=True)
+    if not alive:
+        print("nothing to end; nothing is left running")
+
+
+def find(
+    project: str, zone: str | None, region: str | None, group: str | None = None
+) -> list[FoundJob]:
+    """Our slices of a zone and custom jobs of a region, or those of one name, the newest first.
+
+    Raises:
+      UserError, RunAgain: if a service refuses to say, or does not answer.
+    """
+    found = list(_find_slices(project, zone)) if zone else []
+    if region:
+        found += _find_custom_jobs(project, region)
+    chosen = [item for item in found if group is None or item.group == group]
+    return sorted(chosen, key=lambda item: _date(item.created), reverse=True)
+
+
+def read_job(bucket: str, name: str) -> Job | None:
+    """The record of a job, None if there is none.
+
+    Raises:
+      OSError, UserError, RunAgain: if the store refuses, has something else, or does not answer.
+    """
+    text = object_store.read_object(f"gs://{bucket}/{FOLDER}/{name}/job.json")
+    return None if text is None else Job.from_json(text)
+
+
+def _find_slices(project: str, zone: str) -> Iterator[FoundJob]:
+    resources = QueuedResources(project, zone)
+    for resource in resources.list_ours():
+        seen = describe(resource)
+        name = resource.name.rpartition("/")[2]
+        node = resource.tpu.node_spec[0].node
+        yield FoundJob(
+            name=name,
+            group=seen.job,
+            place=f"Cloud TPU, {zone}",
+            accelerator=node.accelerator_type,
+            state=seen.phase.value,
+            # One that was taken away costs nothing, but holds quota and its name.
+            alive=seen.phase is not Phase.DELETING,
+            created=resource.create_time,
+            bucket=node.metadata.get(BUCKET, ""),
+            end=partial(resources.delete, name),
+        )
+
+
+def _find_custom_jobs(project: str, region: str) -> list[FoundJob]:
+    place = Place(
+        api=API,
+        project=project,
+        location=region,
+        what="the custom jobs",
+        role="roles/aiplatform.user",
+        service_account=None,
+        find_locations="cloud.google.com/vertex-ai/docs/general/locations",
+        remove=f"multihot jobs cancel --project={project} --region={region} --all",
+    )
+    with explained(place):
+        client = vertex_jobs.make_client(region)
+        jobs = vertex_jobs.find(client, project, region)
+        return [_read_custom_job(client, region, place, job) for job in jobs]
+
+
+def _read_custom_job(client: Any, region: str, place: Place, job: Any) -> FoundJob:
+    spec = job.job_spec.worker_pool_specs[0].machine_spec
+    machines = sum(pool.replica_count for pool in job.job_spec.worker_pool_specs)
+
+    def end() -> None:
+        with explained(place):
+            vertex_jobs.cancel(client, job.name)
+
+    return FoundJob(
+        name=job.display_name,
+        group=job.labels[JOB_LABEL],
+        place=f"Vertex AI, {region}",
+        accelerator=f"{machines} x {spec.machine_type}",
+        state=vertex_jobs.describe(job),
+        alive=job.state.name not in vertex_jobs.ENDED,
+        created=job.create_time,
+        bucket=job.job_spec.base_output_directory.output_uri_prefix.split("/")[2],
+        end=end,
+    )
+
+
+def _newest(found: list[FoundJob]) -> list[FoundJob]:
+    """Of jobs of one name only the newest: Vertex AI keeps those before it."""
+    newest: dict[str, FoundJob] = {}
+    for item in found:
+        newest.setdefault(item.name, item)
+    return list(newest.values())
+
+
+def _read_jobs(bucket: str) -> list[Job]:
+    """All records in a bucket that this version can read."""
+    urls = [
+        item.url
+        for item in object_store.list_objects(f"gs://{bucket}/{FOLDER}/")
+        if item.url.count("/") == 5 and item.url.endswith("/job.json")
+    ]
+    jobs = []
+    for text in object_store.together(urls):
+        try:
+            jobs.append(Job.from_json(text or b""))
+        except UserError:
+            continue  # Another version's.
+    return jobs
+
+
+def _find_bucket(config: JobsLogsConfig) -> str:
+    assert config.project is not None
+    for item in find(config.project, config.zone, config.region, config.name):
+        return item.bucket
+    raise UserError(_no_job(config))
+
+
+def _no_job(config: Any) -> str:
+    places = [
+        f"--{name}={value}"
+        for name in ("zone", "region", "bucket")
+        if (value := getattr(config, name, None))
+    ]
+    return (
+        f"--name={config.name}: no such job in {' '.join(places)}; `multihot jobs list` shows what "
+        "there is"
+    )
+
+
+def _show_machines(job: Job) -> None:
+    """Prints what each machine does, or how it ended."""
+    print(f"{job.name}: {' -- '.join(' '.join(command) for command in job.commands)}")
+    print(f"{job.name}: {job.folder}/")
+    states, endings = read_records(job, State), read_records(job, Ending)
+    for host in sorted({*states, *endings}):
+        if host in endings:
+            ending = endings[host]
+            print(f"  host {host}: ended with exit code {ending.exit_code}: {ending.reason}")
+        else:
+            print(f"  host {host}: {describe_state(states[host])}")
+    if not states and not endings:
+        print("  no machine has said anything yet")
+
+
+def _describe_end(job: Job) -> str:
+    endings = read_records(job, Ending)
+    if not endings:
+        return "no end recorded"
+    worst = max(ending.exit_code for ending in endings.values())
+    return "succeeded" if worst == 0 else f"ended with exit code {worst}"
+
+
+def _date(moment: datetime | None) -> str:
+    return f"{moment:%Y-%m-%d %H:%M}" if moment else ""
+
+
+def _date_of(job: Job) -> str:
+    """When a job was submitted, by its submission."""
+    return _date(datetime.strptime(job.submission.partition("-")[0], "%Y%m%dt%H%M%S"))
+
+
+def _print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
+    for row in [head, *rows]:
+        line = "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True))
+        print(line.rstrip())

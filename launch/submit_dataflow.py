@@ -1,0 +1,160 @@
+"""`multihot submit dataflow`: `score` as a Beam pipeline that Dataflow runs.
+
+It is `multihot score --runner=DataflowRunner` with Beam's options filled in: this command plans,
+starts the job, waits for it, and checks and seals the output folder. Workers get the project's
+wheel and the locked requirements through the bucket, and install them when they start. A run that
+was interrupted cancels its job; the same command does what is missing.
+
+MULTIHOT_DATAFLOW_ENDPOINT names another server, spoken to without credentials.
+"""
+
+import json
+import os
+import tempfile
+from collections.abc import Iterator, Sequence
+from contextlib import contextmanager
+from dataclasses import replace
+from pathlib import Path
+
+from launch import package
+from launch.cloud_errors import Place, explained
+from launch.commands import parse_commands
+from launch.config import SubmitDataflowConfig, parse_labels
+from launch.job import FOLDER, bucket_name, marks
+from trainer.config import LOCAL_RUNNER, ScoreConfig
+from trainer.errors import UserError
+from trainer.flags import parse_flags
+
+RUNNER = "DataflowRunner"
+ENDPOINT_VARIABLE = "MULTIHOT_DATAFLOW_ENDPOINT"
+_API = "dataflow.googleapis.com"
+ENVIRONMENT = "beam"
+
+
+def run(config: SubmitDataflowConfig, arguments: Sequence[str]) -> None:
+    """Scores a corpus by Dataflow.
+
+    Args:
+      config: the command's flags.
+      arguments: what follows `--`: `score` and its flags.
+
+    Raises:
+      UserError: for what the user can mend.
+      RunAgain: if Google does not answer.
+    """
+    wanted = _parse_score(arguments)
+    if config.dry_run:
+        wheel, _ = package.build_wheel()
+        options = beam_options(config, wheel, f"{ENVIRONMENT}.txt")
+        request = {"runner": RUNNER, "beam_options": options, "command": list(arguments)}
+        print(json.dumps(request, indent=2))
+        return
+    from trainer import score
+
+    with _write_package() as (wheel, requirements), explained(place_of(config)):
+        options = beam_options(config, wheel, requirements) + _find_server()
+        score.run(replace(wanted, runner=RUNNER, beam_options=tuple(options)))
+
+
+def _find_server() -> list[str]:
+    """Options that say which server is asked, and as whom.
+
+    Raises:
+      DefaultCredentialsError: if nobody is signed in; Beam would go on anonymously, and be refused.
+    """
+    endpoint = os.environ.get(ENDPOINT_VARIABLE)
+    if endpoint:
+        return [f"--dataflow_endpoint={endpoint}", "--no_auth"]
+    import google.auth
+
+    google.auth.default()
+    return []
+
+
+def _parse_score(arguments: Sequence[str]) -> ScoreConfig:
+    """The flags of the one command behind `--`.
+
+    Raises:
+      UserError: if it is another one, or leaves Dataflow nothing to decide.
+    """
+    (name, *flags), *more = parse_commands(arguments)
+    if name != "score" or more:
+        raise UserError(
+            f"-- {name}: Dataflow runs `score` alone; submit the others with `multihot submit "
+            "vertex --accelerator=cpu`, where one machine prepares at full speed"
+        )
+    wanted = parse_flags(ScoreConfig, flags)
+    if wanted.runner != LOCAL_RUNNER or wanted.num_workers is not None:
+        raise UserError(
+            "-- score: expected no --runner, --beam_options or --num_workers, which `submit "
+            "dataflow` decides"
+        )
+    return wanted
+
+
+def beam_options(config: SubmitDataflowConfig, wheel: str, requirements: str) -> list[str]:
+    """Beam's options for a job.
+
+    Args:
+      config: the command's flags.
+      wheel, requirements: local paths of what the workers install.
+    """
+    folder = f"gs://{bucket_name(config.bucket)}/{FOLDER}/{config.name}"
+    options = [
+        f"--project={config.project}",
+        f"--region={config.region}",
+        f"--job_name={config.name}",
+        f"--temp_location={folder}/temp",
+        f"--staging_location={folder}/staging",
+        f"--max_num_workers={config.max_workers}",
+        f"--worker_machine_type={config.machine_type}",
+    ]
+    labels = marks(config.name) | parse_labels(config.labels)
+    options += [f"--labels={key}={value}" for key, value in labels.items()]
+    if config.sdk_container_image:
+        options.append(f"--sdk_container_image={config.sdk_container_image}")
+    else:
+        # Workers fetch the locked packages themselves, with their hashes, instead of all that this
+        # machine would have to download and upload first.
+        options += [
+            f"--extra_package={wheel}",
+            f"--requirements_file={requirements}",
+            "--requirements_cache=skip",
+        ]
+    if config.service_account:
+        options.append(f"--service_account_email={config.service_account}")
+    if config.subnetwork:
+        options.append(f"--subnetwork={config.subnetwork}")
+    if not config.external_ips:
+        options.append("--no_use_public_ips")
+    return options
+
+
+def place_of(config: SubmitDataflowConfig) -> Place:
+    """What Dataflow is asked for, for sentences about it."""
+    where = f"--project={config.project} --region={config.region}"
+    return Place(
+        api=_API,
+        project=config.project,
+        location=config.region,
+        what=f"the Dataflow job {config.name}",
+        role="roles/dataflow.developer",
+        service_account=config.service_account,
+        find_locations=f"gcloud compute machine-types list --project={config.project} "
+        f"--filter=name={config.machine_type}",
+        remove=f"gcloud dataflow jobs list {where} --status=active, then gcloud dataflow jobs "
+        f"cancel ID {where}",
+    )
+
+
+@contextmanager
+def _write_package() -> Iterator[tuple[str, str]]:
+    """Paths of the wheel and the requirements, as long as the job is being started."""
+    with tempfile.TemporaryDirectory() as folder:
+        built = package.build(ENVIRONMENT)
+        paths = []
+        for item in (built.wheel, built.requirements):
+            path = Path(folder, Path(item.name).name)
+            path.write_bytes(built.contents[item.name])
+            paths.append(str(path))
+        yield paths[0], paths[1]

@@ -1,0 +1,50 @@
+"""Serves the TPU chips of one host of a slice to the TensorFlow of another (`python -m` this).
+
+TensorFlow for TPUs brings that server as tensorflow.python.tools.grpc_tpu_worker, whose own entry
+point knows the kinds of chips by name and fails for those that came later. Newer libtpu finds the
+shape of the slice by itself, so that the rest of that entry point's settings is enough.
+"""
+
+import os
+import urllib.request
+
+METADATA = "computeMetadata/v1/instance"
+MESH_PORT = 8476
+
+
+def read_metadata(path: str) -> str:
+    """What this machine's metadata has under a path."""
+    host = os.environ.get("GCE_METADATA_HOST", "metadata.google.internal")
+    request = urllib.request.Request(
+        f"http://{host}/{METADATA}/{path}", headers={"Metadata-Flavor": "Google"}
+    )
+    opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+    with opener.open(request, timeout=10) as answer:
+        return answer.read().decode()
+
+
+def slice_variables() -> dict[str, str]:
+    """The variables by which libtpu finds this host's place in its slice."""
+    endpoints = read_metadata("attributes/worker-network-endpoints").split(",")
+    first = endpoints[0].rpartition(":")[2].strip()
+    return {
+        "CLOUD_TPU_TASK_ID": read_metadata("attributes/agent-worker-number"),
+        "TPU_HOSTNAME_OVERRIDE": read_metadata("network-interfaces/0/ip"),
+        "TPU_LOCK_DEVICE": "true",
+        "TPU_MESH_CONTROLLER_ADDRESS": f"{first}:{MESH_PORT}",
+        "TPU_MESH_CONTROLLER_PORT": str(MESH_PORT),
+        "TPU_STDERR_LOG_LEVEL": "0",
+    }
+
+
+def main() -> None:
+    """Serves until the process is killed."""
+    os.environ.update(slice_variables())
+    # Reads the variables when it is imported, and is part of TensorFlow for TPUs alone.
+    from tensorflow.python.tools import grpc_tpu_worker
+
+    grpc_tpu_worker.main(None)
+
+
+if __name__ == "__main__":
+    main()

@@ -1,0 +1,265 @@
+"""A fake of Cloud TPU's service in memory, over gRPC, with faults on demand.
+
+It knows what Multihot asks for: queued resources made, read, listed in pages and deleted, their
+nodes, and the long-running operations that come with that. It proves our wiring and our handling
+of errors, not Google's servers.
+"""
+
+import json
+import threading
+from collections.abc import Callable, Iterator
+from concurrent import futures
+from contextlib import contextmanager
+from dataclasses import dataclass, field
+
+import grpc
+from google.cloud.tpu_v2 import types
+from google.longrunning import operations_pb2, operations_pb2_grpc
+from google.protobuf import any_pb2, empty_pb2
+from google.rpc import error_details_pb2, status_pb2
+from grpc_status import rpc_status
+
+_SERVICE = "google.cloud.tpu.v2.Tpu"
+_PAGE = 2  # Small, so that lists take several pages.
+LOST = "lost"  # The request is done, but its answer is lost: UNAVAILABLE.
+HAPPY = ("WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE")
+
+
+@dataclass
+class Fault:
+    """What a request is answered instead; done all the same if its message is LOST.
+
+    Attributes:
+      reason: of an ErrorInfo that comes with it; "" for none.
+    """
+
+    code: grpc.StatusCode
+    message: str
+    reason: str = ""
+
+
+@dataclass
+class FakeTpu:
+    """Queued resources and what goes wrong.
+
+    Attributes:
+      states: for each creation in turn, which states the resource is in, one further each time
+        that it is read, the last for ever; the last entry holds for all further creations.
+      plan: for each request, by its method, a fault or None.
+      create_error, delete_error: code and message that the operation ends with.
+      failure: with which a resource's state FAILED comes.
+      operation_polls: how often an operation is not done yet when it is looked at.
+      refused_deletes: how many deletions are refused because the resource is being created.
+      on_active: called with a resource when it is read in that state.
+      requests: methods in the order in which they came.
+    """
+
+    states: list[tuple[str, ...]] = field(default_factory=lambda: [HAPPY])
+    plan: Callable[[str], Fault | None] = lambda method: None
+    create_error: tuple[grpc.StatusCode, str] | None = None
+    failure: tuple[grpc.StatusCode, str] = (grpc.StatusCode.INTERNAL, "broken")
+    operation_polls: int = 1
+    refused_deletes: int = 0
+    on_active: Callable[[types.QueuedResource], None] = lambda resource: None
+    node_state: str = "READY"
+    requests: list[str] = field(default_factory=list)
+    created: list[types.CreateQueuedResourceRequest] = field(default_factory=list)
+    resources: dict[str, types.QueuedResource] = field(default_factory=dict)
+
+    def __post_init__(self) -> None:
+        self.lock = threading.RLock()
+        self.operations: dict[str, tuple[int, operations_pb2.Operation]] = {}
+        self._left: dict[str, list[str]] = {}
+        self._by_request_id: dict[str, operations_pb2.Operation] = {}
+
+    def create(
+        self, request: types.CreateQueuedResourceRequest, context: grpc.ServicerContext
+    ) -> operations_pb2.Operation:
+        """Makes a queued resource; a request that comes twice gets the same operation."""
+        if request.request_id in self._by_request_id:
+            return self._by_request_id[request.request_id]
+        name = f"{request.parent}/queuedResources/{request.queued_resource_id}"
+        if name in self.resources:
+            context.abort(grpc.StatusCode.ALREADY_EXISTS, f"Resource '{name}' already exists")
+        states = self.states[min(len(self.created), len(self.states) - 1)]
+        self.created.append(request)
+        if self.create_error is None:
+            self.resources[name] = types.QueuedResource(request.queued_resource, name=name)
+            self._left[name] = list(states)
+            self._set_state(name)
+        operation = self._operate(self.create_error, self.resources.get(name))
+        self._by_request_id[request.request_id] = operation
+        return operation
+
+    def get(
+        self, request: types.GetQueuedResourceRequest, context: grpc.ServicerContext
+    ) -> types.QueuedResource:
+        """Reads a queued resource, which is one state further the next time."""
+        resource = self._find(request.name, context)
+        answer = types.QueuedResource(resource)
+        if len(self._left[request.name]) > 1:
+            self._left[request.name].pop(0)
+            self._set_state(request.name)
+        if answer.state.state.name == "ACTIVE":
+            self.on_active(answer)
+        return answer
+
+    def get_node(self, request: types.GetNodeRequest, context: grpc.ServicerContext) -> types.Node:
+        """Reads the node of an active resource."""
+        name = request.name.replace("/nodes/", "/queuedResources/")
+        node = types.Node(self._find(name, context).tpu.node_spec[0].node)
+        node.state = types.Node.State[self.node_state]
+        return node
+
+    def list(
+        self, request: types.ListQueuedResourcesRequest, context: grpc.ServicerContext
+    ) -> types.ListQueuedResourcesResponse:
+        """Lists queued resources in pages."""
+        names = [name for name in sorted(self.resources) if name > request.page_token]
+        names = [name for name in names if name.startswith(request.parent + "/")]
+        page = names[:_PAGE]
+        return types.ListQueuedResourcesResponse(
+            queued_resources=[self.resources[name] for name in page],
+            next_page_token=page[-1] if len(names) > len(page) else "",
+        )
+
+    def delete(
+        self, request: types.DeleteQueuedResourceRequest, context: grpc.ServicerContext
+    ) -> operations_pb2.Operation:
+        """Deletes a queued resource with its node."""
+        self._find(request.name, context)
+        if self.refused_deletes:
+            self.refused_deletes -= 1
+            context.abort(grpc.StatusCode.FAILED_PRECONDITION, "is being created")
+        if not request.force:
+            context.abort(grpc.StatusCode.FAILED_PRECONDITION, "has nodes")
+        self.remove(request.name)
+        return self._operate(None, None)
+
+    def remove(self, name: str) -> None:
+        """What a deletion does, also one over REST."""
+        with self.lock:
+            self.requests.append("Remove")
+            self.resources.pop(name, None)
+
+    def get_operation(
+        self, request: operations_pb2.GetOperationRequest, context: grpc.ServicerContext
+    ) -> operations_pb2.Operation:
+        """Looks at a long-running operation, which is done after a few looks."""
+        left, operation = self.operations[request.name]
+        self.operations[request.name] = (left - 1, operation)
+        return operation if left <= 0 else operations_pb2.Operation(name=request.name)
+
+    def _operate(
+        self, error: tuple[grpc.StatusCode, str] | None, result: types.QueuedResource | None
+    ) -> operations_pb2.Operation:
+        name = f"projects/p/locations/z/operations/{len(self.operations)}"
+        done = operations_pb2.Operation(name=name, done=True)
+        if error is not None:
+            done.error.CopyFrom(status_pb2.Status(code=error[0].value[0], message=error[1]))
+        elif result is not None:
+            done.response.Pack(types.QueuedResource.pb(result))
+        else:
+            done.response.Pack(empty_pb2.Empty())
+        self.operations[name] = (self.operation_polls, done)
+        return operations_pb2.Operation(name=name)
+
+    def _find(self, name: str, context: grpc.ServicerContext) -> types.QueuedResource:
+        if name not in self.resources:
+            context.abort(grpc.StatusCode.NOT_FOUND, f"Resource '{name}' was not found")
+        return self.resources[name]
+
+    def _set_state(self, name: str) -> None:
+        state = self._left[name][0]
+        self.resources[name].state = types.QueuedResourceState(
+            state=types.QueuedResourceState.State[state]
+        )
+        if state == "FAILED":
+            code, message = self.failure
+            self.resources[name].state.failed_data = {
+                "error": {"code": code.value[0], "message": message}
+            }
+
+
+def _abort(fault: Fault, context: grpc.ServicerContext) -> None:
+    """Answers with an error, as Google's services do: with its reason in the details."""
+    status = status_pb2.Status(code=fault.code.value[0], message=fault.message)
+    if fault.reason:
+        detail = any_pb2.Any()
+        detail.Pack(error_details_pb2.ErrorInfo(reason=fault.reason, domain="googleapis.com"))
+        status.details.append(detail)
+    context.abort_with_status(rpc_status.to_status(status))
+
+
+def metadata_of(request: types.CreateQueuedResourceRequest) -> dict[str, str]:
+    """The metadata that a request gives its node."""
+    return dict(request.queued_resource.tpu.node_spec[0].node.metadata)
+
+
+def record_of(request: types.CreateQueuedResourceRequest) -> dict:
+    """The job's record in a request."""
+    return json.loads(metadata_of(request)["multihot-job"])
+
+
+@contextmanager
+def serve(fake: FakeTpu) -> Iterator[str]:
+    """Serves it; gives its address."""
+
+    def handler(name: str, function: Callable, request: type, response: type | None) -> object:
+        def answer(message: object, context: grpc.ServicerContext) -> object:
+            with fake.lock:
+                fake.requests.append(name)
+                fault = fake.plan(name)
+                if fault is not None and fault.message != LOST:
+                    _abort(fault, context)
+                result = function(message, context)
+                if fault is not None:
+                    context.abort(fault.code, fault.message)
+                return result
+
+        return grpc.unary_unary_rpc_method_handler(
+            answer,
+            request_deserializer=request.deserialize,
+            response_serializer=response.serialize
+            if response
+            else operations_pb2.Operation.SerializeToString,
+        )
+
+    methods = {
+        name: handler(name, *rest)
+        for name, *rest in (
+            ("CreateQueuedResource", fake.create, types.CreateQueuedResourceRequest, None),
+            (
+                "GetQueuedResource",
+                fake.get,
+                types.GetQueuedResourceRequest,
+                types.QueuedResource,
+            ),
+            (
+                "ListQueuedResources",
+                fake.list,
+                types.ListQueuedResourcesRequest,
+                types.ListQueuedResourcesResponse,
+            ),
+            ("DeleteQueuedResource", fake.delete, types.DeleteQueuedResourceRequest, None),
+            ("GetNode", fake.get_node, types.GetNodeRequest, types.Node),
+        )
+    }
+
+    class Operations(operations_pb2_grpc.OperationsServicer):
+        def GetOperation(
+            self, request: operations_pb2.GetOperationRequest, context: grpc.ServicerContext
+        ) -> operations_pb2.Operation:
+            with fake.lock:
+                fake.requests.append("GetOperation")
+                return fake.get_operation(request, context)
+
+    server = grpc.server(futures.ThreadPoolExecutor(4))
+    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(_SERVICE, methods),))
+    operations_pb2_grpc.add_OperationsServicer_to_server(Operations(), server)
+    port = server.add_insecure_port("127.0.0.1:0")
+    server.start()
+    try:
+        yield f"127.0.0.1:{port}"
+    finally:
+        server.stop(None).wait()
