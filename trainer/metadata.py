@@ -165,7 +165,7 @@ def checksum(path: str) -> str:
 
     crc = google_crc32c.Checksum()
     with storage.open_binary(path) as file:
-        while block := file.read(1 << 22):
+        while block := file.read(1 << 18):
             crc.update(block)
     return crc.hexdigest().decode()
 

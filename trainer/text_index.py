@@ -133,20 +133,30 @@ def find_repeats(
 
 def _ranges(paths: Mapping[str, str]) -> Iterator[dict[str, _Texts]]:
     """The texts of all splits, one range of hashes after the other."""
-    tables = {name: np.memmap(path, ENTRY, "r") for name, path in paths.items()}
-    num_ranges = -(-sum(map(len, tables.values())) // _ENTRIES_AT_A_TIME)
-    bounds = {name: [0] for name in tables}
-    for number in range(1, num_ranges + 1):
-        limit = number * 2**64 // num_ranges
-        for name, table in tables.items():
-            # Not np.searchsorted, which would copy the whole column.
-            end = bisect.bisect_left(table, limit, key=lambda entry: int(entry["text"]))
-            bounds[name].append(end)
+    sizes = {name: os.path.getsize(path) // ENTRY.itemsize for name, path in paths.items()}
+    num_ranges = -(-sum(sizes.values()) // _ENTRIES_AT_A_TIME)
+    limits = [number * 2**64 // num_ranges for number in range(1, num_ranges + 1)]
+    bounds = {name: [0, *_find(path, sizes[name], limits)] for name, path in paths.items()}
     for number in range(num_ranges):
+        # Not mapped: what is seen of a mapped file counts as this process's memory from then on.
         yield {
-            name: _group(np.array(table[slice(*bounds[name][number : number + 2])]))
-            for name, table in tables.items()
+            name: _group(_read_entries(path, *bounds[name][number : number + 2]))
+            for name, path in paths.items()
         }
+
+
+def _find(path: str, size: int, limits: Sequence[int]) -> list[int]:
+    """For each limit the first of a file's entries whose text hash is not below it."""
+    with open(path, "rb") as file:
+
+        def text_hash(place: int) -> int:
+            return int.from_bytes(os.pread(file.fileno(), 8, place * ENTRY.itemsize), "little")
+
+        return [bisect.bisect_left(range(size), limit, key=text_hash) for limit in limits]
+
+
+def _read_entries(path: str, start: int, end: int) -> np.ndarray:
+    return np.fromfile(path, ENTRY, end - start, offset=start * ENTRY.itemsize)
 
 
 def _group(entries: np.ndarray) -> _Texts:
