@@ -352,7 +352,13 @@ def test_ctrl_c_asks_and_cancels_a_job_that_is_pending(storage, vertex):
     ours, theirs = pty.openpty()
     command = [sys.executable, "-m", "trainer.cli", "submit", "vertex", *flags, "--", *TRAIN]
     with subprocess.Popen(
-        command, stdin=theirs, stdout=subprocess.PIPE, stderr=subprocess.STDOUT, text=True
+        command,
+        stdin=theirs,
+        stdout=subprocess.PIPE,
+        stderr=subprocess.STDOUT,
+        text=True,
+        # What runs in a shell's background ignores it, and so would what it starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
     ) as process:
         assert process.stdout is not None
         said = []
