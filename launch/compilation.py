@@ -125,11 +125,11 @@ def _compile(
     name: str, program: bytes, target: Target, python: Path, least_effort: bool
 ) -> Compiled:
     with tempfile.TemporaryDirectory() as folder:
-        path, text = Path(folder) / "program.hlo", Path(folder) / "program.txt"
+        path, texts = Path(folder) / "program.hlo", Path(folder) / "texts"
         path.write_bytes(program)
         command = [str(python), str(_COMPILER), f"--topology={target.topology}"]
         command += [f"--replicas={target.chips}", f"--optimization_level={int(least_effort)}"]
-        command += [f"--text={text}", str(path)]
+        command += [f"--texts={texts}", str(path)]
         process = subprocess.run(command, capture_output=True, text=True, check=False)
         if process.returncode != 0:
             reason = (process.stderr.strip().splitlines() or ["no message"])[-1]
@@ -137,6 +137,7 @@ def _compile(
         report = json.loads(process.stdout)
         if "error" in report:
             raise _explain(report["error"], name, target)
+        (text,) = texts.glob("*.after_codegen.txt")
         return Compiled(
             report["seconds"],
             report["flops"],
