@@ -195,8 +195,29 @@ def _cost(module: Module, item: Instruction, computation: Computation, rates: Ra
     )
 
 
-def _run(item: Instruction, cost: Cost, rates: Rates, channel: _Channel, by_cycles: bool) -> Cost:
-    """Its cost beside the copies that are under way, and what waiting for one takes."""
+def _start_of(item: Instruction, computation: Computation) -> str:
+    """The name of the instruction that began what `item` ends; "" if it ends nothing."""
+    if not item.opcode.endswith("-done"):
+        return ""
+    start = computation.instructions[item.operands[0]]
+    while start.opcode.endswith("-update"):
+        start = computation.instructions[start.operands[0]]
+    return start.name
+
+
+def _run(
+    item: Instruction, cost: Cost, rates: Rates, channel: _Channel, by_cycles: bool, start: str
+) -> Cost:
+    """Its cost beside the copies that are under way, and what waiting for one takes.
+
+    Args:
+      item: the instruction.
+      cost: of it by itself.
+      rates: of the chip.
+      channel: the copies.
+      by_cycles: as for `estimate`.
+      start: of the copy that it ends; "" if none.
+    """
     if item.opcode in ASYNCHRONOUS:
         channel.left[item.name] = cost.hbm
         return cost
