@@ -96,14 +96,23 @@ def compile_programs(
       DoesNotFit: if a program is so large that the compiler gives up.
       UserError: if a program does not compile, or there is no compiler.
     """
-    if not python.exists():
-        raise UserError(f"{python}: no compiler for TPUs; run `make compiler`")
+    check_compiler(python)
 
     def compile_one(name: str) -> Compiled:
         return _compile(step or name, programs[name], target, python, least_effort)
 
     with ThreadPoolExecutor(processes or count_cores()) as pool:
         return dict(zip(programs, pool.map(compile_one, programs), strict=True))
+
+
+def check_compiler(python: Path) -> None:
+    """Checks that there is a compiler.
+
+    Raises:
+      UserError: if there is none.
+    """
+    if not python.exists():
+        raise UserError(f"{python}: no compiler for TPUs; run `make compiler`")
 
 
 def check_memory(name: str, memory: float, target: Target) -> None:
