@@ -48,13 +48,17 @@ def _compare(extended: StepCost, whole: StepCost) -> list[tuple[str, float, floa
     ]
     rows.append(("GiB in all", extended.total_memory / GIB, whole.total_memory / GIB))
     few, many = extended.roofline, whole.roofline
-    return rows + [
+    times = [
+        ("ms by the roofline", few.seconds, many.seconds),
+        ("ms by estimated cycles", extended.cycle_seconds, whole.cycle_seconds),
+    ]
+    if extended.xla_seconds is not None and whole.xla_seconds is not None:
+        times.append(("ms by XLA's cost model", extended.xla_seconds, whole.xla_seconds))
+    rows += [
         ("TFLOP of matrix products", few.flops / 1e12, many.flops / 1e12),
         ("GB of HBM traffic", few.hbm / 1e9, many.hbm / 1e9),
-        ("ms by the roofline", few.seconds * 1e3, many.seconds * 1e3),
-        ("ms by XLA's cost model", extended.xla_seconds * 1e3, whole.xla_seconds * 1e3),
-        ("ms by estimated cycles", extended.cycle_seconds * 1e3, whole.cycle_seconds * 1e3),
     ]
+    return rows + [(kind, short * 1e3, long * 1e3) for kind, short, long in times]
 
 
 if __name__ == "__main__":

@@ -96,14 +96,23 @@ def compile_programs(
       DoesNotFit: if a program is so large that the compiler gives up.
       UserError: if a program does not compile, or there is no compiler.
     """
-    if not python.exists():
-        raise UserError(f"{python}: no compiler for TPUs; run `make compiler`")
+    check_compiler(python)
 
     def compile_one(name: str) -> Compiled:
         return _compile(step or name, programs[name], target, python, least_effort)
 
     with ThreadPoolExecutor(processes or count_cores()) as pool:
         return dict(zip(programs, pool.map(compile_one, programs), strict=True))
+
+
+def check_compiler(python: Path) -> None:
+    """Checks that there is a compiler.
+
+    Raises:
+      UserError: if there is none.
+    """
+    if not python.exists():
+        raise UserError(f"{python}: no compiler for TPUs; run `make compiler`")
 
 
 def check_memory(name: str, memory: float, target: Target) -> None:
@@ -125,11 +134,11 @@ def _compile(
     name: str, program: bytes, target: Target, python: Path, least_effort: bool
 ) -> Compiled:
     with tempfile.TemporaryDirectory() as folder:
-        path, text = Path(folder) / "program.hlo", Path(folder) / "program.txt"
+        path, texts = Path(folder) / "program.hlo", Path(folder) / "texts"
         path.write_bytes(program)
         command = [str(python), str(_COMPILER), f"--topology={target.topology}"]
         command += [f"--replicas={target.chips}", f"--optimization_level={int(least_effort)}"]
-        command += [f"--text={text}", str(path)]
+        command += [f"--texts={texts}", str(path)]
         process = subprocess.run(command, capture_output=True, text=True, check=False)
         if process.returncode != 0:
             reason = (process.stderr.strip().splitlines() or ["no message"])[-1]
@@ -137,6 +146,7 @@ def _compile(
         report = json.loads(process.stdout)
         if "error" in report:
             raise _explain(report["error"], name, target)
+        (text,) = texts.glob("*.after_codegen.txt")
         return Compiled(
             report["seconds"],
             report["flops"],

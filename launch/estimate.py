@@ -10,7 +10,6 @@ bound, and the compiler's own cost models, which know of these, stand beside it.
 
 import dataclasses
 import re
-from collections import Counter
 from collections.abc import Iterator
 from dataclasses import dataclass, field
 
@@ -121,10 +120,23 @@ def total(costs: dict[str, Cost]) -> Cost:
     return sum(costs.values(), Cost())
 
 
-def num_entry_custom_calls(module: Module) -> int:
-    """Custom calls of the entry computation, each of which `optimal_seconds` takes for -1 s."""
-    entry = module.computations[module.entry]
-    return Counter(item.opcode for item in entry.instructions.values())["custom-call"]
+def missing_seconds(module: Module) -> int:
+    """What `optimal_seconds` is short of: one second for each custom call of the entry computation.
+
+    Those that allocate a buffer are counted rightly.
+    """
+    return sum(
+        item.opcode == "custom-call" and 'custom_call_target="AllocateBuffer"' not in item.text
+        for item in module.computations[module.entry].instructions.values()
+    )
+
+
+def has_loops(module: Module) -> bool:
+    """Whether a loop of the entry computation runs more than once; XLA's cost model counts once."""
+    return any(
+        item.opcode == "while" and module.trip_count(item) > 1
+        for item in module.computations[module.entry].instructions.values()
+    )
 
 
 def _costs(
@@ -143,7 +155,8 @@ def _costs(
             yield from _costs_of_branch(module, item, rates, by_cycles)
         else:
             cost = _cost(module, item, computation, rates)
-            yield describe(item), _run(item, cost, rates, channel, by_cycles)
+            start = _start_of(item, computation)
+            yield describe(item), _run(item, cost, rates, channel, by_cycles, start)
 
 
 def _costs_of_branch(
@@ -182,13 +195,34 @@ def _cost(module: Module, item: Instruction, computation: Computation, rates: Ra
     )
 
 
-def _run(item: Instruction, cost: Cost, rates: Rates, channel: _Channel, by_cycles: bool) -> Cost:
-    """Its cost beside the copies that are under way, and what waiting for one takes."""
+def _start_of(item: Instruction, computation: Computation) -> str:
+    """The name of the instruction that began what `item` ends; "" if it ends nothing."""
+    if not item.opcode.endswith("-done"):
+        return ""
+    start = computation.instructions[item.operands[0]]
+    while start.opcode.endswith("-update"):
+        start = computation.instructions[start.operands[0]]
+    return start.name
+
+
+def _run(
+    item: Instruction, cost: Cost, rates: Rates, channel: _Channel, by_cycles: bool, start: str
+) -> Cost:
+    """Its cost beside the copies that are under way, and what waiting for one takes.
+
+    Args:
+      item: the instruction.
+      cost: of it by itself.
+      rates: of the chip.
+      channel: the copies.
+      by_cycles: as for `estimate`.
+      start: of the copy that it ends; "" if none.
+    """
     if item.opcode in ASYNCHRONOUS:
         channel.left[item.name] = cost.hbm
         return cost
-    if item.opcode.endswith("-done") and item.operands[0] in channel.left:
-        return Cost(channel.finish(item.operands[0]) / rates.hbm)
+    if start in channel.left:
+        return Cost(channel.finish(start) / rates.hbm)
     seconds = max(cost.seconds, cost.cycle_seconds) if by_cycles else cost.seconds
     channel.work(seconds * rates.hbm - cost.hbm)
     return dataclasses.replace(cost, seconds=seconds)
@@ -203,7 +237,7 @@ def describe(item: Instruction) -> str:
     if name.startswith("StatefulPartitionedCall_1"):
         return "update of the weights"
     parts = [re.sub(r"(_\d+)+$", "", part) for part in name.split("/")]
-    kept = [part for part in parts if part not in ("", "StatefulPartitionedCall", "model")]
+    kept = [part for part in parts if part not in ("", "StatefulPartitionedCall", "while", "model")]
     if not kept:
         return f"{item.opcode} without a name"
     if kept[0] == "gradient_tape":

@@ -13,7 +13,12 @@ from dataclasses import dataclass
 from pathlib import Path
 
 from launch.batch_search import QUANTUM, Largest, find_largest
-from launch.compilation import DEFAULT_PYTHON, check_memory, compile_programs
+from launch.compilation import (
+    DEFAULT_PYTHON,
+    check_compiler,
+    check_memory,
+    compile_programs,
+)
 from launch.job_shape import (
     JobShape,
     choose_shape,
@@ -79,6 +84,7 @@ def run(config: PreflightConfig) -> None:
     began = time.monotonic()
     target = parse_target(config.target)
     shape = choose_shape(config, read_metadata(config))
+    check_compiler(_compiler_of(config))
     print("\n".join(describe_job(config, target, shape)), flush=True)
     reports: dict[str, StepReport] = {}
     failures: list[DoesNotFit] = []
@@ -142,15 +148,18 @@ def _cost_of(
         )[name]
         for depth in depths
     }
-    python = Path(config.compiler) if config.compiler else DEFAULT_PYTHON
     compiled = compile_programs(
-        programs, target, name, python=python, least_effort=config.least_effort
+        programs, target, name, python=_compiler_of(config), least_effort=config.least_effort
     )
     costs = [measure(program, target.rates) for program in compiled.values()]
     if len(depths) == 1:
         return costs[0], depths
     shallow, deep = costs
     return extend(shallow, deep, layers - _DEEP), depths
+
+
+def _compiler_of(config: PreflightConfig) -> Path:
+    return Path(config.compiler) if config.compiler else DEFAULT_PYTHON
 
 
 def find_batch(

@@ -3,7 +3,7 @@
 from dataclasses import dataclass
 
 from launch.compilation import MEMORY_KINDS, Compiled
-from launch.estimate import Cost, Rates, estimate, num_entry_custom_calls, total
+from launch.estimate import Cost, Rates, estimate, has_loops, missing_seconds, total
 from launch.hlo import parse_module
 
 
@@ -13,18 +13,18 @@ class StepCost:
 
     Attributes:
       memory: bytes of HBM by kind (`MEMORY_KINDS`).
-      xla_flops, xla_bytes: by XLA's cost model, which counts all arithmetic, and on-chip memory as
-        well as HBM.
-      xla_seconds: by the same model, sums over replicas added.
+      xla_flops: by XLA's cost model, which counts all arithmetic; None where there are loops, whose
+        bodies it counts once.
+      xla_seconds: by the same model, which takes on-chip memory for HBM, sums over replicas added;
+        None likewise.
       cycle_seconds: by the compiler's estimate of cycles, or by the roofline where that is longer
         or the compiler has none.
       costs: by the roofline, for each kind of operation.
     """
 
     memory: dict[str, float]
-    xla_flops: float
-    xla_bytes: float
-    xla_seconds: float
+    xla_flops: float | None
+    xla_seconds: float | None
     cycle_seconds: float
     costs: dict[str, Cost]
 
@@ -40,9 +40,10 @@ class StepCost:
 
     @property
     def seconds(self) -> tuple[float, float]:
-        """The shortest and the longest of the three estimates."""
-        each = (self.roofline.seconds, self.xla_seconds, self.cycle_seconds)
-        return min(each), max(each)
+        """The shortest and the longest of the estimates."""
+        each = (self.roofline.seconds, self.cycle_seconds, self.xla_seconds)
+        known = [seconds for seconds in each if seconds is not None]
+        return min(known), max(known)
 
 
 def measure(compiled: Compiled, rates: Rates) -> StepCost:
@@ -50,13 +51,12 @@ def measure(compiled: Compiled, rates: Rates) -> StepCost:
     module = parse_module(compiled.text)
     costs = estimate(module, rates)
     by_cycles = total(estimate(module, rates, by_cycles=True))
+    xla_seconds = compiled.optimal_seconds + missing_seconds(module) + by_cycles.link_seconds
+    loops = has_loops(module)
     return StepCost(
         memory={kind: float(getattr(compiled, kind)) for kind in MEMORY_KINDS},
-        xla_flops=compiled.flops,
-        xla_bytes=compiled.bytes_accessed,
-        xla_seconds=compiled.optimal_seconds
-        + num_entry_custom_calls(module)
-        + by_cycles.link_seconds,
+        xla_flops=None if loops else compiled.flops,
+        xla_seconds=None if loops else xla_seconds,
         cycle_seconds=by_cycles.seconds,
         costs=costs,
     )
@@ -73,15 +73,17 @@ def extend(shallow: StepCost, deep: StepCost, more_layers: float) -> StepCost:
     def extended(few: float, many: float) -> float:
         return many + more_layers * (many - few)
 
+    def if_known(few: float | None, many: float | None) -> float | None:
+        return None if few is None or many is None else extended(few, many)
+
     costs = {}
     for name in deep.costs | shallow.costs:
         few, many = (step.costs.get(name, Cost()) for step in (shallow, deep))
         costs[name] = many + (many + few.times(-1)).times(more_layers)
     return StepCost(
         memory={kind: extended(shallow.memory[kind], deep.memory[kind]) for kind in deep.memory},
-        xla_flops=extended(shallow.xla_flops, deep.xla_flops),
-        xla_bytes=extended(shallow.xla_bytes, deep.xla_bytes),
-        xla_seconds=extended(shallow.xla_seconds, deep.xla_seconds),
+        xla_flops=if_known(shallow.xla_flops, deep.xla_flops),
+        xla_seconds=if_known(shallow.xla_seconds, deep.xla_seconds),
         cycle_seconds=extended(shallow.cycle_seconds, deep.cycle_seconds),
         costs=costs,
     )

@@ -9,8 +9,8 @@ The file holds a serialized HLO module. One line of JSON goes to standard output
 `seconds` (of compilation), `flops`, `bytes_accessed` and `optimal_seconds` (of one replica by XLA's
 cost model, which counts on-chip memory as well as HBM, and each custom call of the entry
 computation as -1 s) and the bytes of one chip's HBM by kind: `arguments`, `outputs`, `aliased`
-(outputs that reuse an argument's memory), `temporaries` and `code`. With --text the compiled
-program goes to a file of that name.
+(outputs that reuse an argument's memory), `temporaries` and `code`. With --texts the
+compiler writes texts of the program there; `*.after_codegen.txt` is the one that a chip would run.
 """
 
 import argparse
@@ -58,7 +58,7 @@ def read_program(path: str) -> ir.Module:
 
 
 def compile_program(
-    path: str, devices: list[Any], optimization_level: int, text: str | None
+    path: str, devices: list[Any], optimization_level: int, texts: str | None
 ) -> dict[str, Any]:
     """Compiles one file with one replica on each device and describes the result.
 
@@ -66,7 +66,7 @@ def compile_program(
       path: of the serialized HLO module.
       devices: of a topology.
       optimization_level: 0 for the compiler's default, 1 for its least effort.
-      text: file for the text of the compiled program, if it is wanted.
+      texts: folder for texts of the program, if they are wanted.
     """
     options = _jax.CompileOptions()
     options.num_replicas = len(devices)
@@ -74,6 +74,11 @@ def compile_program(
         np.array([[device.id] for device in devices])
     )
     options.executable_build_options.optimization_level = optimization_level
+    if texts is not None:
+        # The executable could give its text too, but not if it holds what only libtpu knows, as
+        # programs for v6e do.
+        debug_options = options.executable_build_options.debug_options
+        debug_options.xla_dump_to, debug_options.xla_dump_hlo_as_text = texts, True
     program = read_program(path)
     start = time.monotonic()
     try:
@@ -82,9 +87,6 @@ def compile_program(
         return {"error": str(error)}
     seconds = time.monotonic() - start
     memory, cost = compiled.get_compiled_memory_stats(), compiled.cost_analysis()
-    if text is not None:
-        with open(text, "w", encoding="utf-8") as file:
-            file.write(compiled.hlo_modules()[0].to_string())
     return {
         "seconds": seconds,
         "flops": cost["flops"],
@@ -106,12 +108,12 @@ def main() -> None:
     parser.add_argument(
         "--optimization_level", type=int, default=0, help="0: the default; 1: least"
     )
-    parser.add_argument("--text", help="file for the text of the compiled program")
+    parser.add_argument("--texts", help="folder for texts of the compiled program")
     parser.add_argument("path", help="file of a serialized HLO module")
     arguments = parser.parse_args()
     topology = topologies.get_topology_desc(platform="tpu", topology_name=arguments.topology)
     devices = list(topology.devices)[: arguments.replicas]
-    report = compile_program(arguments.path, devices, arguments.optimization_level, arguments.text)
+    report = compile_program(arguments.path, devices, arguments.optimization_level, arguments.texts)
     print(json.dumps(report))
 
 

@@ -12,8 +12,8 @@ FREE = frozenset(
         "partition-id", "replica-id", "opt-barrier", "add-dependency", "domain",
     }
 )  # fmt: skip
-# Custom calls that only give several arrays one name.
-_FREE_CALLS = ("ConcatBitcast", "X64Combine", "X64SplitLow", "X64SplitHigh", "AssumeGatherIndices")
+# Custom calls that only give arrays names, or room.
+_FREE_CALLS = ("AllocateBuffer", "ConcatBitcast", "X64Combine", "X64SplitLow", "X64SplitHigh")
 COLLECTIVES = frozenset(
     {"all-reduce", "all-gather", "reduce-scatter", "all-to-all", "collective-permute"}
 )

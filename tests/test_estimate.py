@@ -1,9 +1,19 @@
 """Times and bytes of a program's text, on texts small enough to add up by hand."""
 
+import dataclasses
+
 import pytest
 
 from launch.batch_search import QUANTUM, find_largest
-from launch.estimate import Cost, Rates, describe, estimate, num_entry_custom_calls, total
+from launch.estimate import (
+    Cost,
+    Rates,
+    describe,
+    estimate,
+    has_loops,
+    missing_seconds,
+    total,
+)
 from launch.hlo import parse_module, parse_shapes
 from launch.step_cost import StepCost, extend
 from launch.targets import parse_target
@@ -163,7 +173,8 @@ def test_a_slice_that_is_copied_asynchronously_moves_its_own_bytes():
         f"ENTRY %main (a: f32[], i: s32[]) -> f32[] {{\n  %a = {whole} parameter(0)\n"
         "  %i = s32[]{:S(6)} parameter(1)\n"
         f"  %start = (({whole}, s32[]{{:S(6)}}), {part}, s32[]{{:S(2)}}) async-start(%a, %i), "
-        f"calls=%moving\n  ROOT %done = {part} async-done(%start)\n}}\n"
+        f"calls=%moving\n  %later = (({whole}, s32[]{{:S(6)}}), {part}, s32[]{{:S(2)}}) "
+        f"async-update(%start)\n  ROOT %done = {part} async-done(%later)\n}}\n"
     )
     whole_cost = total(estimate(parse_module(text), RATES))
     assert whole_cost.hbm == 4096
@@ -177,9 +188,16 @@ def test_the_compiler_may_note_how_often_a_loop_runs():
     assert estimate(parse_module(noted), RATES)["negate without a name"].count == 7
 
 
-def test_custom_calls_of_the_entry_are_counted():
-    module = parse_module(PROGRAM)
-    assert num_entry_custom_calls(module) == 1
+def test_optimal_seconds_lack_one_for_each_custom_call_but_allocations():
+    assert missing_seconds(parse_module(PROGRAM)) == 1
+    allocated = PROGRAM.replace('"ConcatBitcast"', '"AllocateBuffer"')
+    assert missing_seconds(parse_module(allocated)) == 0
+    assert total(estimate(parse_module(allocated), RATES)).hbm == RIGHT + FUSION + 5 * NEGATE
+
+
+def test_loops_that_run_more_than_once_are_known():
+    assert has_loops(parse_module(PROGRAM))
+    assert not has_loops(parse_module(PROGRAM.replace("constant(5)", "constant(1)")))
 
 
 def test_batched_products_are_windows_that_meet_each_batch_once():
@@ -267,6 +285,7 @@ def test_collective_operations_are_the_links():
             "encoder/layer/attention/Softmax",
         ),
         (f"{CALL}/gradient_tape/model_1/head_1/pooler_1/MatMul_1", "head/pooler/MatMul/(backward)"),
+        (f"{CALL}/while/model_1/head_1/MatMul", "head/MatMul"),
         (f"{CALL}/Sum_8", "Sum/(backward, dropout and LayerNorm)"),
         (f"{CALL}_1/ResourceApplyAdam_9", "update of the weights"),
         ("", "negate without a name"),
@@ -291,7 +310,7 @@ def test_a_deeper_step_continues_a_straight_line():
     def step(factor: float, names: tuple[str, ...]) -> StepCost:
         costs = {name: Cost(seconds=factor, flops=10 * factor, count=1) for name in names}
         memory = {"arguments": 5 + factor, "temporaries": 10 * factor}
-        return StepCost(memory, 7 * factor, 8 * factor, 9 * factor, 4.0 + factor, costs)
+        return StepCost(memory, 7 * factor, 9 * factor, 4.0 + factor, costs)
 
     shallow, deep = step(1.0, ("a",)), step(2.0, ("a", "b"))
     twelve = extend(shallow, deep, 10)
@@ -303,6 +322,8 @@ def test_a_deeper_step_continues_a_straight_line():
     assert twelve.roofline.seconds == 34
     assert twelve.seconds == (16, 108)
     assert extend(shallow, deep, 0) == deep
+    with_loops = dataclasses.replace(deep, xla_flops=None, xla_seconds=None)
+    assert extend(with_loops, with_loops, 10).seconds == (4, 6)
 
 
 @pytest.mark.parametrize("start", [512, 4096, 40_000, 500_000])
