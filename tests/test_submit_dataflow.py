@@ -113,8 +113,13 @@ def test_an_interruption_cancels_the_job(storage, dataflow, capfd):
     dataflow.state = "JOB_STATE_RUNNING"
     interruptions = iter((signal.SIGINT,))
     dataflow.on_get = lambda: [os.kill(os.getpid(), number) for number in interruptions]
-    with pytest.raises(KeyboardInterrupt):
-        submit_dataflow.run(SubmitDataflowConfig(**FLAGS), SCORE)
+    # These tests may themselves run where SIGINT is ignored.
+    before = signal.signal(signal.SIGINT, signal.default_int_handler)
+    try:
+        with pytest.raises(KeyboardInterrupt):
+            submit_dataflow.run(SubmitDataflowConfig(**FLAGS), SCORE)
+    finally:
+        signal.signal(signal.SIGINT, before)
     assert dataflow.cancelled == ["my-scores"]
 
 
