@@ -140,6 +140,11 @@ def _compile(
         command += [f"--replicas={target.chips}", f"--optimization_level={int(least_effort)}"]
         command += [f"--texts={texts}", str(path)]
         process = subprocess.run(command, capture_output=True, text=True, check=False)
+        if process.returncode < 0:
+            raise UserError(
+                f"{target.topology}: the compiler was ended by signal {-process.returncode}, as "
+                "for want of memory; compile on a machine with more, or run the command again"
+            )
         if process.returncode != 0:
             reason = (process.stderr.strip().splitlines() or ["no message"])[-1]
             raise UserError(f"{target.topology}: the compiler ended with {reason}")
