@@ -300,9 +300,12 @@ def test_a_column_to_keep_that_nothing_has_is_told(model, tmp_path, capsys):
     with pytest.raises(UserError, match="no input has a column 'contry'; found text, country"):
         run_score(model, table, tmp_path / "out", **flags)
     assert not (tmp_path / "out").exists()
-    lines = write_rows(tmp_path / "a.jsonl", [{"id": "1", "text": "some words", "country": "fr"}])
+    row = {"id": "1", "text": "some words", "country": "fr", "hash": "0"}
+    lines = write_rows(tmp_path / "a.jsonl", [row])
     run_score(model, lines, tmp_path / "out", **flags)
-    assert "warning: --keep_columns=contry: no input begins with" in capsys.readouterr().err
+    warning = capsys.readouterr().err
+    assert "warning: --keep_columns=contry: no input begins with rows that have a col" in warning
+    assert "found id, text, country, hash; correct the name" in warning
     (line,) = read_scores(tmp_path / "out")
     assert line["contry"] is None
 

@@ -168,13 +168,15 @@ def _check_kept(paths: Sequence[str], columns: Columns) -> None:
     missing = [name for name in columns.kept if name not in found]
     if not missing:
         return
+    may_come = any(format_of(path)[0] == "jsonl" for path in paths)
     line = (
-        f"--keep_columns={','.join(columns.kept)}: no input has a column {missing[0]!r}; found "
+        f"--keep_columns={','.join(columns.kept)}: no input "
+        f"{'begins with rows that have' if may_come else 'has'} a column {missing[0]!r}; found "
         f"{', '.join(found)}; correct the name, or keep fewer columns"
     )
-    if all(format_of(path)[0] != "jsonl" for path in paths):
+    if not may_come:
         raise UserError(line)
-    print(f"warning: {line.replace('has', 'begins with rows that have')}", file=sys.stderr)
+    print(f"warning: {line}", file=sys.stderr)
 
 
 def _settings(config: ScoreConfig, precision: str) -> dict[str, Any]:
