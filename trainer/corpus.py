@@ -156,11 +156,12 @@ def _plan_segments(
     copies = [os.path.join(work_dir, f"copy-{index:06d}.jsonl") for index in range(len(pieces))]
     calls = list(zip(pieces, copies, [sources[piece.path] for piece in pieces], strict=True))
     # Data sets in this process: the others have no TensorFlow, nor one defined by a caller.
-    here = [plan(*call) for call in calls if is_data_set(call[0].path)]
-    elsewhere = [call for call in calls if not is_data_set(call[0].path)]
-    there = pool.map(plan, *zip(*elsewhere, strict=True)) if elsewhere else iter(())
-    planned = (here.pop(0) if is_data_set(piece.path) else next(there) for piece in pieces)
-    return [segment for found in planned for segment in found]
+    planned = {call: plan(*call) for call in calls if is_data_set(call[0].path)}
+    elsewhere = [call for call in calls if call not in planned]
+    if elsewhere:
+        found = pool.map(plan, *zip(*elsewhere, strict=True))
+        planned |= zip(elsewhere, found, strict=True)
+    return [segment for call in calls for segment in planned[call]]
 
 
 def _vocabulary_share(config: PrepareConfig, previous: Metadata | None, num_rows: int) -> float:
