@@ -57,6 +57,20 @@ def test_libraries_make_their_temporary_files_in_a_folder_of_ours(tmp_path, monk
     assert list(tmp_path.iterdir()) == [] and tempfile.tempdir == str(tmp_path)
 
 
+def test_contexts_that_overlap_share_a_folder_until_the_last_ends(tmp_path, monkeypatch):
+    monkeypatch.setattr(tempfile, "tempdir", str(tmp_path))
+    first, second = own_temporary_files(), own_temporary_files()
+    first.__enter__()
+    second.__enter__()
+    with tempfile.TemporaryFile():
+        first.__exit__(None, None, None)
+        assert len(list(tmp_path.iterdir())) == 1
+    with tempfile.NamedTemporaryFile() as file:
+        assert Path(file.name).parent.parent == tmp_path
+    second.__exit__(None, None, None)
+    assert list(tmp_path.iterdir()) == [] and tempfile.tempdir == str(tmp_path)
+
+
 def test_two_prepares_of_one_folder_at_once_are_refused(tmp_path):
     rows = write_rows(tmp_path / "rows.jsonl", ROWS)
     work_dir = tmp_path / "data" / ".prepare"

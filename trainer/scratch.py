@@ -11,12 +11,17 @@ import re
 import shutil
 import socket
 import tempfile
+import threading
 from collections.abc import Iterator
 
 # With the machine's name: on a disk that several share, locks may hold on each of them alone.
 _PREFIX = f"multihot-scratch-{socket.gethostname()}-"
 # As `tempfile` ends names; nobody else calls a folder so.
 _NAME = re.compile(re.escape(_PREFIX) + r"[a-z0-9_]{8}")
+# What `own_temporary_files` undoes when the last of its contexts ends, and how many there are.
+_shared = contextlib.ExitStack()
+_num_sharing = 0
+_sharing = threading.Lock()
 
 
 @contextlib.contextmanager
@@ -42,14 +47,24 @@ def scratch_folder(parent: str | None = None) -> Iterator[str]:
 
 @contextlib.contextmanager
 def own_temporary_files() -> Iterator[None]:
-    """Has this process's temporary files, libraries' too, made in a scratch folder."""
-    before = tempfile.tempdir
-    with scratch_folder() as folder:
-        tempfile.tempdir = folder
-        try:
-            yield
-        finally:
-            tempfile.tempdir = before
+    """Has this process's temporary files, libraries' too, made in a scratch folder.
+
+    Where such contexts overlap, in threads, they share the folder, which goes with the last.
+    """
+    global _num_sharing
+    with _sharing:
+        if not _num_sharing:
+            folder = _shared.enter_context(scratch_folder())
+            _shared.callback(setattr, tempfile, "tempdir", tempfile.tempdir)
+            tempfile.tempdir = folder
+        _num_sharing += 1
+    try:
+        yield
+    finally:
+        with _sharing:
+            _num_sharing -= 1
+            if not _num_sharing:
+                _shared.close()
 
 
 def _make_locked(parent: str) -> tuple[str, int]:
