@@ -6,8 +6,6 @@ from launch.buckets import check_bucket, region_of
 from trainer import object_store
 from trainer.errors import UserError
 
-pytestmark = pytest.mark.long
-
 
 def test_the_region_of_a_zone():
     assert region_of("us-central1-a") == "us-central1"

@@ -13,8 +13,6 @@ from launch.package import Package
 from trainer import cli
 from trainer.flags import parse_flags
 
-pytestmark = pytest.mark.long
-
 ROOT = Path(__file__).parents[1]
 TEXT = (ROOT / "docs" / "cloud.md").read_text(encoding="utf-8")
 VARIABLES = {

@@ -16,8 +16,6 @@ from launch.package import Package
 from launch.reports import Ending, State
 from trainer import cli
 
-pytestmark = pytest.mark.long
-
 TRAIN = ["--", "train", "--data_dir=gs://my-bucket/d", "--model_dir=gs://my-bucket/m"]
 WHERE = ["--project=my-project", "--zone=us-central1-a", "--region=us-central1"]
 NAMED = [*WHERE, "--name=first"]

@@ -12,8 +12,6 @@ from fake_machine import FakeMachine, serve
 
 from launch import bootstrap
 
-pytestmark = pytest.mark.long
-
 WHEEL = b"a wheel"
 ITEM = {"name": "0123/a.whl", "bytes": len(WHEEL), "sha256": hashlib.sha256(WHEEL).hexdigest()}
 JOB = {"name": "first", "bucket": "b"}

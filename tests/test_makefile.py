@@ -13,8 +13,6 @@ from launch.job import Job
 from trainer.commands import COMMANDS
 from trainer.flags import parse_flags
 
-pytestmark = pytest.mark.long
-
 ROOT = Path(__file__).parents[1]
 TPU = pytest.importorskip("google.cloud.tpu_v2")
 

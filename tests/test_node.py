@@ -19,8 +19,6 @@ from launch.reports import Ending, Reporter, State
 from trainer import object_store
 from trainer.errors import RunAgain, UserError
 
-pytestmark = pytest.mark.long
-
 NOTHING = StoredFile("none", 0, "0" * 64)
 JOB = Job(
     name="first",

@@ -18,8 +18,6 @@ from launch.job import Job
 from launch.package import Package, StoredFile
 from trainer.errors import UserError
 
-pytestmark = pytest.mark.long
-
 ROOT = Path(package.__file__).parents[1]
 
 

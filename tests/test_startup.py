@@ -14,8 +14,6 @@ from launch import package
 from launch.reports import Ending, State
 from launch.tpu_requests import make_metadata
 
-pytestmark = pytest.mark.long
-
 
 def test_a_job_runs_in_a_clean_folder_and_the_slice_is_deleted(tmp_path):
     """Two commands; what one wrote on the host the other brings to the bucket.

@@ -15,8 +15,6 @@ from launch.config import SubmitDataflowConfig
 from trainer import object_store
 from trainer.errors import UserError
 
-pytestmark = pytest.mark.long
-
 SCORE = (
     "score",
     "--model=gs://my-bucket/model",

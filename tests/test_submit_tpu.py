@@ -20,8 +20,6 @@ from submitting import (
 from launch import slice_watch
 from launch.job import Job
 
-pytestmark = pytest.mark.long
-
 
 def test_a_job_runs_to_its_end_and_leaves_nothing(tpu, cloud, capsys):
     Slices(tpu, cloud, 0)

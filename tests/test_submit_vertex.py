@@ -21,8 +21,6 @@ from launch.reports import Ending, State
 from trainer import object_store
 from trainer.errors import RunAgain, UserError
 
-pytestmark = pytest.mark.long
-
 TRAIN = ("train", "--data_dir=gs://my-bucket/data", "--model_dir=gs://my-bucket/run")
 FLAGS = {
     "project": "my-project",

@@ -20,8 +20,6 @@ from launch import submit_tpu, tpu_resources
 from launch.job import Job
 from trainer import cli, object_store
 
-pytestmark = pytest.mark.long
-
 NAME = "projects/my-project/locations/us-central1-a/queuedResources/first"
 FLAGS = ["--project=my-project", "--zone=us-central1-a", f"--bucket={BUCKET}"]
 FLAGS += ["--accelerator=v5e:2x2", "--name=first", "--provisioning=spot", "--follow"]

@@ -18,8 +18,6 @@ from submitting import (
 
 from launch import submit_tpu, tpu_resources
 
-pytestmark = pytest.mark.long
-
 REFUSALS = [
     (
         Fault(grpc.StatusCode.PERMISSION_DENIED, "Cloud TPU API is disabled", "SERVICE_DISABLED"),

@@ -18,8 +18,6 @@ from submitting import (
 
 from launch import slice_watch, submit_tpu, tpu_resources
 
-pytestmark = pytest.mark.long
-
 
 @pytest.mark.parametrize(("answer", "left"), [("", 1), ("y", 1), ("c", 0), ("cancel", 0)])
 def test_ctrl_c_asks_whether_to_leave_it_running(tpu, capsys, monkeypatch, answer, left):
