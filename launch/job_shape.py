@@ -189,12 +189,15 @@ def model_flops(model: ModelConfig, packing: PackingConfig) -> float:
     not count: so these divided by the time are the useful rate.
     """
     size, labels, tokens = model.hidden_size, model.num_labels, packing.num_tokens
-    layer = 2 * tokens * (4 * size * size + 2 * size * model.intermediate_size)
+    after_attention = 2 * (size * size + 2 * size * model.intermediate_size)
+    layer = 2 * tokens * 3 * size * size + tokens * after_attention
     layer += sum(4 * rows * length * length * size for rows, length in packing.row_groups)
     if model.head == "label_attention":
         head = 2 * 2 * tokens * size * labels
     else:
         head = 2 * packing.max_documents * size * labels
     if model.head == "cls":
+        # What follows the last attention is for each window's [CLS] alone.
+        head -= (tokens - packing.max_windows) * after_attention
         head += 2 * packing.max_windows * size * size
     return float(model.num_layers * layer + head)

@@ -186,12 +186,17 @@ def test_parameters_are_counted_as_the_model_has_them():
 
 def test_useful_work_is_six_flop_a_parameter_and_token_and_the_attention():
     # 12 layers of BERT-base: 85.05 M weights in products; 12 x 4 x 768 a token and key.
-    base = dataclasses.replace(MODEL, num_layers=12)
-    flops = model_flops(base, PackingConfig(((4, 512),), 4, 4))
+    base = dataclasses.replace(MODEL, num_layers=12, head="mean")
+    packing = PackingConfig(((4, 512),), 4, 4)
     weights = 12 * (4 * 768 * 768 + 2 * 768 * 3072)
     attention = 12 * 4 * 768 * 512 * 2048
-    head = 2 * 4 * (768 * 768 + 768 * 100)
-    assert flops == 2 * weights * 2048 + attention + head
+    head = 2 * 4 * 768 * 100
+    assert model_flops(base, packing) == 2 * weights * 2048 + attention + head
+    # The last layer's 5.3 M weights after its attention and the pooler see 4 [CLS] alone.
+    last = 768 * 768 + 2 * 768 * 3072
+    weights, head = weights - last, head + 2 * 4 * 768 * 768
+    of_cls = 2 * weights * 2048 + 2 * last * 4 + attention + head
+    assert model_flops(dataclasses.replace(base, head="cls"), packing) == of_cls
 
 
 def test_assumed_lengths_have_the_mean_that_was_asked_for():

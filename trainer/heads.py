@@ -1,4 +1,7 @@
-"""The heads: hidden states of packed tokens to one logit a document and label."""
+"""The heads: hidden states of packed tokens to one logit a document and label.
+
+A head says by `takes_first_tokens` which it takes: of all T tokens, or of each window's [CLS].
+"""
 
 from collections.abc import Callable
 from typing import Any
@@ -88,6 +91,8 @@ class WindowPooling(keras.layers.Layer):
 class ClsHead(keras.layers.Layer):
     """BERT's pooler over each window's [CLS], a document's windows pooled, then one Dense."""
 
+    takes_first_tokens = True
+
     def __init__(self, config: ModelConfig, **kwargs: Any) -> None:
         super().__init__(autocast=False, **kwargs)
         size, spread = config.hidden_size, config.initializer_range
@@ -105,9 +110,9 @@ class ClsHead(keras.layers.Layer):
         for part in (self.pooler, self.window_pooling, self.classifier):
             part.build()
 
-    def pool(self, hidden: tf.Tensor, window_starts: tf.Tensor) -> tf.Tensor:
-        """BERT's pooled output [W, hidden] of windows that begin at `window_starts` (int32 [W])."""
-        return tf.tanh(self.pooler(tf.gather(hidden, window_starts)))
+    def pool(self, hidden: tf.Tensor) -> tf.Tensor:
+        """BERT's pooled output [W, hidden] of W tokens [CLS]."""
+        return tf.tanh(self.pooler(hidden))
 
     def call(
         self,
@@ -116,10 +121,9 @@ class ClsHead(keras.layers.Layer):
         num_documents: int,
         dropout: Dropout | None = None,
     ) -> tf.Tensor:
-        """[T, hidden] to float32 logits [D, L]."""
-        pooled = self.pool(hidden, batch["window_starts"])
+        """[W, hidden] to float32 logits [D, L]."""
         document = self.window_pooling(
-            pooled, batch["window_document"], num_documents=num_documents
+            self.pool(hidden), batch["window_document"], num_documents=num_documents
         )
         if dropout is not None:
             document = dropout(document, self._rate)
@@ -128,6 +132,8 @@ class ClsHead(keras.layers.Layer):
 
 class MeanHead(keras.layers.Layer):
     """The mean of each window's tokens, a document's windows pooled, then one Dense."""
+
+    takes_first_tokens = False
 
     def __init__(self, config: ModelConfig, **kwargs: Any) -> None:
         super().__init__(autocast=False, **kwargs)
@@ -175,6 +181,8 @@ class LabelAttentionHead(keras.layers.Layer):
     Since the label's classifier is linear, it is applied to the tokens before the attention sums
     them: two [T, L] products and no [D, L, hidden] tensor.
     """
+
+    takes_first_tokens = False
 
     def __init__(self, config: ModelConfig, **kwargs: Any) -> None:
         super().__init__(autocast=False, **kwargs)

@@ -50,6 +50,7 @@ class Model(keras.layers.Layer):
             batch["segment_ids"],
             row_groups=row_groups,
             token_type_ids=batch.get("token_type_ids"),
+            wanted=batch["window_starts"] if self.head.takes_first_tokens else None,
             dropout=dropout,
         )
         return self.head(hidden, batch, num_documents=num_documents, dropout=dropout)

@@ -10,6 +10,7 @@ from trainer.config import PackingConfig
 from trainer.input_pipeline import open_stream, read_micro_batches, stack_micro_batches
 from trainer.label_transfer import dense_labels
 from trainer.model import INPUTS, Model
+from trainer.packing import empty_micro_batch
 from trainer.records import Metadata
 
 MicroBatches = dict[str, tf.Tensor]
@@ -140,13 +141,22 @@ class Predictor:
           float32 [D, L] for each of the micro-batches, on its replica's device.
         """
 
+        results = self._each_probabilities(self._one_each(batches))
+        return list(self._strategy.experimental_local_results(results))
+
+    def trace(self) -> None:
+        """Traces `probabilities`, which its first call would do otherwise."""
+        batches = [empty_micro_batch(self.packing)] * self.num_replicas
+        self._each_probabilities.get_concrete_function(self._one_each(batches))
+
+    def _one_each(self, batches: Sequence[MicroBatches]) -> tf.distribute.DistributedValues:
+        """A micro-batch for each replica, all of them in this process."""
+
         def of_replica(context: tf.distribute.DistributedValues) -> MicroBatches:
             batch = batches[context.replica_id_in_sync_group]
             return {name: batch[name] for name in INPUTS}
 
-        values = self._strategy.experimental_distribute_values_from_function(of_replica)
-        results = self._each_probabilities(values)
-        return list(self._strategy.experimental_local_results(results))
+        return self._strategy.experimental_distribute_values_from_function(of_replica)
 
     def _stacked_logits(self, batches: MicroBatches) -> np.ndarray:
         """Logits float32 [R, D, L] of one micro-batch for each of the R replicas.

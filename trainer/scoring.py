@@ -7,7 +7,9 @@ blocks end where parts end: a part's bytes depend on nothing but its rows, the p
 """
 
 import contextlib
+import itertools
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 
 import numpy as np
@@ -83,9 +85,15 @@ def score_micro_batches(micro_batches: Iterable[Packed], predictor: Predictor) -
     Those of different blocks and parts may run together: what a micro-batch gives depends on itself
     alone.
     """
+    stream = iter(micro_batches)
+    # The pass is traced while the first micro-batch is read, tokenised and packed.
+    with ThreadPoolExecutor(1) as executor:
+        tracing = executor.submit(predictor.trace)
+        first = list(itertools.islice(stream, 1))
+        tracing.result()
     group: list[Packed] = []
     num_held = 0
-    for packed in micro_batches:
+    for packed in itertools.chain(first, stream):
         group.append(packed)
         num_held += packed.inputs is not None
         if num_held == predictor.num_replicas:
