@@ -1,4 +1,4 @@
-"""Checks what `multihot preflight` extends: one and two layers against all layers compiled.
+"""Checks what `multihot preflight` extends: two and three layers against all layers compiled.
 
 Prints memory and time of both, kind by kind, and ends with exit code 1 if the memory differs by
 more than 5 %. Takes ten minutes and more on two quiet cores; flags are those of `preflight`.
@@ -21,7 +21,7 @@ _TOLERANCE = 0.05
 
 
 def main() -> None:
-    """Compiles each step of --steps three times: with one, two and all layers."""
+    """Compiles each step of --steps three times: with two, three and all layers."""
     arguments = sys.argv[1:] or ["--target=v5e:2x2", "--tokens_per_replica=16384"]
     config = parse_flags(PreflightConfig, arguments)
     target, shape = parse_target(config.target), choose_shape(config, read_metadata(config))

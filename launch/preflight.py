@@ -35,8 +35,9 @@ from trainer.atomic import write_atomically
 from trainer.errors import DoesNotFit
 from trainer.packing import least_tokens
 
-# Layers of the programs that are compiled in place of deeper ones.
-_SHALLOW, _DEEP = 1, 2
+# Layers of the programs that are compiled in place of deeper ones. With one layer there would be
+# none but the last, which may compute less than those before it.
+_SHALLOW, _DEEP = 2, 3
 
 
 @dataclass(frozen=True)

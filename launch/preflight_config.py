@@ -85,8 +85,8 @@ class PreflightConfig:
     )
     full_depth: bool = option(
         False,
-        "Compiles all layers, which takes many minutes; default: one and two layers, from which "
-        "memory and time are extended.",
+        "Compiles all layers, which takes many minutes; default: two and three layers, from "
+        "which memory and time are extended.",
     )
     least_effort: bool = option(
         False,

@@ -214,9 +214,9 @@ def small_config(**changes) -> PreflightConfig:
 
 @pytest.fixture(scope="module")
 def reported(tmp_path_factory) -> tuple[dict, str]:
-    """What the command writes and prints of two steps of three layers."""
+    """What the command writes and prints of two steps of four layers."""
     output = tmp_path_factory.mktemp("preflight") / "figures.json"
-    arguments = [*SMALL, "--num_layers=3", "--price_per_chip_hour=2", f"--output={output}"]
+    arguments = [*SMALL, "--num_layers=4", "--price_per_chip_hour=2", f"--output={output}"]
     shown = io.StringIO()
     with contextlib.redirect_stdout(shown):
         cli.main(["preflight", "--target=v5e:4x4", *arguments])
@@ -228,8 +228,8 @@ def reported(tmp_path_factory) -> tuple[dict, str]:
 def test_the_command_reports_memory_by_kind_and_time_as_a_range(reported, name):
     figures, shown = reported
     step = figures["steps"][name]
-    assert step["compiled_layers"] == [1, 2]
-    shape = choose_shape(small_config(num_layers=3), read_metadata(small_config()))
+    assert step["compiled_layers"] == [2, 3]
+    shape = choose_shape(small_config(num_layers=4), read_metadata(small_config()))
     parts = split_memory(shape, name, StepCost(**step["cost"]), has_average=False)
     assert sum(parts.values()) == pytest.approx(step["total_memory"], rel=1e-9)
     assert parts["weights"] == 4 * num_parameters(shape.model)
@@ -242,7 +242,7 @@ def test_the_command_reports_memory_by_kind_and_time_as_a_range(reported, name):
     hours = [1_000_000 * step["passes"] / rate / 3600 for rate in (most, least)]
     assert step["chip_hours"] == pytest.approx(hours)
     (line,) = (line for line in shown.splitlines() if line.startswith(f"{name} step"))
-    assert "with 1 and 2 layers and extended in a straight line to 3" in line
+    assert "with 2 and 3 layers and extended in a straight line to 4" in line
     assert "of 15.75 in all: fits" in shown and "how far to trust it" in shown
 
 
@@ -251,7 +251,7 @@ def test_a_slice_sums_the_gradients_of_all_its_chips(reported):
     """15/16 of 4 bytes a parameter, twice, at 100 GB/s; little tensors are padded."""
     figures, _ = reported
     costs = figures["steps"]["train"]["cost"]["costs"]
-    shape = choose_shape(small_config(num_layers=3), read_metadata(small_config()))
+    shape = choose_shape(small_config(num_layers=4), read_metadata(small_config()))
     least = 2 * 15 / 16 * 4 * num_parameters(shape.model) / 100e9
     assert least < costs["sum over replicas"]["link_seconds"] < 1.2 * least
 
@@ -259,10 +259,10 @@ def test_a_slice_sums_the_gradients_of_all_its_chips(reported):
 @needs_compiler
 def test_depth_extends_what_shallow_programs_need(reported):
     figures, _ = reported
-    config = small_config(num_layers=3, full_depth=True)
+    config = small_config(num_layers=4, full_depth=True)
     target, shape = parse_target("v5e:4x4"), choose_shape(config, read_metadata(config))
     whole = report_step(config, target, shape, "train")
-    assert whole.compiled_layers == (3,)
+    assert whole.compiled_layers == (4,)
     extended = figures["steps"]["train"]
     assert extended["total_memory"] == pytest.approx(whole.cost.total_memory, rel=0.05)
     assert extended["seconds"][0] == pytest.approx(whole.cost.roofline.seconds, rel=0.1)
