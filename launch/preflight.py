@@ -2,8 +2,8 @@
 
 The exact steps of `train` and `score` are lowered here, compiled by libtpu in processes of their
 own, and read: memory as the compiler gives it, time as `estimate.py` reckons it from the compiled
-program. A deep encoder is compiled with one and with two layers and extended from there, since its
-layers are alike.
+program. A deep encoder is compiled with two and with three layers and extended from there, since
+its layers are alike.
 """
 
 import dataclasses
