@@ -110,7 +110,7 @@ def difference(found, expected):
     return norm([a - b for a, b in zip(found, expected, strict=True)]) / norm(expected)
 
 
-@pytest.mark.parametrize("dropout", [0.0, 0.1])
+@pytest.mark.parametrize("dropout", [pytest.param(0.0, marks=pytest.mark.long), 0.1])
 def test_four_replicas_are_one_replica_with_accumulation_four(stream, dropout):
     """Gradients at equal weights at every step to the uneven end; then weights after 20 steps."""
     strategies = one_device(), mirrored(MICRO_BATCHES)

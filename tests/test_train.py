@@ -136,7 +136,13 @@ def interrupt_until_finished(config, seconds, number, most, moments):
         assert b"Traceback" not in error
 
 
-@pytest.mark.parametrize("number, most", [(signal.SIGKILL, NUM_KILLS), (signal.SIGTERM, 2)])
+@pytest.mark.parametrize(
+    "number, most",
+    [
+        (signal.SIGKILL, NUM_KILLS),
+        pytest.param(signal.SIGTERM, 2, marks=pytest.mark.long),
+    ],
+)
 def test_interrupted_at_random_moments_it_ends_with_the_same_bits(
     corpus, finished, tmp_path, number, most
 ):
