@@ -133,7 +133,7 @@ tpu-status: install-cloud ## the jobs in ZONE, and in REGION and BUCKET if given
 tpu-clean: install-cloud ## end every job in ZONE, and in REGION if given, and delete its slices
 	@bash examples/cloud.sh $@
 
-test: install-dev minilm compiler ## run the tests (at most 15 minutes on two cores)
+test: install-dev minilm compiler ## run the tests (about 15 minutes on two quiet cores)
 	$(BIN)/python -m pytest -m "not long" -n $(TEST_JOBS) --dist loadfile $(ARGS)
 
 test-long: install-dev minilm compiler ## run the long tests too
