@@ -140,7 +140,6 @@ class Predictor:
         Returns:
           float32 [D, L] for each of the micro-batches, on its replica's device.
         """
-
         results = self._each_probabilities(self._one_each(batches))
         return list(self._strategy.experimental_local_results(results))
 
