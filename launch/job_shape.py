@@ -196,8 +196,9 @@ def model_flops(model: ModelConfig, packing: PackingConfig) -> float:
         head = 2 * 2 * tokens * size * labels
     else:
         head = 2 * packing.max_documents * size * labels
+    left_out = 0
     if model.head == "cls":
         # What follows the last attention is for each window's [CLS] alone.
-        head -= (tokens - packing.max_windows) * after_attention
+        left_out = (tokens - packing.max_windows) * after_attention
         head += 2 * packing.max_windows * size * size
-    return float(model.num_layers * layer + head)
+    return float(model.num_layers * layer - left_out + head)
