@@ -12,7 +12,7 @@ own, in turn in every round. Loading the model is left out of all four.
 Printed are documents a second, documents a second of the process's time on the cores (which other
 work on the machine hardly changes), and the largest difference between probabilities.
 
-    python benchmarks/score_speed.py [--model=EXPORT_DIR] [--documents=6000] [...]
+    python benchmarks/score_speed.py [--model=EXPORT_DIR] [--documents=3000] [...]
 
 Without --model it exports what `compare_trainer.py` trained in --folder.
 """
@@ -42,7 +42,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--folder", default="runs/compare", help="that compare_trainer.py wrote")
     parser.add_argument("--model", help="folder that `multihot export` wrote")
     parser.add_argument("--input", help="JSONL of documents; default: the corpus in --folder")
-    parser.add_argument("--documents", type=int, default=6000, help="to score")
+    parser.add_argument("--documents", type=int, default=3000, help="to score")
     parser.add_argument("--batch_size", type=int, default=32, help="of pipeline and onnx")
     parser.add_argument("--peers", default=",".join(PEERS), help="beside `score`")
     parser.add_argument("--rounds", type=int, default=3)

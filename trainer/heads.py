@@ -12,39 +12,13 @@ import tensorflow as tf
 from trainer.config import ModelConfig
 from trainer.dropout import Dropout
 from trainer.encoder import Dense
-
-
-def _sum_by_segment(values: tf.Tensor, segment: tf.Tensor, num_segments: int) -> tf.Tensor:
-    """Sums rows of `values` by segment; rows whose segment is -1 count nowhere."""
-    return tf.math.unsorted_segment_sum(values, segment, num_segments)
+from trainer.segments import mean_by_segment, softmax_by_segment, sum_by_segment
 
 
 def _token_document(segment_ids: tf.Tensor, window_document: tf.Tensor) -> tf.Tensor:
     """Each token's document (int32 [T]), -1 for padding."""
     document = tf.gather(window_document, tf.maximum(segment_ids - 1, 0))
     return tf.where(segment_ids > 0, document, -1)
-
-
-def _mean_by_segment(values: tf.Tensor, segment: tf.Tensor, num_segments: int) -> tf.Tensor:
-    """Means (float32 [num_segments, size]) of rows of `values`; 0 for a segment without rows."""
-    values = tf.cast(values, tf.float32)
-    counts = _sum_by_segment(tf.ones_like(values[:, 0]), segment, num_segments)
-    return _sum_by_segment(values, segment, num_segments) / tf.maximum(counts, 1.0)[:, None]
-
-
-def _softmax_by_segment(scores: tf.Tensor, segment: tf.Tensor, num_segments: int) -> tf.Tensor:
-    """exp(scores) scaled so that none overflows (float32), 0 where segment is -1; sums are not 1.
-
-    Args:
-      scores: [N, K].
-      segment: int32 [N].
-    """
-    scores = tf.cast(scores, tf.float32)
-    # The maximum only keeps exp in range, so it needs no gradient.
-    largest = tf.math.unsorted_segment_max(scores, segment, num_segments)
-    largest = tf.gather(largest, tf.maximum(segment, 0))
-    weights = tf.exp(tf.minimum(scores - tf.stop_gradient(largest), 0.0))
-    return tf.where(segment[:, None] >= 0, weights, 0.0)
 
 
 class WindowPooling(keras.layers.Layer):
@@ -77,14 +51,14 @@ class WindowPooling(keras.layers.Layer):
         """
         windows = tf.cast(windows, tf.float32)
         if self._kind == "mean":
-            return _mean_by_segment(windows, document, num_documents)
+            return mean_by_segment(windows, document, num_documents)
         if self._kind == "max":
             largest = tf.math.unsorted_segment_max(windows, document, num_documents)
-            count = _sum_by_segment(tf.ones_like(document), document, num_documents)
+            count = sum_by_segment(tf.ones_like(document), document, num_documents)
             return tf.where(count[:, None] > 0, largest, 0.0)
-        weights = _softmax_by_segment(tf.matmul(windows, self.query.value), document, num_documents)
-        total = _sum_by_segment(weights, document, num_documents)
-        weighted = _sum_by_segment(weights * windows, document, num_documents)
+        weights = softmax_by_segment(tf.matmul(windows, self.query.value), document, num_documents)
+        total = sum_by_segment(weights, document, num_documents)
+        weighted = sum_by_segment(weights * windows, document, num_documents)
         return weighted / tf.maximum(total, 1e-30)
 
 
@@ -165,7 +139,7 @@ class MeanHead(keras.layers.Layer):
         num_windows = tf.shape(window_document)[0]
         if window_document.shape[0] is not None:
             num_windows = window_document.shape[0]
-        windows = _mean_by_segment(hidden, batch["segment_ids"] - 1, num_windows)
+        windows = mean_by_segment(hidden, batch["segment_ids"] - 1, num_windows)
         document = self.window_pooling(windows, window_document, num_documents=num_documents)
         if dropout is not None:
             document = dropout(document, self._rate)
@@ -207,10 +181,10 @@ class LabelAttentionHead(keras.layers.Layer):
         token_document = _token_document(batch["segment_ids"], batch["window_document"])
         if dropout is not None:
             hidden = dropout(hidden, self._rate)
-        weights = _softmax_by_segment(self.query(hidden), token_document, num_documents)
+        weights = softmax_by_segment(self.query(hidden), token_document, num_documents)
         values = tf.cast(self.classifier(hidden, add_bias=False), tf.float32)
-        total = _sum_by_segment(weights, token_document, num_documents)
-        attended = _sum_by_segment(weights * values, token_document, num_documents)
+        total = sum_by_segment(weights, token_document, num_documents)
+        attended = sum_by_segment(weights * values, token_document, num_documents)
         return attended / tf.maximum(total, 1e-30) + self.classifier.bias.value
 
 

@@ -283,18 +283,19 @@ def _fill_up(
 
     # More short documents in the gaps of a micro-batch's pinned rows than it has slots, which no
     # dealing could mend: its gaps are closed, and everything is filled up again.
-    is_closed = tf.zeros([num_before], tf.bool)
-    filled = fill(is_closed)
-
-    def close(is_closed, filled):  # type: ignore[no-untyped-def]
+    def close_and_fill(_, is_closed, filled):  # type: ignore[no-untyped-def]
         is_closed |= overflows(filled[-1])
-        return is_closed, fill(is_closed)
+        return False, is_closed, fill(is_closed)
 
-    shapes = tf.nest.map_structure(lambda value: tf.TensorShape([None, *value.shape[1:]]), filled)
-    _, filled = tf.while_loop(
-        lambda _, filled: tf.reduce_any(overflows(filled[-1])),
-        close,
-        (is_closed, filled),
-        shape_invariants=(is_closed.shape, shapes),
+    empty = Spots(lengths[:0], lengths[:0])
+    nothing = empty, rows, is_pinned, tf.zeros_like(long_documents)
+    shapes = tf.nest.map_structure(lambda value: tf.TensorShape([None, *value.shape[1:]]), nothing)
+    is_closed = tf.zeros([num_before], tf.bool)
+    # The first turn is one of the loop's, so that there is less to trace and optimise.
+    _, _, filled = tf.while_loop(
+        lambda is_first, _, filled: is_first | tf.reduce_any(overflows(filled[-1])),
+        close_and_fill,
+        (True, is_closed, nothing),
+        shape_invariants=(tf.TensorShape([]), is_closed.shape, shapes),
     )
     return filled
