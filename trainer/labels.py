@@ -17,6 +17,8 @@ from trainer.rows import LabelIds, shown
 _TRUE, _FALSE = frozenset(("1", "1.0", "true")), frozenset(("0", "0.0", "false", ""))
 _MOST_DIGITS = 18
 _BARE_NUMBERS = re.compile(r"[\[(][\s\d.]*[\])]", re.ASCII)
+# How a list, a tuple or a set that became a string begins.
+_LIST = re.compile(r"[\[(]|\{\s*['\"\d]|set\(\)", re.ASCII)
 _STRINGS_WITHOUT_COMMA = re.compile(r"'\s*'|\"\s*\"")
 
 
@@ -68,7 +70,7 @@ class LabelReader:
         """The labels one by one: all numbers, or as they stand."""
         if isinstance(raw, str):
             text = raw.strip()
-            items = _parse_list(text) if text[:1] in ("[", "(") else text.split(self.delimiter)
+            items = _parse_list(text) if _LIST.match(text) else text.split(self.delimiter)
             items = [item.strip() if isinstance(item, str) else item for item in items]
             return self._numbers([item for item in items if item != ""])
         if raw is None or isinstance(raw, dict):
@@ -141,7 +143,7 @@ def _is_encodable(text: str) -> bool:
 
 
 def _parse_list(text: str) -> list[Any]:
-    """A list that was turned into a string: JSON's, Python's, or NumPy's of numbers."""
+    """A list that was turned into a string: JSON's, Python's (sets too), NumPy's of numbers."""
     if _STRINGS_WITHOUT_COMMA.search(text):
         # Python would join them into one label.
         raise LabelError(f"labels {_shown(text)}: no comma between strings")
@@ -151,7 +153,7 @@ def _parse_list(text: str) -> list[Any]:
         value = ast.literal_eval(text)
     except (ValueError, SyntaxError, MemoryError, RecursionError):
         raise LabelError(f"labels {_shown(text)}: not a list") from None
-    if not isinstance(value, list | tuple):
+    if not isinstance(value, list | tuple | set):
         raise LabelError(f"labels {_shown(text)}: not a list")
     return list(value)
 
