@@ -7,7 +7,7 @@ from typing import TypeVar
 
 from launch.job import Job
 from launch.reports import Ending, State
-from trainer import object_store
+from trainer import object_reader, object_store
 
 Record = TypeVar("Record", State, Ending)
 
@@ -70,7 +70,7 @@ class JobLog:
             for item in object_store.list_objects(self._prefix)
             if item.url.endswith(_STARTUP)
         ]
-        text = (object_store.read_object(urls[-1]) or b"" if urls else b"").decode(
+        text = (object_reader.read_object(urls[-1]) or b"" if urls else b"").decode(
             "utf-8", "replace"
         )
         return "\n".join(text.splitlines()[-_TAIL_LINES:])

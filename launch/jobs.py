@@ -20,7 +20,7 @@ from launch.reports import Ending, State
 from launch.submit_vertex import API
 from launch.tpu_requests import BUCKET
 from launch.tpu_resources import Phase, QueuedResources, describe
-from trainer import object_store
+from trainer import object_reader, object_store
 from trainer.errors import UserError
 
 _POLL_SECONDS = 10.0
@@ -164,7 +164,7 @@ def read_job(bucket: str, name: str) -> Job | None:
     Raises:
       OSError, UserError, RunAgain: if the store refuses, has something else, or does not answer.
     """
-    text = object_store.read_object(f"gs://{bucket}/{FOLDER}/{name}/job.json")
+    text = object_reader.read_object(f"gs://{bucket}/{FOLDER}/{name}/job.json")
     return None if text is None else Job.from_json(text)
 
 

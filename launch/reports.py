@@ -8,7 +8,7 @@ from pathlib import Path
 from types import TracebackType
 
 from launch.job import Job
-from trainer import object_store
+from trainer import object_reader, object_store
 from trainer.errors import RunAgain
 
 _INTERVAL_SECONDS = 10.0
@@ -123,7 +123,7 @@ class Reporter:
 
     def read_num_done(self) -> int:
         """How many of the job's commands were done before this machine came."""
-        text = object_store.read_object(f"{self._job.folder}/{_DONE}")
+        text = object_reader.read_object(f"{self._job.folder}/{_DONE}")
         record = json.loads(text) if text else {}
         return record["num_done"] if record.get("submission") == self._job.submission else 0
 

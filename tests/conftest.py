@@ -102,17 +102,17 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture
 def cloud(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeStorage]:
     """A bucket named b, without faults, which this process and its children talk to."""
-    from trainer import object_store
+    from trainer import store_client
 
     storage = FakeStorage({"b": {}})
     folder = tmp_path / "certificates"
     folder.mkdir()
     with serve(storage, str(folder)) as environment:
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", environment["STORAGE_EMULATOR_HOST"])
-        monkeypatch.setattr(object_store, "_FIRST_PAUSE_SECONDS", 0.02)
-        object_store._make_client.cache_clear()
+        monkeypatch.setattr(store_client, "_FIRST_PAUSE_SECONDS", 0.02)
+        store_client._make_client.cache_clear()
         yield storage
-        object_store._make_client.cache_clear()
+        store_client._make_client.cache_clear()
 
 
 @pytest.fixture

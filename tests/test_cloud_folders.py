@@ -8,7 +8,7 @@ import pytest
 from fake_gcs import random_faults
 from preparing import config, write_rows
 
-from trainer import export, object_store, prepare, score
+from trainer import export, object_reader, object_store, prepare, score, store_client
 from trainer.config import ExportConfig, ScoreConfig
 from trainer.errors import RunAgain, UserError
 from trainer.exported import load_exported
@@ -125,7 +125,7 @@ def test_of_two_prepares_at_once_neither_spoils_the_other_s(cloud, rows, scratch
     metadata = json.loads(cloud.buckets["b"]["data/metadata.json"].data)
     assert metadata["source"]["calls"][0]["seed"] == 5
     for shard in metadata["splits"]["all"]["shards"]:
-        found = object_store.find_object(f"gs://b/data/{shard['name']}")
+        found = object_reader.find_object(f"gs://b/data/{shard['name']}")
         assert found.checksum == shard["checksum"]
 
 
@@ -281,7 +281,7 @@ def test_another_score_that_starts_at_the_same_time_stops_or_finds_nothing_to_do
 
 
 def test_a_store_that_goes_away_is_a_reason_to_run_again(cloud, begun, monkeypatch):
-    monkeypatch.setattr(object_store, "_DEADLINE_SECONDS", 0.5)
+    monkeypatch.setattr(store_client, "_DEADLINE_SECONDS", 0.5)
     finished = read_bucket(cloud, "out")
     for name in ("_SUCCESS", "manifests/part-00001-of-00003.json"):
         del cloud.buckets["b"][f"out/{name}"]

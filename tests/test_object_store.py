@@ -8,9 +8,10 @@ import threading
 import pytest
 from fake_gcs import KEEPS_HALF, FakeStorage, random_faults, serve
 
-from trainer import object_store
+from trainer import object_reader, object_store, store_client
 from trainer.errors import RunAgain, UserError
-from trainer.object_store import Taken, find_object, open_reader, upload
+from trainer.object_reader import ObjectReader, find_object, open_reader
+from trainer.object_store import Taken, upload
 from trainer.records import checksum
 
 LARGE = os.urandom(1 << 20) * 21
@@ -29,7 +30,7 @@ def test_objects_come_back_as_they_were_written(cloud, tmp_path):
         assert object_store.download(f"gs://b/{name}", str(path)) == stored
         assert path.read_bytes() == data
     assert stored.checksum == checksum(str(path))
-    assert find_object("gs://b/other") is None and object_store.read_object("gs://b/x") is None
+    assert find_object("gs://b/other") is None and object_reader.read_object("gs://b/x") is None
 
 
 def test_a_reader_seeks_and_reads_lines(cloud):
@@ -127,7 +128,7 @@ def test_bytes_that_are_not_the_object_s_are_noticed(cloud, monkeypatch):
     changed = bytearray(LARGE)
     changed[5 << 20] ^= 1
     cloud.buckets["b"]["large"].data = bytes(changed)
-    reader = object_store._Ranges(stored)
+    reader = ObjectReader(stored)
     with pytest.raises(RunAgain, match="arrived with CRC-32C"):
         while reader.read(4 << 20):
             pass
@@ -153,7 +154,7 @@ def test_an_object_that_is_replaced_while_it_is_read_stops_the_reader(cloud):
     ],
 )
 def test_what_a_store_refuses_is_said_in_one_line(cloud, monkeypatch, bucket, kind, message):
-    monkeypatch.setattr(object_store, "_DEADLINE_SECONDS", 1.5)
+    monkeypatch.setattr(store_client, "_DEADLINE_SECONDS", 1.5)
     cloud.statuses |= {"forbidden": 403, "down": 503, "busy": 429, "odd": 418}
     for act in (
         lambda: upload(f"gs://{bucket}/x", b"", if_generation=0),
@@ -169,11 +170,11 @@ def test_what_a_store_refuses_is_said_in_one_line(cloud, monkeypatch, bucket, ki
 
 def test_nobody_there_is_a_reason_to_run_again(monkeypatch):
     monkeypatch.setenv("STORAGE_EMULATOR_HOST", "http://127.0.0.1:9")
-    monkeypatch.setattr(object_store, "_DEADLINE_SECONDS", 1.0)
-    object_store._make_client.cache_clear()
+    monkeypatch.setattr(store_client, "_DEADLINE_SECONDS", 1.0)
+    store_client._make_client.cache_clear()
     with pytest.raises(RunAgain, match="gs://b/x: the store did not answer"):
         find_object("gs://b/x")
-    object_store._make_client.cache_clear()
+    store_client._make_client.cache_clear()
 
 
 def test_of_many_writers_one_gets_the_name(cloud):
@@ -199,8 +200,9 @@ def test_behind_a_proxy_without_credentials_requests_are_anonymous(tmp_path):
     storage = FakeStorage({"b": {}})
     storage.put("b", "public", b"for all")
     code = (
-        "import sys; from trainer import object_store as o;"
-        "print(o.read_object('gs://b/public'), o.upload('gs://b/large', b'x' * 9000000).bytes);"
+        "import sys; from trainer.object_reader import read_object as read;"
+        "from trainer.object_store import upload;"
+        "print(read('gs://b/public'), upload('gs://b/large', b'x' * 9000000).bytes);"
         "assert 'tensorflow' not in sys.modules"
     )
     with serve(storage, str(tmp_path)) as environment:

@@ -12,7 +12,7 @@ from fake_gcs import FakeStorage, serve
 
 from launch import package, submit_dataflow
 from launch.config import SubmitDataflowConfig
-from trainer import object_store
+from trainer import store_client
 from trainer.errors import UserError
 
 SCORE = (
@@ -42,9 +42,9 @@ def storage(model, tmp_path, monkeypatch):
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", environment["STORAGE_EMULATOR_HOST"])
         monkeypatch.setenv("NO_GCE_CHECK", "true")
         monkeypatch.delenv("GOOGLE_APPLICATION_CREDENTIALS", raising=False)
-        object_store._make_client.cache_clear()
+        store_client._make_client.cache_clear()
         yield storage
-        object_store._make_client.cache_clear()
+        store_client._make_client.cache_clear()
 
 
 @pytest.fixture

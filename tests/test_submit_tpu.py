@@ -153,7 +153,7 @@ def test_a_slice_that_somebody_deleted_is_not_waited_for(tpu, capsys):
 def test_a_store_that_is_away_does_not_end_the_waiting(tpu, cloud, monkeypatch, capsys):
     """Twice the bucket does not answer; the slice is neither forgotten nor cancelled."""
     Slices(tpu, cloud, 0)
-    from trainer import object_store
+    from trainer import object_reader
     from trainer.errors import RunAgain
 
     away = iter([True, True])
@@ -167,7 +167,7 @@ def test_a_store_that_is_away_does_not_end_the_waiting(tpu, cloud, monkeypatch, 
     monkeypatch.setattr(slice_watch, "read_records", read_or_fail)
     assert run(SUBMIT) == 0
     assert capsys.readouterr().out.count("still waiting: the store did not answer") == 2
-    assert object_store.read_object(f"gs://{BUCKET}/multihot/first/exit_code/host-0")
+    assert object_reader.read_object(f"gs://{BUCKET}/multihot/first/exit_code/host-0")
 
 
 def test_another_submissions_leavings_are_not_taken_for_this_ones(tpu, cloud, capsys):

@@ -18,7 +18,7 @@ from launch import submit_vertex, vertex_jobs
 from launch.config import SubmitVertexConfig
 from launch.job import Job
 from launch.reports import Ending, State
-from trainer import object_store
+from trainer import store_client
 from trainer.errors import RunAgain, UserError
 
 TRAIN = ("train", "--data_dir=gs://my-bucket/data", "--model_dir=gs://my-bucket/run")
@@ -46,9 +46,9 @@ def storage(tmp_path, monkeypatch):
     folder.mkdir()
     with fake_gcs.serve(storage, str(folder)) as environment:
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", environment["STORAGE_EMULATOR_HOST"])
-        object_store._make_client.cache_clear()
+        store_client._make_client.cache_clear()
         yield storage
-        object_store._make_client.cache_clear()
+        store_client._make_client.cache_clear()
 
 
 @pytest.fixture

@@ -18,7 +18,7 @@ from google.cloud.tpu_v2 import types
 
 from launch import submit_tpu, tpu_resources
 from launch.job import Job
-from trainer import cli, object_store
+from trainer import cli, store_client
 
 NAME = "projects/my-project/locations/us-central1-a/queuedResources/first"
 FLAGS = ["--project=my-project", "--zone=us-central1-a", f"--bucket={BUCKET}"]
@@ -87,11 +87,11 @@ def test_a_run_that_is_taken_away_resumes_on_the_next_slice(
         monkeypatch.setenv(tpu_resources.ENDPOINT_VARIABLE, address)
         store = host.environment["STORAGE_EMULATOR_HOST"]
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", store)
-        object_store._make_client.cache_clear()
+        store_client._make_client.cache_clear()
         try:
             cli.main(["submit", "tpu", *FLAGS, "--", *train])
         finally:
-            object_store._make_client.cache_clear()
+            store_client._make_client.cache_clear()
             for thread in slices.threads:
                 thread.join(10)
         shown = capsys.readouterr().out

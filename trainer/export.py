@@ -25,7 +25,8 @@ from trainer.errors import UserError
 from trainer.evaluation_files import CALIBRATION_FILE, EVALUATION_FOLDER, METRICS_FILE
 from trainer.exported import HEAD_PREFIX, MULTIHOT_FILE, SAVED_MODEL_FOLDER
 from trainer.model import Model, pad_batch
-from trainer.object_store import Taken, list_objects, read_object, upload, upload_files
+from trainer.object_reader import read_object
+from trainer.object_store import Taken, list_objects, upload, upload_files
 from trainer.packing import choose_packing, least_tokens, with_slots_for_scoring
 from trainer.pretrained import (
     WEIGHTS_FILE,

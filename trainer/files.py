@@ -114,7 +114,7 @@ def open_file(name: str) -> Any:
     """A file or object as a buffered, seekable stream of its bytes."""
     path = location(name)
     if storage.is_remote(path):
-        from trainer.object_store import open_reader
+        from trainer.object_reader import open_reader
 
         return open_reader(path)
     return open(path, "rb", buffering=BLOCK_BYTES)

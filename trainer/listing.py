@@ -150,7 +150,8 @@ def _read_json(path: str) -> dict:
 
 def _expand_remote(url: str, source_split: str | None, any_ending: bool) -> list[str]:
     """The objects of a URL: one, those that match a pattern, or those right below a folder."""
-    from trainer.object_store import find_object, list_objects
+    from trainer.object_reader import find_object
+    from trainer.object_store import list_objects
 
     if glob.has_magic(url):
         before = re.split(r"[*?[]", url, maxsplit=1)[0]

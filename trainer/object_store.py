@@ -1,74 +1,48 @@
 """Objects in Cloud Storage, by Google's own client: what `prepare`, `export` and `score` need.
 
 (Training reads and writes gs:// through TensorFlow's file systems, see storage.py; the processes
-here do without TensorFlow.) Every request is repeated with growing pauses while the store turns it
-down (408, 429, 5xx), resets the connection or does not answer, up to a deadline; then the command
-ends with `RunAgain`. No byte is taken on trust: a block has to have the length that was asked for,
-an object that was read whole its checksum, and the store compares an upload's checksum before the
-object appears.
-
-`STORAGE_EMULATOR_HOST` names another store, as for Google's own tools. Where no credentials are
-found, requests are anonymous, which is enough for public buckets.
+here do without TensorFlow.) Requests and their repetition are in store_client.py, reading in
+object_reader.py. The store compares an upload's checksum before the object appears.
 """
 
 import base64
 import contextlib
 import errno
-import functools
 import io
 import os
-import sys
-import threading
 import uuid
-from collections.abc import Iterator, Mapping, Sequence
+from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from dataclasses import dataclass
-from typing import Any, BinaryIO
+from typing import BinaryIO
 
 from trainer.errors import RunAgain, UserError
-from trainer.storage import explain_status
+from trainer.object_reader import (
+    BLOCK_BYTES,
+    ObjectReader,
+    StoredObject,
+    describe,
+    find_object,
+    read_object,
+)
+from trainer.store_client import (
+    REQUEST_SECONDS,
+    SCHEME,
+    blob_of,
+    client,
+    explained,
+    retry,
+    split_url,
+)
 
-SCHEME = "gs://"
-BLOCK_BYTES = 4 << 20
 # A request's answer takes tens of milliseconds and no work of ours. Google's client keeps ten
 # connections.
 REQUESTS_AT_ONCE = 8
-_DEADLINE_SECONDS = 180.0
-_FIRST_PAUSE_SECONDS = 1.0
-_REQUEST_SECONDS = 60.0
 _UPLOAD_PIECE_BYTES = 8 << 20  # A multiple of 256 KiB, as Cloud Storage wants.
 _TOKEN = "multihot-upload"
-_MAKING_CLIENT = threading.Lock()
 
 
 class Taken(Exception):
     """An upload's precondition did not hold: somebody else has written the object meanwhile."""
-
-
-@dataclass(frozen=True)
-class StoredObject:
-    """An object: its URL, bytes, CRC-32C (eight hex digits) and generation."""
-
-    url: str
-    bytes: int
-    checksum: str
-    generation: int
-
-
-def find_object(url: str) -> StoredObject | None:
-    """The object of that name, or None.
-
-    Raises:
-      OSError: if the store refuses it.
-      RunAgain: if the store does not answer.
-    """
-    blob = _blob(url)
-    try:
-        with _explained(url):
-            blob.reload(retry=_retry(), timeout=_REQUEST_SECONDS)
-    except FileNotFoundError:
-        return None
-    return _describe(blob)
 
 
 def find_regions(bucket: str) -> tuple[str, ...] | None:
@@ -81,10 +55,10 @@ def find_regions(bucket: str) -> tuple[str, ...] | None:
       OSError: if the store refuses to say.
       RunAgain: if the store does not answer.
     """
-    found = _client().bucket(bucket)
+    found = client().bucket(bucket)
     try:
-        with _explained(f"{SCHEME}{bucket}"):
-            found.reload(retry=_retry(), timeout=_REQUEST_SECONDS)
+        with explained(f"{SCHEME}{bucket}"):
+            found.reload(retry=retry(), timeout=REQUEST_SECONDS)
     except FileNotFoundError:
         return None
     return tuple(name.lower() for name in found.data_locations or [found.location])
@@ -101,41 +75,18 @@ def list_objects(url_prefix: str, below: bool = True) -> list[StoredObject]:
       OSError: if the store refuses it, or there is no such bucket.
       RunAgain: if the store does not answer.
     """
-    bucket, prefix = _split(url_prefix)
-    with _explained(url_prefix):
-        blobs = _client().list_blobs(
+    bucket, prefix = split_url(url_prefix)
+    with explained(url_prefix):
+        blobs = client().list_blobs(
             bucket,
             prefix=prefix,
             delimiter=None if below else "/",
-            retry=_retry(),
-            timeout=_REQUEST_SECONDS,
+            retry=retry(),
+            timeout=REQUEST_SECONDS,
         )
         # A list of several pages may hold a name twice when one of them was asked for again.
-        found = {blob.name: _describe(blob) for blob in blobs if not blob.name.endswith("/")}
+        found = {blob.name: describe(blob) for blob in blobs if not blob.name.endswith("/")}
     return [found[name] for name in sorted(found)]
-
-
-def open_reader(url: str) -> io.BufferedReader:
-    """An object to read from, in blocks of BLOCK_BYTES; always the bytes of one generation.
-
-    Raises:
-      FileNotFoundError: if there is none.
-      OSError, RunAgain: if the store refuses it, does not answer, or the object is replaced while
-        it is read; from every read.
-    """
-    stored = find_object(url)
-    if stored is None:
-        raise FileNotFoundError(errno.ENOENT, "not found; check bucket and folder", url)
-    return io.BufferedReader(_Ranges(stored), BLOCK_BYTES)
-
-
-def read_object(url: str) -> bytes | None:
-    """All of a small object, or None if there is none."""
-    try:
-        with open_reader(url) as file:
-            return file.read()
-    except FileNotFoundError:
-        return None
 
 
 def download(url: str, path: str) -> StoredObject:
@@ -143,7 +94,7 @@ def download(url: str, path: str) -> StoredObject:
     stored = find_object(url)
     if stored is None:
         raise FileNotFoundError(errno.ENOENT, "not found; check bucket and folder", url)
-    with _Ranges(stored) as reader, open(path, "wb") as file:
+    with ObjectReader(stored) as reader, open(path, "wb") as file:
         while block := reader.read(2 * BLOCK_BYTES):
             file.write(block)
     return stored
@@ -210,10 +161,10 @@ def upload(
             return upload(url, file, if_generation)
     if isinstance(source, bytes):
         source = io.BytesIO(source)
-    from google.api_core.exceptions import PreconditionFailed
+    from google.api_core.exceptions import NotFound, PreconditionFailed
 
     checksum, size = _sum_up(source)
-    blob = _blob(url)
+    blob = blob_of(url)
     token = uuid.uuid4().hex
     blob.metadata = {_TOKEN: token}
     blob.crc32c = base64.b64encode(bytes.fromhex(checksum)).decode()
@@ -229,25 +180,25 @@ def upload(
                 content_type="application/octet-stream",
                 if_generation_match=if_generation,
                 checksum=None,
-                retry=_retry(),
-                timeout=_REQUEST_SECONDS,
+                retry=retry(),
+                timeout=REQUEST_SECONDS,
             )
         except ValueError as error:
             # The store kept only some of a piece, after which Google's client cannot go on.
             raise ConnectionError(f"the upload was broken off ({error})") from None
 
     try:
-        with _explained(url):
-            _retry()(send)()
+        with explained(url):
+            retry()(send)()
     except PreconditionFailed:
-        there = _blob(url)
-        with _explained(url):
-            with contextlib.suppress(_not_found()):
-                there.reload(retry=_retry(), timeout=_REQUEST_SECONDS)
+        there = blob_of(url)
+        with explained(url):
+            with contextlib.suppress(NotFound):
+                there.reload(retry=retry(), timeout=REQUEST_SECONDS)
         if (there.metadata or {}).get(_TOKEN) != token:
             raise Taken(url) from None
         blob = there
-    stored = _describe(blob)
+    stored = describe(blob)
     if (stored.bytes, stored.checksum) != (size, checksum):
         raise RunAgain(
             f"{url}: {stored.bytes} bytes with CRC-32C {stored.checksum} arrived of {size} bytes "
@@ -288,10 +239,10 @@ def delete(url: str, if_generation: int | None = None) -> None:
     """
     from google.api_core.exceptions import PreconditionFailed
 
-    blob = _blob(url)
+    blob = blob_of(url)
     try:
-        with _explained(url):
-            blob.delete(if_generation_match=if_generation, retry=_retry(), timeout=_REQUEST_SECONDS)
+        with explained(url):
+            blob.delete(if_generation_match=if_generation, retry=retry(), timeout=REQUEST_SECONDS)
     except FileNotFoundError:
         return
     except PreconditionFailed:
@@ -302,92 +253,6 @@ def together(urls: Sequence[str]) -> list[bytes | None]:
     """Contents of small objects, many asked for at once; None for one that is not there."""
     with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
         return list(pool.map(read_object, urls))
-
-
-class _Ranges(io.RawIOBase):
-    """An object's bytes by ranges; knows whether it was read from beginning to end."""
-
-    def __init__(self, stored: StoredObject) -> None:
-        import google_crc32c
-
-        super().__init__()
-        self._stored = stored
-        self._position = 0
-        self._checksum = google_crc32c.Checksum()
-        self._num_checked = 0
-
-    def readable(self) -> bool:
-        """True."""
-        return True
-
-    def seekable(self) -> bool:
-        """True."""
-        return True
-
-    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """As of any file."""
-        start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._stored.bytes}
-        position = start[whence] + offset
-        if position < 0:
-            raise ValueError(f"negative position {position}")
-        self._position = position
-        return position
-
-    def tell(self) -> int:
-        """As of any file."""
-        return self._position
-
-    def readinto(self, buffer: Any) -> int:
-        """Fills the buffer by one request, or as far as the object goes."""
-        view = memoryview(buffer).cast("B")
-        size = min(len(view), self._stored.bytes - self._position)
-        if size <= 0:
-            return 0
-        data = _read_range(self._stored, self._position, size)
-        view[:size] = data
-        if self._position == self._num_checked:
-            self._checksum.update(data)
-            self._num_checked += size
-            if self._num_checked == self._stored.bytes:
-                self._check()
-        self._position += size
-        return size
-
-    def _check(self) -> None:
-        found = self._checksum.hexdigest().decode()
-        if found != self._stored.checksum:
-            raise RunAgain(
-                f"{self._stored.url}: arrived with CRC-32C {found}, but the store says "
-                f"{self._stored.checksum}; run the same command again"
-            )
-
-
-def _read_range(stored: StoredObject, start: int, size: int) -> bytes:
-    bucket, name = _split(stored.url)
-    blob = _client().bucket(bucket).blob(name, generation=stored.generation)
-
-    def ask() -> bytes:
-        data = blob.download_as_bytes(
-            start=start,
-            end=start + size - 1,
-            # As it is stored: an object that says of itself that it is gzip would come unpacked.
-            raw_download=True,
-            checksum=None,
-            retry=None,
-            timeout=_REQUEST_SECONDS,
-        )
-        if len(data) != size:
-            raise ConnectionError(f"{len(data)} bytes arrived of {size}")
-        return data
-
-    try:
-        with _explained(stored.url):
-            return _retry()(ask)()
-    except FileNotFoundError:
-        raise UserError(
-            f"{stored.url}: replaced or removed while it was read; run the command again once "
-            "nobody writes to it"
-        ) from None
 
 
 def _sum_up(file: BinaryIO) -> tuple[str, int]:
@@ -401,102 +266,3 @@ def _sum_up(file: BinaryIO) -> tuple[str, int]:
         checksum.update(block)
         size += len(block)
     return checksum.hexdigest().decode(), size
-
-
-def _describe(blob: Any) -> StoredObject:
-    checksum = base64.b64decode(blob.crc32c or "").hex()
-    return StoredObject(
-        f"{SCHEME}{blob.bucket.name}/{blob.name}", int(blob.size), checksum, int(blob.generation)
-    )
-
-
-def _split(url: str) -> tuple[str, str]:
-    """Bucket and name.
-
-    Raises:
-      UserError: if it is not a URL of Cloud Storage.
-    """
-    bucket, slash, name = url.removeprefix(SCHEME).partition("/")
-    if not url.startswith(SCHEME) or not bucket or not slash:
-        raise UserError(f"{url}: expected a local path or {SCHEME}BUCKET/NAME")
-    return bucket, name
-
-
-def _blob(url: str) -> Any:
-    bucket, name = _split(url)
-    return _client().bucket(bucket).blob(name)
-
-
-def _client() -> Any:
-    """This process's client."""
-    with _MAKING_CLIENT:
-        return _make_client()
-
-
-@functools.cache
-def _make_client() -> Any:
-    import google.auth
-    from google.api_core.client_options import ClientOptions
-    from google.auth.credentials import AnonymousCredentials
-    from google.auth.exceptions import DefaultCredentialsError
-    from google.cloud import storage
-
-    endpoint = os.environ.get("STORAGE_EMULATOR_HOST")
-    if endpoint:
-        address = endpoint if "://" in endpoint else f"http://{endpoint}"
-        options = ClientOptions(api_endpoint=address)
-        return storage.Client("none", AnonymousCredentials(), client_options=options)
-    try:
-        credentials, project = google.auth.default(
-            scopes=["https://www.googleapis.com/auth/devstorage.read_write"]
-        )
-    except DefaultCredentialsError:
-        print(
-            "warning: no Google credentials found, so gs:// is asked anonymously, which public "
-            "buckets allow; sign in with `gcloud auth application-default login`",
-            file=sys.stderr,
-        )
-        return storage.Client("none", AnonymousCredentials())
-    return storage.Client(project or "none", credentials)
-
-
-def _retry() -> Any:
-    """Google's policy of repetition, with our deadline and pauses."""
-    from google.cloud.storage.retry import DEFAULT_RETRY
-
-    return DEFAULT_RETRY.with_timeout(_DEADLINE_SECONDS).with_delay(_FIRST_PAUSE_SECONDS)
-
-
-def _not_found() -> type[Exception]:
-    from google.api_core.exceptions import NotFound
-
-    return NotFound
-
-
-@contextlib.contextmanager
-def _explained(url: str) -> Iterator[None]:
-    """What Google's client raises put into words; a precondition that failed passes through."""
-    import requests
-    from google.api_core import exceptions
-    from google.auth.exceptions import RefreshError, TransportError
-
-    try:
-        yield
-    except exceptions.PreconditionFailed:
-        raise
-    except exceptions.RetryError as error:
-        cause = error.cause
-        status = getattr(cause, "code", None) or getattr(
-            getattr(cause, "response", None), "status_code", None
-        )
-        raise explain_status(url, status, _reason(cause or error)) from None
-    except exceptions.GoogleAPICallError as error:
-        raise explain_status(url, error.code, _reason(error)) from None
-    except RefreshError:
-        raise explain_status(url, 401, "the credentials have run out") from None
-    except (requests.RequestException, TransportError, ConnectionError) as error:
-        raise explain_status(url, None, _reason(error)) from None
-
-
-def _reason(error: BaseException) -> str:
-    return " ".join(str(error).split())[:200] or type(error).__name__

@@ -12,11 +12,13 @@ import tempfile
 from collections.abc import Sequence
 from typing import BinaryIO, NamedTuple, Protocol, cast
 
-from trainer import object_store, storage
+from trainer import object_reader, object_store, storage
 from trainer.atomic import write_atomically
 from trainer.errors import UserError
+from trainer.object_reader import StoredObject
 from trainer.object_store import Taken
 from trainer.records import checksum
+from trainer.store_client import SCHEME
 
 ASIDE = ".tmp"
 _OURS_ASIDE = re.compile(r"(plan\.json|_SUCCESS|part-\d+-of-\d+\.[\w.]+)" + re.escape(ASIDE))
@@ -97,7 +99,7 @@ def open_output(url: str) -> OutputFolder:
     """
     if not storage.is_remote(url):
         return LocalFolder(url)
-    if not url.startswith(object_store.SCHEME) or url.rstrip("/").count("/") < 3:
+    if not url.startswith(SCHEME) or url.rstrip("/").count("/") < 3:
         raise UserError(f"--output_dir={url}: expected a local path or gs://BUCKET/FOLDER")
     return StoreFolder(url.rstrip("/"))
 
@@ -290,7 +292,7 @@ class StoreFolder:
 
     def sum_up(self, name: str) -> Found | None:
         """From the object's metadata."""
-        stored = object_store.find_object(self._url(name))
+        stored = object_reader.find_object(self._url(name))
         return None if stored is None else Found(stored.bytes, stored.checksum)
 
     def replace(self, name: str, content: str) -> None:
@@ -313,7 +315,7 @@ class StoreFolder:
         """Notes what a killed run may have left, which is what may be replaced."""
         part = _StorePart(self.url, name, manifest)
         # Afterwards, so that a part that is named in between is not taken for what was left.
-        if object_store.find_object(self._url(manifest)) is None:
+        if object_reader.find_object(self._url(manifest)) is None:
             return part
         part.abandon()
         return None
@@ -327,7 +329,7 @@ class _StorePart:
 
     def __init__(self, folder: str, name: str, manifest: str) -> None:
         self._folder, self._name, self._manifest = folder, name, manifest
-        left = object_store.find_object(f"{folder}/{name}")
+        left = object_reader.find_object(f"{folder}/{name}")
         self._generation = 0 if left is None else left.generation
         self.file: BinaryIO = cast(BinaryIO, tempfile.TemporaryFile())  # noqa: SIM115
 
@@ -339,14 +341,12 @@ class _StorePart:
 
     def name_manifest(self, content: bytes) -> None:
         # Another writer that took our part for one that was left behind has replaced it by now.
-        stored = object_store.find_object(f"{self._folder}/{self._name}")
+        stored = object_reader.find_object(f"{self._folder}/{self._name}")
         if stored is None or stored.generation != self._generation:
             raise _busy(self._folder, self._name)
         self._upload(self._manifest, content, 0)
 
-    def _upload(
-        self, name: str, source: BinaryIO | bytes, generation: int
-    ) -> object_store.StoredObject:
+    def _upload(self, name: str, source: BinaryIO | bytes, generation: int) -> StoredObject:
         try:
             return object_store.upload(f"{self._folder}/{name}", source, generation)
         except Taken:

@@ -125,7 +125,7 @@ def fingerprint(name: str) -> tuple[int, str]:
     path = location(name)
     if not storage.is_remote(path):
         return os.path.getsize(path), checksum(path)
-    from trainer.object_store import find_object
+    from trainer.object_reader import find_object
 
     found = find_object(path)
     if found is None:

@@ -26,7 +26,7 @@ def version_of(name: str) -> tuple[int, ...]:
         except FileNotFoundError:
             return ()
         return status.st_size, status.st_mtime_ns, status.st_ino
-    from trainer.object_store import find_object
+    from trainer.object_reader import find_object
 
     found = find_object(path)
     return () if found is None else (found.generation,)
