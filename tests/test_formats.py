@@ -3,6 +3,7 @@
 import decimal
 import gzip
 import json
+import tracemalloc
 import uuid
 from pathlib import Path
 
@@ -15,6 +16,7 @@ from pyarrow import parquet
 
 from trainer.errors import UserError
 from trainer.formats.lines import MAX_LINE_BYTES
+from trainer.labels import LabelError, LabelReader
 from trainer.records import encode_record
 from trainer.rows import LabelIds
 from trainer.sources import (
@@ -56,6 +58,8 @@ def example(**features) -> bytes:
         if values and isinstance(values[0], str | bytes):
             values = [v.encode() if isinstance(v, str) else v for v in values]
             return tf.train.Feature(bytes_list=tf.train.BytesList(value=values))
+        if values and isinstance(values[0], float):
+            return tf.train.Feature(float_list=tf.train.FloatList(value=values))
         return tf.train.Feature(int64_list=tf.train.Int64List(value=values))
 
     named = {name: feature(values) for name, values in features.items()}
@@ -139,6 +143,36 @@ def test_a_saved_dictionary_of_splits_gives_class_names(tmp_path):
     state.write_text(state.read_text().replace("{", '{"_indices_data_files": [{}],', 1))
     with pytest.raises(UserError, match="flatten_indices"):
         list_files([str(tmp_path / "set")])
+
+
+def test_what_describes_a_data_set_is_none_of_its_files(tmp_path):
+    table = pyarrow.table({"text": ["a", "b"], "labels": [["x"], ["y"]]})
+    (tmp_path / "data").mkdir()
+    (tmp_path / "dataset_infos.json").write_text('{"default": {}}')
+    parquet.write_table(table, tmp_path / "data" / "train-00000-of-00001.parquet")
+    (tmp_path / "data" / "dataset_info.json").write_text('{\n"features": {}\n}')
+    (path,) = list_files([str(tmp_path)])
+    assert path.endswith("train-00000-of-00001.parquet")
+
+
+def test_labels_may_be_lists_of_bytes(tmp_path):
+    labels = pyarrow.array([[b"b", b"a"], None, [b"\xff"]], pyarrow.list_(pyarrow.binary()))
+    table = pyarrow.table({"text": ["x", "y", "z"], "labels": labels})
+    parquet.write_table(table, tmp_path / "x.parquet")
+    rows = read(tmp_path / "x.parquet", Columns(labels=("labels",)))
+    assert rows[0].labels == ["b", "a"] and rows[1].labels is None
+    with pytest.raises(LabelError, match="not UTF-8"):
+        LabelReader(None, ("labels",)).read(rows[2].labels)
+
+
+def test_the_check_of_columns_keeps_little_of_long_texts(tmp_path):
+    lines = [json.dumps({"text": "x" * 1_000_000, "labels": ["a"]}) + "\n"] * 50
+    (tmp_path / "x.jsonl").write_text("".join(lines))
+    tracemalloc.start()
+    check_columns(str(tmp_path / "x.jsonl"), Columns(labels=("labels",)))
+    _, most = tracemalloc.get_traced_memory()
+    tracemalloc.stop()
+    assert most < 20_000_000
 
 
 def test_unusual_values_of_a_table_cost_their_row_alone(tmp_path):
@@ -248,15 +282,20 @@ def test_berts_layout_loses_its_padding(tmp_path):
         record([2, 9, 3, 3], [1, 1, 1, 1], second=1),
         record([2, 9, 3, 0], [1, 1, 1]),
         b"\xff\xff",
+        record([2.0, 9.5, 3.0, 0.0], [1, 1, 1, 0]),
+        record([2, 9, 3, 0], [b"1", b"1", b"1", b"0"]),
     ]
     path = write_records(tmp_path / "eval.tf_record.tfrecord", records)
     check_columns(str(path), Columns(labels=("labels",)))
     rows = read(path, Columns(labels=("labels",)))
     assert rows[0] == Row(0, f"{path.name}:0", "", [0, 1, 1], (), [[2, 9, 3]])
-    assert [row.position for row in rows] == [0, 2, 3, 4]
+    assert [row.position for row in rows] == [0, 2, 3, 4, 5, 6]
     reasons = [row.reason for row in rows if isinstance(row, BadRow)]
     assert "pair of texts" in reasons[0] and "as many of each" in reasons[1]
     assert "not a tf.train.Example" in reasons[2]
+    assert reasons[3:] == [
+        "input_ids holds other than integers", "input_mask holds other than integers",
+    ]  # fmt: skip
 
 
 @pytest.mark.parametrize("name", ["saved", *(n for n in NAMES if n not in ("saved", "rows.jsonl"))])
@@ -321,6 +360,34 @@ def test_a_broken_row_of_a_table_costs_itself_alone(tmp_path, table, good, bad):
     assert [row.id for row in rows if isinstance(row, Row)] == good
     assert sum(isinstance(row, BadRow) for row in rows) == bad
     assert [row.position for row in rows] == list(range(len(rows)))
+
+
+def test_a_text_is_not_cut_where_pandas_left_a_carriage_return(tmp_path):
+    path = tmp_path / "x.csv"
+    path.write_bytes(
+        b"id,labels,text\n1,a,first\rsecond\n2,b,plain\n3,c,x\r\r\n\r\r\n4,d,y\r5,e,z\n"
+    )
+    rows = read(path, Columns(labels=("labels",)))
+    assert [row.text for row in rows if isinstance(row, Row)] == ["plain", "x", "y", "z"]
+    assert isinstance(rows[0], BadRow) and "new-line character" in rows[0].reason
+
+
+def test_quotes_that_mean_nothing_swallow_no_rows_of_a_tsv(tmp_path):
+    path = tmp_path / "x.tsv"
+    lines = [f"{i}\ta\tsentence {i}" for i in range(30)]
+    lines[4], lines[20] = '4\ta\t"open', '20\ta\tshut"'
+    path.write_text("\n".join(["id\tlabels\ttext", *lines]) + "\n", encoding="utf-8")
+    rows = read(path, Columns(labels=("labels",)))
+    assert [row.position for row in rows] == list(range(30))
+    assert [row.position for row in rows if isinstance(row, BadRow)] == [4]
+    assert "16 lines on, which are rows too" in rows[4].reason and rows[20].text == 'shut"'
+    # Quotes that do mean something: a text of lines and tabs, and a table of one column.
+    text = 'def f():\n\treturn "x"\n\n\tpass\tpass'
+    quoted = text.replace('"', '""')
+    path.write_text(f'id\tlabels\ttext\n1\ta\t"{quoted}"\n', encoding="utf-8")
+    assert [row.text for row in read(path, Columns(labels=("labels",)))] == [text]
+    path.write_text('text\n"two\nlines"\n', encoding="utf-8")
+    assert [row.text for row in read(path, Columns())] == ["two\nlines"]
 
 
 @pytest.mark.parametrize(

@@ -20,6 +20,11 @@ KNOWN = LabelReader(NAMES, ("labels",))
         ("", []),
         ("one", ["one"]),
         ('["b", "a"]', ["a", "b"]),
+        ('["\\ud83d\\ude00", "tv\\/film"]', ["tv/film", "\U0001f600"]),
+        ("['']", []),
+        ("['a', '']", ["a"]),
+        ("(none)", ["(none)"]),
+        ("(a), b", ["(a)", "b"]),
         ("['b', 'a, b']", ["a, b", "b"]),
         ("('a',)", ["a"]),
         ("{'b', 'a, b'}", ["a, b", "b"]),
@@ -48,6 +53,8 @@ def test_names_without_a_label_file(raw, expected):
         ([True, False, False, True], ["7", "red"]),
         ([1.0, 0.0, 0.0, 0.0], ["red"]),
         ("[0, 1, 1, 0]", ["blue", "green"]),
+        ("[true, false, false, false]", ["red"]),
+        ("{0, 1}", ["green", "red"]),
         ("[0. 1. 1. 0.]", ["blue", "green"]),
         ("0,1,1,0", ["blue", "green"]),
         ([0, 0, 0, 0], []),
@@ -60,6 +67,24 @@ def test_names_ids_and_multi_hot_with_a_label_file(raw, expected):
     assert KNOWN.read(raw) == expected
 
 
+def test_numbers_that_are_names_are_not_places_of_others():
+    numbered = LabelReader(("1", "2", "5"), ("labels",), dropped=frozenset({"0"}))
+    assert numbered.read(["0"]) == [] and numbered.read("2,0") == ["2"]
+    assert numbered.read([0]) == ["1"] and numbered.read([1, 0, 1]) == ["1", "5"]
+    with pytest.raises(LabelError, match="unknown label '4'"):
+        numbered.read(["4"])
+    with pytest.raises(LabelError, match="write names as strings"):
+        numbered.read([2])
+    assert LabelReader(("0", "1", "2"), ("labels",)).read([2]) == ["2"]
+    named = LabelReader(("a", "b"), ("labels",), dropped=frozenset({"0"}))
+    assert named.read(["0"]) == [] and named.read(["1"]) == ["b"]
+
+
+def test_two_labels_are_no_less_ids_for_being_a_set():
+    assert LabelReader(("a", "b"), ("labels",)).read("{0, 1}") == ["a", "b"]
+    assert LabelReader(("a", "b"), ("labels",)).read("[0, 1]") == ["b"]
+
+
 @pytest.mark.parametrize(
     "reader, raw, reason",
     [
@@ -70,6 +95,10 @@ def test_names_ids_and_multi_hot_with_a_label_file(raw, expected):
         (OPEN, ["a", ""], "empty"),
         (OPEN, ["\ud800"], "not valid Unicode"),
         (OPEN, "['a' 'b']", "no comma"),
+        (OPEN, "['a'\n 'b']", "no comma"),
+        (OPEN, "['a''b']", "no comma"),
+        (OPEN, "{'a', ['b']}", "not a list"),
+        (KNOWN, f"[0x{'f' * 5000}]", "of more than 63 bits"),
         (OPEN, "[a, b]", "not a list"),
         (OPEN, '{"a": 1}', "not a list"),
         (OPEN, "[__import__('os')]", "not a list"),

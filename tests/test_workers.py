@@ -37,6 +37,16 @@ def test_results_come_in_order():
         assert list(pool.map(square, range(50))) == [number * number for number in range(50)]
 
 
+def interrupt_itself(number):
+    os.kill(os.getpid(), signal.SIGINT)
+    return number
+
+
+def test_an_interruption_is_the_parents_to_handle():
+    with process_pool(2) as pool:
+        assert list(pool.map(interrupt_itself, range(4))) == [0, 1, 2, 3]
+
+
 def test_a_killed_process_is_one_line():
     with process_pool(2) as pool:
         with pytest.raises(UserError, match="a worker process was killed, .* fewer --num_workers"):

@@ -198,6 +198,7 @@ class PrepareConfig:
     def __post_init__(self) -> None:
         check_choices(self)
         _check_runner(self)
+        _check(-(2**63) <= self.seed < 2**63, "seed", self.seed, "a number of 64 bits")
         _check(self.vocab_size >= 128, "vocab_size", self.vocab_size, "at least 128 WordPieces")
         _check(self.max_seq_length >= 8, "max_seq_length", self.max_seq_length, "at least 8 tokens")
         _check(

@@ -6,7 +6,10 @@ a column of truth values, which is then one label.
 """
 
 import ast
+import io
+import json
 import re
+import tokenize
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
@@ -18,8 +21,9 @@ _TRUE, _FALSE = frozenset(("1", "1.0", "true")), frozenset(("0", "0.0", "false",
 _MOST_DIGITS = 18
 _BARE_NUMBERS = re.compile(r"[\[(][\s\d.]*[\])]", re.ASCII)
 # How a list, a tuple or a set that became a string begins.
-_LIST = re.compile(r"[\[(]|\{\s*['\"\d]|set\(\)", re.ASCII)
-_STRINGS_WITHOUT_COMMA = re.compile(r"'\s*'|\"\s*\"")
+_LIST = re.compile(r"\[|\(\s*['\"\d)]|\{\s*['\"\d]|set\(\)", re.ASCII)
+_STRINGS_SIDE_BY_SIDE = re.compile(r"['\"]\s*['\"]")
+_LARGEST_ID = 1 << 63
 
 
 class LabelError(ValueError):
@@ -56,21 +60,22 @@ class LabelReader:
             return self._names_of_columns(raw)
         if isinstance(raw, bool):
             return self._names_of_columns((raw,))
-        if isinstance(raw, LabelIds):
-            names = self._names_of_ids(raw)
-            return sorted({name for name in names if name not in self.dropped})
-        items = self._items(raw)
-        if items and all(isinstance(item, int | float) for item in items):
+        items = raw if isinstance(raw, LabelIds) else self._items(raw)
+        if isinstance(items, LabelIds):
+            names = self._names_of_ids(items)
+        elif items and all(isinstance(item, int | float) for item in items):
             names = self._names_of_numbers(items)
         else:
             names = [self._checked(item) for item in items]
         return sorted({name for name in names if name not in self.dropped})
 
-    def _items(self, raw: Any) -> list[Any]:
+    def _items(self, raw: Any) -> Sequence[Any]:
         """The labels one by one: all numbers, or as they stand."""
         if isinstance(raw, str):
             text = raw.strip()
             items = _parse_list(text) if _LIST.match(text) else text.split(self.delimiter)
+            if isinstance(items, LabelIds):
+                return items
             items = [item.strip() if isinstance(item, str) else item for item in items]
             return self._numbers([item for item in items if item != ""])
         if raw is None or isinstance(raw, dict):
@@ -80,21 +85,33 @@ class LabelReader:
         return self._numbers(list(raw))
 
     def _numbers(self, items: list[Any]) -> list[Any]:
-        """Strings of digits as numbers, if labels are known and none is called so."""
-        are_ids = self.names is not None and all(
+        """Strings of digits as numbers, if labels are known and these are no names.
+
+        Where all labels are called by numbers, another number is a label that is not known.
+        """
+        can_be_ids = self.names is not None and not all(name.isdecimal() for name in self.names)
+        are_ids = can_be_ids and all(
             isinstance(item, str)
             and item.isdecimal()
             and len(item) <= _MOST_DIGITS
             and item not in self.known
+            and item not in self.dropped
             for item in items
         )
         return [int(item) for item in items] if are_ids else items
 
-    def _names_of_numbers(self, items: list[Any]) -> list[str]:
+    def _names_of_numbers(self, items: Sequence[Any]) -> list[str]:
         if self.names is not None and len(items) == len(self.names):
             if all(item in (0, 1) for item in items):
                 return [name for name, is_set in zip(self.names, items, strict=True) if is_set]
-        return self._names_of_ids(items)
+        names = self._names_of_ids(items)
+        as_names = [str(int(item)) for item in items]
+        if names != as_names and self.known.issuperset(as_names):
+            raise LabelError(
+                f"labels {_shown(list(items))} are names of labels as well as places of others; "
+                "write names as strings"
+            )
+        return names
 
     def _names_of_ids(self, items: Sequence[Any]) -> list[str]:
         if self.names is None:
@@ -104,8 +121,9 @@ class LabelReader:
             if isinstance(item, bool) or (isinstance(item, float) and not item.is_integer()):
                 raise LabelError(f"label id {item}: expected whole numbers")
             if not 0 <= item < len(self.names):
+                number = item if abs(item) < _LARGEST_ID else "of more than 63 bits"
                 raise LabelError(
-                    f"label id {item} is out of range, expected 0 to {len(self.names) - 1}"
+                    f"label id {number} is out of range, expected 0 to {len(self.names) - 1}"
                 )
             names.append(self.names[int(item)])
         return names
@@ -142,20 +160,39 @@ def _is_encodable(text: str) -> bool:
     return True
 
 
-def _parse_list(text: str) -> list[Any]:
-    """A list that was turned into a string: JSON's, Python's (sets too), NumPy's of numbers."""
-    if _STRINGS_WITHOUT_COMMA.search(text):
-        # Python would join them into one label.
-        raise LabelError(f"labels {_shown(text)}: no comma between strings")
+def _parse_list(text: str) -> Sequence[Any]:
+    """A list that was turned into a string: JSON's, Python's, or NumPy's of numbers.
+
+    A set of numbers is one of ids.
+    """
+    try:
+        value = json.loads(text)
+    except (ValueError, RecursionError):
+        value = _parse_python(text)
+    if value and isinstance(value, set) and all(isinstance(item, int) for item in value):
+        return LabelIds(value)
+    if not isinstance(value, list | tuple | set):
+        raise LabelError(f"labels {_shown(text)}: not a list")
+    return list(value)
+
+
+def _parse_python(text: str) -> Any:
     try:
         if _BARE_NUMBERS.fullmatch(text):
             return [float(number) for number in text[1:-1].split()]
         value = ast.literal_eval(text)
-    except (ValueError, SyntaxError, MemoryError, RecursionError):
+    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         raise LabelError(f"labels {_shown(text)}: not a list") from None
-    if not isinstance(value, list | tuple | set):
-        raise LabelError(f"labels {_shown(text)}: not a list")
-    return list(value)
+    if _STRINGS_SIDE_BY_SIDE.search(text) and _joins_strings(text):
+        raise LabelError(f"labels {_shown(text)}: no comma between strings")
+    return value
+
+
+def _joins_strings(text: str) -> bool:
+    """Whether Python joins strings without a comma, as NumPy prints them, into one label."""
+    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
+    kinds = [token.type for token in tokens if token.type != tokenize.NL]
+    return (tokenize.STRING, tokenize.STRING) in zip(kinds, kinds[1:], strict=False)
 
 
 def _shown(value: Any) -> str:
@@ -171,7 +208,7 @@ def read_label_file(path: str) -> tuple[str, ...]:
     """
     try:
         with open(path, encoding="utf-8-sig") as file:
-            lines = [line.strip() for line in file.read().splitlines()]
+            lines = [line.strip() for line in file.read().split("\n")]
     except (OSError, UnicodeDecodeError) as error:
         reason = error.strerror if isinstance(error, OSError) else "not UTF-8"
         raise UserError(f"--labels={path}: cannot be read ({reason}); check the path") from None

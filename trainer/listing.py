@@ -23,6 +23,8 @@ from trainer.files import (
 Result = TypeVar("Result")
 
 _SAVED_SPLITS, _SAVED_STATE = "dataset_dict.json", "state.json"
+# What `datasets` and the hub lay beside a data set's files, to describe them.
+_DESCRIPTIONS = frozenset((_SAVED_SPLITS, "dataset_info.json", "dataset_infos.json"))
 _ENDINGS = f"{', '.join(FORMATS)} (or with {', '.join(COMPRESSIONS)})"
 FILES_AT_ONCE = 16
 
@@ -180,6 +182,9 @@ def _usable(names: Iterable[str], source_split: str | None, any_ending: bool) ->
     """The names in a folder that count as input; of one split, if one is asked for."""
     usable = [name for name in names if not name.startswith((".", "_"))]
     usable = [name for name in usable if any_ending or _has_format(name)]
+    usable = [name for name in usable if name not in _DESCRIPTIONS]
+    if any(name.endswith(".arrow") for name in usable):
+        usable = [name for name in usable if name != _SAVED_STATE]
     if source_split is None:
         return usable
     begins = re.compile(rf"{re.escape(source_split)}(?!\w)")

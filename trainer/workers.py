@@ -4,6 +4,7 @@ import contextlib
 import multiprocessing
 import multiprocessing.connection
 import os
+import signal
 import threading
 from collections import deque
 from collections.abc import Callable, Iterable, Iterator
@@ -102,6 +103,8 @@ def process_pool(
 
 
 def _start_worker(prepare_worker: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:
+    # The process that started these ends them; each would print a traceback of its own.
+    signal.signal(signal.SIGINT, signal.SIG_IGN)
     # The processes are what is parallel: threads inside each would only fight over the cores.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     threading.Thread(target=_end_with_parent, daemon=True).start()

@@ -111,8 +111,11 @@ def _values(column: Any, read: Callable[[Any], Any] | None) -> list[Any]:
         values = column.to_pylist()
     except (ValueError, OverflowError):  # One text that is not UTF-8, or a date out of range.
         values = [_value(item) for item in column]
-    if _is_bytes(_value_type(column.type)):
+    kind = _value_type(column.type)
+    if _is_bytes(kind):
         values = [_decode(value) for value in values]
+    elif _is_list(kind) and _is_bytes(_value_type(kind.value_type)):
+        values = [value and [_decode(item) for item in value] for value in values]
     return values if read is None else [read(value) for value in values]
 
 

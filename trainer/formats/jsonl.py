@@ -14,6 +14,9 @@ from trainer.rows import BadRow, Columns, Row, Segment, cut_raw, row_of_values
 
 ENTERS = False
 _ROWS_TO_CHECK = 100
+_LINES_TO_CHECK = 10_000
+# Of a string, what its type and a message need.
+_CHECKED_CHARACTERS = 64
 
 
 def load_json(line: bytes) -> Any:
@@ -25,7 +28,7 @@ def load_json(line: bytes) -> Any:
 
 
 def _first_objects(name: str) -> list[dict[str, Any]]:
-    """The first rows that are JSON objects.
+    """The first rows that are JSON objects, their strings cut short.
 
     Raises:
       UserError: if the file is one JSON array.
@@ -36,10 +39,14 @@ def _first_objects(name: str) -> list[dict[str, Any]]:
         if count == 0:
             _refuse_array(name, line, value)
         if isinstance(value, dict):
-            objects.append(value)
-        if len(objects) >= _ROWS_TO_CHECK:
+            objects.append({key: _cut(item) for key, item in value.items()})
+        if len(objects) >= _ROWS_TO_CHECK or count >= _LINES_TO_CHECK:
             break
     return objects
+
+
+def _cut(value: Any) -> Any:
+    return value[:_CHECKED_CHARACTERS] if isinstance(value, str) else value
 
 
 def _refuse_array(name: str, line: bytes, value: Any) -> None:

@@ -35,8 +35,8 @@ class _TooLong(Exception):
 class _Lines:
     """The physical lines of a table, of which those of a broken record can be given once more."""
 
-    def __init__(self, name: str, file: Any):
-        self._pieces = _physical_lines(name, file)
+    def __init__(self, name: str, file: Any, delimiter: str):
+        self._pieces = _physical_lines(name, file, delimiter.encode())
         self._again: list[str] = []
         self.record: list[str] = []
         self.long_line: LongLine | None = None
@@ -72,19 +72,29 @@ class _Lines:
         return first
 
 
-def _physical_lines(name: str, file: Any) -> Iterator[str | LongLine]:
-    """Lines as CSV has them, ended by any of \\n, \\r\\n and \\r."""
+def _physical_lines(name: str, file: Any, delimiter: bytes) -> Iterator[str | LongLine]:
+    """Lines as CSV has them, ended by any of \\n, \\r\\n and \\r.
+
+    Where the header ends in one of the others, a \\r alone may as well stand in a text (pandas does
+    not quote it), which must not be cut there: it ends a line only if what it parts are rows.
+    """
+    separators = 0
     for number, line in enumerate(bounded_lines(file)):
         if isinstance(line, LongLine):
             yield line
             continue
         if number == 0:
             line = without_mark(name, line)
+        pieces = [line]
         if b"\r" in line.removesuffix(b"\n").removesuffix(b"\r"):
-            for piece in line.splitlines(keepends=True):
-                yield piece.decode("utf-8", "surrogateescape")
-        else:
-            yield line.decode("utf-8", "surrogateescape")
+            pieces = line.splitlines(keepends=True)
+            rows = [piece for piece in pieces if piece.strip()]
+            if separators and any(piece.count(delimiter) < separators for piece in rows):
+                pieces = [line]
+        elif number == 0:
+            separators = line.count(delimiter)
+        for piece in pieces:
+            yield piece.decode("utf-8", "surrogateescape")
 
 
 def _records(name: str) -> Iterator[list[str] | tuple[str, str] | LongLine]:
@@ -92,8 +102,9 @@ def _records(name: str) -> Iterator[list[str] | tuple[str, str] | LongLine]:
     kind, _ = format_of(name)
     csv.field_size_limit(_NO_FIELD_LIMIT)
     with open_decompressed(name) as file:
-        lines = _Lines(name, file)
-        reader = csv.reader(lines, delimiter="\t" if kind == "tsv" else ",", strict=True)
+        delimiter = "\t" if kind == "tsv" else ","
+        lines = _Lines(name, file, delimiter)
+        reader = csv.reader(lines, delimiter=delimiter, strict=True)
         width = 0
         while True:
             is_doubtful = lines.num_doubtful > 0
@@ -116,6 +127,13 @@ def _records(name: str) -> Iterator[list[str] | tuple[str, str] | LongLine]:
                 yield reason, lines.give_up_record()
                 lines.num_doubtful = max(lines.num_doubtful, doubtful)
                 continue
+            if kind == "tsv" and _holds_rows(lines.record, width):
+                reason = (
+                    f"a quote that ends {len(lines.record) - 1} lines on, which are rows too; "
+                    "double it within quotes"
+                )
+                yield reason, lines.give_up_record()
+                continue
             is_end_of_quoted = is_doubtful and "".join(lines.record).count('"') % 2
             if record and is_end_of_quoted:
                 yield "the rest of a row of the wrong width", lines.give_up_record()
@@ -123,6 +141,14 @@ def _records(name: str) -> Iterator[list[str] | tuple[str, str] | LongLine]:
             lines.end_record()
             if record:
                 yield record
+
+
+def _holds_rows(record: list[str], width: int) -> bool:
+    """Whether a record of several lines is as many rows of a table that quotes nothing.
+
+    In TSV that is usual: a text may begin with a quote, and another one, far below, end in one.
+    """
+    return 1 < min(width, len(record)) and all(line.count("\t") == width - 1 for line in record)
 
 
 def _too_long(lines: _Lines) -> Iterator[tuple[str, str] | LongLine]:

@@ -34,6 +34,7 @@ from trainer.wire import masked_checksum
 ENTERS = False
 _HEAD_BYTES, _TAIL_BYTES = 12, 4
 _SKIPPED_BYTES = 1 << 20
+_NUMBERS = ("input_ids", "window_lengths", "input_mask", "segment_ids")
 
 
 def _records(name: str) -> Iterator[bytes | int]:
@@ -165,6 +166,9 @@ def _row(
     """
     if "input_ids" not in features or columns.text in features:
         return _row_of_text(segment, position, features, columns)
+    for name in _NUMBERS:
+        if not all(isinstance(value, int) for value in features.get(name, ())):
+            raise ValueError(f"{name} holds other than integers")
     values = {name: _single(features[name]) for name in (columns.id, *columns.kept)
               if name in features}  # fmt: skip
     metadata = None
