@@ -194,6 +194,42 @@ def test_a_fault_of_the_user_in_a_worker_is_one_line(model, rows, tmp_path):
     assert not (tmp_path / "data").exists()
 
 
+def test_no_part_is_made_of_an_input_that_changed(model, rows, tmp_path, monkeypatch):
+    folder = tmp_path / "rows"
+    shutil.copytree(rows, folder)
+    whole = (folder / "a.jsonl").read_bytes()
+    save_plan = score.save_plan
+
+    def save_and_change(output, plan):
+        (folder / "a.jsonl").write_bytes(whole[::-1].replace(b"\n", b" ", 1)[::-1])
+        return save_plan(output, plan)
+
+    monkeypatch.setattr(score, "save_plan", save_and_change)
+    config = score_config(model, str(folder), tmp_path / "out", runner="DirectRunner")
+    with pytest.raises(UserError, match=r"a\.jsonl: changed while it was read"):
+        score.run(config)
+    done = [path.name for path in (tmp_path / "out" / "manifests").glob("*.json")]
+    assert all(name >= "part-00003" for name in done)
+
+
+def test_no_other_model_goes_on_with_a_folder(model, rows, tmp_path):
+    other = tmp_path / "model"
+    shutil.copytree(model, other)
+    config = score_config(str(other), rows, tmp_path / "out", runner="DirectRunner")
+    variables = next((other / "saved_model" / "variables").glob("*data*"))
+    content = bytearray(variables.read_bytes())
+    content[len(content) // 2] ^= 1
+    variables.write_bytes(content)
+    with pytest.raises(UserError, match="saved_model: damaged, or not the one that was exported"):
+        score.run(config)
+    shutil.rmtree(other)
+    shutil.copytree(model, other)
+    text = (other / "config.json").read_text()
+    (other / "config.json").write_text(text.replace('"gelu"', '"relu"'))
+    with pytest.raises(UserError, match="its parts come from the model"):
+        score.run(config)
+
+
 @pytest.mark.parametrize(
     ("flags", "message"),
     [

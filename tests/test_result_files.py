@@ -1,8 +1,10 @@
 """Files of results: both formats say the same, kept columns pass, bytes come from the rows."""
 
+import gc
 import gzip
 import io
 import json
+import sys
 
 import numpy as np
 import pyarrow.parquet as pq
@@ -45,6 +47,20 @@ def read_lines(contents):
 def read_table(contents):
     rows = pq.read_table(io.BytesIO(contents)).to_pylist()
     return [row | {"scores": dict(row["scores"])} for row in rows]
+
+
+@pytest.mark.parametrize("format", ENDINGS)
+def test_a_writer_that_is_given_up_does_not_mind_its_file_closed(format, monkeypatch, capfd):
+    complaints = []
+    monkeypatch.setattr(sys, "unraisablehook", complaints.append)
+    file = io.BytesIO()
+    writer = open_results(file, format, LABELS, THRESHOLDS, ("all", 0), COLUMNS)
+    writer.write(*make_rows(5))
+    writer.discard()
+    file.close()
+    del writer
+    gc.collect()
+    assert not complaints and capfd.readouterr().err == ""
 
 
 @pytest.mark.parametrize("selection", SELECTIONS)

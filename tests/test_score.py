@@ -3,7 +3,10 @@
 import gzip
 import json
 import os
+import resource
 import shutil
+import subprocess
+import sys
 from pathlib import Path
 
 import numpy as np
@@ -193,6 +196,36 @@ def test_a_rerun_does_only_what_is_missing(model, documents, scored, tmp_path, c
     assert "all 12 parts are there already; nothing to do" in capsys.readouterr().out
 
 
+def test_success_is_not_there_while_a_part_is_missing(model, documents, scored, tmp_path):
+    output = tmp_path / "out"
+    shutil.copytree(scored, output)
+    name = "part-00003-of-00012"
+    (output / f"{name}.jsonl.gz").unlink()
+    (output / "manifests" / f"{name}.json").unlink()
+    flags = {"rows_per_part": 90, "num_workers": 2}
+    assert run_score(model, documents, output, worker_index=0, **flags).documents == 0
+    assert not (output / "_SUCCESS").exists()
+    assert run_score(model, documents, output, worker_index=1, **flags).documents == 90
+    assert read_tree(output) == read_tree(scored)
+
+
+def test_a_full_disk_is_one_line_and_leaves_nothing_aside(model, documents, tmp_path):
+    output = tmp_path / "out"
+    command = [sys.executable, "-m", "trainer.cli", "score", f"--model={model}"]
+    command += [f"--input={documents}", f"--output_dir={output}", "--format=parquet"]
+    most = 20 << 10
+    child = subprocess.run(
+        command,
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (most, most)),
+        capture_output=True,
+        text=True,
+    )
+    assert child.returncode == 2 and "Traceback" not in child.stderr
+    last = child.stderr.splitlines()[-1]
+    assert f"--output_dir={output}: cannot be written (File too large" in last
+    assert [path.name for path in output.rglob("*") if path.is_file()] == ["plan.json"]
+
+
 def test_another_model_changed_input_and_other_settings_are_refused(
     model, documents, scored, tmp_path
 ):
@@ -261,9 +294,10 @@ def test_rejected_rows_that_were_removed_are_written_again(model, tmp_path):
     run_score(model, source, tmp_path / "out", **flags)
     (path, other) = sorted((tmp_path / "out" / "rejected").iterdir())
     whole = path.read_bytes()
-    path.unlink()
-    assert run_score(model, source, tmp_path / "out", **flags).documents == 7
-    assert path.read_bytes() == whole and other.exists()
+    for damage in (path.unlink, lambda: path.write_bytes(whole[:-9])):
+        damage()
+        assert run_score(model, source, tmp_path / "out", **flags).documents == 7
+        assert path.read_bytes() == whole and other.exists()
 
 
 def test_a_part_of_nothing_but_unusable_rows_is_empty(model, tmp_path):
@@ -319,6 +353,9 @@ def test_input_in_the_output_folder_is_refused(model, tmp_path):
 
 def test_a_folder_that_is_no_model_is_one_line(documents, tmp_path):
     with pytest.raises(UserError, match=r"no multihot.json; expected a folder that `multihot exp"):
+        run_score(tmp_path, documents, tmp_path / "out")
+    (tmp_path / "multihot.json").write_text('{"labels": []}')
+    with pytest.raises(UserError, match=r"multihot.json: damaged \(fields are missing\)"):
         run_score(tmp_path, documents, tmp_path / "out")
 
 

@@ -7,6 +7,7 @@ import pyarrow.parquet as pq
 import pytest
 import tensorflow as tf
 
+from trainer import blocks as blocks_module
 from trainer import score
 from trainer.blocks import BlockPacker, tokenize
 from trainer.chunks import Chunk
@@ -149,6 +150,14 @@ def test_blocks_end_with_their_part_and_when_they_are_full():
     ]
     blocks = list(tokenize(chunks, encode_letters, 10, 1000))
     assert [(block.part, block.ids) for block in blocks] == [(0, ["a", "b"]), (0, ["c"]), (1, [])]
+
+
+def test_what_goes_on_with_a_block_fills_it_too(monkeypatch):
+    monkeypatch.setattr(blocks_module, "_BLOCK_CHARACTERS", 20)
+    rows = [Row(at, str(at), "abc", None, ("x" * 8,)) for at in range(5)]
+    chunks = [make_chunk([row], ends_part=row.position == 4) for row in rows]
+    blocks = list(tokenize(chunks, encode_letters, 1000, 1000))
+    assert [block.ids for block in blocks] == [["0", "1", "2"], ["3", "4"]]
 
 
 def test_packing_is_traced_once_for_blocks_of_any_size():

@@ -13,6 +13,9 @@ from trainer.config import PackingConfig
 from trainer.errors import UserError
 from trainer.packing import pack
 
+# Characters of ids and kept columns: some such blocks are held at a time.
+_BLOCK_CHARACTERS = 1 << 25
+
 # Texts to the windows of each and whether tokens of it were lost, as `Tokenizer.encode_windows`.
 Encode = Callable[[list[str]], tuple[list[list[list[int]]], list[bool]]]
 
@@ -29,6 +32,7 @@ class Block:
       window_counts: pieces of the documents' numbers of windows, int64.
       rejected: the rows that cannot be used.
       num_tokens, num_truncated: tokens, and documents that lost some.
+      carried: characters of ids and kept columns.
       probabilities: float32 [N, L], filled by micro-batch.
     """
 
@@ -41,6 +45,7 @@ class Block:
     rejected: list[dict[str, Any]] = field(default_factory=list)
     num_tokens: int = 0
     num_truncated: int = 0
+    carried: int = 0
     probabilities: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float32))
 
     def add(self, chunk: Chunk, encode: Encode) -> None:
@@ -61,6 +66,7 @@ class Block:
         self.rejected += chunk.rejected
         self.num_tokens += num_tokens
         self.num_truncated += truncated
+        self.carried += chunk.carried
 
 
 def encode_chunk(chunk: Chunk, encode: Encode) -> tuple[list[list[list[int]]], int]:
@@ -80,13 +86,18 @@ def tokenize(
     Args:
       chunks: as `read_chunks` gives them.
       encode: texts to their lists of windows and whether tokens were lost.
-      block_tokens, block_documents: a block has at least so many of one of them, or ends its part.
+      block_tokens, block_documents: a block has at least so many of one of them, or as many
+        characters as are too many to wait in memory, or ends its part.
     """
     block = None
     for chunk in chunks:
         block = block or Block(chunk.part)
         block.add(chunk, encode)
-        is_full = block.num_tokens >= block_tokens or len(block.ids) >= block_documents
+        is_full = (
+            block.num_tokens >= block_tokens
+            or len(block.ids) >= block_documents
+            or block.carried >= _BLOCK_CHARACTERS
+        )
         if chunk.ends_part or is_full:
             yield block
             block = None

@@ -19,6 +19,7 @@ _MAX_RAW_IDS = 50
 class Chunk:
     """Consecutive rows of one part, as read; `ends_part` if they are its last.
 
+    `carried` are characters of ids and kept columns, which stay until they are written;
     `texts` and `windows` go together: a row that comes tokenised has windows and an empty text,
     and any other a text and None. `kept` holds the values of the kept columns.
     """
@@ -30,6 +31,7 @@ class Chunk:
     kept: list[tuple[Any, ...]] = field(default_factory=list)
     rejected: list[dict[str, Any]] = field(default_factory=list)
     characters: int = 0
+    carried: int = 0
     ends_part: bool = False
 
     def add(self, row: Row | BadRow, source: str, limits: TokenLimits) -> None:
@@ -47,8 +49,9 @@ class Chunk:
         self.texts.append(row.text)
         self.windows.append(row.windows)
         self.kept.append(row.kept)
-        self.characters += len(row.text) + len(row.id)
-        self.characters += sum(len(as_text(value)) for value in row.kept)
+        carried = len(row.id) + sum(len(as_text(value)) for value in row.kept)
+        self.carried += carried
+        self.characters += len(row.text) + carried
 
     def first(self, count: int) -> "Chunk":
         """The first of its rows, at most so many."""

@@ -817,10 +817,10 @@ class ScoreConfig:
         _check(self.rows_per_part >= 1, "rows_per_part", self.rows_per_part, "at least 1 row")
         _check(self.cpu_replicas >= 1, "cpu_replicas", self.cpu_replicas, "at least 1 replica")
         _check(
-            self.tokens_per_batch >= 8,
+            8 <= self.tokens_per_batch <= 1 << 24,
             "tokens_per_batch",
             self.tokens_per_batch,
-            "at least 8 tokens",
+            "8 to 2^24 tokens",
         )
         _check(
             self.max_rejected >= 0,
@@ -835,6 +835,11 @@ class ScoreConfig:
             ",".join(self.keep_columns),
             "names of columns, each once, none of them id, labels or scores",
         )
+        for name in ("text_field", "id_field", "keep_columns"):
+            found = ",".join(getattr(self, name)) if name == "keep_columns" else getattr(self, name)
+            # What the shell hands over in other bytes arrives as halves of surrogate pairs.
+            is_unicode = not any("\ud800" <= character <= "\udfff" for character in found)
+            _check(is_unicode, name, ascii(found), "UTF-8")
         self.selection()
 
     def _check_worker(self) -> None:
@@ -862,7 +867,7 @@ class ScoreConfig:
             value = -1.0
         valid = (
             (kind in ("all", "chosen") and not number)
-            or (kind == "top" and value >= 1 and value == int(value))
+            or (kind == "top" and value >= 1 and value.is_integer())
             or (kind == "above" and bool(number) and 0 <= value <= 1)
         )
         _check(valid, "scores", self.scores, "all, chosen, top:K or above:P with P in [0, 1]")

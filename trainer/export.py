@@ -23,7 +23,12 @@ from trainer.checkpoint import LoadedRun, load_best
 from trainer.config import ExportConfig, PackingConfig, absolute
 from trainer.errors import UserError
 from trainer.evaluation_files import CALIBRATION_FILE, EVALUATION_FOLDER, METRICS_FILE
-from trainer.exported import HEAD_PREFIX, MULTIHOT_FILE, SAVED_MODEL_FOLDER
+from trainer.exported import (
+    HEAD_PREFIX,
+    MULTIHOT_FILE,
+    SAVED_MODEL_FOLDER,
+    digest_saved_model,
+)
 from trainer.model import Model, pad_batch
 from trainer.object_reader import read_object
 from trainer.object_store import Taken, list_objects, upload, upload_files
@@ -168,7 +173,7 @@ def _export(config: ExportConfig, shown_dir: str) -> None:
         # Last, because its presence is what says that the folder is a model folder.
         _write_json(
             os.path.join(aside, MULTIHOT_FILE),
-            _describe(config, best, metadata, packing, calibration),
+            _describe(best, metadata, packing, calibration, digest_saved_model(aside)),
         )
         if os.path.isdir(config.export_dir):
             os.rmdir(config.export_dir)
@@ -329,11 +334,11 @@ def _write_saved_model(model: Model, packing: PackingConfig, folder: str) -> Non
 
 
 def _describe(
-    config: ExportConfig,
     best: LoadedRun,
     metadata: Metadata,
     packing: PackingConfig,
     calibration: dict[str, Any],
+    saved_model: str,
 ) -> dict[str, Any]:
     record = best.record
     return {
@@ -357,6 +362,7 @@ def _describe(
             "checkpoint": best.fingerprint,
             "tokenizer": record.tokenizer_fingerprint,
             "data": record.data_fingerprint,
+            "saved_model": saved_model,
         },
         "metrics": calibration["metrics"],
         "versions": record.versions

@@ -5,7 +5,7 @@ import dataclasses
 import hashlib
 import json
 import os
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -17,7 +17,13 @@ from trainer.config import PackingConfig, from_dict
 from trainer.errors import UserError
 from trainer.model import Model, build_model
 from trainer.object_store import download_folder
-from trainer.pretrained import WEIGHTS_FILE, model_config, read_tensors, to_variables
+from trainer.pretrained import (
+    CONFIG_FILE,
+    WEIGHTS_FILE,
+    model_config,
+    read_tensors,
+    to_variables,
+)
 from trainer.scratch import scratch_folder
 from trainer.token_rows import TokenLimits
 from trainer.tokenizer import Tokenizer, load_tokenizer
@@ -26,6 +32,7 @@ MULTIHOT_FILE = "multihot.json"
 SAVED_MODEL_FOLDER = "saved_model"
 # Where our head's tensors live when transformers' classes have no place for them.
 HEAD_PREFIX = "multihot."
+_FIELDS = {"labels", "head", "max_seq_length", "packing", "thresholds", "fingerprints"}
 
 
 @dataclass(frozen=True)
@@ -113,6 +120,8 @@ def _load_local(folder: str, precision: str) -> ExportedModel:
         ) from None
     except ValueError as error:
         raise UserError(f"{path}: damaged ({error}); export the model again") from None
+    if not isinstance(description, dict) or not _FIELDS.issubset(description):
+        raise UserError(f"{path}: damaged (fields are missing); export the model again")
     tokenizer = load_tokenizer(folder)
     if tokenizer.fingerprint != description["fingerprints"]["tokenizer"]:
         raise UserError(f"{folder}: its tokenizer is not the one of {MULTIHOT_FILE}; export again")
@@ -158,8 +167,57 @@ def _load_model(folder: str, description: dict[str, Any], precision: str) -> Mod
 
 
 def _fingerprint(folder: str) -> str:
+    """What changes when the model does; of the SavedModel through its digest in multihot.json."""
+    return _digest(folder, (MULTIHOT_FILE, WEIGHTS_FILE, CONFIG_FILE))
+
+
+def check_fingerprint(folder: str, expected: str) -> None:
+    """Checks that a local model folder is the one that a plan was made for.
+
+    Raises:
+      UserError: if it is another, or lacks files.
+    """
+    try:
+        found = _fingerprint(folder)
+    except FileNotFoundError as error:
+        raise UserError(f"{error.filename}: no such file; export the model again") from None
+    if found != expected:
+        raise UserError(
+            f"{folder}: not the model that this job began with; put that one back, or name "
+            "another --output_dir"
+        )
+
+
+def digest_saved_model(folder: str) -> str:
+    """What changes when anything of a model folder's SavedModel does."""
+    names = [
+        os.path.relpath(os.path.join(place, name), folder)
+        for place, _, files in os.walk(os.path.join(folder, SAVED_MODEL_FOLDER))
+        for name in files
+    ]
+    return _digest(folder, sorted(names))
+
+
+def check_saved_model(folder: str) -> None:
+    """Checks a local model folder's SavedModel against what `multihot export` wrote.
+
+    Raises:
+      UserError: if it is another, or damaged.
+    """
+    with open(os.path.join(folder, MULTIHOT_FILE), encoding="utf-8") as file:
+        expected = json.load(file)["fingerprints"].get("saved_model")
+    # Folders of before it was written down say nothing of it.
+    if expected is not None and digest_saved_model(folder) != expected:
+        raise UserError(
+            f"{os.path.join(folder, SAVED_MODEL_FOLDER)}: damaged, or not the one that was "
+            "exported; export the model again"
+        )
+
+
+def _digest(folder: str, names: Sequence[str]) -> str:
     digest = hashlib.sha256()
-    for name in (MULTIHOT_FILE, WEIGHTS_FILE):
+    for name in names:
+        digest.update(name.encode())
         with open(os.path.join(folder, name), "rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()

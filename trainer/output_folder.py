@@ -171,9 +171,13 @@ class LocalFolder:
             if os.path.exists(path):
                 _remove(path + ASIDE)
                 return False
-            aside.write(content.encode())
-            _sync(aside)
-            os.replace(path + ASIDE, path)
+            try:
+                aside.write(content.encode())
+                _sync(aside)
+                os.replace(path + ASIDE, path)
+            except BaseException:
+                _remove(path + ASIDE)
+                raise
         return True
 
     def remove(self, name: str) -> None:
@@ -260,10 +264,11 @@ class _LocalPart:
     def abandon(self) -> None:
         if self._lock.closed:
             return
-        self.file.close()
         for path in (self._path, self._manifest_path):
             _remove(path + ASIDE)
-        self._lock.close()
+        for file in (self.file, self._lock):
+            with contextlib.suppress(OSError):  # On a full disk, of what is not written yet.
+                file.close()
 
 
 class StoreFolder:

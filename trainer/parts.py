@@ -39,7 +39,10 @@ _REFRESH_SECONDS = 30.0
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a finished part holds: rows read, scored, rejected and cut; size, CRC-32C (hex)."""
+    """What a finished part holds: rows read, scored, rejected and cut; size, CRC-32C (hex).
+
+    `rejected_bytes` is the size of the file of rejected rows, 0 if there is none.
+    """
 
     part: str
     rows_in: int
@@ -49,6 +52,7 @@ class Manifest:
     bytes: int
     checksum: str
     model_fingerprint: str
+    rejected_bytes: int = 0
 
 
 def part_file(part: Part, plan: Plan) -> str:
@@ -113,9 +117,9 @@ class PartWriter:
         """
         self._results.close()
         found = self._file.name_part()
-        if self._rejected:
-            lines = (json.dumps(row, ensure_ascii=False) + "\n" for row in self._rejected)
-            self._folder.replace(rejected_file(self._part.name), "".join(lines))
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self._rejected)
+        if lines:
+            self._folder.replace(rejected_file(self._part.name), lines)
         assert found.checksum is not None
         manifest = Manifest(
             part=self._part.name,
@@ -126,12 +130,14 @@ class PartWriter:
             bytes=found.bytes,
             checksum=found.checksum,
             model_fingerprint=self._plan.model_fingerprint,
+            rejected_bytes=len(lines.encode()),
         )
         self._file.name_manifest(_to_json(dataclasses.asdict(manifest)).encode())
         return manifest
 
     def close(self) -> None:
         """Removes what lies aside, if it was not committed."""
+        self._results.discard()
         self._file.abandon()
 
 
@@ -186,6 +192,7 @@ class Progress:
         The file of each of this worker's parts is read for its checksum (in a store that is known
         without reading); of the others' files the sizes are compared.
         """
+        had_ended = SUCCESS_FILE in self._folder.find("")
         names = self._folder.find(MANIFEST_FOLDER)
         self.manifests = [None] * len(self.manifests)
         self._read_new(names)
@@ -199,16 +206,21 @@ class Progress:
             whole = pool.map(partial(self._is_whole, files), there)
         damaged = [index for index, is_whole in zip(there, whole, strict=True) if not is_whole]
         for index in damaged:
-            self._folder.remove(SUCCESS_FILE)
-            self._folder.remove(manifest_file(self._plan.parts[index]))
             self.manifests[index] = None
+        if had_ended and not self.is_complete:
+            # It was written for parts that somebody has removed or damaged since.
+            self._folder.remove(SUCCESS_FILE)
+        for index in damaged:
+            self._folder.remove(manifest_file(self._plan.parts[index]))
 
     def _is_whole(self, files: dict[str, Found], index: int) -> bool:
         manifest = self.manifests[index]
-        if manifest is None or (
-            manifest.rows_rejected and rejected_file(manifest.part) not in files
-        ):
+        if manifest is None:
             return False
+        if manifest.rows_rejected:
+            rejected = files.get(rejected_file(manifest.part))
+            if rejected is None or rejected.bytes != manifest.rejected_bytes:
+                return False
         name = part_file(self._plan.parts[index], self._plan)
         found = files[name] if files[name].checksum else self._folder.sum_up(name)
         return found == Found(manifest.bytes, manifest.checksum)

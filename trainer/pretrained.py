@@ -10,6 +10,7 @@ import numpy as np
 from trainer.config import ModelConfig
 from trainer.errors import UserError
 
+CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 _INDEX_FILE = "model.safetensors.index.json"
 _TORCH_FILE = "pytorch_model.bin"
@@ -72,7 +73,7 @@ def read_config(folder: str) -> dict:
     Raises:
       UserError: if it is missing, not JSON, or not a BERT encoder that we have.
     """
-    path = os.path.join(folder, "config.json")
+    path = os.path.join(folder, CONFIG_FILE)
     try:
         with open(path, encoding="utf-8") as file:
             config = json.load(file)

@@ -1,8 +1,9 @@
 """The files that scores are written to: gzipped JSON lines, or Parquet."""
 
 import gzip
+import io
 from collections.abc import Sequence
-from typing import Any, BinaryIO, Protocol, cast
+from typing import Any, BinaryIO, Protocol
 
 import numpy as np
 
@@ -31,6 +32,9 @@ class ResultWriter(Protocol):
     def close(self) -> None:
         """Writes what is left to write; the file stays open."""
 
+    def discard(self) -> None:
+        """In the place of `close`, before the file is closed: what is left stays unwritten."""
+
 
 class _LineWriter:
     """JSON lines, compressed."""
@@ -38,7 +42,7 @@ class _LineWriter:
     def __init__(self, file: BinaryIO, formatter: LineFormatter) -> None:
         self._formatter = formatter
         # Neither a name nor a time in the header: the bytes depend on the lines alone.
-        self._file = cast(BinaryIO, gzip.GzipFile("", "wb", _GZIP_LEVEL, file, mtime=0))
+        self._file = gzip.GzipFile("", "wb", _GZIP_LEVEL, file, mtime=0)
 
     def write(
         self, ids: Sequence[str], probabilities: np.ndarray, kept: Sequence[tuple[Any, ...]]
@@ -48,6 +52,11 @@ class _LineWriter:
 
     def close(self) -> None:
         self._file.close()
+
+    def discard(self) -> None:
+        if not self._file.closed:
+            self._file.fileobj = io.BytesIO()
+            self._file.close()
 
 
 def open_results(

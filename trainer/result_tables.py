@@ -74,6 +74,10 @@ class TableWriter:
             self._write_group()
         self._writer.close()
 
+    def discard(self) -> None:
+        """See `ResultWriter.discard`."""
+        self._writer.is_open = False
+
     def _write_group(self) -> None:
         table = pa.Table.from_batches(self._held, self._schema).combine_chunks()
         self._writer.write_table(table, row_group_size=self._rows_a_group)

@@ -15,13 +15,14 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
+from trainer import storage
 from trainer.beam import open_runner
 from trainer.blocks import Block, check_finite
 from trainer.cluster import read_cluster
 from trainer.config import LOCAL_RUNNER, ScoreConfig, absolute
 from trainer.errors import UserError
 from trainer.exported import ExportedModel, load_exported
-from trainer.files import absolute_name, format_of, location
+from trainer.files import absolute_name, disk_errors, format_of, location
 from trainer.listing import for_each_file
 from trainer.output_folder import OutputFolder, open_output
 from trainer.parts import (
@@ -122,8 +123,7 @@ def _run(config: ScoreConfig) -> ScoreSummary:
         )
         documents = _score_parts(config, folder, model, plan, progress, versions, start_stream)
     else:
-        documents = _score_by_beam(runner, config, folder, model, columns, plan, progress)
-        versions.check()
+        documents = _score_by_beam(runner, config, folder, model, columns, plan, progress, versions)
     progress.gather()
     _check_rejected(config, folder, plan, progress)
     if progress.is_complete and not any(item.rows_in for item in progress.done):
@@ -237,6 +237,9 @@ def _score_parts(
         open_results, format=config.format, labels=model.labels, thresholds=model.thresholds,
         selection=config.selection(), kept_columns=config.keep_columns,
     )  # fmt: skip
+    # Parts on their way to a store lie in a temporary file.
+    is_remote = storage.is_remote(config.output_dir)
+    where = "TMPDIR" if is_remote else f"--output_dir={config.output_dir}"
     waiting = progress.waiting
     rows = {index: plan.parts[index].num_rows for index in progress.mine}
     total = sum(rows.values())
@@ -254,12 +257,14 @@ def _score_parts(
             with contextlib.closing(writer):
                 for block in blocks:
                     check_finite(config.model, block.ids, block.probabilities)
-                    writer.write(
-                        block.ids, block.probabilities, block.kept,
-                        block.num_truncated, block.rejected,
-                    )  # fmt: skip
+                    with disk_errors(where):
+                        writer.write(
+                            block.ids, block.probabilities, block.kept,
+                            block.num_truncated, block.rejected,
+                        )  # fmt: skip
                 versions.check(segment.path for segment in plan.parts[index].segments)
-                manifest = progress.manifests[index] = writer.commit()
+                with disk_errors(where):
+                    manifest = progress.manifests[index] = writer.commit()
             documents += manifest.rows_out
             progress.refresh()
             _check_rejected(config, folder, plan, progress)
@@ -274,6 +279,7 @@ def _score_by_beam(
     columns: Columns,
     plan: Plan,
     progress: Progress,
+    versions: FileVersions,
 ) -> int:
     """The same by a Beam runner, in any order."""
     from trainer.beam.score_job import score_parts
@@ -289,6 +295,7 @@ def _score_by_beam(
         labels=model.labels,
         thresholds=model.thresholds,
         selection=config.selection(),
+        versions=versions,
     )
     waiting = progress.waiting
 

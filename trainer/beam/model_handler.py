@@ -10,7 +10,12 @@ from apache_beam.ml.inference.base import ModelHandler
 
 from trainer.beam.faults import marked_faults
 from trainer.errors import UserError
-from trainer.exported import SAVED_MODEL_FOLDER, local_model
+from trainer.exported import (
+    SAVED_MODEL_FOLDER,
+    check_fingerprint,
+    check_saved_model,
+    local_model,
+)
 
 # One micro-batch's tensors by the names that the signature `packed` gives them.
 MicroBatch = dict[str, np.ndarray]
@@ -19,10 +24,11 @@ MicroBatch = dict[str, np.ndarray]
 class PackedModelHandler(ModelHandler[MicroBatch, np.ndarray, Any]):
     """Micro-batches to probabilities, float32 [D, L]; the model is loaded once a process."""
 
-    def __init__(self, folder: str) -> None:
+    def __init__(self, folder: str, fingerprint: str) -> None:
         """Remembers the model folder, which every worker has to be able to read."""
         super().__init__()
         self._folder = folder
+        self._fingerprint = fingerprint
 
     def load_model(self) -> Any:
         """The SavedModel, whole: its signatures alone would not keep its variables."""
@@ -30,6 +36,8 @@ class PackedModelHandler(ModelHandler[MicroBatch, np.ndarray, Any]):
             path = os.path.join(folder, SAVED_MODEL_FOLDER)
             if not os.path.isdir(path):
                 raise UserError(f"{path}: no such folder; export the model again")
+            check_fingerprint(folder, self._fingerprint)
+            check_saved_model(folder)
             model = tf.saved_model.load(path)
             if "packed" not in model.signatures:
                 raise UserError(f"{path}: no signature `packed`; export the model again")

@@ -11,6 +11,8 @@ from trainer.sources import can_enter
 # Documents x labels that a runner on this machine holds between reading and writing, about: 256 MiB
 # of probabilities. What one pipeline wrote stays if the next is interrupted.
 _LOCAL_CELLS = 1 << 26
+# What a value of a kept column counts as: 4 KiB, whatever it is.
+_KEPT_CELLS = 1 << 10
 
 
 def score_parts(
@@ -32,19 +34,20 @@ def score_parts(
     Raises:
       UserError, RunAgain, OSError: what a worker met.
     """
-    limits = len(job.labels), _LOCAL_CELLS if runner.is_local else None
+    cells_a_row = len(job.labels) + _KEPT_CELLS * len(job.columns.kept)
+    limits = cells_a_row, _LOCAL_CELLS if runner.is_local else None
     runs = _runs(plan.parts, waiting, *limits)
     for together in _pipelines(plan.parts, runs, *limits):
         places = [place for run in together for place in run]
         print(f"{runner}: parts {places[0]} to {places[-1]} of {len(plan.parts)}", flush=True)
-        counters = runner.run(partial(build_pipeline, runs=together, job=job))
+        counters = runner.run(partial(build_pipeline, runs=together, job=job, plan=plan))
         shown = (f"{name} {count:,}" for name, count in sorted(counters.items()))
         print(f"{runner}: {', '.join(shown)}", flush=True)
         on_written()
 
 
 def _runs(
-    parts: Sequence[Part], waiting: Sequence[int], num_labels: int, most_cells: int | None
+    parts: Sequence[Part], waiting: Sequence[int], cells_a_row: int, most_cells: int | None
 ) -> Iterator[tuple[int, ...]]:
     """Parts that share a file whose middle is reached through its beginning only, together.
 
@@ -54,7 +57,7 @@ def _runs(
     cells = 0
     for place in waiting:
         path = parts[place].segments[0].path
-        size = parts[place].num_rows * num_labels
+        size = parts[place].num_rows * cells_a_row
         is_apart = run and (parts[run[-1]].segments[-1].path != path or can_enter(path))
         if is_apart or (run and most_cells is not None and cells + size > most_cells):
             yield tuple(run)
@@ -68,14 +71,14 @@ def _runs(
 def _pipelines(
     parts: Sequence[Part],
     runs: Iterable[tuple[int, ...]],
-    num_labels: int,
+    cells_a_row: int,
     most_cells: int | None,
 ) -> Iterator[list[tuple[int, ...]]]:
     """Runs of parts for one pipeline each: all of them, or as many as have so many cells."""
     together: list[tuple[int, ...]] = []
     cells = 0
     for run in runs:
-        size = sum(parts[place].num_rows for place in run) * num_labels
+        size = sum(parts[place].num_rows for place in run) * cells_a_row
         if together and most_cells is not None and cells + size > most_cells:
             yield together
             together, cells = [], 0

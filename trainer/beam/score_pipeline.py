@@ -25,7 +25,7 @@ from trainer.beam.model_handler import MicroBatch, PackedModelHandler
 from trainer.beam.runners import NAMESPACE
 from trainer.blocks import Block, BlockPacker, check_finite, tokenize
 from trainer.chunks import read_chunks
-from trainer.exported import local_model
+from trainer.exported import check_fingerprint, local_model
 from trainer.model import INPUTS
 from trainer.output_folder import open_output
 from trainer.packing import BLOCK_MICRO_BATCHES
@@ -35,6 +35,7 @@ from trainer.result_files import open_results
 from trainer.rows import Columns
 from trainer.token_rows import TokenLimits
 from trainer.tokenizer import load_tokenizer
+from trainer.versions import FileVersions
 
 _DOCUMENTS_A_BLOCK = 1 << 14
 _DOCUMENTS_A_WRITE = 4096
@@ -55,6 +56,7 @@ class ScoreJob:
       labels: L names.
       thresholds: float64 [L].
       selection: which scores are written.
+      versions: of the inputs, as the command found them.
     """
 
     output_dir: str
@@ -66,6 +68,7 @@ class ScoreJob:
     labels: tuple[str, ...]
     thresholds: np.ndarray
     selection: tuple[str, float]
+    versions: FileVersions
 
 
 class Documents(NamedTuple):
@@ -106,6 +109,7 @@ class PackParts(beam.DoFn):
         """Reads plan and tokenizer, once a worker."""
         with marked_faults(), local_model(self._job.model) as folder:
             self._plan = _load_plan(self._job)
+            check_fingerprint(folder, self._plan.model_fingerprint)
             self._tokenizer = load_tokenizer(folder)
             self._pack = BlockPacker(self._plan.packing)
 
@@ -214,6 +218,7 @@ class WriteParts(beam.DoFn):
             nothing = np.zeros((0, len(job.labels)), np.float32)
             rejected = [row for _, rows in sorted(values[_REJECTED]) for row in rows]
             writer.write([], nothing, [], counts["truncated"], rejected)
+            job.versions.check(segment.path for segment in plan.parts[index].segments)
             writer.commit()
 
 
@@ -243,14 +248,18 @@ def _in_order(
         )
 
 
-def build_pipeline(pipeline: beam.Pipeline, runs: Sequence[tuple[int, ...]], job: ScoreJob) -> None:
+def build_pipeline(
+    pipeline: beam.Pipeline, runs: Sequence[tuple[int, ...]], job: ScoreJob, plan: Plan
+) -> None:
     """Adds all of it to a pipeline.
 
     Args:
       pipeline: an empty one.
       runs: places of parts in the plan, those together that one worker should read.
       job: what workers are told.
+      plan: as it stands in the output folder.
     """
+    handler = PackedModelHandler(job.model, plan.model_fingerprint)
     read = (
         pipeline
         | "Parts" >> beam.Create(list(runs))
@@ -259,7 +268,7 @@ def build_pipeline(pipeline: beam.Pipeline, runs: Sequence[tuple[int, ...]], job
     )
     scored = (
         read["packed"]
-        | "Run" >> RunInference(KeyedModelHandler(PackedModelHandler(job.model)))
+        | "Run" >> RunInference(KeyedModelHandler(handler))
         | "Keep" >> beam.Map(keep_documents, job.model)
     )
     (
