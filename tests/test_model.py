@@ -1,5 +1,8 @@
 """Heads against float64 formulas, windows of one document, precision and padded batches."""
 
+import random
+import threading
+
 import keras
 import numpy as np
 import pytest
@@ -263,6 +266,23 @@ def test_bfloat16_keeps_float32_parameters_and_stays_near_float32():
     assert near.dtype == np.float32
     error = np.abs(near - logits).max() / np.abs(logits).max()
     assert 1e-5 < error < 0.05
+
+
+def test_other_threads_do_not_change_the_weights():
+    expected = values(build_model(sizes(), seed=3))
+    stopped = threading.Event()
+
+    def draw():
+        while not stopped.is_set():
+            random.random()
+
+    thread = threading.Thread(target=draw)
+    thread.start()
+    found = values(build_model(sizes(), seed=3))
+    stopped.set()
+    thread.join()
+    for name, value in expected.items():
+        np.testing.assert_array_equal(found[name], value, err_msg=name)
 
 
 def test_fresh_weights_follow_the_seed():

@@ -15,6 +15,7 @@ import tensorflow as tf
 from trainer.config import ModelConfig
 from trainer.dropout import Dropout
 from trainer.errors import UserError
+from trainer.initial_weights import truncated_normal
 from trainer.segments import softmax_by_segment, sum_by_segment
 
 # (rows, length) of each group; scalars may be tensors where the shape is not known beforehand.
@@ -62,7 +63,7 @@ class Dense(keras.layers.Layer):
         self.kernel = self.add_weight(
             name="kernel",
             shape=self._shape,
-            initializer=keras.initializers.TruncatedNormal(stddev=self._range),
+            initializer=truncated_normal(self._range),
         )
         if self._use_bias:
             self.bias = self.add_weight(name="bias", shape=self._shape[1:], initializer="zeros")
@@ -281,7 +282,7 @@ class Embeddings(keras.layers.Layer):
         self.norm.build()
 
     def _add_table(self, name: str, rows: int) -> keras.Variable:
-        initializer = keras.initializers.TruncatedNormal(stddev=self._config.initializer_range)
+        initializer = truncated_normal(self._config.initializer_range)
         return self.add_weight(
             name=name, shape=(rows, self._config.hidden_size), initializer=initializer
         )

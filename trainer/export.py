@@ -24,6 +24,7 @@ from trainer.config import ExportConfig, PackingConfig, absolute
 from trainer.errors import UserError
 from trainer.evaluation_files import CALIBRATION_FILE, EVALUATION_FOLDER, METRICS_FILE
 from trainer.exported import (
+    DIGEST_FILE,
     HEAD_PREFIX,
     MULTIHOT_FILE,
     SAVED_MODEL_FOLDER,
@@ -170,10 +171,12 @@ def _export(config: ExportConfig, shown_dir: str) -> None:
         _write_config(best, aside, tokenizer)
         tokenizer.save(aside, best.record.max_seq_length)
         _write_saved_model(best.model, packing, os.path.join(aside, SAVED_MODEL_FOLDER))
+        # Apart from multihot.json: of equal models two SavedModels differ in names of functions.
+        _write_json(os.path.join(aside, DIGEST_FILE), {"sha256": digest_saved_model(aside)})
         # Last, because its presence is what says that the folder is a model folder.
         _write_json(
             os.path.join(aside, MULTIHOT_FILE),
-            _describe(best, metadata, packing, calibration, digest_saved_model(aside)),
+            _describe(best, metadata, packing, calibration),
         )
         if os.path.isdir(config.export_dir):
             os.rmdir(config.export_dir)
@@ -338,7 +341,6 @@ def _describe(
     metadata: Metadata,
     packing: PackingConfig,
     calibration: dict[str, Any],
-    saved_model: str,
 ) -> dict[str, Any]:
     record = best.record
     return {
@@ -362,7 +364,6 @@ def _describe(
             "checkpoint": best.fingerprint,
             "tokenizer": record.tokenizer_fingerprint,
             "data": record.data_fingerprint,
-            "saved_model": saved_model,
         },
         "metrics": calibration["metrics"],
         "versions": record.versions

@@ -30,6 +30,7 @@ from trainer.tokenizer import Tokenizer, load_tokenizer
 
 MULTIHOT_FILE = "multihot.json"
 SAVED_MODEL_FOLDER = "saved_model"
+DIGEST_FILE = "saved_model.json"
 # Where our head's tensors live when transformers' classes have no place for them.
 HEAD_PREFIX = "multihot."
 _FIELDS = {"labels", "head", "max_seq_length", "packing", "thresholds", "fingerprints"}
@@ -167,7 +168,7 @@ def _load_model(folder: str, description: dict[str, Any], precision: str) -> Mod
 
 
 def _fingerprint(folder: str) -> str:
-    """What changes when the model does; of the SavedModel through its digest in multihot.json."""
+    """What changes when the model does; its SavedModel has a digest of its own."""
     return _digest(folder, (MULTIHOT_FILE, WEIGHTS_FILE, CONFIG_FILE))
 
 
@@ -204,10 +205,14 @@ def check_saved_model(folder: str) -> None:
     Raises:
       UserError: if it is another, or damaged.
     """
-    with open(os.path.join(folder, MULTIHOT_FILE), encoding="utf-8") as file:
-        expected = json.load(file)["fingerprints"].get("saved_model")
-    # Folders of before it was written down say nothing of it.
-    if expected is not None and digest_saved_model(folder) != expected:
+    try:
+        with open(os.path.join(folder, DIGEST_FILE), encoding="utf-8") as file:
+            expected = json.load(file)["sha256"]
+    except FileNotFoundError:  # Folders of before there was one have none.
+        return
+    except (ValueError, KeyError, TypeError):
+        expected = None
+    if digest_saved_model(folder) != expected:
         raise UserError(
             f"{os.path.join(folder, SAVED_MODEL_FOLDER)}: damaged, or not the one that was "
             "exported; export the model again"

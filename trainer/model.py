@@ -9,6 +9,7 @@ from trainer.config import ModelConfig
 from trainer.dropout import Dropout
 from trainer.encoder import Encoder, RowGroups
 from trainer.heads import HEADS
+from trainer.initial_weights import seeded_weights
 
 # What a model takes of a micro-batch.
 INPUTS = ("input_ids", "position_ids", "segment_ids", "window_starts", "window_document")
@@ -73,7 +74,8 @@ def build_model(config: ModelConfig, precision: str = "float32", seed: int = 0) 
     """
     keras.utils.set_random_seed(seed)
     model = Model(config, dtype=precision)
-    model.build()
+    with seeded_weights(seed):
+        model.build()
     model.built = True
     return model
 
