@@ -11,6 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from trainer.errors import UserError
+from trainer.rows import is_unicode
 
 Config = TypeVar("Config")
 
@@ -838,8 +839,7 @@ class ScoreConfig:
         for name in ("text_field", "id_field", "keep_columns"):
             found = ",".join(getattr(self, name)) if name == "keep_columns" else getattr(self, name)
             # What the shell hands over in other bytes arrives as halves of surrogate pairs.
-            is_unicode = not any("\ud800" <= character <= "\udfff" for character in found)
-            _check(is_unicode, name, ascii(found), "UTF-8")
+            _check(is_unicode(found), name, ascii(found), "UTF-8")
         self.selection()
 
     def _check_worker(self) -> None:

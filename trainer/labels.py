@@ -15,7 +15,7 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from trainer.errors import UserError
-from trainer.rows import LabelIds, shown
+from trainer.rows import LabelIds, is_unicode, shown
 
 _TRUE, _FALSE = frozenset(("1", "1.0", "true")), frozenset(("0", "0.0", "false", ""))
 _MOST_DIGITS = 18
@@ -145,19 +145,11 @@ class LabelReader:
             raise LabelError(f"label {_shown(item)}: expected a name")
         if item == "":
             raise LabelError("a label's name is empty")
-        if not _is_encodable(item):
+        if not is_unicode(item):
             raise LabelError(f"label {_shown(item)} is not valid Unicode")
         if self.names is not None and item not in self.known and item not in self.dropped:
             raise LabelError(f"unknown label {_shown(item)}")
         return item
-
-
-def _is_encodable(text: str) -> bool:
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
 
 
 def _parse_list(text: str) -> Sequence[Any]:

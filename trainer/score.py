@@ -288,6 +288,7 @@ def _score_by_beam(
     job = ScoreJob(
         output_dir=absolute(config.output_dir),
         model=absolute(config.model),
+        fingerprint=model.fingerprint,
         columns=columns,
         max_seq_length=model.max_seq_length,
         window_stride=model.window_stride,

@@ -40,7 +40,7 @@ def score_parts(
     for together in _pipelines(plan.parts, runs, *limits):
         places = [place for run in together for place in run]
         print(f"{runner}: parts {places[0]} to {places[-1]} of {len(plan.parts)}", flush=True)
-        counters = runner.run(partial(build_pipeline, runs=together, job=job, plan=plan))
+        counters = runner.run(partial(build_pipeline, runs=together, job=job))
         shown = (f"{name} {count:,}" for name, count in sorted(counters.items()))
         print(f"{runner}: {', '.join(shown)}", flush=True)
         on_written()

@@ -51,6 +51,7 @@ class ScoreJob:
     Attributes:
       output_dir: where plan.json is and the parts go.
       model: the model folder; both have to be in reach of every worker.
+      fingerprint: of the model that the command loaded.
       columns: of the rows.
       max_seq_length, window_stride, max_windows: as `Tokenizer.encode_windows` takes them.
       labels: L names.
@@ -61,6 +62,7 @@ class ScoreJob:
 
     output_dir: str
     model: str
+    fingerprint: str
     columns: Columns
     max_seq_length: int
     window_stride: int
@@ -109,7 +111,7 @@ class PackParts(beam.DoFn):
         """Reads plan and tokenizer, once a worker."""
         with marked_faults(), local_model(self._job.model) as folder:
             self._plan = _load_plan(self._job)
-            check_fingerprint(folder, self._plan.model_fingerprint)
+            check_fingerprint(folder, self._job.fingerprint)
             self._tokenizer = load_tokenizer(folder)
             self._pack = BlockPacker(self._plan.packing)
 
@@ -248,18 +250,15 @@ def _in_order(
         )
 
 
-def build_pipeline(
-    pipeline: beam.Pipeline, runs: Sequence[tuple[int, ...]], job: ScoreJob, plan: Plan
-) -> None:
+def build_pipeline(pipeline: beam.Pipeline, runs: Sequence[tuple[int, ...]], job: ScoreJob) -> None:
     """Adds all of it to a pipeline.
 
     Args:
       pipeline: an empty one.
       runs: places of parts in the plan, those together that one worker should read.
       job: what workers are told.
-      plan: as it stands in the output folder.
     """
-    handler = PackedModelHandler(job.model, plan.model_fingerprint)
+    handler = PackedModelHandler(job.model, job.fingerprint)
     read = (
         pipeline
         | "Parts" >> beam.Create(list(runs))
