@@ -13,10 +13,10 @@ import time
 import numpy as np
 from corpus import find_checkpoint, load_documents, load_texts, make_corpus
 
-from trainer.baselines import count_features, fit_logits
-from trainer.calibration import sigmoid
-from trainer.metrics import compute_metrics
-from trainer.thresholds import fit_thresholds
+from trainer.evaluation.calibration import sigmoid
+from trainer.evaluation.metrics import compute_metrics
+from trainer.evaluation.thresholds import fit_thresholds
+from trainer.reporting.baseline import count_features, fit_logits
 
 INVERSE_STRENGTHS = (1.0, 10.0, 100.0)
 

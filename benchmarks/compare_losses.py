@@ -20,12 +20,12 @@ import numpy as np
 from compare_trainer import FIRST_SEED, load_results, open_folder, predict, result_path
 from corpus import find_checkpoint, load_documents, make_corpus, run_multihot, write_json
 
-from trainer.calibration import fit_calibration, sigmoid
 from trainer.config import LossConfig
-from trainer.label_weights import positive_weights
-from trainer.losses import has_exact_correction
-from trainer.metrics import compute_metrics
-from trainer.thresholds import Target, fit_thresholds
+from trainer.evaluation.calibration import fit_calibration, sigmoid
+from trainer.evaluation.metrics import compute_metrics
+from trainer.evaluation.thresholds import Target, fit_thresholds
+from trainer.training.label_weights import positive_weights
+from trainer.training.losses import has_exact_correction
 
 CANDIDATES = {
     "weighted_bce": {},

@@ -28,9 +28,9 @@ from typing import Any
 import numpy as np
 from corpus import find_checkpoint, load_documents, make_corpus, run_multihot, write_json
 
-from trainer.calibration import sigmoid
-from trainer.metrics import compute_metrics
-from trainer.thresholds import fit_thresholds
+from trainer.evaluation.calibration import sigmoid
+from trainer.evaluation.metrics import compute_metrics
+from trainer.evaluation.thresholds import fit_thresholds
 
 OURS = "multihot"
 QUALITY = (OURS, "trainer_log_odds", "trainer", "tfidf")
@@ -158,9 +158,9 @@ def run_ours(arguments: argparse.Namespace, kind: str, number: int) -> None:
 
 def predict(model_dir: str, data_dir: str) -> dict[str, np.ndarray]:
     """Logits [N, L] of validation and test by the best checkpoint."""
-    from trainer.checkpoint import load_best
-    from trainer.predictor import Predictor
-    from trainer.records import load_metadata
+    from trainer.data.metadata import load_metadata
+    from trainer.model.predictor import Predictor
+    from trainer.training.checkpoint import load_best
 
     best, metadata = load_best(model_dir), load_metadata(data_dir)
     predictor = Predictor(best.model, best.packing)

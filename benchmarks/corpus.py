@@ -94,8 +94,9 @@ def make_corpus(
 def _write_arrays(data_dir: str, path: str) -> None:
     import tensorflow as tf
 
-    from trainer.label_weights import initial_bias
-    from trainer.records import load_metadata, parse_records, verify_shards
+    from trainer.data.metadata import load_metadata, verify_shards
+    from trainer.data.records import parse_records
+    from trainer.training.label_weights import initial_bias
 
     metadata = load_metadata(data_dir)
     arrays: dict[str, np.ndarray] = {"labels": np.array(metadata.labels)}

@@ -10,10 +10,10 @@ import sys
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-from launch.job_shape import choose_shape, read_metadata
-from launch.preflight import report_step
+from launch.preflight.command import report_step
+from launch.preflight.job_shape import choose_shape, read_metadata
+from launch.preflight.step_cost import StepCost
 from launch.preflight_config import PreflightConfig
-from launch.step_cost import StepCost
 from launch.targets import GIB, parse_target
 from trainer.flags import parse_flags
 

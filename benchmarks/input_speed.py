@@ -14,9 +14,9 @@ import time
 import tensorflow as tf
 from corpus import find_checkpoint, make_corpus
 
-from trainer.input_pipeline import Share, deal_steps, open_stream, read_micro_batches
-from trainer.packing import choose_packing
-from trainer.records import load_metadata
+from trainer.data.input_pipeline import Share, deal_steps, open_stream, read_micro_batches
+from trainer.data.metadata import load_metadata
+from trainer.data.packing import choose_packing
 
 
 @tf.function

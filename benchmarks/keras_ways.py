@@ -18,10 +18,10 @@ import numpy as np
 from compare_trainer import predict
 from corpus import Documents, find_checkpoint, load_documents, run_multihot, write_json
 
-from trainer.calibration import fit_calibration, sigmoid
-from trainer.label_weights import positive_weights
-from trainer.metrics import compute_metrics
-from trainer.thresholds import Target, fit_thresholds
+from trainer.evaluation.calibration import fit_calibration, sigmoid
+from trainer.evaluation.metrics import compute_metrics
+from trainer.evaluation.thresholds import Target, fit_thresholds
+from trainer.training.label_weights import positive_weights
 
 KERAS = ("one output a label", "one output", "one output, one dictionary")
 OURS = {"multihot": "none", "multihot, balanced_classes": "balanced_classes"}
@@ -51,8 +51,8 @@ def train_keras(way: str, splits: dict[str, Documents], arguments: argparse.Name
     """Fits one way; probabilities of the test split and documents a second."""
     import keras
 
-    from trainer.model import build_model
-    from trainer.pretrained import load_pretrained, model_config
+    from trainer.model.model import build_model
+    from trainer.model.pretrained import load_pretrained, model_config
 
     ways = load_example()
     keras.utils.set_random_seed(arguments.seed)

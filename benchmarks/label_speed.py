@@ -15,12 +15,12 @@ import numpy as np
 import tensorflow as tf
 
 from trainer.config import LossConfig, ModelConfig, OptimizerConfig, PackingConfig
-from trainer.label_transfer import spread_labels
-from trainer.losses import make_loss
-from trainer.model import build_model
-from trainer.optimizer import AdamW
-from trainer.packing import choose_packing, pack
-from trainer.step import TrainStep
+from trainer.data.label_transfer import spread_labels
+from trainer.data.packing import choose_packing, pack
+from trainer.model.model import build_model
+from trainer.training.losses import make_loss
+from trainer.training.optimizer import AdamW
+from trainer.training.step import TrainStep
 
 # Of a document, as in corpora of thousands of labels.
 LABELS_PER_DOCUMENT = 5

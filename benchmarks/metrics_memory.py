@@ -16,12 +16,12 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from trainer.bootstrap import confidence_intervals, count_resamples, resample_metrics
-from trainer.calibration import fit_binned_calibration
-from trainer.histograms import Histograms
-from trainer.measurement import StreamedMeasurement
-from trainer.predictor import Predictions
-from trainer.thresholds import Target, fit_binned_thresholds
+from trainer.evaluation.calibration import fit_binned_calibration
+from trainer.evaluation.histograms import Histograms
+from trainer.evaluation.intervals import confidence_intervals, count_resamples, resample_metrics
+from trainer.evaluation.measurement import StreamedMeasurement
+from trainer.evaluation.thresholds import Target, fit_binned_thresholds
+from trainer.model.predictor import Predictions
 
 BLOCK_DOCUMENTS = 4096
 SHOWN = (

@@ -14,11 +14,11 @@ import tempfile
 import time
 
 from trainer.config import PrepareConfig
+from trainer.data.tokenizer import load_tokenizer
 from trainer.prepare import Timing
 from trainer.prepare import run as run_prepare
+from trainer.runtime.workers import count_cores
 from trainer.sample import write_sample
-from trainer.tokenizer import load_tokenizer
-from trainer.workers import count_cores
 
 
 def time_encode_batch(texts: list[str], tokenizer_dir: str) -> float:

@@ -119,15 +119,15 @@ def score(model: str, path: str, folder: str) -> tuple[np.ndarray, dict[str, flo
 
 def forward(model: str, folder: str, path: str) -> tuple[np.ndarray, dict[str, float]]:
     """The forward pass alone, over the micro-batches that `score` packed in this folder."""
-    from trainer.blocks import BlockPacker, tokenize
-    from trainer.chunks import read_chunks
-    from trainer.exported import load_exported
-    from trainer.output_folder import open_output
-    from trainer.packing import BLOCK_MICRO_BATCHES
-    from trainer.plan import load_plan
-    from trainer.predictor import Predictor
-    from trainer.rows import Columns
-    from trainer.scoring import pack_blocks
+    from trainer.data.packing import BLOCK_MICRO_BATCHES
+    from trainer.model.model_folder import load_exported
+    from trainer.model.predictor import Predictor
+    from trainer.scoring.batches import BlockPacker, tokenize
+    from trainer.scoring.chunks import read_chunks
+    from trainer.scoring.pipeline import pack_blocks
+    from trainer.scoring.plan import load_plan
+    from trainer.sources.rows import Columns
+    from trainer.storage.output_folder import open_output
 
     exported = load_exported(model, "float32")
     plan = load_plan(open_output(os.path.join(folder, "scores")))
@@ -211,7 +211,7 @@ def run_onnx(
     """ONNX Runtime over ids in memory, the longest documents first, padded to their batch's."""
     import onnxruntime
 
-    from trainer.tokenizer import load_tokenizer
+    from trainer.data.tokenizer import load_tokenizer
 
     graph = os.path.join(folder, "model.onnx")
     if not os.path.exists(graph):

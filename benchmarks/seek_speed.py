@@ -16,8 +16,9 @@ import sys
 import time
 
 from trainer.config import PackingConfig
-from trainer.records import Metadata, Shard, Split, checksum, encode_record, load_metadata
-from trainer.wire import frame_records
+from trainer.data.metadata import Metadata, Shard, Split, checksum, load_metadata
+from trainer.data.records import encode_record
+from trainer.data.wire import frame_records
 
 LENGTH = 10
 VOCABULARY = 1024
@@ -77,7 +78,7 @@ def write(folder: str, documents: int, num_shards: int) -> None:
 
 def seek(folder: str, num_tokens: int, share: float) -> None:
     """Measures one position, by its share of the epoch."""
-    from trainer.input_pipeline import Position, open_stream, read_micro_batches
+    from trainer.data.input_pipeline import Position, open_stream, read_micro_batches
 
     metadata = load_metadata(folder)
     packing = PackingConfig(((num_tokens // 128, 128),), num_tokens // 8, num_tokens // 8)

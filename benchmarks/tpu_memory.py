@@ -9,8 +9,8 @@ import os
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 from launch.accelerators import default_topology
-from launch.compilation import compile_programs
-from launch.lowering import lower_steps
+from launch.preflight.compilation import compile_programs
+from launch.preflight.lowering import lower_steps
 from launch.targets import GIB, parse_target
 from trainer.config import ModelConfig, OptimizerConfig, PackingConfig, parse_row_groups
 

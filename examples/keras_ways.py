@@ -10,7 +10,7 @@ import numpy as np
 import tensorflow as tf
 from sklearn.utils.class_weight import compute_class_weight
 
-from trainer.model import Model, pad_batch
+from trainer.model.model import Model, pad_batch
 
 
 class ClsVector(keras.layers.Layer):

@@ -11,17 +11,17 @@ from datetime import datetime
 from functools import partial
 from typing import Any
 
-from launch import vertex_jobs
-from launch.cloud_errors import Place, explained
-from launch.follow import JobLog, describe_state, read_records
+from launch.cloud import vertex_jobs
+from launch.cloud.follow import JobLog, describe_state, read_records
+from launch.cloud.refusals import Place, explained
+from launch.cloud.tpu_requests import BUCKET
+from launch.cloud.tpu_slices import Phase, QueuedResources, describe
 from launch.job import FOLDER, JOB_LABEL, Job, bucket_name
 from launch.jobs_config import JobsCancelConfig, JobsListConfig, JobsLogsConfig, JobsStatusConfig
-from launch.reports import Ending, State
+from launch.machine.reports import Ending, State
 from launch.submit_vertex import API
-from launch.tpu_requests import BUCKET
-from launch.tpu_resources import Phase, QueuedResources, describe
-from trainer import object_reader, object_store
 from trainer.errors import UserError
+from trainer.storage import gcs, object_reader
 
 _POLL_SECONDS = 10.0
 
@@ -238,11 +238,11 @@ def _read_jobs(bucket: str) -> list[Job]:
     """All records in a bucket that this version can read."""
     urls = [
         item.url
-        for item in object_store.list_objects(f"gs://{bucket}/{FOLDER}/")
+        for item in gcs.list_objects(f"gs://{bucket}/{FOLDER}/")
         if item.url.count("/") == 5 and item.url.endswith("/job.json")
     ]
     jobs = []
-    for text in object_store.together(urls):
+    for text in gcs.together(urls):
         try:
             jobs.append(Job.from_json(text or b""))
         except UserError:

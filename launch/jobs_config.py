@@ -3,8 +3,8 @@
 from dataclasses import dataclass
 from typing import Any
 
-from launch.config import check, check_project, check_region, check_zone
 from launch.job import bucket_name, check_name
+from launch.launch_config import check, check_project, check_region, check_zone
 from trainer.config import check_choices, option
 from trainer.errors import UserError
 

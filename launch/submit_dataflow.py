@@ -16,11 +16,11 @@ from contextlib import contextmanager
 from dataclasses import replace
 from pathlib import Path
 
-from launch import package
-from launch.cloud_errors import Place, explained
-from launch.commands import parse_commands
-from launch.config import SubmitDataflowConfig, parse_labels
+from launch.cloud import package
+from launch.cloud.refusals import Place, explained
 from launch.job import FOLDER, bucket_name, marks
+from launch.launch_config import SubmitDataflowConfig, parse_labels
+from launch.submit import parse_commands
 from trainer.config import LOCAL_RUNNER, ScoreConfig
 from trainer.errors import UserError
 from trainer.flags import parse_flags

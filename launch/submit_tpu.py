@@ -6,19 +6,19 @@ import time
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from launch import package as packages
 from launch.accelerators import TpuSlice, find_slice
-from launch.buckets import check_bucket, region_of
-from launch.commands import Commands, parse_commands
-from launch.config import SubmitTpuConfig
-from launch.follow import ask_to_leave
+from launch.cloud import package as packages
+from launch.cloud.buckets import check_bucket, region_of
+from launch.cloud.follow import ask_to_leave
+from launch.cloud.package import Package, upload_request
+from launch.cloud.slice_watch import Outcome, SliceWatch
+from launch.cloud.tpu_requests import API, make_create_request, resource_name, to_dict
+from launch.cloud.tpu_slices import Phase, QueuedResources
 from launch.job import Job, bucket_name, new_submission
-from launch.package import Package, upload_request
-from launch.slice_watch import Outcome, SliceWatch
-from launch.tpu_requests import API, make_create_request, resource_name, to_dict
-from launch.tpu_resources import Phase, QueuedResources
-from trainer import object_store
+from launch.launch_config import SubmitTpuConfig
+from launch.submit import Commands, parse_commands
 from trainer.errors import RUN_AGAIN, RunAgain, UserError
+from trainer.storage import gcs
 
 _POLL_SECONDS = 10.0
 
@@ -180,7 +180,7 @@ def _create(watches: Sequence[SliceWatch]) -> None:
     for index, watch in enumerate(watches):
         try:
             watch.create()
-            object_store.upload(f"{watch.job.folder}/job.json", watch.job.to_json().encode())
+            gcs.upload(f"{watch.job.folder}/job.json", watch.job.to_json().encode())
         except (UserError, RunAgain, OSError):
             for created in watches[: index + 1]:
                 created.cancel(seconds=0)

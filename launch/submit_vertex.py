@@ -6,19 +6,19 @@ import time
 from collections.abc import Sequence
 from typing import Any, NoReturn
 
-from launch import package as packages
-from launch import vertex_jobs
 from launch.accelerators import VertexMachine, find_vertex_machine
-from launch.buckets import check_bucket
-from launch.cloud_errors import Place, explained, shorten
-from launch.commands import Commands, parse_commands
-from launch.config import SubmitVertexConfig
-from launch.follow import JobLog, ask_to_leave, describe_state, read_records
+from launch.cloud import package as packages
+from launch.cloud import vertex_jobs
+from launch.cloud.buckets import check_bucket
+from launch.cloud.follow import JobLog, ask_to_leave, describe_state, read_records
+from launch.cloud.package import Package, upload_request
+from launch.cloud.refusals import Place, explained, shorten
 from launch.job import SHARED, Job, bucket_name, new_submission
-from launch.package import Package, upload_request
-from launch.reports import Ending, State
-from trainer import object_store
+from launch.launch_config import SubmitVertexConfig
+from launch.machine.reports import Ending, State
+from launch.submit import Commands, parse_commands
 from trainer.errors import RUN_AGAIN, RunAgain, UserError
+from trainer.storage import gcs
 
 API = "aiplatform.googleapis.com"
 _POLL_SECONDS = 10.0
@@ -130,7 +130,7 @@ def list_requests(request: Any, job: Job, package: Package) -> list[dict[str, An
 
 def _write_record(job: Job) -> None:
     """Leaves the record for whoever asks later; not before the name is this submission's."""
-    object_store.upload(f"{job.folder}/job.json", job.to_json().encode())
+    gcs.upload(f"{job.folder}/job.json", job.to_json().encode())
 
 
 def place_of(config: SubmitVertexConfig) -> Place:

@@ -4,7 +4,7 @@ import math
 from dataclasses import dataclass
 
 from launch.accelerators import TpuKind, default_topology, parse_topology, tpu_kinds
-from launch.estimate import Rates
+from launch.preflight.roofline import Rates
 from trainer.errors import UserError
 
 GIB = 1 << 30

@@ -15,9 +15,9 @@ import fake_gcs
 from fake_gcs import FakeStorage
 from fake_machine import FakeMachine, serve
 
-from launch import package
+from launch.cloud import package
+from launch.cloud.tpu_requests import make_metadata
 from launch.job import Job, StoredFile
-from launch.tpu_requests import make_metadata
 
 BUCKET = "jobs-of-mine"
 RESOURCE = "projects/p/locations/us-central1-a/queuedResources/first"

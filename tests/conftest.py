@@ -102,17 +102,17 @@ def documents(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture
 def cloud(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeStorage]:
     """A bucket named b, without faults, which this process and its children talk to."""
-    from trainer import store_client
+    from trainer.storage import gcs_client
 
     storage = FakeStorage({"b": {}})
     folder = tmp_path / "certificates"
     folder.mkdir()
     with serve(storage, str(folder)) as environment:
         monkeypatch.setenv("STORAGE_EMULATOR_HOST", environment["STORAGE_EMULATOR_HOST"])
-        monkeypatch.setattr(store_client, "_FIRST_PAUSE_SECONDS", 0.02)
-        store_client._make_client.cache_clear()
+        monkeypatch.setattr(gcs_client, "_FIRST_PAUSE_SECONDS", 0.02)
+        gcs_client._make_client.cache_clear()
         yield storage
-        store_client._make_client.cache_clear()
+        gcs_client._make_client.cache_clear()
 
 
 @pytest.fixture
@@ -121,7 +121,8 @@ def tpu(monkeypatch: pytest.MonkeyPatch, cloud: FakeStorage) -> Iterator["FakeTp
     import fake_tpu
     from submitting import BUCKET, PACKAGE
 
-    from launch import package, submit_tpu, tpu_resources
+    from launch import submit_tpu
+    from launch.cloud import package, tpu_slices
     from launch.job import StoredFile
 
     cloud.buckets[BUCKET] = {}
@@ -130,11 +131,11 @@ def tpu(monkeypatch: pytest.MonkeyPatch, cloud: FakeStorage) -> Iterator["FakeTp
     stored = [StoredFile(name, len(data), "5" * 64) for name, data in PACKAGE.items()]
     made = package.Package(*stored, PACKAGE)
     monkeypatch.setattr(package, "build", lambda environment: made)
-    monkeypatch.setattr(tpu_resources, "_FIRST_PAUSE_SECONDS", 0.01)
-    monkeypatch.setattr(tpu_resources, "_LONGEST_PAUSE_SECONDS", 0.02)
+    monkeypatch.setattr(tpu_slices, "_FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(tpu_slices, "_LONGEST_PAUSE_SECONDS", 0.02)
     monkeypatch.setattr(submit_tpu, "_POLL_SECONDS", 0.01)
     with fake_tpu.serve(fake) as address:
-        monkeypatch.setenv(tpu_resources.ENDPOINT_VARIABLE, address)
+        monkeypatch.setenv(tpu_slices.ENDPOINT_VARIABLE, address)
         yield fake
 
 

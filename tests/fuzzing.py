@@ -10,9 +10,9 @@ from pathlib import Path
 import pyarrow
 from hypothesis import strategies as st
 from pyarrow import parquet
-from test_formats import example
+from tf_examples import example
 
-from trainer.wire import frame_records
+from trainer.data.wire import frame_records
 
 # Lines that are no row, or may be one of another id, in every format of lines.
 JUNK = st.one_of(

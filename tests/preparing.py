@@ -4,7 +4,8 @@ import json
 from pathlib import Path
 
 from trainer.config import PrepareConfig
-from trainer.records import load_metadata, parse_records, verify_shards
+from trainer.data.metadata import load_metadata, verify_shards
+from trainer.data.records import parse_records
 
 ROWS = [{"id": f"r{i}", "text": f"text number {i}", "labels": ["a", "bc"[i % 2]]} for i in range(9)]
 

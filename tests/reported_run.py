@@ -9,12 +9,12 @@ import os
 import numpy as np
 
 from trainer import evaluate, prepare
-from trainer.checkpoint import Checkpoints, start_record
 from trainer.config import EvaluateConfig, ModelConfig, PrepareConfig, TrainConfig
-from trainer.model import build_model
-from trainer.packing import choose_packing
-from trainer.records import load_metadata
-from trainer.run_record import RunRecord
+from trainer.data.metadata import load_metadata
+from trainer.data.packing import choose_packing
+from trainer.model.model import build_model
+from trainer.training.checkpoint import Checkpoints
+from trainer.training.run_record import RunRecord, start_record
 
 NUM_LABELS = 128
 HOSTILE_LABELS = (

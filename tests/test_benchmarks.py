@@ -8,7 +8,7 @@ import os
 import numpy as np
 import pytest
 
-from trainer.records import load_metadata
+from trainer.data.metadata import load_metadata
 
 BENCHMARKS = os.path.join(os.path.dirname(os.path.dirname(__file__)), "benchmarks")
 

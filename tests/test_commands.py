@@ -2,7 +2,7 @@
 
 import pytest
 
-from launch.commands import parse_commands
+from launch.submit import parse_commands
 from trainer.errors import UserError
 
 TRAIN = ["train", "--data_dir=gs://b/d", "--model_dir=gs://b/m"]

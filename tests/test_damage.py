@@ -11,20 +11,15 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from trainer.checkpoint import (
-    Checkpoints,
-    RunRecord,
-    fingerprint_weights,
-    load_best,
-    load_record,
-    start_record,
-)
 from trainer.config import ModelConfig, TrainConfig
+from trainer.data.input_pipeline import open_stream, read_micro_batches
+from trainer.data.metadata import Metadata, Shard, Split, checksum, load_metadata
+from trainer.data.packing import choose_packing
+from trainer.data.records import encode_record
 from trainer.errors import UserError
-from trainer.input_pipeline import open_stream, read_micro_batches
-from trainer.model import build_model
-from trainer.packing import choose_packing
-from trainer.records import Metadata, Shard, Split, checksum, encode_record, load_metadata
+from trainer.model.model import build_model
+from trainer.training.checkpoint import Checkpoints, fingerprint_weights, load_best
+from trainer.training.run_record import RunRecord, load_record, start_record
 
 STEPS = (10, 20, 30)
 LABELS = ("rare", "häufig")

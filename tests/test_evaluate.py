@@ -9,15 +9,17 @@ import pytest
 import tensorflow as tf
 from sklearn import metrics as peer
 
-from trainer.calibration import Calibration, sigmoid
-from trainer.checkpoint import Checkpoints, RunRecord, load_best, start_record
 from trainer.config import EvaluateConfig, ModelConfig, TrainConfig
+from trainer.data.metadata import Metadata, Shard, Split, checksum, load_metadata
+from trainer.data.packing import choose_packing
+from trainer.data.records import encode_record
 from trainer.errors import UserError
 from trainer.evaluate import run, trivial_metrics
-from trainer.model import build_model
-from trainer.packing import choose_packing
-from trainer.predictor import Predictor
-from trainer.records import Metadata, Shard, Split, checksum, encode_record, load_metadata
+from trainer.evaluation.calibration import Calibration, sigmoid
+from trainer.model.model import build_model
+from trainer.model.predictor import Predictor
+from trainer.training.checkpoint import Checkpoints, load_best
+from trainer.training.run_record import RunRecord, start_record
 
 LABELS = ("common", "usual", "rare", "absent")
 RATES = (0.45, 0.2, 0.02, 0.0)

@@ -12,19 +12,13 @@ import torch
 import transformers
 
 from trainer import evaluate, export, train
-from trainer.checkpoint import load_best
-from trainer.config import (
-    EvaluateConfig,
-    ExportConfig,
-    ModelConfig,
-    OptimizerConfig,
-    TrainConfig,
-)
+from trainer.config import EvaluateConfig, ExportConfig, ModelConfig, OptimizerConfig, TrainConfig
+from trainer.data.metadata import load_metadata
+from trainer.data.packing import pack
 from trainer.errors import UserError
-from trainer.exported import load_exported
-from trainer.packing import pack
-from trainer.predictor import Predictor
-from trainer.records import load_metadata
+from trainer.model.model_folder import load_exported
+from trainer.model.predictor import Predictor
+from trainer.training.checkpoint import load_best
 
 
 def train_model(corpus, model_dir, head):

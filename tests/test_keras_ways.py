@@ -11,9 +11,9 @@ import tensorflow as tf
 from keras.src.trainers.data_adapters.data_adapter_utils import class_weight_to_sample_weights
 
 from trainer.config import LossConfig, ModelConfig
-from trainer.label_weights import label_weights, positive_weights
-from trainer.losses import make_loss
-from trainer.model import build_model
+from trainer.model.model import build_model
+from trainer.training.label_weights import label_weights, positive_weights
+from trainer.training.losses import make_loss
 
 ROOT = pathlib.Path(__file__).parent.parent
 LABELS = ("a", "b", "c", "d")

@@ -15,10 +15,10 @@ from reported_run import HOSTILE_ID, LABELS, NUM_LABELS, save_best
 from trainer import report
 from trainer.config import ReportConfig
 from trainer.errors import UserError
-from trainer.report_data import MAX_CURVE_LABELS, collect
-from trainer.report_page import Material, render
-from trainer.run_record import load_record
-from trainer.scored import ScoredDocuments
+from trainer.evaluation.curves import MAX_CURVE_LABELS, collect
+from trainer.evaluation.predictions import ScoredDocuments
+from trainer.reporting.page import Material, render
+from trainer.training.run_record import load_record
 
 
 class Page(HTMLParser):

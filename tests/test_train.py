@@ -19,12 +19,13 @@ import tensorflow as tf
 
 from trainer import train
 from trainer.bad_steps import BAD_STEPS_FILE
-from trainer.checkpoint import load_best, load_record
-from trainer.checkpoint_folder import CheckpointFolder
 from trainer.config import OptimizerConfig, TrainConfig
+from trainer.data.input_pipeline import open_stream, read_micro_batches
+from trainer.data.metadata import load_metadata
 from trainer.errors import RUN_AGAIN, UserError
-from trainer.input_pipeline import open_stream, read_micro_batches
-from trainer.records import load_metadata
+from trainer.training.checkpoint import load_best
+from trainer.training.checkpoint_folder import CheckpointFolder
+from trainer.training.run_record import load_record
 
 NUM_KILLS = 5
 SIZES = {
@@ -415,7 +416,7 @@ def test_the_bias_starts_at_the_log_odds_shifted_by_the_weights(corpus, tmp_path
 def test_fine_tuning_starts_from_the_checkpoints_weights(minilm, tmp_path_factory):
     from trainer import prepare
     from trainer.config import PrepareConfig
-    from trainer.pretrained import load_pretrained
+    from trainer.model.pretrained import load_pretrained
 
     folder = tmp_path_factory.mktemp("minilm")
     prepare.run(

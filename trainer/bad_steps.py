@@ -3,8 +3,8 @@
 import itertools
 from typing import Any
 
-from trainer.input_pipeline import Stream, read_micro_batches
-from trainer.step import Progress, read_position
+from trainer.data.input_pipeline import Stream, read_micro_batches
+from trainer.training.step import Progress, read_position
 
 BAD_STEPS_FILE = "bad_steps.json"
 

@@ -24,10 +24,10 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
-from launch import config as launch_config
 from launch import jobs_config
+from launch import launch_config as launch_config
 from launch.preflight_config import PreflightConfig
-from trainer import commands, config, storage
+from trainer import commands, config
 from trainer.errors import (
     DOES_NOT_FIT,
     INTERRUPTED,
@@ -39,6 +39,7 @@ from trainer.errors import (
     end_process,
 )
 from trainer.flags import describe_flags, parse_flags
+from trainer.storage import filesystem
 
 # In the order in which a user meets them.
 COMMANDS: dict[str, type] = {
@@ -54,7 +55,7 @@ COMMANDS: dict[str, type] = {
 }
 # Where a command's function is, if not `run` of trainer.<name>.
 _PLACES = {
-    "preflight": ("launch.preflight", "run"),
+    "preflight": ("launch.preflight.command", "run"),
     "submit tpu": ("launch.submit_tpu", "run"),
     "submit vertex": ("launch.submit_vertex", "run"),
     "submit dataflow": ("launch.submit_dataflow", "run"),
@@ -155,7 +156,7 @@ def _run(command: str, arguments: Sequence[str], submitted: Sequence[str]) -> No
     except OSError as error:
         _fail(name, _describe_os_error(error), USER_FAULT)
     except Exception as error:
-        of_store = storage.explain(error)
+        of_store = filesystem.explain(error)
         if isinstance(of_store, RunAgain):
             _fail(name, str(of_store), RUN_AGAIN)
         if of_store is not None:
@@ -168,11 +169,11 @@ def _run(command: str, arguments: Sequence[str], submitted: Sequence[str]) -> No
 def _train(parsed: config.TrainConfig, arguments: Sequence[str]) -> None:
     """Runs `train`, here or restarted in child processes."""
     if parsed.max_restarts:
-        from trainer.supervisor import supervise
+        from trainer.runtime.supervisor import supervise
 
         child = [sys.executable, "-m", "trainer.cli", "train", *arguments, "--max_restarts=0"]
         sys.exit(supervise(child, parsed.max_restarts))
-    from trainer.interruption import Interruption
+    from trainer.runtime.interruption import Interruption
 
     # Before TensorFlow and NumPy start threads, which would take the signals otherwise.
     with Interruption() as interruption:

@@ -11,7 +11,7 @@ from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from trainer.errors import UserError
-from trainer.rows import is_unicode
+from trainer.sources.rows import is_unicode
 
 Config = TypeVar("Config")
 

@@ -12,12 +12,19 @@ from typing import Any
 
 import numpy as np
 
-from trainer import storage
-from trainer.bootstrap import LEVEL, confidence_intervals, count_resamples, resample_metrics
-from trainer.checkpoint import RunRecord, load_best
 from trainer.config import EvaluateConfig
+from trainer.data.metadata import Metadata, load_metadata
 from trainer.errors import UserError
-from trainer.evaluation_files import (
+from trainer.evaluation.curves import collect
+from trainer.evaluation.intervals import (
+    LEVEL,
+    confidence_intervals,
+    count_resamples,
+    resample_metrics,
+)
+from trainer.evaluation.measurement import BINNED, Measured, deviations
+from trainer.evaluation.metrics import CONVENTIONS, compute_metrics, warn_if_constant
+from trainer.evaluation.results import (
     CALIBRATION_FILE,
     CURVES_FILE,
     EVALUATION_FOLDER,
@@ -27,13 +34,12 @@ from trainer.evaluation_files import (
     without_labels,
     write_json,
 )
+from trainer.evaluation.slices import slice_metrics
+from trainer.evaluation.thresholds import fit_thresholds
 from trainer.fitting import Evaluated, Splits, cutting, evaluate
-from trainer.measurement import BINNED, Measured, deviations
-from trainer.metrics import CONVENTIONS, compute_metrics, warn_if_constant
-from trainer.records import Metadata, load_metadata
-from trainer.report_data import collect
-from trainer.slices import slice_metrics
-from trainer.thresholds import fit_thresholds
+from trainer.storage import filesystem
+from trainer.training.checkpoint import load_best
+from trainer.training.run_record import RunRecord
 
 TRAIN_SPLIT = "train"
 
@@ -84,7 +90,7 @@ def run(config: EvaluateConfig) -> None:
         metadata.labels,
     )
     folder = os.path.join(config.model_dir, EVALUATION_FOLDER)
-    storage.make_folder(folder)
+    filesystem.make_folder(folder)
     write_json(folder, METRICS_FILE, settings | values)
     write_json(folder, CALIBRATION_FILE, settings | calibration_values)
     write_json(folder, CURVES_FILE, settings | curves)

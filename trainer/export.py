@@ -18,29 +18,26 @@ import transformers
 from safetensors.numpy import save_file
 
 import trainer
-from trainer import storage
-from trainer.checkpoint import LoadedRun, load_best
 from trainer.config import ExportConfig, PackingConfig, absolute
+from trainer.data.metadata import TOKENIZER_FOLDER, Metadata, load_metadata
+from trainer.data.packing import choose_packing, least_tokens, with_slots_for_scoring
+from trainer.data.tokenizer import Tokenizer, load_tokenizer
 from trainer.errors import UserError
-from trainer.evaluation_files import CALIBRATION_FILE, EVALUATION_FOLDER, METRICS_FILE
-from trainer.exported import (
+from trainer.evaluation.results import CALIBRATION_FILE, EVALUATION_FOLDER, METRICS_FILE
+from trainer.model.model import Model, pad_batch
+from trainer.model.model_folder import (
     DIGEST_FILE,
     HEAD_PREFIX,
     MULTIHOT_FILE,
     SAVED_MODEL_FOLDER,
     digest_saved_model,
 )
-from trainer.model import Model, pad_batch
-from trainer.object_reader import read_object
-from trainer.object_store import Taken, list_objects, upload, upload_files
-from trainer.packing import choose_packing, least_tokens, with_slots_for_scoring
-from trainer.pretrained import (
-    WEIGHTS_FILE,
-    from_variables,
-)
-from trainer.records import TOKENIZER_FOLDER, Metadata, load_metadata
-from trainer.scratch import scratch_folder
-from trainer.tokenizer import Tokenizer, load_tokenizer
+from trainer.model.pretrained import WEIGHTS_FILE, from_variables
+from trainer.storage import filesystem
+from trainer.storage.gcs import Taken, list_objects, upload, upload_files
+from trainer.storage.object_reader import read_object
+from trainer.storage.temporary import scratch_folder
+from trainer.training.checkpoint import LoadedRun, load_best
 
 _FORMAT_VERSION = 1
 _UPLOADED = re.compile(r"[\w.-]+\.(json|safetensors|txt)|saved_model/.*")
@@ -55,7 +52,7 @@ def run(config: ExportConfig) -> None:
     if _is_exported(config):
         print(f"{config.export_dir}: exported from this checkpoint already; nothing to do")
         return None
-    if not storage.is_remote(config.export_dir):
+    if not filesystem.is_remote(config.export_dir):
         return _export(config, config.export_dir)
     url = config.export_dir.rstrip("/")
     with scratch_folder() as folder:
@@ -71,7 +68,7 @@ def _is_exported(config: ExportConfig) -> bool:
     """
     place = config.export_dir.rstrip("/")
     path = f"{place}/{MULTIHOT_FILE}"
-    if storage.is_remote(place):
+    if filesystem.is_remote(place):
         text = read_object(path)
     elif os.path.isfile(path):
         with open(path, "rb") as file:
@@ -184,7 +181,7 @@ def _export(config: ExportConfig, shown_dir: str) -> None:
     except BaseException:
         shutil.rmtree(aside, ignore_errors=True)
         raise
-    if storage.is_remote(shown_dir):
+    if filesystem.is_remote(shown_dir):
         _upload(config.export_dir, shown_dir)
     consumers = (
         "transformers' BertForSequenceClassification, " if best.record.model.head == "cls" else ""
@@ -210,8 +207,8 @@ def _read_calibration(config: ExportConfig, best: LoadedRun) -> dict[str, Any]:
     folder = os.path.join(config.model_dir, EVALUATION_FOLDER)
     remedy = "run `multihot evaluate` first, or give --uncalibrated"
     try:
-        calibration = json.loads(storage.read_text(os.path.join(folder, CALIBRATION_FILE)))
-        metrics = json.loads(storage.read_text(os.path.join(folder, METRICS_FILE)))
+        calibration = json.loads(filesystem.read_text(os.path.join(folder, CALIBRATION_FILE)))
+        metrics = json.loads(filesystem.read_text(os.path.join(folder, METRICS_FILE)))
     except FileNotFoundError:
         raise UserError(f"{folder}: no calibration of this run; {remedy}") from None
     except ValueError as error:

@@ -10,27 +10,28 @@ from typing import Any
 
 import numpy as np
 
-from trainer.calibration import (
+from trainer.config import EvaluateConfig
+from trainer.data.metadata import Metadata, naming_damaged_shards
+from trainer.data.packing import add_histograms, choose_packing, least_tokens
+from trainer.errors import UserError
+from trainer.evaluation.calibration import (
     Calibration,
     exact_correction,
     fit_binned_calibration,
     fit_calibration,
 )
-from trainer.checkpoint import LoadedRun, RunRecord
-from trainer.config import EvaluateConfig
-from trainer.errors import UserError
-from trainer.histograms import Histograms
-from trainer.measurement import (
+from trainer.evaluation.histograms import Histograms
+from trainer.evaluation.measurement import (
     ExactMeasurement,
     Measured,
     Measurement,
     StreamedMeasurement,
     fits_exactly,
 )
-from trainer.packing import add_histograms, choose_packing, least_tokens
-from trainer.predictor import Predictions, Predictor, concatenate
-from trainer.records import Metadata, naming_damaged_shards
-from trainer.thresholds import Target, fit_binned_thresholds, fit_thresholds
+from trainer.evaluation.thresholds import Target, fit_binned_thresholds, fit_thresholds
+from trainer.model.predictor import Predictions, Predictor, concatenate
+from trainer.training.checkpoint import LoadedRun
+from trainer.training.run_record import RunRecord
 
 
 @dataclass(frozen=True)

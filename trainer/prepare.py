@@ -20,23 +20,23 @@ from typing import TYPE_CHECKING, Any
 
 import numpy as np
 
-from trainer import storage
 from trainer.beam import open_runner
-from trainer.checks import check_splits
 from trainer.config import PrepareConfig
-from trainer.corpus import Corpus, VocabularyTexts, columns_of, read_corpus
-from trainer.data_folder import check_vacant, find_metadata, move_out, open_work_folder
-from trainer.data_mirror import DataMirror, mirrored
+from trainer.data.metadata import TOKENIZER_FOLDER, Metadata, Split
+from trainer.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from trainer.errors import UserError
-from trainer.inputs import choose_label_columns, choose_token_limits, gather_inputs
-from trainer.labels import read_label_file
-from trainer.records import TOKENIZER_FOLDER, Metadata, Split
-from trainer.shards import WritePlan
-from trainer.sources import fingerprints
-from trainer.text_index import write_text_indexes
-from trainer.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
-from trainer.workers import WorkerPool, process_pool
-from trainer.writing import describe_splits, write_corpus
+from trainer.preparation.checks import check_splits
+from trainer.preparation.corpus import Corpus, VocabularyTexts, columns_of, read_corpus
+from trainer.preparation.data_folder import check_vacant, find_metadata, move_out, open_work_folder
+from trainer.preparation.data_mirror import DataMirror, mirrored
+from trainer.preparation.duplicates import write_text_indexes
+from trainer.preparation.inputs import choose_label_columns, choose_token_limits, gather_inputs
+from trainer.preparation.shards import WritePlan
+from trainer.preparation.writing import describe_splits, write_corpus
+from trainer.runtime.workers import WorkerPool, process_pool
+from trainer.sources.labels import read_label_file
+from trainer.sources.reader import fingerprints
+from trainer.storage import filesystem
 
 if TYPE_CHECKING:
     from trainer.beam.runners import BeamRunner
@@ -68,7 +68,7 @@ def run(config: PrepareConfig) -> Timing:
       UserError: for anything wrong with the input, the flags or the folder.
     """
     runner = open_runner(config.runner, config.beam_options)
-    if not storage.is_remote(config.data_dir):
+    if not filesystem.is_remote(config.data_dir):
         return _prepare(config, runner, config.data_dir)
     if runner is not None and not runner.is_local:
         raise UserError(
@@ -198,7 +198,7 @@ def _open_pool(
         with process_pool(config.num_workers) as pool:
             yield pool
         return
-    from trainer.beam.worker_pool import BeamPool
+    from trainer.beam.prepare_pipeline import BeamPool
 
     yield BeamPool(runner, work_dir)
 

@@ -12,20 +12,20 @@ from typing import Any
 
 import numpy as np
 
-from trainer import storage
-from trainer.atomic import write_atomically
-from trainer.baselines import measure_baseline
-from trainer.checkpoint import load_best
 from trainer.config import EvaluateConfig, ReportConfig
-from trainer.documents import leading_places, read_documents
+from trainer.data.documents import leading_places, read_documents
+from trainer.data.metadata import METADATA_FILE, TOKENIZER_FOLDER, Metadata, load_metadata
+from trainer.data.tokenizer import load_tokenizer
 from trainer.errors import UserError
 from trainer.evaluate import TRAIN_SPLIT, split_fingerprint
-from trainer.evaluation_files import CURVES_FILE, EVALUATION_FOLDER, METRICS_FILE
-from trainer.records import METADATA_FILE, TOKENIZER_FOLDER, Metadata, load_metadata
-from trainer.report_page import MAX_CHARACTERS, Material, render
-from trainer.run_record import load_record
-from trainer.thresholds import Target
-from trainer.tokenizer import load_tokenizer
+from trainer.evaluation.results import CURVES_FILE, EVALUATION_FOLDER, METRICS_FILE
+from trainer.evaluation.thresholds import Target
+from trainer.reporting.baseline import measure_baseline
+from trainer.reporting.page import MAX_CHARACTERS, Material, render
+from trainer.storage import filesystem
+from trainer.storage.atomic import write_atomically
+from trainer.training.checkpoint import load_best
+from trainer.training.run_record import load_record
 
 REPORT_FILE = "report.html"
 BASELINE_FILE = "baseline.json"
@@ -68,7 +68,7 @@ def _read_evaluation(folder: str, name: str, model_dir: str) -> dict[str, Any]:
     path = os.path.join(folder, name)
     remedy = f"run `multihot evaluate --model_dir={model_dir} --data_dir=...` first"
     try:
-        values = json.loads(storage.read_text(path))
+        values = json.loads(filesystem.read_text(path))
     except FileNotFoundError:
         raise UserError(f"{path}: not there, so there is nothing to report; {remedy}") from None
     except ValueError as error:
@@ -92,7 +92,7 @@ def _check_checkpoint(config: ReportConfig, *evaluated: dict[str, Any]) -> None:
 
 def _open_data(config: ReportConfig, data_dir: str, metrics: dict[str, Any]) -> Metadata | None:
     """metadata.json of the data that was evaluated; None, with a warning, if it has gone."""
-    if config.data_dir is None and not storage.exists(os.path.join(data_dir, METADATA_FILE)):
+    if config.data_dir is None and not filesystem.exists(os.path.join(data_dir, METADATA_FILE)):
         _logger.warning(
             "%s: not there any more; the report goes without the data's page, the texts of "
             "mistakes and the TF-IDF baseline, unless --data_dir names where it is now",
@@ -158,7 +158,7 @@ def _find_baseline(
 def _read_kept(path: str) -> dict[str, Any]:
     """What an earlier report kept; nothing if that is missing or cannot be read."""
     try:
-        values = json.loads(storage.read_text(path))
+        values = json.loads(filesystem.read_text(path))
     except (FileNotFoundError, ValueError):
         return {}
     return values if isinstance(values, dict) else {}
@@ -190,7 +190,7 @@ def _read_texts(
 def _read_history(model_dir: str) -> list[dict[str, Any]]:
     """Rows of metrics.jsonl; a last one that a killed run left half-written is passed over."""
     try:
-        lines = storage.read_text(os.path.join(model_dir, HISTORY_FILE)).splitlines()
+        lines = filesystem.read_text(os.path.join(model_dir, HISTORY_FILE)).splitlines()
     except FileNotFoundError:
         return []
     rows = []

@@ -18,13 +18,13 @@ from collections.abc import Iterator
 from dataclasses import asdict, dataclass
 from typing import BinaryIO, cast
 
-from trainer import storage
-from trainer.atomic import write_atomically
 from trainer.config import SampleConfig
-from trainer.definitions import describe, find_definitions
 from trainer.errors import UserError
-from trainer.files import disk_errors
-from trainer.workers import process_pool
+from trainer.runtime.workers import process_pool
+from trainer.sources.docstrings import describe, find_definitions
+from trainer.sources.input_files import disk_errors
+from trainer.storage import filesystem
+from trainer.storage.atomic import write_atomically
 
 PREFIX = "sample:docstrings"
 MIN_WORDS, MAX_WORDS = 8, 550
@@ -194,7 +194,7 @@ def _writer(path: str, raw: BinaryIO) -> BinaryIO:
 
 def run(config: SampleConfig) -> None:
     """`multihot sample`: writes the corpus, and beside it what it was made of (`.about`)."""
-    storage.require_local("output", config.output)
+    filesystem.require_local("output", config.output)
     with disk_errors(f"--output={config.output}"):
         os.makedirs(os.path.dirname(os.path.abspath(config.output)), exist_ok=True)
         summary = write_sample(config.output, config.num_documents, config.seed)

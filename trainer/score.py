@@ -1,6 +1,6 @@
 """`multihot score`: a corpus to scores, in planned parts, restartable.
 
-The pipeline itself is in scoring.py, the plan in plan.py, the output folder in parts.py.
+The pipeline itself is in pipeline.py, the plan in plan.py, the output folder in parts.py.
 """
 
 import contextlib
@@ -15,23 +15,16 @@ from typing import TYPE_CHECKING, Any
 
 from tqdm import tqdm
 
-from trainer import storage
 from trainer.beam import open_runner
-from trainer.blocks import Block, check_finite
-from trainer.cluster import read_cluster
 from trainer.config import LOCAL_RUNNER, ScoreConfig, absolute
 from trainer.errors import UserError
-from trainer.exported import ExportedModel, load_exported
-from trainer.files import absolute_name, disk_errors, format_of, location
-from trainer.listing import for_each_file
-from trainer.output_folder import OutputFolder, open_output
-from trainer.parts import (
-    FOLDERS,
-    Progress,
-    begin_part,
-    rejected_file,
-)
-from trainer.plan import (
+from trainer.model.model_folder import ExportedModel, load_exported
+from trainer.runtime.cluster import read_cluster
+from trainer.runtime.devices import choose_scoring_precision, make_scoring_strategy
+from trainer.scoring.batches import Block, check_finite
+from trainer.scoring.parts import FOLDERS, Progress, begin_part, rejected_file
+from trainer.scoring.pipeline import Compilations, scored_blocks
+from trainer.scoring.plan import (
     Plan,
     check_plan,
     describe_inputs,
@@ -41,14 +34,17 @@ from trainer.plan import (
     save_plan,
     wait_for_plan,
 )
-from trainer.rejected import REJECTED_FOLDER, allowed_rejections, describe_rejections
-from trainer.result_files import open_results
-from trainer.score_packing import choose_score_packing, sample_lengths
-from trainer.scoring import Compilations, scored_blocks
-from trainer.scratch import own_temporary_files
-from trainer.sources import Columns, check_all_columns, column_names, list_files
-from trainer.strategy import choose_scoring_precision, make_scoring_strategy
-from trainer.versions import FileVersions
+from trainer.scoring.result_files import open_results
+from trainer.scoring.score_packing import choose_score_packing, sample_lengths
+from trainer.sources.input_files import absolute_name, disk_errors, format_of, location
+from trainer.sources.listing import for_each_file, list_files
+from trainer.sources.reader import check_all_columns, column_names
+from trainer.sources.rejected import REJECTED_FOLDER, allowed_rejections, describe_rejections
+from trainer.sources.rows import Columns
+from trainer.sources.versions import FileVersions
+from trainer.storage import filesystem
+from trainer.storage.output_folder import OutputFolder, open_output
+from trainer.storage.temporary import own_temporary_files
 
 if TYPE_CHECKING:
     from trainer.beam.runners import BeamRunner
@@ -238,7 +234,7 @@ def _score_parts(
         selection=config.selection(), kept_columns=config.keep_columns,
     )  # fmt: skip
     # Parts on their way to a store lie in a temporary file.
-    is_remote = storage.is_remote(config.output_dir)
+    is_remote = filesystem.is_remote(config.output_dir)
     where = "TMPDIR" if is_remote else f"--output_dir={config.output_dir}"
     waiting = progress.waiting
     rows = {index: plan.parts[index].num_rows for index in progress.mine}

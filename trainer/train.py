@@ -8,28 +8,14 @@ from typing import NoReturn
 
 import tensorflow as tf
 
-from trainer.atomic import write_atomically
 from trainer.bad_steps import BAD_STEPS_FILE, find_bad_documents
-from trainer.checkpoint import Checkpoints, RunRecord, start_record
 from trainer.config import TrainConfig, absolute, parse_row_groups
+from trainer.data.input_pipeline import Share, Stream, deal_steps, open_stream, read_micro_batches
+from trainer.data.metadata import load_metadata, naming_damaged_shards
+from trainer.data.packing import add_histograms, choose_packing
 from trainer.errors import RunAgain, UserError
-from trainer.input_pipeline import (
-    Share,
-    Stream,
-    deal_steps,
-    open_stream,
-    read_micro_batches,
-)
-from trainer.interruption import Interruption
-from trainer.journal import Journal
-from trainer.milestones import Milestones
-from trainer.packing import add_histograms, choose_packing
-from trainer.predictor import StoppedError
-from trainer.records import load_metadata, naming_damaged_shards
-from trainer.selection import Evaluation, Selection
-from trainer.start import build_step, check_tokenizer, choose_model, make_record
-from trainer.step import TrainStep, read_position
-from trainer.strategy import (
+from trainer.model.predictor import StoppedError
+from trainer.runtime.devices import (
     choose_precision,
     is_chief,
     is_on_cpu,
@@ -39,6 +25,15 @@ from trainer.strategy import (
     should_jit,
     watching_workers,
 )
+from trainer.runtime.interruption import Interruption
+from trainer.storage.atomic import write_atomically
+from trainer.training.checkpoint import Checkpoints
+from trainer.training.metrics_log import Journal
+from trainer.training.milestones import Milestones
+from trainer.training.run_record import RunRecord, start_record
+from trainer.training.selection import Evaluation, Selection
+from trainer.training.setup import build_step, check_tokenizer, choose_model, make_record
+from trainer.training.step import TrainStep, read_position
 
 _STEPS_PER_LOOP = 20
 

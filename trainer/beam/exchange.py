@@ -14,12 +14,12 @@ from typing import Any
 
 import numpy as np
 
+from trainer.data.metadata import Shard
 from trainer.errors import UserError
-from trainer.records import Shard
-from trainer.rows import BadRow, Segment
-from trainer.scan import ScannedSegment
-from trainer.shards import WrittenSegment
-from trainer.tally import Tally
+from trainer.preparation.scan import ScannedSegment
+from trainer.preparation.shards import WrittenSegment
+from trainer.preparation.statistics import Tally
+from trainer.sources.rows import BadRow, Segment
 
 # What is built again when a value is read; anything else is refused.
 _RECORDS: dict[str, Any] = {

@@ -9,8 +9,8 @@ import contextlib
 import json
 from collections.abc import Iterator
 
-from trainer import storage
 from trainer.errors import RunAgain, UserError
+from trainer.storage import filesystem
 
 _MARKER = "multihot-fault:"
 
@@ -32,7 +32,7 @@ def marked_faults() -> Iterator[None]:
     except (UserError, RunAgain, OSError) as error:
         raise _marked(error) from None
     except Exception as error:
-        of_store = storage.explain(error)
+        of_store = filesystem.explain(error)
         if of_store is None:
             raise
         raise _marked(of_store) from None

@@ -10,7 +10,7 @@ from apache_beam.ml.inference.base import ModelHandler
 
 from trainer.beam.faults import marked_faults
 from trainer.errors import UserError
-from trainer.exported import (
+from trainer.model.model_folder import (
     SAVED_MODEL_FOLDER,
     check_fingerprint,
     check_saved_model,

@@ -5,8 +5,8 @@ from functools import partial
 
 from trainer.beam.runners import BeamRunner
 from trainer.beam.score_pipeline import ScoreJob, build_pipeline
-from trainer.plan import Part, Plan
-from trainer.sources import can_enter
+from trainer.scoring.plan import Part, Plan
+from trainer.sources.reader import can_enter
 
 # Documents x labels that a runner on this machine holds between reading and writing, about: 256 MiB
 # of probabilities. What one pipeline wrote stays if the next is interrupted.

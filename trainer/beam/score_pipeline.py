@@ -23,19 +23,19 @@ from apache_beam.ml.inference.base import KeyedModelHandler, RunInference
 from trainer.beam.faults import marked_faults
 from trainer.beam.model_handler import MicroBatch, PackedModelHandler
 from trainer.beam.runners import NAMESPACE
-from trainer.blocks import Block, BlockPacker, check_finite, tokenize
-from trainer.chunks import read_chunks
-from trainer.exported import check_fingerprint, local_model
-from trainer.model import INPUTS
-from trainer.output_folder import open_output
-from trainer.packing import BLOCK_MICRO_BATCHES
-from trainer.parts import begin_part
-from trainer.plan import Plan, load_plan
-from trainer.result_files import open_results
-from trainer.rows import Columns
-from trainer.token_rows import TokenLimits
-from trainer.tokenizer import load_tokenizer
-from trainer.versions import FileVersions
+from trainer.data.packing import BLOCK_MICRO_BATCHES
+from trainer.data.token_rows import TokenLimits
+from trainer.data.tokenizer import load_tokenizer
+from trainer.model.model import INPUTS
+from trainer.model.model_folder import check_fingerprint, local_model
+from trainer.scoring.batches import Block, BlockPacker, check_finite, tokenize
+from trainer.scoring.chunks import read_chunks
+from trainer.scoring.parts import begin_part
+from trainer.scoring.plan import Plan, load_plan
+from trainer.scoring.result_files import open_results
+from trainer.sources.rows import Columns
+from trainer.sources.versions import FileVersions
+from trainer.storage.output_folder import open_output
 
 _DOCUMENTS_A_BLOCK = 1 << 14
 _DOCUMENTS_A_WRITE = 4096

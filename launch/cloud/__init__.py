@@ -1,0 +1,1 @@
+"""Google's services: TPU slices, Vertex AI jobs, the package, and what refusals mean."""

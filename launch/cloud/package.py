@@ -1,0 +1,189 @@
+"""What a job's machines install: the project's own wheel and the locked requirements beside it.
+
+The wheel is built from the source that this command runs from, so that a job runs what its user
+sees; from an installed Multihot it is put together again from the installed files. Its bytes depend
+on the source alone, and their SHA-256 is its fingerprint: under it it lies in the job's folder, and
+with it the job's machines compare what they fetched.
+"""
+
+import base64
+import functools
+import hashlib
+import importlib.metadata
+import io
+import os
+import shutil
+import subprocess
+import sys
+import tempfile
+import zipfile
+from dataclasses import dataclass
+from pathlib import Path
+from typing import Any
+
+from launch.job import Job, StoredFile
+from trainer.errors import UserError
+from trainer.storage import gcs
+
+_ROOT = Path(__file__).parents[2]
+_SOURCES = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "launch", "trainer")
+_REQUIREMENTS = "requirements"
+# The first time that a ZIP archive can hold.
+_EPOCH_SECONDS = "315532800"
+_EPOCH = (1980, 1, 1, 0, 0, 0)
+_BUILD = """
+import sys
+from setuptools import build_meta
+print(build_meta.build_wheel(sys.argv[1]))
+"""
+
+
+@dataclass(frozen=True)
+class Package:
+    """The files of a package by what the job's record says of them."""
+
+    wheel: StoredFile
+    requirements: StoredFile
+    contents: dict[str, bytes]
+
+
+def build(environment: str) -> Package:
+    """The package for machines of an environment: `tpu`, `gpu` or `cpu`.
+
+    Raises:
+      UserError: if it cannot be built here.
+    """
+    name, wheel = build_wheel()
+    requirements = read_requirements(environment)
+    stored = [
+        StoredFile(f"{digest[:16]}/{base}", len(data), digest)
+        for base, data in ((name, wheel), (f"{environment}.txt", requirements))
+        for digest in [hashlib.sha256(data).hexdigest()]
+    ]
+    contents = {stored[0].name: wheel, stored[1].name: requirements}
+    return Package(stored[0], stored[1], contents)
+
+
+def upload(job: Job, package: Package) -> None:
+    """Brings a package to its place in a job's folder; what lies there already stays.
+
+    Raises:
+      OSError: if the store refuses it.
+      RunAgain: if the store does not answer.
+    """
+    for name, data in package.contents.items():
+        url = f"{job.folder}/package/{name}"
+        try:
+            gcs.upload(url, data, if_generation=0)
+        except gcs.Taken:
+            # By its fingerprint the same file, unless somebody wrote another one over it.
+            gcs.upload(url, data)
+
+
+def upload_request(url: str, **details: Any) -> dict[str, Any]:
+    """An upload as `--dry_run` shows it: of which object, on which condition, with what in it."""
+    return {"service": "storage.googleapis.com", "method": "Insert", "object": url} | details
+
+
+def read_requirements(environment: str) -> bytes:
+    """The locked requirements of an environment, every file with its hashes.
+
+    Raises:
+      UserError: if this installation lacks them.
+    """
+    for folder in (_ROOT / _REQUIREMENTS, Path(__file__).parents[1] / _REQUIREMENTS):
+        path = folder / f"{environment}.txt"
+        if path.exists():
+            return path.read_bytes()
+    raise UserError(
+        f"{_REQUIREMENTS}/{environment}.txt: not found beside this installation of Multihot; "
+        "install it from a clone: pip install ."
+    )
+
+
+@functools.cache
+def build_wheel() -> tuple[str, bytes]:
+    """File name and bytes of the project's wheel.
+
+    Raises:
+      UserError: if it cannot be built here.
+    """
+    if (_ROOT / "setup.py").exists():
+        return _build_from_source()
+    return _collect_installed()
+
+
+def _build_from_source() -> tuple[str, bytes]:
+    """The wheel of a clone, built from a copy, so that nothing is left in the clone."""
+    with tempfile.TemporaryDirectory() as folder:
+        source, target = Path(folder) / "source", Path(folder) / "wheel"
+        target.mkdir()
+        for name in (*_SOURCES, _REQUIREMENTS):
+            path = _ROOT / name
+            if path.is_dir():
+                ignored = shutil.ignore_patterns("__pycache__", "*.egg-info")
+                shutil.copytree(path, source / name, ignore=ignored)
+            elif path.exists():
+                source.mkdir(exist_ok=True)
+                shutil.copy(path, source / name)
+        process = subprocess.run(
+            [sys.executable, "-c", _BUILD, str(target)],
+            cwd=source,
+            env=os.environ | {"SOURCE_DATE_EPOCH": _EPOCH_SECONDS},
+            capture_output=True,
+            text=True,
+            check=False,
+        )
+        if process.returncode != 0:
+            reason = (process.stderr.strip().splitlines() or ["no message"])[-1]
+            raise UserError(
+                f"{_ROOT}: building the wheel failed: {reason}; setuptools of this Python has to "
+                "be 77 or newer: pip install --upgrade setuptools"
+            )
+        (path,) = target.glob("*.whl")
+        return path.name, _normalize(path.read_bytes())
+
+
+def _normalize(wheel: bytes) -> bytes:
+    """A wheel with its files in order and without rights, which depend on the clone's."""
+    with zipfile.ZipFile(io.BytesIO(wheel)) as archive:
+        return _pack({name: archive.read(name) for name in archive.namelist()})
+
+
+def _pack(files: dict[str, bytes]) -> bytes:
+    """A ZIP archive whose bytes depend on the files alone; RECORD comes last, as wheels have it."""
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        for name in sorted(files, key=lambda name: (name.endswith("/RECORD"), name)):
+            item = zipfile.ZipInfo(name, _EPOCH)
+            item.compress_type = zipfile.ZIP_DEFLATED
+            item.external_attr = 0o644 << 16
+            archive.writestr(item, files[name])
+    return stream.getvalue()
+
+
+def _collect_installed() -> tuple[str, bytes]:
+    """The wheel that this installation came from, as far as an installation keeps it."""
+    distribution = importlib.metadata.distribution("multihot")
+    files = {}
+    for path in distribution.files or ():
+        inside = not path.is_absolute() and ".." not in path.parts
+        if inside and path.suffix != ".pyc" and path.name not in _OF_INSTALLERS:
+            files[path.as_posix()] = path.read_binary()
+    record = next(
+        (name.replace("/METADATA", "/RECORD") for name in files if name.endswith("/METADATA")), None
+    )
+    if record is None or "launch/package.py" not in files:
+        raise UserError(
+            "this installation of Multihot lacks its files; install it from a clone: pip install ."
+        )
+    lines = []
+    for name, data in sorted(files.items()):
+        digest = base64.urlsafe_b64encode(hashlib.sha256(data).digest()).rstrip(b"=").decode()
+        lines.append(f"{name},sha256={digest},{len(data)}")
+    files[record] = "\n".join([*lines, f"{record},,", ""]).encode()
+    return f"multihot-{distribution.version}-py3-none-any.whl", _pack(files)
+
+
+# What an installer adds to a wheel's files.
+_OF_INSTALLERS = ("RECORD", "INSTALLER", "REQUESTED", "direct_url.json", "uv_cache.json")

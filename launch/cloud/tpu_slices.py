@@ -1,0 +1,279 @@
+"""Queued resources of Cloud TPU: asked for, looked at, deleted; by Google's own client.
+
+Every call is repeated while the service is away. A creation that was repeated because its answer
+was lost finds its own work: the name is the job's, and what has that name says which submission it
+belongs to.
+
+MULTIHOT_TPU_ENDPOINT names another server, spoken to in the clear and without credentials.
+"""
+
+import contextlib
+import enum
+import os
+import time
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+from launch.cloud.refusals import Place, explain_status, explained
+from launch.cloud.tpu_requests import API, SUBMISSION
+from launch.job import JOB_LABEL
+from trainer.errors import RunAgain, UserError
+
+ENDPOINT_VARIABLE = "MULTIHOT_TPU_ENDPOINT"
+_CALL_SECONDS = 60.0
+_RETRY_SECONDS = 300.0
+_FIRST_PAUSE_SECONDS = 1.0
+_LONGEST_PAUSE_SECONDS = 30.0
+_CREATE_SECONDS = 600.0
+_DELETE_SECONDS = 900.0
+
+
+class Phase(enum.Enum):
+    """How far a queued resource has come."""
+
+    ABSENT = "does not exist"
+    WAITING = "waits for resources"
+    CREATING = "is being created"
+    ACTIVE = "is active"
+    TAKEN_AWAY = "was taken away"
+    FAILED = "has failed"
+    DELETING = "is being deleted"
+
+
+@dataclass(frozen=True)
+class Found:
+    """A queued resource as it is now.
+
+    Attributes:
+      phase: how far it has come.
+      state: Google's word for that.
+      submission: which submission created it; "" if it is none of ours.
+      job: the name that its user gave it; "" if it is none of ours.
+      resource: all of it, None if it is absent.
+    """
+
+    phase: Phase
+    state: str = ""
+    submission: str = ""
+    job: str = ""
+    resource: Any = None
+
+
+class QueuedResources:
+    """The queued resources of a project and zone."""
+
+    def __init__(self, project: str, zone: str, service_account: str | None = None) -> None:
+        """Makes a client.
+
+        Raises:
+          UserError: without credentials.
+        """
+        self.parent = f"projects/{project}/locations/{zone}"
+        self._project, self._zone = project, zone
+        self._service_account = service_account
+        with explained(self.place("Cloud TPU")):
+            self._client = _make_client()
+
+    def place(self, name: str) -> Place:
+        """What errors about a queued resource of that name say."""
+        of_zone = f"--zone={self._zone} --project={self._project}"
+        return Place(
+            api=API,
+            project=self._project,
+            location=self._zone,
+            what=name,
+            role="roles/tpu.admin",
+            service_account=self._service_account,
+            find_locations=f"gcloud compute tpus accelerator-types list {of_zone}; other zones: "
+            f"gcloud compute tpus locations list --project={self._project}",
+            remove=f"gcloud compute tpus queued-resources delete {name} --force {of_zone}",
+        )
+
+    def create(self, request: Any) -> None:
+        """Asks for a queued resource, and waits until the service has taken the request.
+
+        Raises:
+          UserError: if it is refused, or another submission's has that name.
+          RunAgain: if the service does not answer.
+        """
+        from google.api_core.exceptions import AlreadyExists
+
+        name = request.queued_resource_id
+        with explained(self.place(name)):
+            try:
+                operation = self._client.create_queued_resource(
+                    request=request, retry=_retry(), timeout=_CALL_SECONDS
+                )
+                _wait_for(operation, _CREATE_SECONDS)
+            except AlreadyExists:
+                # Our own, if this is the second time that the request has arrived.
+                wanted = request.queued_resource.tpu.node_spec[0].node.metadata[SUBMISSION]
+                found = self.find(name)
+                if found.submission != wanted or found.phase is Phase.DELETING:
+                    raise
+
+    def find(self, name: str) -> Found:
+        """The queued resource of that name, as it is now.
+
+        Raises:
+          UserError, RunAgain: if the service refuses to say, or does not answer.
+        """
+        from google.api_core.exceptions import NotFound
+
+        with explained(self.place(name)):
+            try:
+                resource = self._client.get_queued_resource(
+                    name=f"{self.parent}/queuedResources/{name}",
+                    retry=_retry(),
+                    timeout=_CALL_SECONDS,
+                )
+            except NotFound:
+                return Found(Phase.ABSENT)
+            found = describe(resource)
+            if found.phase is Phase.ACTIVE and self._is_lost(name):
+                return Found(Phase.TAKEN_AWAY, found.state, found.submission, found.job, resource)
+            return found
+
+    def _is_lost(self, name: str) -> bool:
+        """Whether the node of an active resource was taken away, which the latter hears later."""
+        from google.api_core.exceptions import NotFound
+        from google.cloud.tpu_v2 import Node
+
+        lost = (Node.State.PREEMPTED, Node.State.TERMINATED, Node.State.STOPPED)
+        try:
+            node = self._client.get_node(
+                name=f"{self.parent}/nodes/{name}", retry=_retry(), timeout=_CALL_SECONDS
+            )
+        except NotFound:
+            return False
+        return node.state in lost
+
+    def list_ours(self) -> Iterator[Any]:
+        """The queued resources whose labels mark them as ours.
+
+        Raises:
+          UserError, RunAgain: if the service refuses to say, or does not answer.
+        """
+        with explained(self.place("the queued resources")):
+            pages = self._client.list_queued_resources(
+                parent=self.parent, retry=_retry(), timeout=_CALL_SECONDS
+            )
+            for resource in pages:
+                if describe(resource).job:
+                    yield resource
+
+    def failure(self, name: str, found: Found) -> UserError | RunAgain:
+        """Why a queued resource has failed, for the user."""
+        error = found.resource.state.failed_data.error
+        return explain_status(error.code, error.message, self.place(name))
+
+    def delete(self, name: str) -> None:
+        """Deletes a queued resource and its node, and waits until both are gone.
+
+        One that is still being created may refuse that for a while, and is asked again.
+
+        Raises:
+          UserError, RunAgain: if the service refuses, does not answer, or does not get it done.
+        """
+        from google.api_core import exceptions
+
+        request = {"name": f"{self.parent}/queuedResources/{name}", "force": True}
+        deadline = time.monotonic() + _DELETE_SECONDS
+        with explained(self.place(name)):
+            for seconds in pauses(_FIRST_PAUSE_SECONDS):
+                try:
+                    operation = self._client.delete_queued_resource(
+                        request=request, retry=_retry(), timeout=_CALL_SECONDS
+                    )
+                    _wait_for(operation, _DELETE_SECONDS)
+                except exceptions.NotFound:
+                    return
+                except (exceptions.FailedPrecondition, exceptions.Aborted):
+                    if time.monotonic() > deadline:
+                        raise
+                if self.find(name).phase is Phase.ABSENT:
+                    return
+                if time.monotonic() > deadline:
+                    raise RunAgain(
+                        f"{name}: is still there after {_DELETE_SECONDS:g} seconds; remove it: "
+                        f"{self.place(name).remove}"
+                    )
+                time.sleep(seconds)
+
+
+def describe(resource: Any) -> Found:
+    """A queued resource in our words."""
+    from google.cloud.tpu_v2 import QueuedResourceState
+
+    phases = {
+        "CREATING": Phase.CREATING,
+        "ACCEPTED": Phase.WAITING,
+        "WAITING_FOR_RESOURCES": Phase.WAITING,
+        "PROVISIONING": Phase.CREATING,
+        "ACTIVE": Phase.ACTIVE,
+        "SUSPENDING": Phase.TAKEN_AWAY,
+        "SUSPENDED": Phase.TAKEN_AWAY,
+        "FAILED": Phase.FAILED,
+        "DELETING": Phase.DELETING,
+    }
+    state = QueuedResourceState.State(resource.state.state).name
+    node = resource.tpu.node_spec[0].node if resource.tpu.node_spec else None
+    return Found(
+        phases.get(state, Phase.WAITING),
+        state,
+        node.metadata.get(SUBMISSION, "") if node else "",
+        node.labels.get(JOB_LABEL, "") if node else "",
+        resource,
+    )
+
+
+def pauses(first: float) -> Iterator[float]:
+    """Seconds to wait, twice as long each time up to half a minute."""
+    while True:
+        yield first
+        first = min(2 * first, _LONGEST_PAUSE_SECONDS)
+
+
+def _make_client() -> Any:
+    import google.cloud.tpu_v2 as tpu_v2
+
+    endpoint = os.environ.get(ENDPOINT_VARIABLE)
+    if not endpoint:
+        return tpu_v2.TpuClient()
+    import grpc
+    from google.cloud.tpu_v2.services.tpu.transports import TpuGrpcTransport
+
+    return tpu_v2.TpuClient(transport=TpuGrpcTransport(channel=grpc.insecure_channel(endpoint)))
+
+
+def _retry() -> Any:
+    """Repeats a call while the service is away; Google's client by itself repeats none of these."""
+    from google.api_core import exceptions
+    from google.api_core.retry import Retry, if_exception_type
+
+    return Retry(
+        if_exception_type(
+            exceptions.ServiceUnavailable,
+            exceptions.DeadlineExceeded,
+            exceptions.InternalServerError,
+        ),
+        initial=_FIRST_PAUSE_SECONDS,
+        maximum=_LONGEST_PAUSE_SECONDS,
+        timeout=_RETRY_SECONDS,
+    )
+
+
+def _wait_for(operation: Any, seconds: float) -> None:
+    """Waits for a long-running operation; one that takes longer is seen by what it changes.
+
+    Raises:
+      GoogleAPICallError: that the operation ended with.
+    """
+    from google.api_core.future.polling import DEFAULT_POLLING
+
+    polling = DEFAULT_POLLING.with_delay(
+        initial=_FIRST_PAUSE_SECONDS, maximum=_LONGEST_PAUSE_SECONDS
+    )
+    with contextlib.suppress(TimeoutError):
+        operation.result(timeout=seconds, retry=_retry(), polling=polling)

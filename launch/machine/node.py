@@ -1,0 +1,237 @@
+"""Runs a job's commands on one of its machines, and tells the bucket about it.
+
+    python -m launch.machine.node JOB_FILE WORK_DIR [--host=K] [--attempt=A] [--endpoints=…]
+
+The commands run one after the other, each in a process of its own; one that ends with exit code 75
+("run again") is started again, up to the job's --max_restarts, and those that were done before the
+machine was taken away are not run again. What they print goes to
+`logs/host-K/` in pieces, what this machine is doing to `state/host-K.json` every few seconds, and
+how it ended to `exit_code/host-K`.
+
+On a slice of several hosts the first one runs the commands, and its TensorFlow uses the chips of
+the others through a server that runs there (launch/tpu_runtime.py). Machines that TF_CONFIG names
+all run the commands that share work among them, `train` and `score`, and the first one the others.
+
+SIGTERM, with which a machine is taken away, is passed on to the command; exit code 75 then says
+that the job has not ended. Nothing here deletes anything.
+"""
+
+import argparse
+import contextlib
+import json
+import os
+import signal
+import subprocess
+import sys
+import time
+from collections.abc import Sequence
+from pathlib import Path
+from typing import Any
+
+from launch.job import SHARED, Job
+from launch.machine.reports import Reporter
+from trainer.errors import RUN_AGAIN
+from trainer.runtime.cluster import Cluster
+
+RUNTIME_PORT = 8470
+_PAUSE_SECONDS = 30.0
+_OF_CLUSTER = ("TF_CONFIG", "CLUSTER_SPEC")
+_POLL_SECONDS = 0.5
+_SERVERS_SECONDS = 1800.0
+
+
+class Node:
+    """One machine of a job."""
+
+    def __init__(self, job: Job, work: Path, host: int, attempt: int, addresses: Sequence[str]):
+        """See `main`; addresses: of the slice's hosts in order, none if they do not matter."""
+        self.job = job
+        self.work = work
+        self.host = host
+        self.addresses = tuple(addresses)
+        self.reporter = Reporter(job, host, attempt)
+        self.stopping = False
+        self._child: subprocess.Popen[bytes] | None = None
+
+    def stop(self, *_: object) -> None:
+        """Asks the command to end; what SIGTERM calls."""
+        self.stopping = True
+        if self._child is not None:
+            self._child.terminate()
+
+    def run(self) -> int:
+        """Runs what this machine is to run; the exit code."""
+        is_server = len(self.addresses) > 1 and self.host > 0
+        code = 0
+        if is_server:
+            code = self._run_process(runtime_command(), "serving its chips to host 0")
+        else:
+            num_done = self.reporter.read_num_done()
+            with self._serving():
+                code = self._await_servers()
+                for index, command in enumerate(self.job.commands):
+                    if index < num_done:
+                        self.reporter.say(f"{command[0]} was done before")
+                    elif code == 0 and self._is_mine(command):
+                        code = self._run_command(index, command)
+                        if code == 0 and self.host == 0:
+                            self.reporter.record_num_done(index + 1)
+        return RUN_AGAIN if self.stopping else code
+
+    def _is_mine(self, command: Sequence[str]) -> bool:
+        return self.host == 0 or command[0] in SHARED
+
+    def _await_servers(self) -> int:
+        """Waits until all hosts of a slice serve their chips; an exit code.
+
+        They install as this one does, some a little later.
+        """
+        if len(self.addresses) <= 1:
+            return 0
+        hosts = tuple(f"{address}:{RUNTIME_PORT}" for address in self.addresses)
+        cluster = Cluster(("this host", *hosts), 0, "the slice")
+        self.reporter.begin(f"waiting for {len(hosts)} hosts to serve their chips")
+        deadline = time.monotonic() + _SERVERS_SECONDS
+        while not self.stopping and (missing := cluster.find_missing()):
+            if time.monotonic() > deadline:
+                self.reporter.say(f"gave up waiting for {', '.join(missing)}")
+                return RUN_AGAIN
+            self._sleep(_POLL_SECONDS)
+        return 0
+
+    def _serving(self) -> contextlib.AbstractContextManager[Any]:
+        """The server of this host's own chips, while the commands run."""
+        if len(self.addresses) <= 1:
+            return contextlib.nullcontext()
+        return _Server(self.work / "runtime.log")
+
+    def _run_command(self, index: int, command: tuple[str, ...]) -> int:
+        """Runs one command, and again while it asks for that."""
+        what = f"running {command[0]} ({index + 1} of {len(self.job.commands)})"
+        arguments = [sys.executable, "-u", "-m", "trainer.cli", *self._complete(command)]
+        for restart in range(self.job.max_restarts + 1):
+            code = self._run_process(arguments, what, shared=command[0] in SHARED)
+            if code != RUN_AGAIN or self.stopping or restart == self.job.max_restarts:
+                return code
+            self.reporter.say(
+                f"{command[0]} ended with exit code {code}; starting it again in "
+                f"{_PAUSE_SECONDS:g} seconds (restart {restart + 1} of {self.job.max_restarts})"
+            )
+            self._sleep(_PAUSE_SECONDS)
+            if self.stopping:
+                return code
+        raise AssertionError("the last restart returns")
+
+    def _complete(self, command: tuple[str, ...]) -> tuple[str, ...]:
+        """A command with the addresses of the slice's hosts, where it takes the slice."""
+        if len(self.addresses) <= 1 or command[0] not in SHARED:
+            return command
+        if any(flag.lstrip("-").partition("=")[0] == "tpu" for flag in command[1:]):
+            return command
+        hosts = ",".join(f"grpc://{address}:{RUNTIME_PORT}" for address in self.addresses)
+        return (*command, f"--tpu={hosts}")
+
+    def _run_process(self, command: Sequence[str], what: str, shared: bool = True) -> int:
+        """Runs a process, its output passed on; its exit code, as shells say it.
+
+        Args:
+          command: the program and its arguments.
+          what: it does, for the user.
+          shared: whether it is to know of the other machines.
+        """
+        self.reporter.begin(what)
+        variables = {
+            name: value for name, value in os.environ.items() if shared or name not in _OF_CLUSTER
+        }
+        if len(self.addresses) > 1:
+            # The server has the chips; a command reaches them through it.
+            variables["TPU_LOAD_LIBRARY"] = "1" if command == runtime_command() else "0"
+        with subprocess.Popen(
+            command,
+            cwd=self.work,
+            env=variables,
+            stdin=subprocess.DEVNULL,
+            stdout=subprocess.PIPE,
+            stderr=subprocess.STDOUT,
+        ) as child:
+            self._child = child
+            if self.stopping:
+                child.terminate()
+            assert child.stdout is not None
+            while data := os.read(child.stdout.fileno(), 1 << 16):
+                self.reporter.take(data)
+        self._child = None
+        code = child.returncode
+        return code if code >= 0 else 128 - code
+
+    def _sleep(self, seconds: float) -> None:
+        end = time.monotonic() + seconds
+        while time.monotonic() < end and not self.stopping:
+            time.sleep(_POLL_SECONDS)
+
+
+class _Server(contextlib.AbstractContextManager[None]):
+    """A context in which this host's chips are served; what that prints stays on this machine."""
+
+    def __init__(self, log: Path) -> None:
+        self._log = log
+
+    def __enter__(self) -> None:
+        """Starts the server."""
+        with self._log.open("ab") as file:
+            self._process = subprocess.Popen(
+                runtime_command(), stdin=subprocess.DEVNULL, stdout=file, stderr=file
+            )
+
+    def __exit__(self, *_: object) -> None:
+        """Ends it."""
+        self._process.kill()
+        self._process.wait()
+
+
+def runtime_command() -> list[str]:
+    """The command that serves a host's chips."""
+    return [sys.executable, "-m", "launch.machine.tpu_runtime"]
+
+
+def parse_endpoints(text: str) -> list[str]:
+    """The hosts' addresses of the metadata's `worker-network-endpoints`, in order.
+
+    Each entry ends in an address, as `unknown:unknown:10.128.0.5` does.
+    """
+    return [item.rpartition(":")[2].strip() for item in text.split(",") if item.strip()]
+
+
+def read_index(environment: dict[str, str]) -> int:
+    """Which of a job's machines this is by TF_CONFIG, the chief being 0; 0 without one."""
+    try:
+        config = json.loads(environment.get("TF_CONFIG") or "{}")
+        task = config.get("task", {})
+        before = len(config["cluster"].get("chief", [])) if task["type"] == "worker" else 0
+        return before + int(task["index"])
+    except (ValueError, KeyError, TypeError):
+        return 0
+
+
+def main(arguments: Sequence[str] | None = None) -> int:
+    """Runs a machine's part of a job; the exit code."""
+    parser = argparse.ArgumentParser(prog="python -m launch.machine.node")
+    parser.add_argument("job_file", type=Path)
+    parser.add_argument("work_dir", type=Path)
+    parser.add_argument("--host", type=int, default=read_index(dict(os.environ)))
+    parser.add_argument("--attempt", type=int, default=0)
+    parser.add_argument("--endpoints", default="")
+    parsed = parser.parse_args(arguments)
+    job = Job.from_json(parsed.job_file.read_text(encoding="utf-8"))
+    addresses = parse_endpoints(parsed.endpoints) if job.environment == "tpu" else []
+    node = Node(job, parsed.work_dir, parsed.host, parsed.attempt, addresses)
+    signal.signal(signal.SIGTERM, node.stop)
+    with node.reporter:
+        code = node.run()
+    if not node.stopping:
+        node.reporter.record_exit_code(code, parsed.work_dir / "exit_code.json")
+    return code
+
+
+if __name__ == "__main__":
+    sys.exit(main())

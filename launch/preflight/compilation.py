@@ -1,0 +1,177 @@
+"""Compiles lowered programs for a TPU slice, in processes of their own, and reads what comes."""
+
+import json
+import re
+import subprocess
+import tempfile
+from collections.abc import Mapping
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass, field
+from pathlib import Path
+
+from launch.targets import GIB, Target
+from trainer.errors import DoesNotFit, UserError
+from trainer.runtime.workers import count_cores
+
+_COMPILER = Path(__file__).with_name("tpu_compiler.py")
+
+# Where `make compiler` installs it.
+DEFAULT_PYTHON = Path(__file__).parents[2] / ".venv-preflight" / "bin" / "python"
+
+# A message of libtpu's goes on with tables and stack traces; its first lines say what is wrong.
+_MESSAGE_CHARACTERS = 300
+# How it tells of a program that does not fit: "(64.00G) exceeds available HBM (15.75G)", or "Used
+# 26.05G of 15.75G hbm".
+_TOO_LARGE = (
+    re.compile(r"\((\d+(?:\.\d+)?)([KMGT])\) exceeds available HBM"),
+    re.compile(r"Used (\d+(?:\.\d+)?)([KMGT]) of \S+ hbm"),
+)
+_UNITS = {"K": 1 << 10, "M": 1 << 20, "G": GIB, "T": 1 << 40}
+
+# Kinds of memory, as fields of `Compiled`.
+MEMORY_KINDS = ("arguments", "outputs", "temporaries", "code")
+
+
+@dataclass(frozen=True)
+class Compiled:
+    """What the compiler says of one program on one chip of a slice.
+
+    Attributes:
+      seconds: that compilation took here.
+      flops, bytes_accessed: of one execution on one chip by XLA's cost model, which counts
+        on-chip memory as well as HBM.
+      optimal_seconds: of one execution by the same model, as the compiler gives it: each custom
+        call of the entry computation counts one second short.
+      arguments: bytes of weights, slots and inputs.
+      outputs: bytes of results that do not reuse the memory of an argument.
+      temporaries: bytes of activations and gradients, at their peak.
+      code: bytes of the program.
+      text: the compiled program.
+    """
+
+    seconds: float
+    flops: float
+    bytes_accessed: float
+    optimal_seconds: float
+    arguments: float
+    outputs: float
+    temporaries: float
+    code: float
+    text: str = field(default="", repr=False)
+
+    @property
+    def memory(self) -> float:
+        """Bytes of HBM that the program needs on each chip."""
+        return sum(getattr(self, kind) for kind in MEMORY_KINDS)
+
+    def __str__(self) -> str:
+        kinds = ", ".join(f"{kind} {getattr(self, kind) / GIB:.3f}" for kind in MEMORY_KINDS)
+        return (
+            f"{self.memory / GIB:.3f} GiB a chip ({kinds}), {self.flops / 1e12:.3f} TFLOP, "
+            f"{self.bytes_accessed / 1e9:.1f} GB accessed, compiled in {self.seconds:.0f} s"
+        )
+
+
+def compile_programs(
+    programs: Mapping[str, bytes],
+    target: Target,
+    step: str | None = None,
+    *,
+    python: Path = DEFAULT_PYTHON,
+    least_effort: bool = False,
+    processes: int | None = None,
+) -> dict[str, Compiled]:
+    """Compiles programs for one replica on each chip of a slice.
+
+    Args:
+      programs: serialized HLO modules by name, as `lowering` makes them.
+      target: the slice.
+      step: that all the programs are, for messages; default: each has a name of its own.
+      python: interpreter of an environment with jax and the newest libtpu.
+      least_effort: compiles in about half the time, for a check of what compiles at all; the
+        program takes more memory and time than the one that a TPU would run.
+      processes: that compile at once; default: one a core, as far as there are programs.
+
+    Raises:
+      DoesNotFit: if a program is so large that the compiler gives up.
+      UserError: if a program does not compile, or there is no compiler.
+    """
+    check_compiler(python)
+
+    def compile_one(name: str) -> Compiled:
+        return _compile(step or name, programs[name], target, python, least_effort)
+
+    with ThreadPoolExecutor(processes or count_cores()) as pool:
+        return dict(zip(programs, pool.map(compile_one, programs), strict=True))
+
+
+def check_compiler(python: Path) -> None:
+    """Checks that there is a compiler.
+
+    Raises:
+      UserError: if there is none.
+    """
+    if not python.exists():
+        raise UserError(f"{python}: no compiler for TPUs; run `make compiler`")
+
+
+def check_memory(name: str, memory: float, target: Target) -> None:
+    """Checks that a step that needs `memory` bytes a chip fits.
+
+    Raises:
+      DoesNotFit: if it does not.
+    """
+    if memory > target.hbm_bytes:
+        raise DoesNotFit(
+            f"{target.topology}: the {name} step does not fit: it needs {memory / GIB:.2f} GiB a "
+            f"chip, {(memory - target.hbm_bytes) / GIB:.2f} GiB more than the "
+            f"{target.hbm_bytes / GIB:.2f} GiB that a program can have; "
+            f"take fewer --tokens_per_{'batch' if name == 'score' else 'replica'}"
+        )
+
+
+def _compile(
+    name: str, program: bytes, target: Target, python: Path, least_effort: bool
+) -> Compiled:
+    with tempfile.TemporaryDirectory() as folder:
+        path, texts = Path(folder) / "program.hlo", Path(folder) / "texts"
+        path.write_bytes(program)
+        command = [str(python), str(_COMPILER), f"--topology={target.topology}"]
+        command += [f"--replicas={target.chips}", f"--optimization_level={int(least_effort)}"]
+        command += [f"--texts={texts}", str(path)]
+        process = subprocess.run(command, capture_output=True, text=True, check=False)
+        if process.returncode < 0:
+            raise UserError(
+                f"{target.topology}: the compiler was ended by signal {-process.returncode}, as "
+                "for want of memory; compile on a machine with more, or run the command again"
+            )
+        if process.returncode != 0:
+            reason = (process.stderr.strip().splitlines() or ["no message"])[-1]
+            raise UserError(f"{target.topology}: the compiler ended with {reason}")
+        report = json.loads(process.stdout)
+        if "error" in report:
+            raise _explain(report["error"], name, target)
+        (text,) = texts.glob("*.after_codegen.txt")
+        return Compiled(
+            report["seconds"],
+            report["flops"],
+            report["bytes_accessed"],
+            report["optimal_seconds"],
+            report["arguments"],
+            report["outputs"] - report["aliased"],
+            report["temporaries"],
+            report["code"],
+            text.read_text(),
+        )
+
+
+def _explain(error: str, name: str, target: Target) -> DoesNotFit | UserError:
+    message = " ".join(error.split())[:_MESSAGE_CHARACTERS].rstrip(".")
+    sizes = [match for pattern in _TOO_LARGE if (match := pattern.search(message))]
+    if sizes:
+        needed = float(sizes[0][1]) * _UNITS[sizes[0][2]]
+        try:
+            check_memory(name, needed, target)
+        except DoesNotFit as does_not_fit:
+            return does_not_fit
+    return UserError(f"{target.topology}: the {name} step does not compile: {message}")

@@ -1,0 +1,248 @@
+"""How long a compiled program takes on a chip, from its text: a roofline of each instruction.
+
+An instruction takes the larger of its matrix products at the chip's peak and of its bytes of HBM at
+the chip's bandwidth; instructions run one after the other. Asynchronous copies between HBM and the
+chip take the bandwidth that instructions leave, and whoever waits for one waits for what is left of
+it. Sums over replicas add their bytes at the rate of the links. Nothing else is counted: no vector
+arithmetic, no product that fills its unit badly, no gap between instructions. So this is a lower
+bound, and the compiler's own cost models, which know of these, stand beside it.
+"""
+
+import dataclasses
+import re
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+
+from launch.preflight.hlo import Computation, Instruction, Module
+from launch.preflight.traffic import (
+    ASYNCHRONOUS,
+    COLLECTIVES,
+    FREE,
+    hbm_bytes,
+    link_bytes,
+    matmul_flops,
+    moved_bytes,
+)
+
+
+@dataclass(frozen=True)
+class Rates:
+    """What a chip of a slice can do.
+
+    Attributes:
+      flops: of matrix products in bfloat16, a second.
+      hbm: bytes a second between HBM and the chip.
+      links: bytes a second that a chip passes on in a sum over the slice.
+      replicas: chips that take part in a sum.
+      clock: cycles a second.
+    """
+
+    flops: float
+    hbm: float
+    links: float
+    replicas: int
+    clock: float
+
+
+@dataclass(frozen=True)
+class Cost:
+    """What one instruction, or several of one kind, cost in one execution of the program.
+
+    Attributes:
+      seconds: waiting for copies included.
+      flops: of matrix products.
+      hbm: bytes read from and written to HBM.
+      flops_seconds, hbm_seconds: these at the chip's peak and bandwidth.
+      cycle_seconds: the compiler's estimate of cycles, in seconds; 0 where it has none.
+      link_seconds: of the sums over replicas, contained in `seconds`.
+      count: executions.
+    """
+
+    seconds: float = 0.0
+    flops: float = 0.0
+    hbm: float = 0.0
+    flops_seconds: float = 0.0
+    hbm_seconds: float = 0.0
+    cycle_seconds: float = 0.0
+    link_seconds: float = 0.0
+    count: float = 0
+
+    def __add__(self, other: "Cost") -> "Cost":
+        return Cost(*(a + b for a, b in zip(self._values(), other._values(), strict=True)))
+
+    def times(self, factor: float) -> "Cost":
+        """As often."""
+        return Cost(*(value * factor for value in self._values()))
+
+    def _values(self) -> tuple[float, ...]:
+        return tuple(getattr(self, item.name) for item in dataclasses.fields(self))
+
+
+@dataclass
+class _Channel:
+    """The copies under way between HBM and the chip, in the order in which they began."""
+
+    left: dict[str, float] = field(default_factory=dict)
+
+    def work(self, num_bytes: float) -> None:
+        """Moves as many bytes of the copies."""
+        for name in list(self.left):
+            moved = min(num_bytes, self.left[name])
+            self.left[name] -= moved
+            num_bytes -= moved
+
+    def finish(self, name: str) -> float:
+        """Bytes to move until copy `name` is there, those begun before it first."""
+        total = 0.0
+        while name in self.left:
+            earlier = next(iter(self.left))
+            total += self.left.pop(earlier)
+        return total
+
+
+def estimate(module: Module, rates: Rates, *, by_cycles: bool = False) -> dict[str, Cost]:
+    """What a program's operations cost, by what they were made of (`describe`).
+
+    Args:
+      module: the compiled program.
+      rates: of the chip.
+      by_cycles: takes the compiler's estimate of an instruction's cycles for its time where that
+        is longer than the roofline's.
+    """
+    costs: dict[str, Cost] = {}
+    for label, cost in _costs(module, module.computations[module.entry], rates, by_cycles):
+        costs[label] = costs.get(label, Cost()) + cost
+    return costs
+
+
+def total(costs: dict[str, Cost]) -> Cost:
+    """The cost of the whole program."""
+    return sum(costs.values(), Cost())
+
+
+def missing_seconds(module: Module) -> int:
+    """What `optimal_seconds` is short of: one second for each custom call of the entry computation.
+
+    Those that allocate a buffer are counted rightly.
+    """
+    return sum(
+        item.opcode == "custom-call" and 'custom_call_target="AllocateBuffer"' not in item.text
+        for item in module.computations[module.entry].instructions.values()
+    )
+
+
+def has_loops(module: Module) -> bool:
+    """Whether a loop of the entry computation runs more than once; XLA's cost model counts once."""
+    return any(
+        item.opcode == "while" and module.trip_count(item) > 1
+        for item in module.computations[module.entry].instructions.values()
+    )
+
+
+def _costs(
+    module: Module, computation: Computation, rates: Rates, by_cycles: bool
+) -> Iterator[tuple[str, Cost]]:
+    channel = _Channel()
+    for item in computation.instructions.values():
+        if item.opcode in FREE:
+            continue
+        if item.opcode == "while":
+            trips = module.trip_count(item)
+            body = module.computations[item.called[-1]]
+            for label, cost in _costs(module, body, rates, by_cycles):
+                yield label, cost.times(trips)
+        elif item.opcode in ("call", "conditional"):
+            yield from _costs_of_branch(module, item, rates, by_cycles)
+        else:
+            cost = _cost(module, item, computation, rates)
+            start = _start_of(item, computation)
+            yield describe(item), _run(item, cost, rates, channel, by_cycles, start)
+
+
+def _costs_of_branch(
+    module: Module, item: Instruction, rates: Rates, by_cycles: bool
+) -> Iterator[tuple[str, Cost]]:
+    """The costs of what an instruction calls; of several branches, the longest one's."""
+    called = [module.computations[name] for name in item.called]
+    branches = [list(_costs(module, branch, rates, by_cycles)) for branch in called]
+    yield from max(branches, key=lambda costs: sum(cost.seconds for _, cost in costs))
+
+
+def _cost(module: Module, item: Instruction, computation: Computation, rates: Rates) -> Cost:
+    """The cost of one instruction by itself, which is not a copy to wait for."""
+    opcode = item.opcode.removesuffix("-start")
+    if item.opcode.endswith(("-done", "-update")):
+        return Cost()
+    if item.opcode in ASYNCHRONOUS:
+        moved = moved_bytes(module, item)
+        return Cost(hbm=moved, hbm_seconds=moved / rates.hbm)
+    if opcode in COLLECTIVES:
+        # A ring passes on all bytes but its own part, twice: to sum, and to spread the sums.
+        share = (rates.replicas - 1) / rates.replicas
+        seconds = 2 * share * link_bytes(item) / rates.links
+        return Cost(seconds, link_seconds=seconds, count=1)
+    moved = hbm_bytes(module, item, computation)
+    flops = matmul_flops(module, item, computation)
+    at_peak, at_bandwidth = flops / rates.flops, moved / rates.hbm
+    return Cost(
+        max(at_peak, at_bandwidth),
+        flops,
+        moved,
+        at_peak,
+        at_bandwidth,
+        item.estimated_cycles / rates.clock,
+        count=1,
+    )
+
+
+def _start_of(item: Instruction, computation: Computation) -> str:
+    """The name of the instruction that began what `item` ends; "" if it ends nothing."""
+    if not item.opcode.endswith("-done"):
+        return ""
+    start = computation.instructions[item.operands[0]]
+    while start.opcode.endswith("-update"):
+        start = computation.instructions[start.operands[0]]
+    return start.name
+
+
+def _run(
+    item: Instruction, cost: Cost, rates: Rates, channel: _Channel, by_cycles: bool, start: str
+) -> Cost:
+    """Its cost beside the copies that are under way, and what waiting for one takes.
+
+    Args:
+      item: the instruction.
+      cost: of it by itself.
+      rates: of the chip.
+      channel: the copies.
+      by_cycles: as for `estimate`.
+      start: of the copy that it ends; "" if none.
+    """
+    if item.opcode in ASYNCHRONOUS:
+        channel.left[item.name] = cost.hbm
+        return cost
+    if start in channel.left:
+        return Cost(channel.finish(start) / rates.hbm)
+    seconds = max(cost.seconds, cost.cycle_seconds) if by_cycles else cost.seconds
+    channel.work(seconds * rates.hbm - cost.hbm)
+    return dataclasses.replace(cost, seconds=seconds)
+
+
+def describe(item: Instruction) -> str:
+    """What an instruction was made of, in the framework's terms, one name for all layers."""
+    name = item.op_name.partition(";")[0]
+    if name.startswith("XlaAllReduce") or item.opcode.removesuffix("-start") in COLLECTIVES:
+        return "sum over replicas"
+    # The step's second function.
+    if name.startswith("StatefulPartitionedCall_1"):
+        return "update of the weights"
+    parts = [re.sub(r"(_\d+)+$", "", part) for part in name.split("/")]
+    kept = [part for part in parts if part not in ("", "StatefulPartitionedCall", "while", "model")]
+    if not kept:
+        return f"{item.opcode} without a name"
+    if kept[0] == "gradient_tape":
+        kept = [*kept[1:], "(backward)"]
+    elif len(kept) == 1 and parts[0] == "StatefulPartitionedCall":
+        # Gradients that are written out have no layer in their names.
+        kept.append("(backward, dropout and LayerNorm)")
+    return "/".join(kept)

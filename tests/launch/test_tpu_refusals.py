@@ -1,0 +1,176 @@
+"""What `submit tpu` says when it is refused: one line, with the command that mends it."""
+
+import fake_tpu
+import grpc
+import pytest
+from fake_tpu import Fault
+from google.cloud.tpu_v2 import types
+from submitting import (
+    BUCKET,
+    FLAGS,
+    NAME,
+    SUBMIT,
+    Slices,
+    check_refusal,
+    run,
+    with_flags,
+)
+
+from launch import submit_tpu
+from launch.cloud import tpu_slices
+
+REFUSALS = [
+    (
+        Fault(grpc.StatusCode.PERMISSION_DENIED, "Cloud TPU API is disabled", "SERVICE_DISABLED"),
+        "gcloud services enable tpu.googleapis.com --project=my-project",
+    ),
+    (
+        Fault(grpc.StatusCode.PERMISSION_DENIED, "Cloud TPU API has not been used in project 1"),
+        "gcloud services enable tpu.googleapis.com --project=my-project",
+    ),
+    (
+        Fault(grpc.StatusCode.PERMISSION_DENIED, "Permission 'tpu.nodes.create' denied"),
+        "add-iam-policy-binding my-project --member=user:YOU --role=roles/tpu.admin",
+    ),
+    (
+        Fault(grpc.StatusCode.PERMISSION_DENIED, "iam.serviceAccounts.actAs is required"),
+        "--role=roles/iam.serviceAccountUser",
+    ),
+    (Fault(grpc.StatusCode.UNAUTHENTICATED, "no"), "gcloud auth application-default login"),
+    (
+        Fault(grpc.StatusCode.RESOURCE_EXHAUSTED, "Quota limit 'TPUV5sPreemptible' exceeded"),
+        "gcloud beta quotas preferences create --service=tpu.googleapis.com",
+    ),
+    (
+        Fault(grpc.StatusCode.ALREADY_EXISTS, "Resource already exists"),
+        "gcloud compute tpus queued-resources delete first --force --zone=us-central1-a",
+    ),
+    (
+        Fault(grpc.StatusCode.NOT_FOUND, "Location us-central1-a is not found"),
+        "gcloud compute tpus locations list --project=my-project",
+    ),
+    (
+        Fault(grpc.StatusCode.INVALID_ARGUMENT, "acceleratorType v5litepod-4 is not in the zone"),
+        "gcloud compute tpus accelerator-types list --zone=us-central1-a",
+    ),
+    (
+        Fault(grpc.StatusCode.INVALID_ARGUMENT, "network 'n' was not found"),
+        "gcloud compute networks subnets list --project=my-project",
+    ),
+    (
+        Fault(grpc.StatusCode.NOT_FOUND, "Reservation r does not exist"),
+        "gcloud compute reservations list --project=my-project",
+    ),
+]
+
+
+@pytest.mark.parametrize(("fault", "expected"), REFUSALS)
+def test_a_refusal_is_one_line_with_the_command_that_mends_it(tpu, capsys, fault, expected):
+    tpu.plan = lambda method: fault if method == "CreateQueuedResource" else None
+    assert run(SUBMIT) == 2
+    check_refusal(capsys, expected)
+    assert tpu.resources == {}
+
+
+@pytest.mark.parametrize(("fault", "expected"), [item for item in REFUSALS if not item[0].reason])
+def test_a_refusal_by_the_operation_reads_the_same(tpu, capsys, fault, expected):
+    tpu.create_error = (fault.code, fault.message)
+    assert run(SUBMIT) == 2
+    check_refusal(capsys, expected)
+
+
+def test_a_resource_that_fails_is_removed_and_says_why(tpu, capsys):
+    tpu.states = [("WAITING_FOR_RESOURCES", "FAILED")]
+    tpu.failure = (grpc.StatusCode.RESOURCE_EXHAUSTED, "Quota exceeded for v5e")
+    assert run(SUBMIT) == 2
+    check_refusal(capsys, "Quota exceeded for v5e")
+    assert tpu.resources == {}
+
+
+def test_a_service_that_is_away_for_good_says_to_run_again(tpu, capsys, monkeypatch):
+    monkeypatch.setattr(tpu_slices, "_RETRY_SECONDS", 0.2)
+    tpu.plan = lambda method: Fault(grpc.StatusCode.UNAVAILABLE, "away")
+    assert run(SUBMIT) == 75
+    assert "tpu.googleapis.com did not answer" in capsys.readouterr().err
+
+
+def test_without_credentials_it_says_how_to_sign_in(tpu, capsys, monkeypatch, tmp_path):
+    monkeypatch.delenv(tpu_slices.ENDPOINT_VARIABLE)
+    monkeypatch.setenv("NO_GCE_CHECK", "true")
+    monkeypatch.setenv("HOME", str(tmp_path))
+    for name in ("GOOGLE_APPLICATION_CREDENTIALS", "CLOUDSDK_CONFIG"):
+        monkeypatch.delenv(name, raising=False)
+    assert run(SUBMIT) == 2
+    check_refusal(capsys, "no Google credentials were found; sign in: gcloud auth application-")
+
+
+def test_a_bucket_of_another_region_is_refused(tpu, cloud, capsys):
+    cloud.locations[BUCKET] = "EUROPE-WEST4"
+    assert run(SUBMIT) == 2
+    check_refusal(
+        capsys,
+        f"gcloud storage buckets create gs://{BUCKET}-us-central1 --project=my-project "
+        "--location=us-central1",
+    )
+    assert tpu.created == []
+
+
+def test_a_multi_region_that_holds_the_zone_is_taken(tpu, cloud):
+    cloud.locations[BUCKET] = "US"
+    Slices(tpu, cloud, 0)
+    assert run(SUBMIT) == 0
+
+
+def test_a_bucket_that_does_not_exist_is_named(tpu, cloud, capsys):
+    del cloud.buckets[BUCKET]
+    assert run(SUBMIT) == 2
+    check_refusal(capsys, "there is no such bucket; create it: gcloud storage buckets create gs://")
+
+
+def test_two_submissions_of_one_name(tpu, capsys):
+    assert run(with_flags("--no_wait")) == 0
+    assert run(with_flags("--no_wait")) == 2
+    check_refusal(capsys, "--name=first: a job of that name")
+    assert len(tpu.created) == 1 and [*tpu.resources] == [NAME]
+
+
+def test_two_submissions_at_the_same_moment(tpu, capsys, monkeypatch):
+    """Neither sees the other's slice before it asks for its own: the service decides."""
+    absent = tpu_slices.Found(tpu_slices.Phase.ABSENT)
+    monkeypatch.setattr(submit_tpu, "_make_room", lambda *_: absent)
+    assert run(with_flags("--no_wait")) == 0
+    assert run(with_flags("--no_wait")) == 2
+    check_refusal(capsys, "first exists already; take another --name")
+    assert len(tpu.created) == 1 and [*tpu.resources] == [NAME]
+
+
+def test_what_is_left_of_a_slice_that_was_taken_away_makes_room(tpu, cloud, capsys):
+    tpu.states = [("SUSPENDED",), fake_tpu.HAPPY]
+    assert run(with_flags("--no_wait")) == 0
+    Slices(tpu, cloud, 0)
+    assert run(SUBMIT) == 0
+    assert "removing the slice of that name that was taken away" in capsys.readouterr().out
+
+
+def test_a_name_that_is_none_of_ours_is_left_alone(tpu, capsys):
+    tpu.resources[NAME] = types.QueuedResource(name=NAME)
+    tpu._left[NAME] = ["ACTIVE"]
+    assert run(SUBMIT) == 2
+    check_refusal(capsys, "is not of Multihot's making")
+    assert [*tpu.resources] == [NAME]
+
+
+def test_a_slice_that_is_being_deleted_makes_room(tpu, cloud, capsys):
+    tpu.states = [("DELETING",), fake_tpu.HAPPY]
+    assert run(with_flags("--no_wait")) == 0
+    Slices(tpu, cloud, 0)
+    assert run(SUBMIT) == 0
+    assert "removing the slice of that name that is being deleted" in capsys.readouterr().out
+
+
+def test_commands_that_are_too_long_for_a_slice_are_refused(tpu, capsys):
+    names = ",".join(f"gs://data/{index:0100d}" for index in range(3000))
+    score = ["score", "--model=gs://data/e", f"--input={names}", "--output_dir=gs://data/o"]
+    assert run(["submit", "tpu", *FLAGS, "--", *score]) == 2
+    check_refusal(capsys, "name folders or globs instead of files")
+    assert tpu.created == []

@@ -1,0 +1,100 @@
+"""Score lines: which labels and scores are written, in which order, with how many digits."""
+
+import json
+
+import numpy as np
+import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
+
+from trainer.scoring.result_lines import LineFormatter
+
+OFF = '10% "off"'
+LABELS = ("red", OFF, "grün", "never")
+THRESHOLDS = np.array([0.5, 0.25, 0.75, np.nan])
+PROBABILITIES = np.array([[0.5, 0.24999999, 0.9, 1.0], [0.1, 0.1, 0.7499999, 1e-7]], np.float32)
+
+
+def format_lines(selection, ids=("a", "b"), probabilities=PROBABILITIES):
+    text = b"".join(
+        LineFormatter(LABELS, THRESHOLDS, selection).format(ids, probabilities)
+    ).decode()
+    assert text.endswith("\n")
+    return text.splitlines()
+
+
+def test_all_scores_in_label_order_with_six_significant_digits():
+    first, second = format_lines(("all", 0))
+    assert first == (
+        '{"id": "a", "labels": ["red", "grün"], '
+        '"scores": {"red": 0.5, "10% \\"off\\"": 0.25, "grün": 0.9, "never": 1}}'
+    )
+    assert json.loads(second)["scores"] == {
+        "red": 0.1, '10% "off"': 0.1, "grün": 0.75, "never": 1e-07
+    }  # fmt: skip
+
+
+def test_thresholds_are_compared_before_rounding_and_with_at_least():
+    # 0.24999999 and 0.7499999 are below their thresholds, though written as 0.25 and 0.75.
+    first, second = map(json.loads, format_lines(("all", 0)))
+    assert first["labels"] == ["red", "grün"]
+    assert second["labels"] == []
+
+
+@pytest.mark.parametrize(
+    ("selection", "expected"),
+    [
+        (("top", 2), [["never", "grün"], ["grün", "red"]]),
+        (("top", 9), [["never", "grün", "red", OFF], ["grün", "red", OFF, "never"]]),
+        (("above", 0.5), [["never", "grün", "red"], ["grün"]]),
+        (("above", 0.1), [["never", "grün", "red", OFF], ["grün", "red", OFF]]),
+        (("above", 1.0), [["never"], []]),
+    ],
+)  # fmt: skip
+def test_selected_scores_come_highest_first_and_ties_in_label_order(selection, expected):
+    lines = [json.loads(line) for line in format_lines(selection)]
+    assert [list(line["scores"]) for line in lines] == expected
+    assert lines[0]["labels"] == ["red", "grün"]
+
+
+def test_any_id_survives():
+    ids = ['quo"te', "line\nbreak", "é 漢", "\ud800 half a pair", ""]
+    lines = format_lines(("top", 1), ids, np.zeros((5, 4), np.float32))
+    assert [json.loads(line)["id"] for line in lines] == ids
+
+
+def test_no_documents_give_no_bytes():
+    formatter = LineFormatter(LABELS, THRESHOLDS, ("top", 2))
+    assert list(formatter.format([], np.zeros((0, 4), np.float32))) == []
+
+
+@settings(max_examples=60, deadline=None)
+@given(st.lists(st.lists(st.integers(0, 4), min_size=7, max_size=7), min_size=1, max_size=5),
+       st.sampled_from([("top", 1), ("top", 3), ("top", 6), ("above", 0.5)]))  # fmt: skip
+def test_selections_are_those_of_a_stable_sort(steps, selection):
+    probabilities = np.array(steps, np.float32) / 4
+    labels = tuple("abcdefg")
+    formatter = LineFormatter(labels, np.full(7, 0.5), selection)
+    lines = b"".join(formatter.format(["x"] * len(steps), probabilities)).splitlines()
+    kind, number = selection
+    for line, row in zip(lines, probabilities, strict=True):
+        order = np.argsort(-row, kind="stable")
+        kept = order[: int(number)] if kind == "top" else order[row[order] >= number]
+        found = json.loads(line)["scores"]
+        assert list(found) == [labels[index] for index in kept]
+        assert list(found.values()) == row[kept].tolist()
+
+
+def test_four_thousand_labels_are_written_in_bounded_pieces():
+    """The 5 best of 4,000 labels: 262 documents at a time, and no more text than is asked for."""
+    rng = np.random.default_rng(0)
+    probabilities = rng.random((1000, 4000), np.float32)
+    formatter = LineFormatter([f"l{i}" for i in range(4000)], np.full(4000, np.nan), ("top", 5))
+    pieces = list(formatter.format([str(i) for i in range(1000)], probabilities))
+    assert [piece.count(b"\n") for piece in pieces] == [262, 262, 262, 214]
+    lines = b"".join(pieces).splitlines()
+    best = np.argsort(-probabilities[999])[:5]
+    assert json.loads(lines[999])["scores"] == {
+        f"l{i}": pytest.approx(float(probabilities[999, i]), rel=1e-5) for i in best
+    }
+    assert max(map(len, lines)) < 200

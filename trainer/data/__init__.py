@@ -1,0 +1,1 @@
+"""Shards, tokens and micro-batches: what training and scoring read."""

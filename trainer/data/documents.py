@@ -1,0 +1,122 @@
+"""Some documents of a split as the shards hold them: ids, tokens and labels, by their places."""
+
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import Any
+
+import numpy as np
+
+from trainer.data.metadata import METADATA_FILE, Metadata, Split, naming_damaged_shards
+from trainer.data.records import Records, parse_records
+from trainer.errors import UserError
+from trainer.storage import filesystem
+
+_READ_AT_ONCE = 1024
+
+
+@dataclass(frozen=True)
+class Documents:
+    """N documents.
+
+    Attributes:
+      ids: N texts.
+      tokens: N arrays of int32 token ids: the document's windows joined again, without [CLS] and
+        [SEP] and without what two windows share.
+      labels: bool [N, L].
+    """
+
+    ids: list[str]
+    tokens: list[np.ndarray]
+    labels: np.ndarray
+
+
+def leading_places(split: Split, most: int) -> np.ndarray:
+    """Places of at most `most` documents in a split's reading order, int64, rising.
+
+    They are the first of every shard, in proportion to its size: a random sample, for `prepare`
+    shuffles what it writes, and one for which no shard is read to its end.
+    """
+    if split.documents <= most:
+        return np.arange(split.documents)
+    sizes = np.array([shard.documents for shard in split.shards], np.int64)
+    starts = np.cumsum(sizes) - sizes
+    taken = np.diff(np.cumsum(sizes) * most // split.documents, prepend=0)
+    return np.concatenate(
+        [start + np.arange(count) for start, count in zip(starts, taken, strict=True)]
+    )
+
+
+def read_documents(
+    data_dir: str, metadata: Metadata, split_name: str, places: np.ndarray
+) -> Documents:
+    """Reads the documents at `places`, int64, rising, of a split's reading order.
+
+    Raises:
+      UserError: naming the first shard that is missing or damaged.
+    """
+    split = metadata.split(split_name)
+    _check_sizes(data_dir, split)
+    ids: list[str] = []
+    tokens: list[np.ndarray] = []
+    labels = np.zeros((len(places), len(metadata.labels)), bool)
+    with naming_damaged_shards(data_dir, metadata, split_name):
+        for records in _read(data_dir, split, places):
+            rows = len(ids) + records.labels.value_rowids().numpy()
+            labels[rows, records.labels.values.numpy()] = True
+            ids += [document_id.decode("utf-8", "replace") for document_id in records.ids.numpy()]
+            tokens += _join_windows(records.windows, _shared_tokens(metadata))
+    return Documents(ids, tokens, labels)
+
+
+def _read(data_dir: str, split: Split, places: np.ndarray) -> Iterator[Records]:
+    import tensorflow as tf
+
+    start = 0
+    for shard in split.shards:
+        in_shard = places[(places >= start) & (places < start + shard.documents)] - start
+        start += shard.documents
+        if not len(in_shard):
+            continue
+        records = tf.data.TFRecordDataset(os.path.join(data_dir, shard.name))
+        batches = records.take(int(in_shard[-1]) + 1).batch(_READ_AT_ONCE)
+        for number, batch in enumerate(batches):
+            wanted = in_shard[in_shard // _READ_AT_ONCE == number] - number * _READ_AT_ONCE
+            if len(wanted):
+                yield parse_records(tf.gather(batch, wanted))
+
+
+def _rows(ragged: Any) -> list[np.ndarray]:
+    """The rows of a ragged tensor, which one by one would cost a TensorFlow operation each."""
+    return np.split(ragged.values.numpy(), ragged.row_splits.numpy()[1:-1])
+
+
+def _shared_tokens(metadata: Metadata) -> int:
+    """Tokens of text that a window has in common with the one before it."""
+    text_tokens = metadata.max_seq_length - 2
+    return text_tokens - (metadata.window_stride or text_tokens)
+
+
+def _join_windows(windows: Any, shared: int) -> list[np.ndarray]:
+    """Documents' tokens of ragged windows [N, None, None]."""
+    pieces, splits = _rows(windows.values), windows.row_splits.numpy()
+    return [
+        np.concatenate(
+            [
+                piece[1 + (shared if number else 0) : -1]
+                for number, piece in enumerate(pieces[start:end])
+            ]
+        )
+        for start, end in zip(splits[:-1], splits[1:], strict=True)
+    ]
+
+
+def _check_sizes(data_dir: str, split: Split) -> None:
+    paths = [os.path.join(data_dir, shard.name) for shard in split.shards]
+    for shard, path, size in zip(split.shards, paths, filesystem.sizes(paths), strict=True):
+        if size != shard.bytes:
+            found = "missing" if size is None else f"{size} bytes"
+            raise UserError(
+                f"{path}: {found}, but {METADATA_FILE} says {shard.bytes} bytes; restore it or run "
+                "`multihot prepare` again"
+            )

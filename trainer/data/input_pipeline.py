@@ -1,0 +1,284 @@
+"""Shards to micro-batches: shuffled by (seed, epoch), seekable, in graph ops only.
+
+An epoch is the split's shards in an order drawn from (seed, epoch), laid end to end and cut into
+blocks of a fixed number of documents. A block is shuffled and packed by itself, so the stream's
+position is three numbers: epoch, block, and how many of the block's micro-batches are done. Resume
+skips whole shards by their counts in metadata.json, then records within one, and packs one block
+again; nothing else is replayed, and nothing is carried from one block to the next.
+"""
+
+import math
+from dataclasses import dataclass
+
+import tensorflow as tf
+
+from trainer.config import PackingConfig
+from trainer.data.label_transfer import LABEL_KEYS, no_labels, spread_labels
+from trainer.data.metadata import Metadata, verify_shards
+from trainer.data.packing import BLOCK_MICRO_BATCHES, empty_micro_batch, pack
+from trainer.data.records import parse_records
+from trainer.errors import UserError
+
+# What the micro-batches of a stream carry beside the model's inputs.
+POSITION_KEYS = ("epoch", "block", "next_micro_batch")
+# What travels to the devices: strings cannot, and the loss needs no document's number.
+_STEP_KEYS = frozenset(
+    ("input_ids", "segment_ids", "position_ids", "window_starts", "window_document")
+    + (*LABEL_KEYS, "document_mask", *POSITION_KEYS)
+)
+
+
+@dataclass(frozen=True)
+class Position:
+    """Where a stream stands: the next micro-batch to read."""
+
+    epoch: int = 0
+    block: int = 0
+    micro_batch: int = 0
+
+
+@dataclass(frozen=True)
+class Stream:
+    """One split of a data folder, ready to be read.
+
+    `paths` and `shard_documents` go together; `block_documents` is fixed by the split's size and
+    the packing, so that two runs of one config cut the same blocks.
+    """
+
+    paths: tuple[str, ...]
+    shard_documents: tuple[int, ...]
+    block_documents: int
+    packing: PackingConfig
+    num_labels: int
+    most_labels: int
+    num_slice_columns: int = 0
+
+    @property
+    def num_documents(self) -> int:
+        """Documents of the split."""
+        return sum(self.shard_documents)
+
+
+def open_stream(
+    data_dir: str, metadata: Metadata, split_name: str, packing: PackingConfig
+) -> Stream:
+    """Checks the shards of a split against metadata.json and makes a stream of them.
+
+    Raises:
+      UserError: for a missing split, a missing or damaged shard, or an empty split.
+    """
+    split = metadata.split(split_name)
+    paths = verify_shards(data_dir, metadata, split_name)
+    if split.documents == 0:
+        raise UserError(f"{data_dir}: split {split_name!r} has no documents; prepare it again")
+    blocks = max(1, round(split.tokens / (BLOCK_MICRO_BATCHES * packing.num_tokens)))
+    return Stream(
+        tuple(paths),
+        tuple(shard.documents for shard in split.shards),
+        math.ceil(split.documents / blocks),
+        packing,
+        len(metadata.labels),
+        max(1, split.max_labels_per_document),
+        len(metadata.slice_columns),
+    )
+
+
+def count_documents(num_documents: int, num_epochs: float) -> int:
+    """Documents of so many passes over a split, a fraction of a document rounded up."""
+    # 1e-6 documents absorb the rounding of products such as 0.1 x 3 epochs.
+    return math.ceil(num_epochs * num_documents - 1e-6)
+
+
+def _read_epoch(
+    stream: Stream, epoch: tf.Tensor, seed: int | None, first_document: tf.Tensor, limit: tf.Tensor
+) -> tf.data.Dataset:
+    """The epoch's blocks of serialised records, from `first_document` on, up to `limit`."""
+    order = tf.range(len(stream.paths))
+    if seed is not None:
+        order = tf.random.experimental.stateless_shuffle(order, tf.stack([seed, epoch]))
+    paths = tf.gather(tf.constant(stream.paths), order)
+    documents = tf.gather(tf.constant(stream.shard_documents, tf.int64), order)
+    ends = tf.cumsum(documents)
+    shard = tf.searchsorted(ends, [first_document], side="right")[0]
+    before = tf.reduce_sum(documents[:shard])
+    # One shard after the other: their order is the epoch's order. prefetch overlaps the reading.
+    return (
+        tf.data.TFRecordDataset(paths[shard:], buffer_size=1 << 20)
+        .skip(first_document - before)
+        .take(limit - first_document)
+        .batch(stream.block_documents)
+        .prefetch(2)
+    )
+
+
+def _pack_block(
+    stream: Stream,
+    seed: int | None,
+    epoch: tf.Tensor,
+    block: tf.Tensor,
+    serialized: tf.Tensor,
+) -> dict[str, tf.Tensor]:
+    """Shuffles, parses and packs one block; adds labels, document indices and positions."""
+    count = tf.size(serialized, out_type=tf.int64)
+    first = block * stream.block_documents
+    index = first + tf.range(count)
+    if seed is not None:
+        block_seed = tf.random.experimental.stateless_fold_in(tf.stack([seed, epoch]), block)
+        permutation = tf.random.experimental.stateless_shuffle(tf.range(count), block_seed)
+        index, serialized = tf.gather(index, permutation), tf.gather(serialized, permutation)
+    ids, windows, labels, slices = parse_records(serialized, stream.num_slice_columns)
+    packed = pack(windows, stream.packing)
+    chosen = packed.pop("document_index")
+    num_micro_batches = tf.shape(chosen)[0]
+
+    def of_documents(values: tf.Tensor, empty: tf.Tensor) -> tf.Tensor:
+        return tf.where(chosen >= 0, tf.gather(values, tf.maximum(chosen, 0)), empty)
+
+    where = tf.where(chosen >= 0)
+    slots = tf.scatter_nd(
+        tf.boolean_mask(chosen, chosen >= 0)[:, None],
+        where[:, 0] * stream.packing.max_documents + where[:, 1],
+        [count],
+    )
+    shape = num_micro_batches, stream.packing.max_documents
+    spread = spread_labels(labels, slots, shape, stream.num_labels, stream.most_labels)
+    return (
+        packed
+        | spread
+        | {
+            "document_index": of_documents(index, tf.constant(-1, tf.int64)),
+            "document_id": of_documents(ids, tf.constant("")),
+            "document_slices": tf.gather(slices, tf.maximum(chosen, 0)),
+            "epoch": tf.fill([num_micro_batches], epoch),
+            "block": tf.fill([num_micro_batches], block),
+            "next_micro_batch": tf.range(1, tf.cast(num_micro_batches, tf.int64) + 1),
+        }
+    )
+
+
+def read_micro_batches(
+    stream: Stream,
+    *,
+    seed: int | None,
+    num_epochs: float = 1.0,
+    start: Position | None = None,
+) -> tf.data.Dataset:
+    """The micro-batches of `num_epochs` passes over a split, in order, from `start` on.
+
+    Every document comes exactly once an epoch. Beside what `packing.pack` gives, a micro-batch has
+    its labels as `label_transfer.spread_labels` gives them, `document_index` (int64 [D], among the
+    documents of the epoch's order), `document_id` (string [D]), `document_slices` (string [D, C],
+    the kept columns' values) and its position (int64 scalars `epoch`, `block`,
+    `next_micro_batch`).
+
+    Args:
+      stream: what `open_stream` gave.
+      seed: of the shuffling; None reads the shards in their order, unshuffled.
+      num_epochs: passes; a fraction ends within the last one.
+      start: where to begin; default: at the very start.
+    """
+    start = start or Position()
+    total = stream.num_documents
+    whole, remainder = divmod(count_documents(total, num_epochs), total)
+    epochs = whole + (remainder > 0)
+
+    def blocks(epoch: tf.Tensor) -> tf.data.Dataset:
+        resumed = epoch == start.epoch
+        first = tf.where(resumed, tf.constant(start.block, tf.int64), 0)
+        limit = tf.where(epoch == whole, tf.constant(remainder, tf.int64), total)
+        serialized = _read_epoch(stream, epoch, seed, first * stream.block_documents, limit)
+        return serialized.enumerate(first).map(lambda block, records: (epoch, block, records))
+
+    options = tf.data.Options()
+    options.deterministic = True
+    return (
+        tf.data.Dataset.range(start.epoch, epochs)
+        .flat_map(blocks)
+        .map(
+            lambda epoch, block, records: _pack_block(stream, seed, epoch, block, records),
+            num_parallel_calls=tf.data.AUTOTUNE,
+            deterministic=True,
+        )
+        .unbatch()
+        .skip(start.micro_batch)
+        .with_options(options)
+    )
+
+
+def _empty(stream: Stream) -> dict[str, tf.Tensor]:
+    """An empty micro-batch with all that `read_micro_batches` gives; its position is -1."""
+    documents = stream.packing.max_documents
+    return (
+        empty_micro_batch(stream.packing)
+        | no_labels(documents, stream.num_labels, stream.most_labels)
+        | {
+            "document_id": tf.fill([documents], ""),
+            "document_slices": tf.fill([documents, stream.num_slice_columns], ""),
+        }
+        | {key: tf.constant(-1, tf.int64) for key in POSITION_KEYS}
+    )
+
+
+def stack_micro_batches(
+    micro_batches: tf.data.Dataset, stream: Stream, count: int
+) -> tf.data.Dataset:
+    """Stacks `count` consecutive micro-batches, the last stack filled up with empty ones."""
+    padding = tf.data.Dataset.from_tensors(_empty(stream)).repeat(count - 1)
+    stacked = micro_batches.concatenate(padding).batch(count, drop_remainder=True)
+    return stacked.prefetch(tf.data.AUTOTUNE)
+
+
+@dataclass(frozen=True)
+class Share:
+    """The replicas that one host feeds, of all that share a step."""
+
+    replicas: int = 1
+    first: int = 0
+    count: int = 1
+
+
+def deal_steps(
+    micro_batches: tf.data.Dataset, stream: Stream, micro_batches_per_step: int, share: Share
+) -> tf.data.Dataset:
+    """Deals K consecutive micro-batches a step to the replicas; yields one host's share.
+
+    Replica r of R takes micro-batches r K / R to (r + 1) K / R of every step. Every host reads and
+    packs the whole stream and keeps its own part, so that a step holds the same documents whatever
+    the number of hosts, and no host runs dry before another.
+
+    Args:
+      micro_batches: as `read_micro_batches` gives them.
+      stream: theirs.
+      micro_batches_per_step: K, a multiple of the replicas.
+      share: which replicas are this host's.
+
+    Returns:
+      For each step, one element for each of the host's replicas in order: what the model takes,
+      stacked to [K / R, ...], and `position` (int64 [3]), where the stream stands after the step.
+      Past the last document come empty micro-batches without end, whose position is -1.
+    """
+    each = micro_batches_per_step // share.replicas
+    assert each * share.replicas == micro_batches_per_step, (micro_batches_per_step, share)
+    empty = {name: value for name, value in _empty(stream).items() if name in _STEP_KEYS}
+
+    def deal(step: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        # Empty micro-batches only fill up the last step; the last real one's position stands.
+        last = tf.maximum(tf.reduce_sum(tf.cast(step["epoch"] >= 0, tf.int32)) - 1, 0)
+        position = tf.stack([step.pop(key)[last] for key in POSITION_KEYS])
+        mine = {
+            name: tf.reshape(value, [share.replicas, each, *value.shape[1:]])[
+                share.first : share.first + share.count
+            ]
+            for name, value in step.items()
+        }
+        return mine | {"position": tf.tile(position[None], [share.count, 1])}
+
+    return (
+        micro_batches.map(lambda item: {name: item[name] for name in empty})
+        .concatenate(tf.data.Dataset.from_tensors(empty).repeat())
+        .batch(micro_batches_per_step, drop_remainder=True)
+        .map(deal, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+        .unbatch()
+        # Two steps ahead; AUTOTUNE would let the endless empty ones fill the memory at the end.
+        .prefetch(2 * share.count)
+    )

@@ -1,0 +1,223 @@
+"""metadata.json, which describes the shards of a data folder, and the check that they match it."""
+
+import contextlib
+import dataclasses
+import json
+import os
+from collections.abc import Iterator
+from dataclasses import dataclass, field
+from typing import Any
+
+from trainer.config import from_dict
+from trainer.errors import UserError
+from trainer.storage import filesystem
+from trainer.storage.atomic import write_atomically
+from trainer.storage.seal import seal, unseal
+
+SCHEMA_VERSION = 3
+METADATA_FILE = "metadata.json"
+TOKENIZER_FOLDER = "tokenizer"
+
+
+@dataclass(frozen=True)
+class Shard:
+    """One TFRecord file: its name inside the data folder, documents, bytes, CRC-32C (hex)."""
+
+    name: str
+    documents: int
+    bytes: int
+    checksum: str
+
+
+@dataclass(frozen=True)
+class Split:
+    """One split.
+
+    Attributes:
+      documents: how many there are.
+      tokens: of all windows, [CLS] and [SEP] included.
+      truncated: documents that lost tokens, even though they may have several windows.
+      rejected: rows that could not be used, of the call that made the split.
+      label_counts: documents of each label.
+      length_histogram: at place i the windows of i tokens, [CLS] and [SEP] included.
+      shards: the files.
+      windows: of all documents.
+      window_histogram: at place n the documents of n windows.
+      max_labels_per_document: the most labels that a document has.
+      text_index: the file by which `prepare` finds texts again, or None.
+    """
+
+    documents: int
+    tokens: int
+    truncated: int
+    rejected: int
+    label_counts: tuple[int, ...]
+    length_histogram: tuple[int, ...]
+    shards: tuple[Shard, ...]
+    windows: int
+    window_histogram: tuple[int, ...]
+    max_labels_per_document: int
+    text_index: Shard | None = None
+
+
+@dataclass(frozen=True)
+class Metadata:
+    """Everything that a reader of the shards has to know; written last, atomically.
+
+    Attributes:
+      labels: names in the order of their indices.
+      max_seq_length: the longest window in tokens.
+      vocab_size: rows that embeddings need.
+      tokenizer_fingerprint: of the tokenizer beside the shards.
+      splits: by name, in the order in which they were made.
+      source: `calls`: for each call of `prepare` its inputs, seed, rejected rows and splits.
+      dropped_labels: names that are known and left out, and their documents.
+      slice_columns: names of the kept columns.
+      window_stride: tokens of text from one window's start to the next; 0: they do not overlap.
+      max_windows: the most windows of a document.
+      checks: what `prepare` found remarkable, see `trainer/checks.py`.
+    """
+
+    labels: tuple[str, ...]
+    max_seq_length: int
+    vocab_size: int
+    tokenizer_fingerprint: str
+    splits: dict[str, Split]
+    source: dict[str, Any]
+    dropped_labels: dict[str, int]
+    slice_columns: tuple[str, ...] = ()
+    window_stride: int = 0
+    max_windows: int = 1
+    checks: dict[str, Any] = field(default_factory=dict)
+    schema_version: int = SCHEMA_VERSION
+
+    def split(self, name: str) -> Split:
+        """The split of that name.
+
+        Raises:
+          UserError: if the folder has none.
+        """
+        if name not in self.splits:
+            raise UserError(
+                f"{METADATA_FILE}: no split {name!r}; found {', '.join(sorted(self.splits))}; "
+                f"add it with `multihot prepare --split={name}`"
+            )
+        return self.splits[name]
+
+    def save(self, data_dir: str) -> None:
+        """Writes metadata.json into `data_dir`, atomically, with a checksum of its content."""
+        content = json.dumps(seal(dataclasses.asdict(self)), indent=1, ensure_ascii=False)
+        write_atomically(os.path.join(data_dir, METADATA_FILE), content + "\n")
+
+
+def load_metadata(data_dir: str) -> Metadata:
+    """Reads metadata.json of a data folder.
+
+    Raises:
+      UserError: if there is none, or it is not one that this version understands.
+    """
+    try:
+        content = filesystem.read_bytes(os.path.join(data_dir, METADATA_FILE))
+    except FileNotFoundError:
+        raise UserError(
+            f"{data_dir}: no {METADATA_FILE}; expected a folder that `multihot prepare` finished"
+        ) from None
+    return parse_metadata(content, data_dir)
+
+
+def parse_metadata(content: bytes, data_dir: str) -> Metadata:
+    """The same, given the content of the file.
+
+    Raises:
+      UserError: if it is not one that this version understands.
+    """
+    path = os.path.join(data_dir, METADATA_FILE)
+    try:
+        values = json.loads(content.decode("utf-8"))
+    except (json.JSONDecodeError, UnicodeDecodeError) as error:
+        raise UserError(f"{path}: not valid JSON ({error}); run `multihot prepare` again") from None
+    if not isinstance(values, dict) or values.get("schema_version") != SCHEMA_VERSION:
+        found = values.get("schema_version") if isinstance(values, dict) else type(values).__name__
+        raise UserError(
+            f"{path}: schema version {found}, expected {SCHEMA_VERSION}; "
+            "run this version's `multihot prepare` again"
+        )
+    try:
+        values = unseal(values)
+        splits = {name: _read_split(split) for name, split in values["splits"].items()}
+        return from_dict(Metadata, values | {"splits": splits})
+    except (KeyError, TypeError, ValueError) as error:
+        raise UserError(f"{path}: damaged ({error}); run `multihot prepare` again") from None
+
+
+def _read_split(values: dict[str, Any]) -> Split:
+    index = values["text_index"]
+    files = {
+        "shards": [from_dict(Shard, shard) for shard in values["shards"]],
+        "text_index": index and from_dict(Shard, index),
+    }
+    return from_dict(Split, values | files)
+
+
+def checksum(path: str) -> str:
+    """CRC-32C of a file or object as eight hex digits (hardware-accelerated, several GB/s)."""
+    import google_crc32c
+
+    crc = google_crc32c.Checksum()
+    with filesystem.open_binary(path) as file:
+        while block := file.read(1 << 18):
+            crc.update(block)
+    return crc.hexdigest().decode()
+
+
+def verify_shards(
+    data_dir: str, metadata: Metadata, split_name: str, *, read_remote: bool = False
+) -> list[str]:
+    """Checks every shard of a split against metadata.json; returns their paths in order.
+
+    Local shards are read and their checksums compared. Shards in a store have their sizes compared
+    only: reading all of them over the network before the first step would cost as much as an
+    epoch, and TensorFlow checks each record's own CRC-32C when training comes to it.
+
+    Args:
+      read_remote: compares the checksums of shards in a store too, which names the damaged one.
+
+    Raises:
+      UserError: naming the first shard that is missing, of another size, or of another checksum.
+    """
+    shards = metadata.split(split_name).shards
+    paths = [os.path.join(data_dir, shard.name) for shard in shards]
+    remedy = "restore it or run `multihot prepare` again"
+    for shard, path, size in zip(shards, paths, filesystem.sizes(paths), strict=True):
+        if size is None:
+            raise UserError(f"{path}: missing, but {METADATA_FILE} lists it; {remedy}")
+        if size != shard.bytes:
+            raise UserError(
+                f"{path}: {size} bytes, but {METADATA_FILE} says {shard.bytes}; cut short or "
+                f"replaced; {remedy}"
+            )
+        is_read = read_remote or not filesystem.is_remote(path)
+        if is_read and checksum(path) != shard.checksum:
+            raise UserError(
+                f"{path}: its CRC-32C differs from the {shard.checksum} in {METADATA_FILE}; "
+                f"damaged or replaced; {remedy}"
+            )
+    return paths
+
+
+@contextlib.contextmanager
+def naming_damaged_shards(data_dir: str, metadata: Metadata, *split_names: str) -> Iterator[None]:
+    """Finds the shard in question when TensorFlow comes upon a record that is damaged.
+
+    Raises:
+      UserError: naming the shard.
+      tf.errors.DataLossError: if all shards are as they were written.
+    """
+    import tensorflow as tf
+
+    try:
+        yield
+    except tf.errors.DataLossError:
+        for name in split_names:
+            verify_shards(data_dir, metadata, name, read_remote=True)
+        raise

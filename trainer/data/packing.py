@@ -1,0 +1,264 @@
+"""Documents to micro-batches of one fixed shape, in TensorFlow graph ops.
+
+A block of documents is packed at once: `bin_packing.py` says in which row each of their windows
+lies, `dealing.py` which micro-batch gets which row, and here the ids are spread out accordingly.
+
+A window goes to the row with the least room that still holds it; so short windows fill the gaps of
+long rows, and a short document pays for the attention of a short row.
+"""
+
+import itertools
+import math
+from collections.abc import Sequence
+
+import numpy as np
+import tensorflow as tf
+
+from trainer.config import PackingConfig
+from trainer.data.bin_packing import Windows, place_windows, row_capacities
+from trainer.data.dealing import deal_rows
+from trainer.errors import UserError
+
+# Documents are packed in blocks of about this many micro-batches: enough that the one that is only
+# partly full costs less than one percent, few enough that a block is small in memory.
+BLOCK_MICRO_BATCHES = 64
+# Room for the spread, between blocks, of the share of long documents.
+_LONG_ROW_MARGIN = 1.1
+_SHORTEST_ROW = 64
+
+
+def _place_windows(windows: Windows, packing: PackingConfig) -> tuple[tf.Tensor, tf.Tensor]:
+    """Where each window begins among all M x T tokens (int32 [V]), and M (int32 scalar)."""
+    spots, held, is_pinned, taken = place_windows(windows, packing)
+
+    def deal(more: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        below = [[0, more], [0, 0]]
+        nothing = tf.fill([more], packing.max_windows - packing.max_documents)
+        all_taken = tf.concat([taken, nothing], 0)
+        return deal_rows(tf.pad(held, below), tf.pad(is_pinned, below), all_taken, packing)
+
+    capacities = row_capacities(packing)
+    num_rows = capacities.shape[0]
+    # More short documents than slots: spread them over one more micro-batch until they fit. The
+    # first turn adds none; that it is one of the loop's halves what there is to trace and optimise.
+    _, starts, _ = tf.while_loop(
+        lambda more, starts, most: most > packing.max_windows,
+        lambda more, starts, most: (more + 1, *deal(more + 1)),
+        (tf.constant(-1), tf.zeros([0, num_rows], tf.int32), tf.int32.max),
+        shape_invariants=(
+            tf.TensorShape([]),
+            tf.TensorShape([None, num_rows]),
+            tf.TensorShape([]),
+        ),
+    )
+    offset = tf.gather(capacities, spots.row % num_rows) - spots.left
+    return tf.gather(tf.reshape(starts, [-1]), spots.row) + offset, tf.shape(starts)[0]
+
+
+def pack(input_ids: tf.RaggedTensor, packing: PackingConfig) -> dict[str, tf.Tensor]:
+    """Packs documents into micro-batches; no document is lost, split or repeated.
+
+    Args:
+      input_ids: int32 ragged [N, None, None], the tokens of each window of each document, [CLS] and
+        [SEP] included; or [N, None], documents of one window. No window is longer than the longest
+        row, and no document has more windows than a micro-batch can hold.
+      packing: the shape of a micro-batch: T tokens, W windows, D documents.
+
+    Returns:
+      M stacked micro-batches: `input_ids`, `segment_ids` (0 = padding, else window + 1),
+      `position_ids`, each int32 [M, T]; `window_starts` (int32 [M, W], 0 where there is none),
+      `window_document` (int32 [M, W], -1 where there is none); `document_mask` (float32 [M, D]);
+      `document_index` (int64 [M, D], which of the N documents, -1 where there is none).
+    """
+    if input_ids.ragged_rank == 1:
+        ones = tf.ones([input_ids.nrows()], input_ids.row_splits.dtype)
+        input_ids = tf.RaggedTensor.from_row_lengths(input_ids, ones, validate=False)
+    by_window = input_ids.values
+    lengths = tf.cast(by_window.row_lengths(), tf.int32)
+    # A window that no row holds would make the placement ask for more rows for ever.
+    fits = tf.debugging.assert_less_equal(lengths, packing.max_length, "longer than all rows")
+    with tf.control_dependencies([fits] if fits is not None else []):
+        lengths = tf.identity(lengths)
+    document = tf.cast(input_ids.value_rowids(), tf.int32)
+    counts = tf.cast(input_ids.row_lengths(), tf.int32)
+    starts, num_micro_batches = _place_windows(Windows(lengths, document, counts), packing)
+    window_slots = _number_slots(starts, num_micro_batches, packing)
+    # A document's slot follows from where its first window lies.
+    document_starts = tf.math.segment_min(starts, document)
+    document_slots = _number_slots(document_starts, num_micro_batches, packing)
+
+    row = tf.cast(by_window.value_rowids(), tf.int32)
+    position = tf.range(tf.size(row)) - tf.gather(tf.cast(by_window.row_starts(), tf.int32), row)
+    target = (tf.gather(starts, row) + position)[:, None]
+    num_tokens = num_micro_batches * packing.num_tokens
+
+    def spread(values: tf.Tensor) -> tf.Tensor:
+        flat = tf.scatter_nd(target, values, [num_tokens])
+        return tf.reshape(flat, [num_micro_batches, packing.num_tokens])
+
+    def place(values: tf.Tensor, slots: tf.Tensor, empty: int, width: int) -> tf.Tensor:
+        nothing = tf.fill([num_micro_batches, width], tf.constant(empty, values.dtype))
+        return tf.tensor_scatter_nd_update(nothing, slots, values)
+
+    max_documents, max_windows = packing.max_documents, packing.max_windows
+    indices = tf.range(tf.size(counts), dtype=tf.int64)
+    return {
+        "input_ids": spread(by_window.flat_values),
+        "segment_ids": spread(tf.gather(window_slots[:, 1], row) + 1),
+        "position_ids": spread(position),
+        "window_starts": place(starts % packing.num_tokens, window_slots, 0, max_windows),
+        "window_document": place(
+            tf.gather(document_slots[:, 1], document), window_slots, -1, max_windows
+        ),
+        "document_mask": place(tf.ones_like(counts, tf.float32), document_slots, 0, max_documents),
+        "document_index": place(indices, document_slots, -1, max_documents),
+    }
+
+
+def _number_slots(
+    starts: tf.Tensor, num_micro_batches: tf.Tensor, packing: PackingConfig
+) -> tf.Tensor:
+    """Numbers what begins at `starts` (int32 [N]) within each micro-batch, in the order of places.
+
+    Returns:
+      int32 [N, 2]: micro-batch and slot.
+    """
+    order = tf.argsort(starts)
+    micro_batch = tf.gather(starts, order) // packing.num_tokens
+    first = tf.searchsorted(micro_batch, tf.range(num_micro_batches))
+    slot = tf.range(tf.size(order)) - tf.gather(first, micro_batch)
+    pairs = tf.stack([micro_batch, slot], axis=1)
+    return tf.scatter_nd(order[:, None], pairs, tf.shape(pairs))
+
+
+def empty_micro_batch(packing: PackingConfig) -> dict[str, tf.Tensor]:
+    """A micro-batch without documents, which contributes (0, 0) to any sum."""
+    tokens = tf.zeros([packing.num_tokens], tf.int32)
+    return {
+        "input_ids": tokens,
+        "segment_ids": tokens,
+        "position_ids": tokens,
+        "window_starts": tf.zeros([packing.max_windows], tf.int32),
+        "window_document": tf.fill([packing.max_windows], -1),
+        "document_mask": tf.zeros([packing.max_documents], tf.float32),
+        "document_index": tf.fill([packing.max_documents], tf.constant(-1, tf.int64)),
+    }
+
+
+def add_histograms(histograms: Sequence[Sequence[int]]) -> list[int]:
+    """The sum of histograms of any lengths, without zeros at its end."""
+    total = [sum(column) for column in itertools.zip_longest(*histograms, fillvalue=0)]
+    return np.trim_zeros(total, "b")
+
+
+def least_tokens(longest: int, most_windows: int) -> int:
+    """Tokens of the smallest micro-batch that holds so many windows of the longest length."""
+    return most_windows * _row_lengths(longest)[0]
+
+
+def choose_packing(
+    length_histogram: Sequence[int],
+    num_tokens: int,
+    row_groups: tuple[tuple[int, int], ...] | None = None,
+    longest: int | None = None,
+    window_histogram: Sequence[int] = (),
+    most_windows: int | None = None,
+) -> PackingConfig:
+    """The default shape of a micro-batch for documents of these lengths.
+
+    Rows are as long as the longest window, three quarters of that, and halves of it down to 64. A
+    row length gets as many rows as a micro-batch has, on average and with a margin, windows that
+    fit no shorter row; what is left goes to the shortest rows. The longest rows hold any document.
+
+    Args:
+      length_histogram: `length_histogram[i]` windows are i tokens long.
+      num_tokens: about how many tokens T a micro-batch has.
+      row_groups: the rows, if the user chose them.
+      longest: tokens that the longest row must hold; default: the longest window's.
+      window_histogram: `window_histogram[n]` documents have n windows; default: all have one.
+      most_windows: that a micro-batch must hold of a document; default: as many as one has.
+
+    Raises:
+      UserError: if there are no documents, or a micro-batch cannot hold the longest one.
+    """
+    counts = np.asarray(length_histogram, np.float64)
+    lengths = np.arange(len(counts))
+    if counts.sum() == 0:
+        raise UserError("metadata.json: the split has no documents; nothing to pack")
+    longest = max(longest or 0, int(lengths[counts > 0].max()))
+    documents = np.asarray(window_histogram or (0, counts.sum()), np.float64)
+    most_windows = max(most_windows or 1, int(np.flatnonzero(documents).max()))
+    if row_groups is None:
+        row_groups = _choose_row_groups(counts, longest, num_tokens, most_windows)
+    elif max(length for _, length in row_groups) < longest:
+        raise UserError(
+            f"--row_groups: the longest row has {max(length for _, length in row_groups)} tokens, "
+            f"but documents may have {longest}; add a row of at least that length"
+        )
+    total = sum(rows * length for rows, length in row_groups)
+    held = sum(rows * (length // longest) for rows, length in row_groups)
+    if held < most_windows:
+        raise UserError(
+            f"--row_groups: a micro-batch of these rows holds {held} windows of {longest} tokens, "
+            f"but a document may have {most_windows}, which share one; add rows, or prepare with a "
+            "lower --max_windows"
+        )
+    mean_length = float((counts * lengths).sum() / counts.sum())
+    mean_windows = total / mean_length
+    mean_documents = mean_windows * documents.sum() / (documents * np.arange(len(documents))).sum()
+    # Dealing evens the counts out, so a micro-batch holds little more than its block's mean, which
+    # half as much again and a few cover; long documents, which cannot be dealt, make them less
+    # even. An empty slot costs one row of the head's product.
+    spread = 1.5 if mean_documents == mean_windows else 2
+    max_documents = math.ceil(spread * mean_documents) + 8
+    max_windows = math.ceil(1.5 * mean_windows) + 8
+    return PackingConfig(row_groups, max_documents, max(max_windows, max_documents, most_windows))
+
+
+def with_slots_for_scoring(packing: PackingConfig) -> PackingConfig:
+    """The same rows with slots for stretches of short documents.
+
+    Without labels a slot costs next to nothing, and such a stretch needs many: one for every eight
+    tokens, and for a whole row of documents that are [CLS] and [SEP] alone.
+    """
+    slots = max(packing.max_documents, packing.num_tokens // 8, packing.max_length // 2)
+    return PackingConfig(packing.row_groups, slots, max(packing.max_windows, slots))
+
+
+def _row_lengths(longest: int) -> list[int]:
+    """Candidate row lengths, longest first, all multiples of 8."""
+    lengths = [-(-longest // 8) * 8]
+    while lengths[-1] > _SHORTEST_ROW and lengths[-1] % 16 == 0:
+        lengths.append(lengths[-1] // 2)
+    if len(lengths) > 1 and lengths[0] % 32 == 0:
+        # Where documents are cut at the longest length, the step from half of it is a wide one.
+        lengths.insert(1, lengths[0] // 4 * 3)
+    return lengths
+
+
+def _choose_row_groups(
+    counts: np.ndarray, longest: int, num_tokens: int, most_windows: int
+) -> tuple[tuple[int, int], ...]:
+    lengths = np.arange(len(counts))
+    mean_length = float((counts * lengths).sum() / counts.sum())
+    row_lengths = _row_lengths(longest)
+    least = least_tokens(longest, most_windows)
+    if num_tokens < least:
+        windows = f"the {most_windows} windows" if most_windows > 1 else "the tokens"
+        remedy = " or --max_windows" if most_windows > 1 else ""
+        raise UserError(
+            f"--tokens_per_replica={num_tokens}: expected at least {least}, {windows} of the "
+            f"longest document; raise it, or prepare with a smaller --max_seq_length{remedy}"
+        )
+    left, groups = num_tokens, []
+    for length, shorter in zip(row_lengths, row_lengths[1:], strict=False):
+        windows_of = counts[(lengths > shorter) & (lengths <= length)].sum() / counts.sum()
+        needed = math.ceil(_LONG_ROW_MARGIN * windows_of * num_tokens / mean_length)
+        is_longest = length == row_lengths[0]
+        rows = min(max(needed, most_windows * is_longest), left // length)
+        if rows:
+            groups.append((rows, length))
+            left -= rows * length
+    if left >= row_lengths[-1]:
+        groups.append((left // row_lengths[-1], row_lengths[-1]))
+    return tuple(reversed(groups))

@@ -1,0 +1,346 @@
+"""Text to WordPiece ids through the Rust `tokenizers`, and the fingerprint that pins them.
+
+Everything here works on the backend of a Hugging Face tokenizer: `transformers` serves only to
+find and convert one. Padding and truncation of its own are switched off; documents are cut here,
+the same way in `prepare` and in `score`.
+"""
+
+import functools
+import hashlib
+import json
+import os
+import re
+from collections import Counter
+from collections.abc import Callable, Iterable
+from dataclasses import dataclass
+from typing import Any
+
+import tokenizers
+from tokenizers import Tokenizer as Backend
+
+from trainer.errors import UserError
+from trainer.storage import filesystem
+
+SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
+_TOKENIZER_FILE = "tokenizer.json"
+_CONFIG_FILE = "tokenizer_config.json"
+CONTINUATION = "##"
+_MIN_PAIR_COUNT = 2
+_MAX_ALPHABET = 1000
+# Generous: English has four or five.
+_CHARACTERS_A_TOKEN = 8
+_LONGEST_WORD = 200
+_BLANK = re.compile(r"\s")
+_TOKEN_NAMES = ("unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
+
+
+@dataclass(frozen=True)
+class Tokenizer:
+    """A tokenizer of single documents: [CLS], WordPieces, [SEP].
+
+    Attributes:
+      backend: the Rust tokenizer, its padding and truncation off; pickles.
+      cls_id, sep_id, pad_id: ids of the special tokens.
+      unk_id: the id that stands for what the vocabulary does not know, or None.
+      config: contents of tokenizer_config.json, for `transformers`.
+      fingerprint: SHA-256 (hex) of the backend's definition; equal ids need equal fingerprints.
+    """
+
+    backend: Backend
+    cls_id: int
+    sep_id: int
+    pad_id: int
+    unk_id: int | None
+    config: dict[str, Any]
+    fingerprint: str
+
+    @property
+    def vocab_size(self) -> int:
+        """One more than the largest id, added tokens included: the rows that embeddings need."""
+        return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
+
+    def encode_batch(
+        self, texts: list[str], max_seq_length: int
+    ) -> tuple[list[list[int]], list[bool]]:
+        """Tokenises documents.
+
+        Args:
+          texts: N documents.
+          max_seq_length: longest result in tokens, [CLS] and [SEP] included.
+
+        Returns:
+          N lists of ids, each [CLS] ... [SEP]; N flags, true where the document was cut.
+        """
+        ids = [
+            encoding.ids
+            for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=True)
+        ]
+        truncated = [len(document) > max_seq_length for document in ids]
+        for index, is_cut in enumerate(truncated):
+            if is_cut:
+                ids[index] = [*ids[index][: max_seq_length - 1], self.sep_id]
+        return ids, truncated
+
+    def encode_windows(
+        self, texts: list[str], max_seq_length: int, window_stride: int, max_windows: int
+    ) -> tuple[list[list[list[int]]], list[bool]]:
+        """Tokenises documents into windows, which overlap where the stride is short.
+
+        A document that fits is one window; window n of a longer one holds the tokens from
+        n * window_stride on. Windows end with the first that reaches the document's end. They are
+        those of the Rust library's truncation with overflow, cut here because one `Tokenizer`
+        serves several lengths at once and the library keeps its setting in the tokenizer.
+
+        Args:
+          texts: N documents.
+          max_seq_length: longest window in tokens, [CLS] and [SEP] included.
+          window_stride: tokens of text from one window's start to the next, at most
+            max_seq_length - 2; 0 stands for that: windows do not overlap.
+          max_windows: the most windows of a document; what lies behind them is lost.
+
+        Returns:
+          N lists of windows, each a list of ids [CLS] ... [SEP]; N flags, true where tokens were
+          lost. With max_windows=1 the windows are what `encode_batch` gives.
+        """
+        room = max_seq_length - 2
+        stride = window_stride or room
+        documents: list[list[list[int]]] = []
+        lost = []
+        for ids in self._encode_beginnings(texts, max_seq_length + (max_windows - 1) * stride):
+            if len(ids) <= max_seq_length:
+                documents.append([ids])
+                lost.append(False)
+                continue
+            # Windows beside the first until one reaches the end, of len(ids) - 2 tokens of text.
+            needed = 1 - (max_seq_length - len(ids)) // stride
+            starts = range(1, 1 + min(needed, max_windows) * stride, stride)
+            documents.append(
+                [
+                    [self.cls_id, *ids[at : min(at + room, len(ids) - 1)], self.sep_id]
+                    for at in starts
+                ]
+            )
+            lost.append(needed > max_windows)
+        return documents, lost
+
+    def _encode_beginnings(self, texts: list[str], num_tokens: int) -> list[list[int]]:
+        """The ids of texts, of long ones those of a beginning that has more than `num_tokens`.
+
+        A text of a million words costs no more than what is kept of it.
+        """
+        beginnings = texts
+        if self.splits_at_blanks:
+            most = _CHARACTERS_A_TOKEN * num_tokens + _LONGEST_WORD
+            beginnings = [_cut_at_blank(text, most) for text in texts]
+        ids = [encoding.ids for encoding in self.backend.encode_batch_fast(beginnings)]
+        short = [
+            place
+            for place, (text, beginning) in enumerate(zip(texts, beginnings, strict=True))
+            if len(beginning) < len(text) and len(ids[place]) <= num_tokens
+        ]
+        if short:
+            whole = self.backend.encode_batch_fast([texts[place] for place in short])
+            for place, encoding in zip(short, whole, strict=True):
+                ids[place] = encoding.ids
+        return ids
+
+    @functools.cached_property
+    def splits_at_blanks(self) -> bool:
+        """Whether what stands before a blank has the same ids whatever follows: as BERT's does."""
+        added = self.backend.get_added_tokens_decoder().values()
+        return (
+            isinstance(self.backend.normalizer, tokenizers.normalizers.BertNormalizer)
+            and isinstance(self.backend.pre_tokenizer, tokenizers.pre_tokenizers.BertPreTokenizer)
+            and not any(_BLANK.search(token.content) for token in added)
+        )
+
+    def save(self, folder: str, model_max_length: int | None = None) -> None:
+        """Writes the files from which `transformers.AutoTokenizer` makes the same tokenizer.
+
+        Args:
+          folder: made if it does not exist.
+          model_max_length: tokens that the model takes, told to `transformers` for its truncation.
+        """
+        os.makedirs(folder, exist_ok=True)
+        self.backend.save(os.path.join(folder, _TOKENIZER_FILE))
+        config = dict(self.config)
+        if model_max_length is not None:
+            config["model_max_length"] = model_max_length
+        _write(os.path.join(folder, _CONFIG_FILE), json.dumps(config, indent=2, sort_keys=True))
+        tokens = {name: config[name] for name in _TOKEN_NAMES if name in config}
+        _write(os.path.join(folder, "special_tokens_map.json"), json.dumps(tokens, indent=2))
+        if isinstance(self.backend.model, tokenizers.models.WordPiece):
+            vocabulary = self.backend.get_vocab(with_added_tokens=False)
+            lines = "".join(
+                f"{token}\n" for token in sorted(vocabulary, key=vocabulary.__getitem__)
+            )
+            _write(os.path.join(folder, "vocab.txt"), lines.removesuffix("\n"))
+
+
+def _cut_at_blank(text: str, most: int) -> str:
+    """The longest beginning of at most so many characters before a blank; else all of the text."""
+    if len(text) <= most:
+        return text
+    end = max(text.rfind(blank, 0, most) for blank in " \n\t")
+    return text[:end] if end > 0 else text
+
+
+def _write(path: str, text: str) -> None:
+    with open(path, "w", encoding="utf-8", newline="") as file:
+        file.write(text + "\n")
+
+
+def _wrap(backend: Backend, config: dict[str, Any], name: str) -> Tokenizer:
+    """A `Tokenizer` around a backend, checked to give [CLS] ... [SEP].
+
+    Raises:
+      UserError: if the tokenizer is not of BERT's kind.
+    """
+    backend.no_padding()
+    backend.no_truncation()
+    tokens = [_content(config.get(key)) for key in ("cls_token", "sep_token", "pad_token")]
+    cls_id, sep_id, pad_id = (token and backend.token_to_id(token) for token in tokens)
+    unk_token = _content(config.get("unk_token"))
+    frame = backend.encode("a", add_special_tokens=True).ids
+    is_framed = len(frame) > 2 and [frame[0], frame[-1]] == [cls_id, sep_id]
+    if not is_framed or not isinstance(pad_id, int):
+        raise UserError(
+            f"--tokenizer={name}: expected a BERT tokenizer, one with [CLS], [SEP] and [PAD] that "
+            f"frames a text by the first two; found {tokens}; name another one or `train`"
+        )
+    definition = json.dumps(json.loads(backend.to_str()), sort_keys=True)
+    return Tokenizer(
+        backend=backend,
+        cls_id=frame[0],
+        sep_id=frame[-1],
+        pad_id=pad_id,
+        unk_id=None if unk_token is None else backend.token_to_id(unk_token),
+        config=config,
+        fingerprint=hashlib.sha256(definition.encode()).hexdigest(),
+    )
+
+
+def _content(token: Any) -> str | None:
+    """A special token's text: configs hold it bare or as a dictionary."""
+    return token["content"] if isinstance(token, dict) else token
+
+
+def load_tokenizer(name_or_folder: str) -> Tokenizer:
+    """Loads a tokenizer by hub id, or from a folder that `save` or `save_pretrained` wrote.
+
+    A URL has to hold tokenizer.json and tokenizer_config.json; older layouts are read locally only.
+
+    Raises:
+      UserError: if there is none of that name, or it is not of BERT's kind.
+    """
+    config_path = os.path.join(name_or_folder, _CONFIG_FILE)
+    tokenizer_path = os.path.join(name_or_folder, _TOKENIZER_FILE)
+    if filesystem.exists(config_path) and filesystem.exists(tokenizer_path):
+        contents, definition = (
+            filesystem.read_bytes(config_path),
+            filesystem.read_bytes(tokenizer_path),
+        )
+        try:
+            config = json.loads(contents)
+            backend = Backend.from_buffer(definition)
+        except Exception as error:  # `tokenizers` raises bare Exception.
+            raise UserError(f"{name_or_folder}: not a readable tokenizer ({error})") from None
+        return _wrap(backend, config, name_or_folder)
+    if filesystem.is_remote(name_or_folder):
+        raise UserError(
+            f"{name_or_folder}: no {_TOKENIZER_FILE} with {_CONFIG_FILE}; check the URL"
+        )
+    if name_or_folder.startswith((".", os.path.sep)) and not os.path.isdir(name_or_folder):
+        raise UserError(f"--tokenizer={name_or_folder}: no such folder; check the path")
+    return _convert(name_or_folder)
+
+
+def _convert(name: str) -> Tokenizer:
+    """A tokenizer through `transformers`, which knows the hub and the older file layouts."""
+    import transformers
+
+    try:
+        slow_or_fast = transformers.AutoTokenizer.from_pretrained(name)
+        backend = Backend.from_str(slow_or_fast.backend_tokenizer.to_str())
+    except (OSError, ValueError, AttributeError, ImportError) as error:
+        reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+        raise UserError(
+            f"--tokenizer={name}: cannot be loaded ({reason}); expected a folder with "
+            f"{_TOKENIZER_FILE} or vocab.txt, a hub id, or `train`"
+        ) from None
+    config = {key: str(getattr(slow_or_fast, key)) for key in _TOKEN_NAMES}
+    config["tokenizer_class"] = "PreTrainedTokenizerFast"
+    return _wrap(backend, config, name)
+
+
+def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
+    """Trains BERT's lower-case WordPiece; the same texts always give the same vocabulary.
+
+    Args:
+      texts: documents; iterated twice, so not a generator.
+      vocab_size: most WordPieces, the special tokens and the alphabet included.
+    """
+    backend = Backend(tokenizers.models.WordPiece(unk_token="[UNK]"))
+    backend.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=True)
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    alphabet, left_out = _choose_alphabet(
+        texts, backend.normalizer.normalize_str, (vocab_size - len(SPECIAL_TOKENS)) // 4
+    )
+    # The trainer numbers the letters in the order of a randomly seeded hash map, and its choice
+    # between equally frequent pairs follows those numbers. Letters that are named beforehand have
+    # fixed numbers, and so the vocabulary does not depend on luck.
+    letters = [*alphabet, *(CONTINUATION + letter for letter in alphabet)]
+    trainer = tokenizers.trainers.WordPieceTrainer(
+        vocab_size=vocab_size,
+        min_frequency=_MIN_PAIR_COUNT,
+        special_tokens=[*SPECIAL_TOKENS, *letters],
+        show_progress=False,
+    )
+    blanks = str.maketrans(dict.fromkeys(left_out, " "))
+    backend.train_from_iterator((text.translate(blanks) for text in texts), trainer)
+    return _from_vocabulary(backend.get_vocab(with_added_tokens=True))
+
+
+def _choose_alphabet(
+    texts: Iterable[str], normalize: Callable[[str], str], most: int
+) -> tuple[list[str], list[str]]:
+    """The commonest letters after normalisation, sorted; the characters that give any other."""
+    characters: Counter[str] = Counter()
+    for text in texts:
+        characters.update(text)
+    # BERT's normalisation goes character by character, so each kind is normalised once.
+    letters_of = {character: "".join(normalize(character).split()) for character in characters}
+    counts: Counter[str] = Counter()
+    for character, letters in letters_of.items():
+        for letter in letters:
+            counts[letter] += characters[character]
+    ranked = sorted(counts, key=lambda letter: (-counts[letter], letter))
+    alphabet = set(ranked[: min(most, _MAX_ALPHABET)])
+    left_out = [
+        character for character in characters if not alphabet.issuperset(letters_of[character])
+    ]
+    return sorted(alphabet), left_out
+
+
+def _from_vocabulary(vocabulary: dict[str, int]) -> Tokenizer:
+    """BERT's lower-case tokenizer with this vocabulary, its special tokens marked as such."""
+    backend = Backend(tokenizers.models.WordPiece(vocabulary, unk_token="[UNK]"))
+    backend.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=True)
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    backend.decoder = tokenizers.decoders.WordPiece(prefix=CONTINUATION)
+    backend.add_special_tokens(list(SPECIAL_TOKENS))
+    backend.post_processor = tokenizers.processors.TemplateProcessing(
+        single="[CLS]:0 $A:0 [SEP]:0",
+        pair="[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1",
+        special_tokens=[(token, vocabulary[token]) for token in ("[CLS]", "[SEP]")],
+    )
+    config = {
+        "tokenizer_class": "BertTokenizer",
+        "do_lower_case": True,
+        "unk_token": "[UNK]",
+        "sep_token": "[SEP]",
+        "pad_token": "[PAD]",
+        "cls_token": "[CLS]",
+        "mask_token": "[MASK]",
+    }
+    return _wrap(backend, config, "train")

@@ -1,0 +1,248 @@
+"""What the report draws of a model's scores, bounded in size whatever the corpus (NumPy only).
+
+`evaluate` holds the scores and calls `collect`; `report` draws what it returned later, without the
+model. Every list is bounded: curves by points and by labels, mistakes by number.
+"""
+
+from collections.abc import Sequence
+from typing import Any
+
+import numpy as np
+
+from trainer.evaluation.predictions import ScoredDocuments
+from trainer.evaluation.probability_metrics import equal_mass_starts
+from trainer.evaluation.ranking import rank_cuts
+
+# Curves of more labels than this would not be looked at, and cost about 4 KB each.
+MAX_CURVE_LABELS = 256
+MAX_CURVE_POINTS = 100
+MAX_COOCCURRENCE_LABELS = 30
+# Of each kind, and of them of one label.
+MAX_MISTAKES = 20
+MAX_MISTAKES_PER_LABEL = 3
+# Other labels of a document that a mistake lists.
+MAX_NAMED_LABELS = 20
+# Scores of all labels together that are ranked for the micro curves, at 64 bytes each.
+MAX_MICRO_SCORES = 1 << 22
+# Edges of the score histograms in log-odds: most labels are rare, and nearly all of their
+# probabilities would fall into the first bin of [0, 1].
+HISTOGRAM_EDGES = np.linspace(-7.0, 7.0, 29)
+# Of a 95 % interval, in standard deviations.
+_DEVIATIONS = 1.959964
+
+
+def collect(
+    reported: ScoredDocuments,
+    fitted: ScoredDocuments,
+    thresholds: np.ndarray,
+    labels: Sequence[str],
+) -> dict[str, Any]:
+    """Curves, histograms, co-occurrence and mistakes, as JSON values.
+
+    Args:
+      reported: the split to report on.
+      fitted: the split that calibration and thresholds were fitted to.
+      thresholds: float [L]; NaN for a label that is never predicted.
+      labels: L names.
+
+    Returns:
+      `documents` that were looked at and `num_documents` of the split; `labels`; `curve_labels`,
+      indices of the labels with curves, the most frequent first; `micro`, the curves of all labels
+      together, of `micro_documents`; `curves`, those of each curve label, and beside them the
+      fitted split's precision and recall; `cooccurrence`; `mistakes`.
+    """
+    thresholds = np.asarray(thresholds, np.float64)
+    assert reported.labels.shape[1] == len(thresholds) == len(labels)
+    chosen = most_frequent(reported.labels, MAX_CURVE_LABELS)
+
+    def curves(label: int | None) -> dict[str, Any]:
+        scores, _, positive = _scores(fitted, label)
+        of_fitted = {"fitted_precision_recall": precision_recall(scores, positive)}
+        return label_curves(*_scores(reported, label)) | of_fitted
+
+    return {
+        "documents": len(reported.ids),
+        "num_documents": reported.num_documents,
+        "labels": list(labels),
+        "curve_labels": chosen.tolist(),
+        "micro_documents": len(reported.ids[:: _micro_step(reported)]),
+        "micro": curves(None),
+        "curves": [curves(label) for label in chosen],
+        "cooccurrence": cooccurrence(reported, thresholds),
+        "mistakes": confident_mistakes(reported, thresholds),
+    }
+
+
+def _micro_step(scored: ScoredDocuments) -> int:
+    """Every how many documents are taken where all labels are ranked together."""
+    return max(1, -(-scored.labels.size // MAX_MICRO_SCORES))
+
+
+def _scores(
+    scored: ScoredDocuments, label: int | None
+) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
+    """Calibrated scores, raw ones and classes of a label, or None: of all labels as one."""
+    chosen = (slice(None), label) if label is not None else slice(None, None, _micro_step(scored))
+    return (
+        scored.probabilities[chosen].ravel(),
+        scored.raw_probabilities[chosen].ravel(),
+        scored.labels[chosen].ravel(),
+    )
+
+
+def most_frequent(labels: np.ndarray, most: int) -> np.ndarray:
+    """Indices of the labels, bool [N, L], with the most positives; of equal ones, the first."""
+    return np.argsort(-labels.sum(axis=0), kind="stable")[:most]
+
+
+def label_curves(
+    probabilities: np.ndarray, raw_probabilities: np.ndarray, positive: np.ndarray
+) -> dict[str, Any]:
+    """The curves of one label, or of all labels as one.
+
+    Args:
+      probabilities: float [N], calibrated.
+      raw_probabilities: float [N], before calibration.
+      positive: bool [N].
+
+    Returns:
+      `precision_recall`, `reliability` (`before` and `after` calibration) and `histogram`
+      (documents of each class in the bins of `HISTOGRAM_EDGES`).
+    """
+    inside = np.clip(probabilities.astype(np.float64), 1e-12, 1 - 1e-12)
+    log_odds = np.clip(np.log(inside / (1 - inside)), HISTOGRAM_EDGES[0], HISTOGRAM_EDGES[-1])
+    return {
+        "precision_recall": precision_recall(probabilities, positive),
+        "reliability": {
+            "before": reliability(raw_probabilities, positive),
+            "after": reliability(probabilities, positive),
+        },
+        "histogram": {
+            "positive": np.histogram(log_odds[positive], HISTOGRAM_EDGES)[0].tolist(),
+            "negative": np.histogram(log_odds[~positive], HISTOGRAM_EDGES)[0].tolist(),
+        },
+    }
+
+
+def precision_recall(probabilities: np.ndarray, positive: np.ndarray) -> dict[str, list[float]]:
+    """Points of the precision-recall curve: recall's levels, each as the first cut reaches it.
+
+    Returns:
+      `recall`, `precision` and the lowest `score` predicted, from the strictest cut down, at most
+      `MAX_CURVE_POINTS` of them; nothing without positives.
+    """
+    cuts = rank_cuts(probabilities, positive)
+    if cuts.positives == 0:
+        return {"recall": [], "precision": [], "score": []}
+    levels = np.unique(np.ceil(np.linspace(0, cuts.positives, MAX_CURVE_POINTS)).clip(min=1))
+    first = np.unique(np.searchsorted(cuts.true_positives, levels))
+    return {
+        "recall": _rounded(cuts.true_positives[first] / cuts.positives),
+        "precision": _rounded(cuts.true_positives[first] / cuts.predicted[first]),
+        "score": _rounded(cuts.scores[first]),
+    }
+
+
+def reliability(probabilities: np.ndarray, positive: np.ndarray) -> dict[str, list[float]]:
+    """Bins of equal mass, equal scores never parted, as the calibration error has them.
+
+    Returns:
+      Of each bin the `documents`, the mean `probability`, the `share` of positives, and its 95 %
+      interval `low` to `high` (Wilson 1927).
+    """
+    if len(probabilities) == 0:
+        return {name: [] for name in ("documents", "probability", "share", "low", "high")}
+    order = np.argsort(probabilities)
+    ranked = probabilities[order].astype(np.float64)
+    starts = equal_mass_starts(ranked)
+    documents = np.diff(np.append(starts, len(ranked)))
+    share = np.add.reduceat(positive[order].astype(np.float64), starts) / documents
+    squared = _DEVIATIONS**2
+    centre = (share + squared / (2 * documents)) / (1 + squared / documents)
+    spread = share * (1 - share) / documents + squared / (4 * documents**2)
+    half = _DEVIATIONS * np.sqrt(spread) / (1 + squared / documents)
+    return {
+        "documents": documents.tolist(),
+        "probability": _rounded(np.add.reduceat(ranked, starts) / documents),
+        "share": _rounded(share),
+        "low": _rounded(np.clip(centre - half, 0, share)),
+        "high": _rounded(np.clip(centre + half, share, 1)),
+    }
+
+
+def cooccurrence(scored: ScoredDocuments, thresholds: np.ndarray) -> dict[str, Any]:
+    """Documents in which two labels occur together, `true` and `predicted`.
+
+    Returns:
+      `labels`, indices of the most frequent ones, and both matrices of counts over them, whose
+      diagonals count each label alone.
+    """
+    chosen = most_frequent(scored.labels, MAX_COOCCURRENCE_LABELS)
+    true = scored.labels[:, chosen].astype(np.float64)
+    predicted = (scored.probabilities[:, chosen] >= thresholds[chosen]).astype(np.float64)
+    return {
+        "labels": chosen.tolist(),
+        "true": (true.T @ true).astype(np.int64).tolist(),
+        "predicted": (predicted.T @ predicted).astype(np.int64).tolist(),
+    }
+
+
+def confident_mistakes(
+    scored: ScoredDocuments, thresholds: np.ndarray
+) -> dict[str, list[dict[str, Any]]]:
+    """The mistakes that the model was surest of, at most one a document and kind.
+
+    Returns:
+      `false_positives` by falling, `missed` by rising probability: each with the `document` (its
+      id), its `index` in the split, `label`, `probability`, `threshold`, and the indices of the
+      document's labels, `true` and `predicted`, at most `MAX_NAMED_LABELS` each.
+    """
+    found: dict[str, list[dict[str, Any]]] = {"false_positives": [], "missed": []}
+    for kind, mistakes in found.items():
+        used: set[int] = set()
+        for document, label in _surest(scored, thresholds, is_missed=kind == "missed"):
+            if document in used:
+                continue
+            used.add(document)
+            mistakes.append(_describe(scored, thresholds, document, label))
+            if len(mistakes) == MAX_MISTAKES:
+                break
+    return found
+
+
+def _surest(
+    scored: ScoredDocuments, thresholds: np.ndarray, is_missed: bool
+) -> list[tuple[int, int]]:
+    """(document, label) of a few mistakes of each label, the surest of all first."""
+    candidates = []
+    for label, threshold in enumerate(thresholds):
+        scores, positive = scored.probabilities[:, label], scored.labels[:, label]
+        predicted = scores >= threshold
+        wrong = np.flatnonzero(~predicted & positive if is_missed else predicted & ~positive)
+        keys = scores[wrong] if is_missed else -scores[wrong]
+        for place in np.argsort(keys, kind="stable")[:MAX_MISTAKES_PER_LABEL]:
+            candidates.append((float(keys[place]), int(wrong[place]), label))
+    return [(document, label) for _, document, label in sorted(candidates)]
+
+
+def _describe(
+    scored: ScoredDocuments, thresholds: np.ndarray, document: int, label: int
+) -> dict[str, Any]:
+    scores = scored.probabilities[document]
+    predicted = np.flatnonzero(scores >= thresholds)
+    by_score = predicted[np.argsort(-scores[predicted], kind="stable")]
+    threshold = float(thresholds[label])
+    return {
+        "document": scored.ids[document],
+        "index": int(scored.indices[document]),
+        "label": label,
+        "probability": float(scores[label]),
+        "threshold": None if np.isnan(threshold) else threshold,
+        "true": np.flatnonzero(scored.labels[document])[:MAX_NAMED_LABELS].tolist(),
+        "predicted": by_score[:MAX_NAMED_LABELS].tolist(),
+    }
+
+
+def _rounded(values: np.ndarray) -> list[float]:
+    """To four significant digits, which is finer than a pixel."""
+    return [float(f"{value:.4g}") for value in values.tolist()]

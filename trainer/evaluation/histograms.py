@@ -1,0 +1,146 @@
+"""Histograms of scores, and the metrics of what they stand for with bounds on their error.
+
+Where documents x labels do not fit into memory, each label keeps counts of its documents and of
+its positives over bins of log-odds, 1/256 wide from -32 to 32 with open ends: 128 KiB a label,
+however many documents. Log-odds rather than probabilities, because scale and shift keep bins whole
+and a rare label's scores all lie near 0. Every bound is worked out from the counts themselves, as
+what the least and the most favourable scores within the bins would give (NumPy only).
+"""
+
+from dataclasses import dataclass
+
+import numpy as np
+
+from trainer.evaluation.ranking import Cuts, label_blocks, share
+
+BIN_WIDTH = 1 / 256
+LIMIT = 32.0
+NUM_BINS = int(2 * LIMIT / BIN_WIDTH)
+# Lower edges of the bins, float64 [B]; the lowest bin is open below, the highest above.
+LOWER_EDGES = np.concatenate([[-np.inf], -LIMIT + BIN_WIDTH * np.arange(1, NUM_BINS)])
+UPPER_EDGES = np.append(LOWER_EDGES[1:], np.inf)
+CENTRES = -LIMIT + BIN_WIDTH * (np.arange(NUM_BINS) + 0.5)
+
+
+@dataclass(frozen=True)
+class Histograms:
+    """Counts of many labels' documents by score.
+
+    Attributes:
+      documents: uint32 or wider [L, B], of each bin.
+      positives: alike [L, B], those of them that have the label.
+      lowest, highest: float64 [L], the outermost scores, which close the open bins.
+    """
+
+    documents: np.ndarray
+    positives: np.ndarray
+    lowest: np.ndarray
+    highest: np.ndarray
+
+    @classmethod
+    def empty(cls, num_labels: int, dtype: type = np.uint32) -> "Histograms":
+        """Of no documents yet; `dtype` is that of the counts."""
+        shape = (num_labels, NUM_BINS)
+        return cls(
+            np.zeros(shape, dtype),
+            np.zeros(shape, dtype),
+            np.full(num_labels, np.inf),
+            np.full(num_labels, -np.inf),
+        )
+
+    def add(self, log_odds: np.ndarray, labels: np.ndarray) -> None:
+        """Counts a block of documents.
+
+        Args:
+          log_odds: float [D, L], finite.
+          labels: bool [D, L].
+        """
+        for block in label_blocks(*log_odds.shape):
+            # Each label's scores side by side, and a copy that fits into a cache.
+            bins = bin_indices(np.ascontiguousarray(log_odds[:, block].T))
+            for counts, row in zip(self.documents[block], bins, strict=True):
+                counts += np.bincount(row, minlength=NUM_BINS).astype(counts.dtype)
+            columns, documents = np.nonzero(labels[:, block].T)
+            np.add.at(self.positives[block], (columns, bins[columns, documents]), 1)
+        if len(log_odds):
+            np.minimum(self.lowest, log_odds.min(axis=0), out=self.lowest)
+            np.maximum(self.highest, log_odds.max(axis=0), out=self.highest)
+
+    def pooled(self) -> "Histograms":
+        """All labels as one, int64 [1, B]."""
+        return Histograms(
+            self.documents.sum(axis=0, dtype=np.int64)[None],
+            self.positives.sum(axis=0, dtype=np.int64)[None],
+            self.lowest.min(keepdims=True),
+            self.highest.max(keepdims=True),
+        )
+
+    def of_labels(self, block: slice | np.ndarray) -> "Histograms":
+        """Some of the labels."""
+        return Histograms(
+            self.documents[block], self.positives[block], self.lowest[block], self.highest[block]
+        )
+
+    @property
+    def support(self) -> np.ndarray:
+        """Positives of each label, int64 [L]."""
+        return self.positives.sum(axis=1, dtype=np.int64)
+
+    def cuts(self) -> Cuts:
+        """The cuts at the bins' lower edges, in log-odds, from the highest down, [L, B]."""
+        return cuts_of_bins(self.documents, self.positives)
+
+
+def cuts_of_bins(documents: np.ndarray, positives: np.ndarray) -> Cuts:
+    """The cuts at lower edges of bins of so many documents, int [..., B], from the highest down."""
+    return Cuts(
+        np.broadcast_to(LOWER_EDGES[::-1], documents.shape),
+        np.cumsum(documents[..., ::-1], axis=-1, dtype=np.int64),
+        np.cumsum(positives[..., ::-1], axis=-1, dtype=np.int64),
+        positives.sum(axis=-1, dtype=np.int64),
+    )
+
+
+def bin_indices(log_odds: np.ndarray) -> np.ndarray:
+    """The bin of every score, int64, open ends included."""
+    places = (log_odds + LIMIT) * (1 / BIN_WIDTH)
+    # What is cut off toward zero is positive, so that it is rounded down.
+    return np.clip(places, 0, NUM_BINS - 1, out=places).astype(np.int64)
+
+
+def bound_average_precision(cuts: Cuts, value: np.ndarray) -> np.ndarray:
+    """How far the average precision of the scores can be from that of the cuts, float64 [...].
+
+    A positive counts the precision of a cut that predicts it. With T true of K predicted above a
+    bin of p positives and n negatives, no cut within it is more precise than (T + p) / (K + p),
+    and the j-th positive is at worst at (T + j) / (K + n + j): concave in j, so that the sum over
+    j is at least p times the mean of the first and the last.
+    """
+    gained = np.diff(cuts.true_positives, prepend=0, axis=-1)
+    negatives = np.diff(cuts.predicted, prepend=0, axis=-1) - gained
+    true, predicted = cuts.true_positives, cuts.predicted
+    best = true / np.maximum(predicted - negatives, 1)
+    first = (true - gained + 1) / np.maximum(predicted - gained + 1, 1)
+    worst = (first + true / np.maximum(predicted, 1)) / 2
+    high = share((gained * best).sum(axis=-1), cuts.positives)
+    low = share((gained * worst).sum(axis=-1), cuts.positives)
+    return np.maximum(high - value, value - low)
+
+
+def bound_roc_auc(cuts: Cuts) -> np.ndarray:
+    """How far the ROC-AUC of the scores can be from that of the cuts, float64 [...].
+
+    Pairs of a positive and a negative in one bin count one half; they might count nothing or one.
+    """
+    gained = np.diff(cuts.true_positives, prepend=0, axis=-1)
+    negatives = np.diff(cuts.predicted, prepend=0, axis=-1) - gained
+    total = cuts.predicted[..., -1]
+    pairs = np.multiply(cuts.positives, total - cuts.positives, dtype=np.float64)
+    return share((gained * negatives / 2).sum(axis=-1), pairs)
+
+
+def most_favourable(cuts: Cuts) -> Cuts:
+    """Cuts no worse than any within the bins: each takes a bin's positives, no negatives of it."""
+    gained = np.diff(cuts.true_positives, prepend=0, axis=-1)
+    negatives = np.diff(cuts.predicted, prepend=0, axis=-1) - gained
+    return Cuts(cuts.scores, cuts.predicted - negatives, cuts.true_positives, cuts.positives)

@@ -1,0 +1,108 @@
+"""What an evaluation writes, `metrics.json` and its neighbours, and the table that it prints."""
+
+import json
+import math
+import os
+from typing import Any
+
+import numpy as np
+
+from trainer.storage.atomic import write_atomically
+
+EVALUATION_FOLDER = "evaluation"
+METRICS_FILE = "metrics.json"
+CALIBRATION_FILE = "calibration.json"
+CURVES_FILE = "curves.json"
+
+# What the printed table shows, in its order.
+HEADLINES = (
+    "mean_average_precision",
+    "micro_average_precision",
+    "macro_roc_auc",
+    "micro_f1",
+    "macro_f1",
+    "samples_f1",
+    "micro_precision",
+    "micro_recall",
+    "macro_precision",
+    "macro_recall",
+    "precision_at_1",
+    "ndcg_at_5",
+    "expected_calibration_error",
+    "expected_calibration_error_before",
+    "brier_score",
+    "brier_score_before",
+    "log_loss",
+    "log_loss_before",
+)
+# Names of labels that the last lines of the table show.
+_SHOWN_LABELS = 20
+
+
+def write_json(folder: str, name: str, values: dict[str, Any]) -> None:
+    """Writes JSON atomically; NaN becomes null."""
+    content = json.dumps(_as_json(values), indent=1, ensure_ascii=False, allow_nan=False)
+    write_atomically(os.path.join(folder, name), content + "\n")
+
+
+def _as_json(value: Any) -> Any:
+    if isinstance(value, dict):
+        return {key: _as_json(item) for key, item in value.items()}
+    if isinstance(value, np.ndarray):
+        value = value.tolist()
+    if isinstance(value, list | tuple):
+        return [_as_json(item) for item in value]
+    return None if isinstance(value, float) and math.isnan(value) else value
+
+
+def without_labels(metrics: dict[str, Any]) -> dict[str, Any]:
+    """The metrics of all labels together."""
+    return {name: value for name, value in metrics.items() if name != "per_label"}
+
+
+def by_label(columns: dict[str, np.ndarray], labels: tuple[str, ...]) -> dict[str, dict[str, Any]]:
+    """Columns [L] by name as rows by label."""
+    return {
+        label: {name: column[index].item() for name, column in columns.items()}
+        for index, label in enumerate(labels)
+    }
+
+
+def print_table(
+    columns: dict[str, dict[str, Any]],
+    intervals: dict[str, tuple[float, float]],
+    labels: tuple[str, ...],
+) -> None:
+    """Prints headline metrics side by side, and what they leave out.
+
+    Args:
+      columns: metrics by title, those of the reported split first.
+      intervals: (low, high) of the reported split's metrics by name.
+      labels: L names.
+    """
+    metrics = next(iter(columns.values()))
+    width = max(map(len, HEADLINES))
+    print(" " * width, *columns, "95 % interval" if intervals else "", sep="  ")
+    for name in HEADLINES:
+        cells = [
+            f"{values[name]:.4f}".rjust(len(title)) if name in values else " " * len(title)
+            for title, values in columns.items()
+        ]
+        low, high = intervals.get(name, (math.nan, math.nan))
+        cells.append("" if math.isnan(low) else f"{low:.4f} to {high:.4f}")
+        print("  ".join([name.ljust(width), *cells]).rstrip())
+    print(
+        f"{metrics['documents']} documents, {metrics['labels']} labels: "
+        f"{metrics['labels_without_positives']} without positives (left out of average precision),"
+        f" {metrics['labels_of_one_class']} of one class (left out of ROC-AUC), "
+        f"{metrics['labels_in_calibration_error']} in the calibration error"
+    )
+    if "error_bounds" in metrics:
+        print("Binned; off by at most:", end=" ")
+        bounds = {name: metrics["error_bounds"].get(name) for name in HEADLINES}
+        print(*(f"{name} {bound:.4f}" for name, bound in bounds.items() if bound), sep=", ")
+    never = np.flatnonzero(np.isnan(metrics["per_label"]["threshold"]))
+    if len(never):
+        shown = ", ".join(labels[index] for index in never[:_SHOWN_LABELS])
+        more = f" and {len(never) - _SHOWN_LABELS} more" if len(never) > _SHOWN_LABELS else ""
+        print(f"Never predicted: {shown}{more}")

@@ -1,0 +1,1 @@
+"""The encoder, its heads, pretrained weights, prediction, and the model folder."""

@@ -1,0 +1,195 @@
+"""The heads: hidden states of packed tokens to one logit a document and label.
+
+A head says by `takes_first_tokens` which it takes: of all T tokens, or of each window's [CLS].
+"""
+
+from collections.abc import Callable
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from trainer.config import ModelConfig
+from trainer.model.dropout import Dropout
+from trainer.model.encoder import Dense
+from trainer.model.segments import mean_by_segment, softmax_by_segment, sum_by_segment
+
+
+def _token_document(segment_ids: tf.Tensor, window_document: tf.Tensor) -> tf.Tensor:
+    """Each token's document (int32 [T]), -1 for padding."""
+    document = tf.gather(window_document, tf.maximum(segment_ids - 1, 0))
+    return tf.where(segment_ids > 0, document, -1)
+
+
+class WindowPooling(keras.layers.Layer):
+    """One vector a window to one a document: their maximum, mean, or attention-weighted mean.
+
+    The attention is a softmax over a document's windows of a learned query's product with each
+    (Ilse et al. 2018, arXiv:1802.04712, with the identity in place of its hidden layer). The query
+    begins at zero, where attention is the mean. A document of one window keeps its vector.
+    """
+
+    def __init__(self, config: ModelConfig, **kwargs: Any) -> None:
+        super().__init__(autocast=False, **kwargs)
+        self._kind = config.window_pooling
+        self._size = config.hidden_size
+
+    def build(self, _: Any = None) -> None:
+        """Makes `query` [size, 1] if there is attention."""
+        if self._kind == "attention":
+            self.query = self.add_weight(
+                name="query", shape=(self._size, 1), initializer="zeros", dtype="float32"
+            )
+
+    def call(self, windows: tf.Tensor, document: tf.Tensor, num_documents: int) -> tf.Tensor:
+        """Pools [W, size] to float32 [D, size]; 0 for an empty slot.
+
+        Args:
+          windows: [W, size].
+          document: int32 [W], each window's document, -1 for none.
+          num_documents: D.
+        """
+        windows = tf.cast(windows, tf.float32)
+        if self._kind == "mean":
+            return mean_by_segment(windows, document, num_documents)
+        if self._kind == "max":
+            largest = tf.math.unsorted_segment_max(windows, document, num_documents)
+            count = sum_by_segment(tf.ones_like(document), document, num_documents)
+            return tf.where(count[:, None] > 0, largest, 0.0)
+        weights = softmax_by_segment(tf.matmul(windows, self.query.value), document, num_documents)
+        total = sum_by_segment(weights, document, num_documents)
+        weighted = sum_by_segment(weights * windows, document, num_documents)
+        return weighted / tf.maximum(total, 1e-30)
+
+
+class ClsHead(keras.layers.Layer):
+    """BERT's pooler over each window's [CLS], a document's windows pooled, then one Dense."""
+
+    takes_first_tokens = True
+
+    def __init__(self, config: ModelConfig, **kwargs: Any) -> None:
+        super().__init__(autocast=False, **kwargs)
+        size, spread = config.hidden_size, config.initializer_range
+        self._rate = config.hidden_dropout
+        self.pooler = Dense(size, size, spread, name="pooler", dtype=self.dtype_policy)
+        self.window_pooling = WindowPooling(config, name="window_pooling", dtype="float32")
+        # tanh leaves values of up to 1, so that logits start within about 1 of the labels'
+        # log-odds. BERT's own 0.02 lets little of a label's gradient through to the encoder.
+        self.classifier = Dense(
+            size, config.num_labels, size**-0.5, name="classifier", dtype="float32"
+        )
+
+    def build(self, _: Any = None) -> None:
+        """Builds the layers."""
+        for part in (self.pooler, self.window_pooling, self.classifier):
+            part.build()
+
+    def pool(self, hidden: tf.Tensor) -> tf.Tensor:
+        """BERT's pooled output [W, hidden] of W tokens [CLS]."""
+        return tf.tanh(self.pooler(hidden))
+
+    def call(
+        self,
+        hidden: tf.Tensor,
+        batch: dict[str, tf.Tensor],
+        num_documents: int,
+        dropout: Dropout | None = None,
+    ) -> tf.Tensor:
+        """[W, hidden] to float32 logits [D, L]."""
+        document = self.window_pooling(
+            self.pool(hidden), batch["window_document"], num_documents=num_documents
+        )
+        if dropout is not None:
+            document = dropout(document, self._rate)
+        return self.classifier(document)
+
+
+class MeanHead(keras.layers.Layer):
+    """The mean of each window's tokens, a document's windows pooled, then one Dense."""
+
+    takes_first_tokens = False
+
+    def __init__(self, config: ModelConfig, **kwargs: Any) -> None:
+        super().__init__(autocast=False, **kwargs)
+        self._rate = config.hidden_dropout
+        self.window_pooling = WindowPooling(config, name="window_pooling", dtype="float32")
+        self.classifier = Dense(
+            config.hidden_size,
+            config.num_labels,
+            config.initializer_range,
+            name="classifier",
+            dtype="float32",
+        )
+
+    def build(self, _: Any = None) -> None:
+        """Builds both layers."""
+        self.window_pooling.build()
+        self.classifier.build()
+
+    def call(
+        self,
+        hidden: tf.Tensor,
+        batch: dict[str, tf.Tensor],
+        num_documents: int,
+        dropout: Dropout | None = None,
+    ) -> tf.Tensor:
+        """[T, hidden] to float32 logits [D, L]."""
+        window_document = batch["window_document"]
+        # Segment 0 is padding, which so becomes -1 and counts nowhere.
+        num_windows = tf.shape(window_document)[0]
+        if window_document.shape[0] is not None:
+            num_windows = window_document.shape[0]
+        windows = mean_by_segment(hidden, batch["segment_ids"] - 1, num_windows)
+        document = self.window_pooling(windows, window_document, num_documents=num_documents)
+        if dropout is not None:
+            document = dropout(document, self._rate)
+        return self.classifier(document)
+
+
+class LabelAttentionHead(keras.layers.Layer):
+    """Each label attends to the document's tokens (Mullenbach et al. 2018, arXiv:1802.05695).
+
+    The tokens are those of all the document's windows, so that there is nothing to pool.
+
+    For label l and token states h: a = softmax_t(u_l . h_t), logit = sum_t a_t (b_l . h_t) + c_l.
+    Since the label's classifier is linear, it is applied to the tokens before the attention sums
+    them: two [T, L] products and no [D, L, hidden] tensor.
+    """
+
+    takes_first_tokens = False
+
+    def __init__(self, config: ModelConfig, **kwargs: Any) -> None:
+        super().__init__(autocast=False, **kwargs)
+        self._rate = config.hidden_dropout
+        arguments = (config.hidden_size, config.num_labels, config.initializer_range)
+        self.query = Dense(*arguments, use_bias=False, name="query", dtype=self.dtype_policy)
+        self.classifier = Dense(*arguments, name="classifier", dtype=self.dtype_policy)
+
+    def build(self, _: Any = None) -> None:
+        """Builds both layers."""
+        self.query.build()
+        self.classifier.build()
+
+    def call(
+        self,
+        hidden: tf.Tensor,
+        batch: dict[str, tf.Tensor],
+        num_documents: int,
+        dropout: Dropout | None = None,
+    ) -> tf.Tensor:
+        """[T, hidden] to float32 logits [D, L]."""
+        token_document = _token_document(batch["segment_ids"], batch["window_document"])
+        if dropout is not None:
+            hidden = dropout(hidden, self._rate)
+        weights = softmax_by_segment(self.query(hidden), token_document, num_documents)
+        values = tf.cast(self.classifier(hidden, add_bias=False), tf.float32)
+        total = sum_by_segment(weights, token_document, num_documents)
+        attended = sum_by_segment(weights * values, token_document, num_documents)
+        return attended / tf.maximum(total, 1e-30) + self.classifier.bias.value
+
+
+HEADS: dict[str, Callable[..., keras.layers.Layer]] = {
+    "cls": ClsHead,
+    "mean": MeanHead,
+    "label_attention": LabelAttentionHead,
+}

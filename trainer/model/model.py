@@ -1,0 +1,104 @@
+"""Encoder, one vector a document, and a sigmoid head: tokens to one logit a label."""
+
+from typing import Any
+
+import keras
+import tensorflow as tf
+
+from trainer.config import ModelConfig
+from trainer.model.dropout import Dropout
+from trainer.model.encoder import Encoder, RowGroups
+from trainer.model.heads import HEADS
+from trainer.model.initial_weights import seeded_weights
+
+# What a model takes of a micro-batch.
+INPUTS = ("input_ids", "position_ids", "segment_ids", "window_starts", "window_document")
+
+
+class Model(keras.layers.Layer):
+    """The whole model: a micro-batch to one logit a document and label."""
+
+    def __init__(self, config: ModelConfig, **kwargs: Any) -> None:
+        super().__init__(name="model", autocast=False, **kwargs)
+        self.config = config
+        self.encoder = Encoder(config, name="encoder", dtype=self.dtype_policy)
+        self.head = HEADS[config.head](config, name="head", dtype=self.dtype_policy)
+
+    def build(self, _: Any = None) -> None:
+        """Builds encoder and head."""
+        self.encoder.build()
+        self.head.build()
+
+    def call(
+        self,
+        batch: dict[str, tf.Tensor],
+        row_groups: RowGroups,
+        num_documents: int,
+        dropout: Dropout | None = None,
+    ) -> tf.Tensor:
+        """Logits float32 [D, L] of one micro-batch; what empty slots get means nothing.
+
+        Args:
+          batch: `input_ids`, `position_ids`, `segment_ids` (int32 [T]), `window_starts`,
+            `window_document` (int32 [W]), and `token_type_ids` (int32 [T]) if not all 0.
+          row_groups: (rows, length) of each group.
+          num_documents: D.
+          dropout: of this micro-batch; None for evaluation.
+        """
+        hidden = self.encoder(
+            batch["input_ids"],
+            batch["position_ids"],
+            batch["segment_ids"],
+            row_groups=row_groups,
+            token_type_ids=batch.get("token_type_ids"),
+            wanted=batch["window_starts"] if self.head.takes_first_tokens else None,
+            dropout=dropout,
+        )
+        return self.head(hidden, batch, num_documents=num_documents, dropout=dropout)
+
+    def named_variables(self) -> dict[str, tf.Variable]:
+        """Every parameter by its path, such as `encoder/layer_0/attention/qkv/kernel`."""
+        return {
+            variable.path.removeprefix("model/"): variable.value
+            for variable in self.trainable_variables
+        }
+
+
+def build_model(config: ModelConfig, precision: str = "float32", seed: int = 0) -> Model:
+    """A model with fresh weights, the same for the same seed.
+
+    Args:
+      config: sizes and head.
+      precision: `float32` or `mixed_bfloat16`; parameters are float32 either way.
+      seed: of the initial weights.
+    """
+    keras.utils.set_random_seed(seed)
+    model = Model(config, dtype=precision)
+    with seeded_weights(seed):
+        model.build()
+    model.built = True
+    return model
+
+
+def pad_batch(
+    input_ids: tf.Tensor, attention_mask: tf.Tensor, token_type_ids: tf.Tensor
+) -> tuple[dict[str, tf.Tensor], RowGroups, tf.Tensor]:
+    """A padded batch as transformers make it, in a micro-batch's terms: one document a row.
+
+    Args:
+      input_ids, attention_mask, token_type_ids: int32 [B, S].
+
+    Returns:
+      What `Model.call` takes: batch, row groups, number of documents.
+    """
+    rows, length = tf.unstack(tf.shape(input_ids))
+    documents = tf.range(rows)
+    batch = {
+        "input_ids": tf.reshape(input_ids, [-1]),
+        "token_type_ids": tf.reshape(token_type_ids, [-1]),
+        "position_ids": tf.tile(tf.range(length), [rows]),
+        "segment_ids": tf.reshape(attention_mask * (documents[:, None] + 1), [-1]),
+        "window_starts": documents * length,
+        "window_document": documents,
+    }
+    return batch, ((rows, length),), rows

@@ -1,0 +1,231 @@
+"""The evaluation step: a model's logits of a split, on all replicas of a strategy."""
+
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+
+import numpy as np
+import tensorflow as tf
+
+from trainer.config import PackingConfig
+from trainer.data.input_pipeline import open_stream, read_micro_batches, stack_micro_batches
+from trainer.data.label_transfer import dense_labels
+from trainer.data.metadata import Metadata
+from trainer.data.packing import empty_micro_batch
+from trainer.model.model import INPUTS, Model
+
+MicroBatches = dict[str, tf.Tensor]
+
+
+# Cells of documents x labels that a block of predictions has room for (float32, 64 MiB), and its
+# documents: enough that work on blocks is fast, whatever the size of a micro-batch.
+_BLOCK_CELLS = 1 << 24
+_BLOCK_DOCUMENTS = 1 << 16
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a model says of documents of a split.
+
+    Attributes:
+      ids: N texts.
+      indices: int64 [N], each document's place in the order of the shards.
+      logits: float32 [N, L].
+      labels: bool [N, L].
+      slices: str [N, C], values of the kept columns.
+    """
+
+    ids: list[str]
+    indices: np.ndarray
+    logits: np.ndarray
+    labels: np.ndarray
+    slices: np.ndarray
+
+    def chosen(self, places: np.ndarray) -> "Predictions":
+        """Some of the documents, by their places here (int64 or bool)."""
+        ids = np.array(self.ids, object)[places].tolist()
+        arrays = self.indices, self.logits, self.labels, self.slices
+        return Predictions(ids, *(array[places] for array in arrays))
+
+
+def concatenate(blocks: list[Predictions]) -> Predictions:
+    """The documents of at least one block, in the order of the shards."""
+    indices = np.concatenate([block.indices for block in blocks])
+    together = Predictions(
+        [name for block in blocks for name in block.ids],
+        indices,
+        np.concatenate([block.logits for block in blocks]),
+        np.concatenate([block.labels for block in blocks]),
+        np.concatenate([block.slices for block in blocks]),
+    )
+    return together.chosen(np.argsort(indices))
+
+
+class StoppedError(Exception):
+    """A host requested a stop before all was predicted."""
+
+
+class Predictor:
+    """A compiled forward pass over micro-batches of one shape, on all replicas of a strategy.
+
+    Attributes:
+      model, packing: as trained.
+      num_replicas: how many micro-batches the strategy takes at once.
+      num_traces: how often TensorFlow traced (and compiled) the pass: once for each replica.
+    """
+
+    def __init__(
+        self,
+        model: Model,
+        packing: PackingConfig,
+        strategy: tf.distribute.Strategy | None = None,
+        jit_compile: bool = False,
+        stop_requested: tf.Variable | None = None,
+    ) -> None:
+        """Makes the compiled pass.
+
+        Args:
+          model, packing: as trained.
+          strategy: whose replicas share the micro-batches; default: where TensorFlow puts it.
+          jit_compile: whether XLA compiles the pass.
+          stop_requested: this host's, as `TrainStep` has it; default: nobody does.
+        """
+        self.model = model
+        self.packing = packing
+        self._strategy = strategy or tf.distribute.get_strategy()
+        self._stop_requested = stop_requested
+        self.num_replicas = self._strategy.num_replicas_in_sync
+        self.num_traces = 0
+
+        def forward(batch: MicroBatches) -> tf.Tensor:
+            self.num_traces += 1
+            return model(batch, row_groups=packing.row_groups, num_documents=packing.max_documents)
+
+        self._forward = tf.function(forward, jit_compile=jit_compile, autograph=False)
+        self._on_replicas = tf.function(self._gather, autograph=False)
+        self._each_probabilities = tf.function(
+            lambda batches: self._strategy.run(
+                lambda batch: tf.sigmoid(self._forward(batch)), args=(batches,)
+            ),
+            autograph=False,
+        )
+
+    def predict(self, batches: MicroBatches, stop: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """Each replica's logits, and how many requested a stop."""
+
+        def of_replica(batch: MicroBatches, stop: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+            context = tf.distribute.get_replica_context()
+            # The identity puts the flag on the replica's own device, where a sum expects it.
+            stops = context.all_reduce(tf.distribute.ReduceOp.SUM, tf.identity(stop))
+            return self._forward(batch), stops
+
+        return self._strategy.run(of_replica, args=(batches, stop))
+
+    def _gather(self, batches: MicroBatches, stop: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+        """All replicas' logits [R D, L], and how many requested a stop."""
+        logits, stops = self.predict(batches, stop)
+        # Called outside of a function, `gather` would be traced again at every call.
+        gathered = self._strategy.gather(logits, axis=0)
+        return gathered, self._strategy.experimental_local_results(stops)[0]
+
+    def logits(self, batch: MicroBatches) -> tf.Tensor:
+        """Logits float32 [D, L] of one micro-batch."""
+        return self._forward({name: batch[name] for name in INPUTS})
+
+    def probabilities(self, batches: Sequence[MicroBatches]) -> list[tf.Tensor]:
+        """Probabilities of one micro-batch for each replica, not waited for.
+
+        Args:
+          batches: R micro-batches; all replicas are in this process.
+
+        Returns:
+          float32 [D, L] for each of the micro-batches, on its replica's device.
+        """
+        results = self._each_probabilities(self._one_each(batches))
+        return list(self._strategy.experimental_local_results(results))
+
+    def trace(self) -> None:
+        """Traces `probabilities`, which its first call would do otherwise."""
+        batches = [empty_micro_batch(self.packing)] * self.num_replicas
+        self._each_probabilities.get_concrete_function(self._one_each(batches))
+
+    def _one_each(self, batches: Sequence[MicroBatches]) -> tf.distribute.DistributedValues:
+        """A micro-batch for each replica, all of them in this process."""
+
+        def of_replica(context: tf.distribute.DistributedValues) -> MicroBatches:
+            batch = batches[context.replica_id_in_sync_group]
+            return {name: batch[name] for name in INPUTS}
+
+        return self._strategy.experimental_distribute_values_from_function(of_replica)
+
+    def _stacked_logits(self, batches: MicroBatches) -> np.ndarray:
+        """Logits float32 [R, D, L] of one micro-batch for each of the R replicas.
+
+        Every host gets all of them, so that all come to the same metrics and decisions.
+
+        Raises:
+          StoppedError: on all hosts, if one requested a stop.
+        """
+        strategy = self._strategy
+        inputs = {name: batches[name] for name in INPUTS}
+
+        def of_replica(context: tf.distribute.DistributedValues) -> MicroBatches:
+            index = context.replica_id_in_sync_group
+            return {name: value[index] for name, value in inputs.items()}
+
+        values = strategy.experimental_distribute_values_from_function(of_replica)
+        requested = False if self._stop_requested is None else self._stop_requested
+        logits, stops = self._on_replicas(values, tf.cast(requested, tf.float32))
+        if float(stops) > 0:
+            raise StoppedError
+        return logits.numpy().reshape([self.num_replicas, -1, logits.shape[-1]])
+
+    def predict_split(self, data_dir: str, metadata: Metadata, split_name: str) -> Predictions:
+        """Scores every document of a split exactly once, in the order of its shards.
+
+        Raises:
+          UserError: if the split is missing or damaged.
+          StoppedError: on all hosts, if one requested a stop.
+        """
+        return concatenate(list(self.predict_blocks(data_dir, metadata, split_name)))
+
+    def predict_blocks(
+        self, data_dir: str, metadata: Metadata, split_name: str
+    ) -> Iterator[Predictions]:
+        """Scores every document of a split exactly once, some documents at a time.
+
+        Blocks hold at most about 2^24 logits and 2^16 documents, in the order of the packing; the
+        memory taken does not grow with the split.
+
+        Raises:
+          UserError: if the split is missing or damaged.
+          StoppedError: on all hosts, if one requested a stop.
+        """
+        stream = open_stream(data_dir, metadata, split_name, self.packing)
+        room = min(_BLOCK_DOCUMENTS, max(1, _BLOCK_CELLS // stream.num_labels))
+        micro_batches = read_micro_batches(stream, seed=None)
+        held: list[Predictions] = []
+        num_held = 0
+        for batches in stack_micro_batches(micro_batches, stream, self.num_replicas):
+            held.append(self._predict_stack(batches, stream.num_labels))
+            num_held += len(held[-1].ids)
+            if num_held >= room:
+                yield concatenate(held)
+                held, num_held = [], 0
+        if held:
+            yield concatenate(held)
+
+    def _predict_stack(self, batches: MicroBatches, num_labels: int) -> Predictions:
+        """The real documents of one micro-batch for each of the replicas."""
+        real = batches["document_index"].numpy() >= 0
+        names, indices, slices = (
+            batches[key].numpy()[real]
+            for key in ("document_id", "document_index", "document_slices")
+        )
+        texts = [value.decode("utf-8", "replace") for value in slices.ravel()]
+        return Predictions(
+            [name.decode("utf-8", "replace") for name in names],
+            indices,
+            self._stacked_logits(batches)[real],
+            dense_labels(batches, num_labels).numpy()[real].astype(bool),
+            np.array(texts, object).reshape(slices.shape),
+        )

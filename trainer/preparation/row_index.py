@@ -1,0 +1,157 @@
+"""What `prepare` remembers of a corpus between its two passes: on disk, not in memory.
+
+Rows are numbered by their place among all usable rows. For each segment there is a file with its
+rows' positions and labels; for each bucket of text hashes one with what the split needs; and one
+byte a row says which split it went to.
+"""
+
+import os
+from collections.abc import Iterator, Sequence
+
+import numpy as np
+
+from trainer.preparation.disk_arrays import make_array
+from trainer.preparation.scan import ScannedSegment
+from trainer.preparation.split import StratifiedSplitter
+
+ROWS_PER_BUCKET = 1 << 14
+MOST_BUCKETS = 512  # Each is an open file.
+
+
+def take_ragged(
+    row_splits: np.ndarray, values: np.ndarray, rows: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """Some rows of a ragged array [N, None], given and returned as (row_splits, values)."""
+    lengths = np.diff(row_splits)[rows]
+    taken_splits = np.concatenate([[0], np.cumsum(lengths)])
+    offsets = np.arange(taken_splits[-1]) - np.repeat(taken_splits[:-1], lengths)
+    return taken_splits, values[np.repeat(row_splits[:-1][rows], lengths) + offsets]
+
+
+def map_ragged(
+    row_splits: np.ndarray, values: np.ndarray, mapping: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """A ragged array with every value v made mapping[v], and left out where that is negative."""
+    mapped = mapping[values]
+    kept = mapped >= 0
+    kept_before = np.concatenate([[0], np.cumsum(kept)])
+    return kept_before[row_splits], mapped[kept]
+
+
+class Ledger:
+    """Collects the scanned segments of a corpus, in order, and splits their rows.
+
+    Attributes:
+      names: the label names met so far; a label's number here is its place in it.
+      label_counts: rows of each of them.
+      first_rows: for each segment the number of its first row; the last entry counts all rows.
+      characters: total length of the texts.
+      kept: the kept columns that any row had.
+    """
+
+    def __init__(self, work_dir: str, most_rows: int):
+        self.work_dir = work_dir
+        self.names: dict[str, int] = {}
+        self.label_counts: list[int] = []
+        self.first_rows = [0]
+        self.characters = 0
+        self.kept: set[str] = set()
+        self._num_buckets = min(MOST_BUCKETS, -(-max(most_rows, 1) // ROWS_PER_BUCKET))
+        self._buckets = [open(self._bucket_path(i), "wb") for i in range(self._num_buckets)]
+
+    @property
+    def num_rows(self) -> int:
+        """Usable rows so far."""
+        return self.first_rows[-1]
+
+    def _bucket_path(self, bucket: int) -> str:
+        return os.path.join(self.work_dir, f"bucket-{bucket:06d}.bin")
+
+    def add(self, scanned: ScannedSegment) -> None:
+        """Takes in the next segment."""
+        numbers = [self.names.setdefault(name, len(self.names)) for name in scanned.names]
+        self.label_counts += [0] * (len(self.names) - len(self.label_counts))
+        counts = np.bincount(scanned.labels, minlength=len(numbers)).tolist()
+        for number, count in zip(numbers, counts, strict=True):
+            self.label_counts[number] += count
+        labels = np.array(numbers, np.int32)[scanned.labels]
+        np.savez(
+            segment_path(self.work_dir, len(self.first_rows) - 1),
+            positions=scanned.positions,
+            label_splits=scanned.label_splits,
+            labels=labels,
+        )
+        lengths = np.diff(scanned.label_splits)
+        bucket_of_row = bucket_of(scanned.hashes, self._num_buckets)
+        for bucket in np.unique(bucket_of_row).tolist():
+            rows = np.flatnonzero(bucket_of_row == bucket)
+            _, row_labels = take_ragged(scanned.label_splits, labels, rows)
+            block = (
+                np.array([len(rows), len(row_labels)]),
+                rows + self.num_rows,
+                scanned.hashes[rows].view(np.int64),
+                lengths[rows],
+                row_labels,
+            )
+            np.concatenate(block, dtype=np.int64).tofile(self._buckets[bucket])
+        self.first_rows.append(self.num_rows + len(scanned.positions))
+        self.kept |= scanned.kept
+        self.characters += int(scanned.characters.sum())
+
+    def assign_splits(
+        self, shares: Sequence[float], label_map: np.ndarray, label_counts: np.ndarray
+    ) -> np.ndarray:
+        """Assigns every row to a split, stratified by label, equal texts together.
+
+        Args:
+          shares: of the splits; they sum to 1.
+          label_map: int [names], from a label's number here to its final one, or -1.
+          label_counts: int [L], rows of the final labels.
+
+        Returns:
+          uint8 [num_rows], on disk: index into `shares`.
+        """
+        for file in self._buckets:
+            file.close()
+        path = os.path.join(self.work_dir, "splits.bin")
+        assigned = make_array(path, np.uint8, (self.num_rows,))
+        if len(shares) > 1:
+            splitter = StratifiedSplitter(shares, label_counts, self.num_rows)
+            for rows, hashes, label_splits, labels in self.buckets():
+                mapped = map_ragged(label_splits, labels, label_map)
+                assigned[rows] = splitter.assign(hashes, *mapped)
+        assigned.flush()
+        return assigned
+
+    def buckets(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
+        """The rows again, bucket by bucket, each of which holds a higher range of text hashes.
+
+        Yields:
+          rows (int64 [N]), their text hashes (uint64 [N]), and their labels by the numbers of this
+          ledger, ragged, as label_splits (int64 [N + 1]) and labels (int32 [M]).
+        """
+        return map(self._load_bucket, range(self._num_buckets))
+
+    def _load_bucket(self, bucket: int) -> tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]:
+        content = np.fromfile(self._bucket_path(bucket), np.int64)
+        blocks: list[list[np.ndarray]] = [[content[:0]] for _ in range(4)]
+        start = 0
+        while start < len(content):
+            num_rows, num_labels = content[start : start + 2].tolist()
+            start += 2
+            for block, size in zip(blocks, (num_rows,) * 3 + (num_labels,), strict=True):
+                block.append(content[start : start + size])
+                start += size
+        rows, hashes, lengths, labels = (np.concatenate(block) for block in blocks)
+        label_splits = np.concatenate([[0], np.cumsum(lengths)])
+        return rows, hashes.view(np.uint64), label_splits, labels.astype(np.int32)
+
+
+def bucket_of(hashes: np.ndarray, num_buckets: int) -> np.ndarray:
+    """The bucket of each hash, by its upper half; equal hashes share a bucket."""
+    return ((hashes >> np.uint64(32)) * np.uint64(num_buckets) >> np.uint64(32)).astype(np.int64)
+
+
+def segment_path(work_dir: str, index: int) -> str:
+    """Where the rows of segment `index` are kept: positions, label_splits, labels."""
+    return os.path.join(work_dir, f"segment-{index:06d}.npz")

@@ -1,0 +1,274 @@
+"""The second pass of `prepare`: tokenise segments, then put shards together.
+
+A worker tokenises a segment and leaves its records in one file, ordered by shard. When all
+segments are done, a worker gathers a shard's records from all of them and shuffles them. So a
+shard's bytes depend on the rows and the seed, and not on how many workers there were.
+"""
+
+import functools
+import os
+from collections.abc import Iterator, Sequence
+from dataclasses import dataclass
+from typing import BinaryIO
+
+import numpy as np
+
+from trainer.data.metadata import Shard, checksum
+from trainer.data.records import encode_record
+from trainer.data.tokenizer import Tokenizer, load_tokenizer
+from trainer.data.wire import frame_records, frame_starts
+from trainer.preparation.row_index import map_ragged, segment_path
+from trainer.preparation.scripts import known_scripts, unknown_script
+from trainer.preparation.statistics import Tally, empty_tally
+from trainer.sources.reader import read_segment
+from trainer.sources.rows import Columns, Row, Segment, as_text
+
+_TEXTS_A_BATCH = 256
+_CHARACTERS_A_BATCH = 1 << 20
+_RECORDS_AT_A_TIME = 1 << 12
+
+
+@dataclass(frozen=True)
+class WritePlan:
+    """What every segment's and every shard's writing is told.
+
+    Attributes:
+      columns: where text and id stand.
+      work_dir: where the side files are.
+      tokenizer_dir: a folder that `load_tokenizer` reads.
+      max_seq_length: longest window in tokens.
+      window_stride: tokens from one window's start to the next; 0: windows do not overlap.
+      max_windows: the most windows of a document.
+      split_names: the splits.
+      num_shards: shards of each split.
+      num_labels: L.
+      seed: of the order of records.
+    """
+
+    columns: Columns
+    work_dir: str
+    tokenizer_dir: str
+    max_seq_length: int
+    window_stride: int
+    max_windows: int
+    split_names: tuple[str, ...]
+    num_shards: tuple[int, ...]
+    num_labels: int
+    seed: int
+
+    @property
+    def shard_names(self) -> list[str]:
+        """File names of all shards, split by split; a shard's number is its place here."""
+        return [
+            f"{split}-{index:05d}-of-{count:05d}.tfrecord"
+            for split, count in zip(self.split_names, self.num_shards, strict=True)
+            for index in range(count)
+        ]
+
+
+@dataclass(frozen=True)
+class WrittenSegment:
+    """What came of a segment.
+
+    `shard_offsets` (int64 [shards + 1]) says where each shard's records begin in its file.
+    """
+
+    shard_offsets: np.ndarray
+    tally: Tally
+
+
+def mix(values: np.ndarray, seed: int) -> np.ndarray:
+    """Hashes of whole numbers, uint64: SplitMix64 (Steele, Lea and Flood, 2014), seeded."""
+    with np.errstate(over="ignore"):
+        state = np.asarray(values, np.uint64) + np.uint64(seed % 2**64)
+        state = (state + np.uint64(1)) * np.uint64(0x9E3779B97F4A7C15)
+        state = (state ^ (state >> np.uint64(30))) * np.uint64(0xBF58476D1CE4E5B9)
+        state = (state ^ (state >> np.uint64(27))) * np.uint64(0x94D049BB133111EB)
+        return state ^ (state >> np.uint64(31))
+
+
+def choose_shards(ranks: np.ndarray, num_shards: int, seed: int) -> np.ndarray:
+    """Shard of each document by its rank within its split: equal numbers, scattered.
+
+    Every run of `num_shards` ranks goes to all shards, from a random one on.
+    """
+    turns = mix(ranks // num_shards, seed) % np.uint64(num_shards)
+    return (ranks % num_shards + turns.astype(np.int64)) % num_shards
+
+
+def records_path(work_dir: str, index: int) -> str:
+    """Where the records of segment `index` are kept until their shards are put together."""
+    return os.path.join(work_dir, f"records-{index:06d}.bin")
+
+
+def write_segment(
+    plan: WritePlan,
+    index: int,
+    segment: Segment,
+    splits: np.ndarray,
+    ranks: Sequence[int],
+    label_map: np.ndarray,
+) -> WrittenSegment:
+    """Tokenises a segment's usable rows and writes their records, ordered by shard.
+
+    Args:
+      plan: what all segments share.
+      index: the segment's number.
+      segment: where its rows are.
+      splits: uint8 [N], split of each usable row.
+      ranks: for each split the documents that earlier segments put there.
+      label_map: int [names], the ledger's label numbers to final ones, or -1.
+    """
+    tokenizer, known = _tokenizer(plan.tokenizer_dir)
+    with np.load(segment_path(plan.work_dir, index)) as rows:
+        positions = rows["positions"]
+        label_splits, labels = map_ragged(rows["label_splits"], rows["labels"], label_map)
+    records: list[list[bytes]] = [[] for _ in plan.shard_names]
+    tally = empty_tally(len(plan.split_names), plan.max_seq_length, plan.num_labels)
+    tally.add_labels(splits, label_splits, labels)
+    bounds, label_list = label_splits.tolist(), labels.tolist()
+    shard_list = _shards_of_rows(plan, splits, ranks).tolist()
+    done = 0
+    for batch in _batches(segment, plan.columns, positions):
+        texts = [row.text for row in batch]
+        documents, lost = _windows(plan, tokenizer, batch)
+        encoded = [
+            encode_record(
+                row.id,
+                windows,
+                sorted(label_list[bounds[at] : bounds[at + 1]]),
+                [as_text(value) for value in row.kept],
+            )
+            for at, (row, windows) in enumerate(zip(batch, documents, strict=True), done)
+        ]
+        for shard, framed in zip(shard_list[done:], frame_records(encoded), strict=False):
+            records[shard].append(framed)
+        batch_splits = splits[done : done + len(batch)]
+        tally.add_documents(batch_splits, documents, lost, tokenizer.unk_id)
+        if known is not None:
+            tally.add_scripts(batch_splits, [unknown_script(text, known) for text in texts])
+        done += len(batch)
+    with open(records_path(plan.work_dir, index), "wb") as file:
+        sizes = [file.write(b"".join(of_shard)) for of_shard in records]
+    offsets = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
+    return WrittenSegment(offsets, tally)
+
+
+def _windows(
+    plan: WritePlan, tokenizer: Tokenizer, batch: list[Row]
+) -> tuple[list[list[list[int]]], list[bool]]:
+    """The windows of rows, tokenised here or before; whether tokens were lost."""
+    texts = [row.text for row in batch if row.windows is None]
+    encoded, lost = tokenizer.encode_windows(
+        texts, plan.max_seq_length, plan.window_stride, plan.max_windows
+    )
+    if len(texts) == len(batch):
+        return encoded, lost
+    made = iter(zip(encoded, lost, strict=True))
+    both = [next(made) if row.windows is None else (row.windows, False) for row in batch]
+    return [windows for windows, _ in both], [is_cut for _, is_cut in both]
+
+
+@functools.cache
+def _tokenizer(folder: str) -> tuple[Tokenizer, frozenset[str] | None]:
+    """A tokenizer and the scripts that it knows, read once a process."""
+    tokenizer = load_tokenizer(folder)
+    return tokenizer, known_scripts(tokenizer)
+
+
+def _shards_of_rows(plan: WritePlan, splits: np.ndarray, ranks: Sequence[int]) -> np.ndarray:
+    shards = np.zeros(len(splits), np.int64)
+    first_shard = 0
+    for split, (rank, count) in enumerate(zip(ranks, plan.num_shards, strict=True)):
+        rows = np.flatnonzero(splits == split)
+        shards[rows] = first_shard + choose_shards(rank + np.arange(len(rows)), count, plan.seed)
+        first_shard += count
+    return shards
+
+
+def find_record(
+    rank: int, shards: Sequence[Shard], first_shard: int, seed: int
+) -> tuple[Shard, int]:
+    """Where the document of a rank within its split came to lie: the shard, its place in it.
+
+    Args:
+      rank: how many documents of the split were read before it.
+      shards: all shards of the split, in order.
+      first_shard: shards of the other splits before these, in the call that wrote them.
+      seed: of that call.
+    """
+    number = int(choose_shards(np.array([rank]), len(shards), seed)[0])
+    order = _shuffle(first_shard + number, shards[number].documents, seed)
+    # Every run of as many ranks as there are shards put one document into each.
+    return shards[number], int(np.flatnonzero(order == rank // len(shards))[0])
+
+
+def _shuffle(number: int, count: int, seed: int) -> np.ndarray:
+    """The order of a shard's records, as places among them in the order of their ranks."""
+    return np.argsort(mix(np.arange(count) + (number << 40), seed), kind="stable")
+
+
+def _batches(segment: Segment, columns: Columns, positions: np.ndarray) -> Iterator[list[Row]]:
+    """The rows at these positions, some at a time."""
+    wanted = iter(positions.tolist())
+    next_position = next(wanted, None)
+    batch = []
+    characters = 0
+    for row in read_segment(segment, columns):
+        if row.position != next_position:
+            continue
+        assert isinstance(row, Row)
+        batch.append(row)
+        characters += len(row.text)
+        next_position = next(wanted, None)
+        if len(batch) == _TEXTS_A_BATCH or characters >= _CHARACTERS_A_BATCH:
+            yield batch
+            batch, characters = [], 0
+    if batch:
+        yield batch
+
+
+def write_shard(plan: WritePlan, number: int, offsets_path: str, num_segments: int) -> Shard:
+    """Gathers one shard's records from all segments, shuffles them and writes the shard.
+
+    Args:
+      plan: what all shards share.
+      number: the shard's place in `plan.shard_names`.
+      offsets_path: file of int64 [num_segments, shards + 1], the segments' `shard_offsets`.
+      num_segments: number of segments.
+    """
+    shape = (num_segments, len(plan.shard_names) + 1)
+    offsets = np.memmap(offsets_path, np.int64, "r", shape=shape)[:, number : number + 2]
+    name = plan.shard_names[number]
+    path = os.path.join(plan.work_dir, name)
+    with open(f"{path}.gathered", "w+b") as gathered, open(path, "wb") as file:
+        bounds = _gather(plan.work_dir, offsets, gathered)
+        order = _shuffle(number, len(bounds) - 1, plan.seed)
+        # Read one by one, for a shard is more than a process should hold.
+        for at in range(0, len(order), _RECORDS_AT_A_TIME):
+            places = order[at : at + _RECORDS_AT_A_TIME]
+            sizes = (bounds[places + 1] - bounds[places]).tolist()
+            for start, size in zip(bounds[places].tolist(), sizes, strict=True):
+                file.write(os.pread(gathered.fileno(), size, start))
+        file.flush()
+        os.fsync(file.fileno())
+    os.remove(f"{path}.gathered")
+    return Shard(name, len(order), os.path.getsize(path), checksum(path))
+
+
+def _gather(work_dir: str, offsets: np.ndarray, gathered: BinaryIO) -> np.ndarray:
+    """Puts a shard's records from all segments into one file, in order.
+
+    Returns:
+      int64 [N + 1], where each of the N records begins, and the end.
+    """
+    starts = []
+    position = 0
+    for index, (start, end) in enumerate(offsets.tolist()):
+        with open(records_path(work_dir, index), "rb") as file:
+            file.seek(start)
+            framed = file.read(end - start)
+        starts.append(position + np.array(frame_starts(framed), np.int64))
+        position += gathered.write(framed)
+    gathered.flush()
+    return np.append(np.concatenate(starts), position)

@@ -1,0 +1,208 @@
+"""What stands in the report's sections: rows of tables, and plots of what is in them."""
+
+import dataclasses
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+import numpy as np
+
+from trainer.data.metadata import Metadata
+from trainer.reporting.plots import Plot, draw_cooccurrence, draw_lines, draw_points
+from trainer.training.run_record import RunRecord
+
+TRAIN_SPLIT = "train"
+MAX_HISTORY_POINTS = 300
+# Evaluations while training that are drawn, besides the loss.
+EVALUATED = {
+    "mean_average_precision": "mean average precision",
+    "micro_average_precision": "micro average precision",
+    "micro_f1": "micro-F1",
+    "macro_f1": "macro-F1",
+}
+# Columns of the table of labels: name, title, how it is shown.
+LABEL_COLUMNS = (
+    ("support", "positives", "count"),
+    ("f1", "F1", "number"),
+    ("f1_on_calibration_split", "F1 on {fitted}", "number"),
+    ("precision", "precision", "number"),
+    ("recall", "recall", "number"),
+    ("threshold", "threshold", "number"),
+    ("average_precision", "AP", "number"),
+    ("roc_auc", "ROC-AUC", "number"),
+    ("expected_calibration_error", "calib. error", "number"),
+    ("expected_calibration_error_before", "before", "number"),
+)
+
+
+# Columns of the table of slices: key, title, how it is shown.
+SLICE_COLUMNS = (
+    ("documents", "documents", "count"),
+    ("labels_present", "labels present", "count"),
+    ("micro_f1", "micro-F1", "number"),
+    ("macro_f1", "macro-F1", "number"),
+    ("mean_average_precision", "mean AP", "number"),
+    ("expected_calibration_error", "calib. error", "number"),
+)
+
+
+def history_plots(history: Sequence[dict[str, Any]]) -> tuple[Plot, ...]:
+    """Learning curves: loss, evaluations, learning rate and speed; none without a history."""
+    steps = [row for row in history if "evaluation" not in row]
+    evaluations = [row for row in history if "evaluation" in row]
+    if not steps:
+        return ()
+    an_epoch = steps[-1]["documents"] / max(steps[-1]["epoch"], 1e-12)
+    at = [row["epoch"] for row in steps]
+    evaluated_at = [row["documents"] / an_epoch for row in evaluations]
+
+    def of_steps(name: str, words: str) -> tuple[str, list[float], list[float]]:
+        return (words, *_thin(at, [row.get(name) for row in steps]))
+
+    def of_evaluations(name: str, words: str) -> tuple[str, list[float], list[float]]:
+        return (words, *_thin(evaluated_at, [row["evaluation"].get(name) for row in evaluations]))
+
+    split = evaluations[-1]["split"] if evaluations else ""
+    losses = [of_steps("loss", "training"), of_evaluations("loss", split)]
+    measured = [of_evaluations(name, words) for name, words in EVALUATED.items()]
+    plots = [draw_lines("loss", "Loss", "loss", [line for line in losses if line[1]])]
+    if any(line[1] for line in measured):
+        title = f"On {split} while training"
+        plots.append(draw_lines("evaluations", title, "", [line for line in measured if line[1]]))
+    rate = of_steps("learning_rate", "learning rate")
+    plots.append(draw_lines("learning_rate", "Learning rate", "", [rate]))
+    # The first step compiles.
+    _, xs, ys = of_steps("tokens_per_second", "tokens/s")
+    plots.append(draw_lines("speed", "Speed", "tokens/s", [("tokens/s", xs[1:], ys[1:])]))
+    return tuple(plots)
+
+
+def _thin(xs: Sequence[float], ys: Sequence[float | None]) -> tuple[list[float], list[float]]:
+    """At most `MAX_HISTORY_POINTS`, each the mean of neighbours; what is None is left out."""
+    pairs = np.array([(x, y) for x, y in zip(xs, ys, strict=True) if y is not None], float)
+    groups = np.array_split(pairs.reshape(-1, 2), min(MAX_HISTORY_POINTS, max(1, len(pairs))))
+    means = [group.mean(axis=0) for group in groups if len(group)]
+    return [float(f"{x:.5g}") for x, _ in means], [float(f"{y:.5g}") for _, y in means]
+
+
+def frequency_plot(
+    metrics: dict[str, Any], curves: dict[str, Any], metadata: Metadata | None
+) -> Plot:
+    """F1 against the labels' frequency, in training where that is known."""
+    per_label = metrics["per_label"]
+    support = [per_label[label]["support"] for label in curves["labels"]]
+    where, counts, documents = metrics["split"], support, metrics["documents"]
+    if metadata is not None and TRAIN_SPLIT in metadata.splits:
+        split = metadata.splits[TRAIN_SPLIT]
+        where, counts, documents = TRAIN_SPLIT, list(split.label_counts), split.documents
+    known = [index for index, value in enumerate(counts) if value > 0]
+    absent = len(counts) - len(known)
+    note = f" {absent:,} labels without documents there are left out." if absent else ""
+    return draw_points(
+        "f1_frequency",
+        "F1 against label frequency",
+        f"Each point is a label; frequency in {where}.{note}",
+        (f"share of {where} documents", f"F1 on {metrics['split']}"),
+        _points(metrics, curves, known, [counts[index] / max(documents, 1) for index in known]),
+        has_log_x=True,
+    )
+
+
+def overfitting_plot(metrics: dict[str, Any], curves: dict[str, Any]) -> Plot:
+    """F1 on the split that thresholds were fitted to, and on the reported one."""
+    per_label = metrics["per_label"]
+    chosen = [i for i, label in enumerate(curves["labels"]) if per_label[label]["support"] > 0]
+    was, now = metrics["calibration_split"], metrics["split"]
+    return draw_points(
+        "f1_fitted",
+        f"F1 of labels on {was} and on {now}",
+        f"Far below the diagonal: thresholds that do not hold up. Labels with positives in {now}.",
+        (f"F1 on {was}", f"F1 on {now}"),
+        _points(
+            metrics,
+            curves,
+            chosen,
+            [per_label[curves["labels"][i]]["f1_on_calibration_split"] for i in chosen],
+        ),
+        has_diagonal=True,
+    )
+
+
+def _points(
+    metrics: dict[str, Any], curves: dict[str, Any], chosen: Sequence[int], xs: Sequence[float]
+) -> dict[str, Sequence[Any]]:
+    labels = [curves["labels"][index] for index in chosen]
+    measured = [metrics["per_label"][label] for label in labels]
+    return {
+        "label": labels,
+        "x": xs,
+        "y": [values["f1"] for values in measured],
+        "support": [values["support"] for values in measured],
+    }
+
+
+def cooccurrence_plots(curves: dict[str, Any]) -> tuple[Plot, ...]:
+    """How often labels occur together, true and predicted."""
+    pairs = curves["cooccurrence"]
+    names = [curves["labels"][index] for index in pairs["labels"]]
+    if len(names) < 2:
+        return ()
+    return (
+        draw_cooccurrence("true", "True", names, pairs["true"]),
+        draw_cooccurrence("predicted", "Predicted", names, pairs["predicted"]),
+    )
+
+
+def label_table(
+    metrics: dict[str, Any], curves: dict[str, Any], metadata: Metadata | None
+) -> dict[str, Any]:
+    """The table of labels: `columns` as (title, kind), `rows` with their cells."""
+    per_label = metrics["per_label"]
+    columns = [column for column in LABEL_COLUMNS if column[0] in per_label[curves["labels"][0]]]
+    train = None
+    if metadata is not None and TRAIN_SPLIT in metadata.splits:
+        train = metadata.splits[TRAIN_SPLIT].label_counts
+    with_curves = set(curves["curve_labels"])
+    rows = []
+    for index, label in enumerate(curves["labels"]):
+        values = [(per_label[label][name], kind) for name, _, kind in columns]
+        if train is not None:
+            values.insert(0, (train[index], "count"))
+        rows.append({"index": index, "label": label, "cells": values,
+                     "has_curves": index in with_curves})  # fmt: skip
+    titles = [title.format(fitted=metrics["calibration_split"]) for _, title, _ in columns]
+    if train is not None:
+        titles.insert(0, f"in {TRAIN_SPLIT}")
+    return {"columns": titles, "rows": rows}
+
+
+def describe_slices(metrics: dict[str, Any]) -> list[dict[str, Any]]:
+    """A table a kept column: metrics by its values, the rest of them together last."""
+    tables = []
+    for column, found in metrics.get("slices", {}).items():
+        rows = [
+            {"value": value, "cells": [(measured[key], kind) for key, _, kind in SLICE_COLUMNS]}
+            for value, measured in found["values"].items()
+        ]
+        rest = found["rest"]
+        if rest is not None:
+            cells = [(rest[key], kind) for key, _, kind in SLICE_COLUMNS]
+            rows.append({"value": f"{rest['num_values']:,} other values", "cells": cells})
+        titles = [title for _, title, _ in SLICE_COLUMNS]
+        tables.append({"column": column, "columns": titles, "rows": rows})
+    return tables
+
+
+def list_settings(record: RunRecord) -> list[tuple[str, str]]:
+    """The flags of the run and what followed from them, as (name, value)."""
+    pairs = [(f"--{name}", value) for name, value in _flat(dataclasses.asdict(record.train))]
+    pairs += [(f"model: {name}", value) for name, value in _flat(dataclasses.asdict(record.model))]
+    packing = dataclasses.asdict(record.packing)
+    return pairs + [(f"micro-batch: {name}", value) for name, value in _flat(packing)]
+
+
+def _flat(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value)
+        else:
+            yield name, "–" if value is None else str(value)

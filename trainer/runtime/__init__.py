@@ -1,0 +1,1 @@
+"""Processes and machines: devices, clusters, stop requests, pools of workers."""

@@ -1,0 +1,318 @@
+"""Which devices a run takes, and in which precision."""
+
+import contextlib
+import os
+from collections.abc import Iterator
+
+import tensorflow as tf
+from tensorflow.python.client.device_lib import list_local_devices
+
+from trainer.config import ScoreConfig, TrainConfig
+from trainer.errors import RUN_AGAIN, RunAgain, UserError
+from trainer.runtime.cluster import Cluster, read_cluster
+from trainer.runtime.exit_timer import ExitTimer
+from trainer.runtime.meeting import meet
+from trainer.runtime.peers import PeerWatch, naming_lost_workers
+from trainer.runtime.tpu import connect_tpu, find_tpu
+
+# bfloat16 runs at full speed from this compute capability on.
+_BFLOAT16_CAPABILITY = (8, 0)
+# Joining takes a second or two, and for ever if one of the workers that just met is lost then.
+_JOIN_SECONDS = 45.0
+
+
+def make_strategy(config: TrainConfig) -> tf.distribute.Strategy:
+    """The strategy that a run's flags and surroundings ask for; says what it took and why.
+
+    Call it before anything else of TensorFlow's: workers, and CPUs split into several devices, can
+    only be set up while TensorFlow has not looked at its devices yet.
+
+    Raises:
+      UserError: if the flags ask for devices that are not there, or for two things at once.
+      RunAgain: if other workers or a TPU do not appear within --start_timeout.
+    """
+    return _make(config, read_cluster(os.environ))
+
+
+def make_scoring_strategy(config: ScoreConfig) -> tf.distribute.Strategy:
+    """The strategy over this process's own devices; says what it took and why.
+
+    Workers that share a corpus have a strategy each. As `make_strategy`, call it first.
+
+    Raises:
+      UserError, RunAgain: as `make_strategy`.
+    """
+    return _make(config, None)
+
+
+def _make(config: TrainConfig | ScoreConfig, cluster: Cluster | None) -> tf.distribute.Strategy:
+    name, reason = _choose(config, cluster)
+    if name == "multi_worker":
+        assert cluster is not None  # _choose sees to it.
+        strategy = _connect_workers(cluster, config.start_timeout)
+    elif name == "tpu":
+        strategy = connect_tpu(find_tpu(config.tpu), config.start_timeout)
+    elif name == "mirrored":
+        strategy = tf.distribute.MirroredStrategy(_mirrored_devices(config.cpu_replicas))
+    else:
+        strategy = one_device(gpu=name == "one_device")
+    print(f"--strategy={config.strategy}: {name}, {reason}; {describe(strategy)}", flush=True)
+    return strategy
+
+
+def _choose(config: TrainConfig | ScoreConfig, cluster: Cluster | None) -> tuple[str, str]:
+    """(name, reason) of the strategy to take."""
+    name, gpus = config.strategy, tf.config.get_visible_devices("GPU")
+    if config.tpu and name not in ("auto", "tpu"):
+        raise UserError(f"--tpu={config.tpu} with --strategy={name}: expected --strategy=tpu")
+    if config.cpu_replicas > 1 and (name != "mirrored" or gpus):
+        raise UserError(
+            f"--cpu_replicas={config.cpu_replicas}: only for --strategy=mirrored on a machine "
+            f"without GPUs; found --strategy={name} and {len(gpus)} GPUs"
+        )
+    if name in ("auto", "multi_worker") and cluster is not None and cluster.num_workers > 1:
+        return "multi_worker", f"{cluster.source} names {cluster.num_workers} workers"
+    if name == "multi_worker":
+        raise UserError(
+            "--strategy=multi_worker: neither TF_CONFIG nor Slurm names more than one worker; set "
+            "TF_CONFIG on each host, start the hosts with srun, or take another --strategy"
+        )
+    if cluster is not None and cluster.num_workers > 1:
+        raise UserError(
+            f"--strategy={name}: {cluster.source} names {cluster.num_workers} workers, which would "
+            f"all train alone into one folder; use --strategy=multi_worker, or unset "
+            f"{cluster.source}"
+        )
+    if name == "one_device" and not gpus:
+        raise UserError("--strategy=one_device: TensorFlow sees no GPU; use cpu, or install [gpu]")
+    if name != "auto":
+        return name, "as asked for"
+    tpu = find_tpu(config.tpu)
+    if tpu is not None:
+        return "tpu", f"found TPU {tpu}"
+    if gpus:
+        found = "found no TPU and " + ("one GPU" if len(gpus) == 1 else f"{len(gpus)} GPUs")
+        return "one_device" if len(gpus) == 1 else "mirrored", found
+    return "cpu", "found no TPU and no GPU"
+
+
+def one_device(gpu: bool) -> tf.distribute.Strategy:
+    """The strategy over the first GPU, or over the CPU."""
+    return tf.distribute.OneDeviceStrategy("/gpu:0" if gpu else "/cpu:0")
+
+
+def _mirrored_devices(cpu_replicas: int) -> list[str]:
+    """All GPUs, or as many logical CPU devices as asked for."""
+    gpus = tf.config.get_visible_devices("GPU")
+    if gpus:
+        return [f"/gpu:{index}" for index in range(len(gpus))]
+    if cpu_replicas == 1:
+        raise UserError(
+            "--strategy=mirrored: TensorFlow sees no GPU; install [gpu], use --strategy=cpu, or "
+            "make replicas of the CPU with --cpu_replicas=N"
+        )
+    (cpu,) = tf.config.list_physical_devices("CPU")
+    devices = [tf.config.LogicalDeviceConfiguration() for _ in range(cpu_replicas)]
+    try:
+        tf.config.set_logical_device_configuration(cpu, devices)
+    except RuntimeError:
+        found = len(tf.config.list_logical_devices("CPU"))
+        if found < cpu_replicas:
+            raise UserError(
+                f"--cpu_replicas={cpu_replicas}: this process already runs TensorFlow with {found} "
+                "CPU devices; start a process of its own"
+            ) from None
+    return [f"/cpu:{index}" for index in range(cpu_replicas)]
+
+
+def _connect_workers(cluster: Cluster, seconds: float) -> tf.distribute.Strategy:
+    """The strategy over all workers, once all are there."""
+    print(f"waiting for {cluster.num_workers} workers that {cluster.source} names", flush=True)
+    meet(cluster, seconds)
+    print(
+        f"all {cluster.num_workers} workers met; joining them (given up, with exit code "
+        f"{RUN_AGAIN}, if one of them leaves meanwhile)",
+        flush=True,
+    )
+    gpus = len(tf.config.get_visible_devices("GPU"))
+    kinds = tf.distribute.experimental.CommunicationImplementation
+    options = tf.distribute.experimental.CommunicationOptions(
+        implementation=kinds.NCCL if gpus else kinds.RING
+    )
+    # All workers do the same, so that one job name for chief and workers is enough.
+    resolver = tf.distribute.cluster_resolver.SimpleClusterResolver(
+        tf.train.ClusterSpec({"worker": list(cluster.addresses)}),
+        task_type="worker",
+        task_id=cluster.index,
+        num_accelerators={"GPU": gpus},
+        rpc_layer="grpc",
+    )
+    try:
+        with ExitTimer(_JOIN_SECONDS), naming_lost_workers(cluster):
+            return tf.distribute.MultiWorkerMirroredStrategy(
+                cluster_resolver=resolver, communication_options=options
+            )
+    except RuntimeError as error:
+        raise UserError(
+            f"--strategy=multi_worker: {error}; start a process of its own for each worker"
+        ) from error
+
+
+def cluster_of(strategy: tf.distribute.Strategy) -> Cluster | None:
+    """The workers that a strategy spans; None if it is not over several."""
+    if not isinstance(strategy, tf.distribute.MultiWorkerMirroredStrategy):
+        return None
+    resolver = strategy.cluster_resolver
+    addresses = resolver.cluster_spec().job_tasks("worker")
+    return Cluster(tuple(addresses), resolver.task_id, "the strategy")
+
+
+def num_workers(strategy: tf.distribute.Strategy) -> int:
+    """How many processes run the same program; a TPU slice has one."""
+    cluster = cluster_of(strategy)
+    return 1 if cluster is None else cluster.num_workers
+
+
+def is_chief(strategy: tf.distribute.Strategy) -> bool:
+    """Whether this process is the one that writes in the model folder."""
+    cluster = cluster_of(strategy)
+    return cluster is None or cluster.index == 0
+
+
+@contextlib.contextmanager
+def watching_workers(strategy: tf.distribute.Strategy) -> Iterator[None]:
+    """Sees to it that a block of collective work ends when another worker is lost.
+
+    A block that ends well, or with a stop that all workers agreed on, ends on all of them together:
+    who is done first waits for the chief's last checkpoint, so that none takes it for lost. With a
+    strategy in a single process there is nothing to see to.
+
+    Raises:
+      RunAgain: for an error that a lost worker caused, naming the worker.
+    """
+    cluster = cluster_of(strategy)
+    if cluster is None:
+        yield
+        return
+    with PeerWatch(cluster), naming_lost_workers(cluster):
+        try:
+            yield
+        except RunAgain:
+            is_same_everywhere(strategy, 0)
+            raise
+        is_same_everywhere(strategy, 0)
+
+
+def is_same_everywhere(strategy: tf.distribute.Strategy, value: int) -> bool:
+    """Whether all workers call this with the same value, below 2^24; returns once all have."""
+
+    @tf.function
+    def sum_over_replicas() -> tf.Tensor:
+        return strategy.run(
+            lambda: tf.distribute.get_replica_context().all_reduce(
+                tf.distribute.ReduceOp.SUM,
+                tf.stack([tf.constant(value, tf.float64), tf.constant(value**2, tf.float64)]),
+            )
+        )
+
+    sums = strategy.experimental_local_results(sum_over_replicas())[0].numpy()
+    # Only equal values have the sum and the sum of squares of as many copies of this one.
+    count = strategy.num_replicas_in_sync
+    return bool(sums[0] == count * value and sums[1] == count * value**2)
+
+
+def is_on_cpu(strategy: tf.distribute.Strategy) -> bool:
+    """Whether the strategy's replicas are CPUs."""
+    return "CPU" in strategy.extended.worker_devices[0].upper()
+
+
+def is_tpu(strategy: tf.distribute.Strategy) -> bool:
+    """Whether the strategy's replicas are TPU cores."""
+    return "TPU" in strategy.extended.worker_devices[0].upper()
+
+
+def should_jit(flag: str, strategy: tf.distribute.Strategy) -> bool:
+    """Whether XLA is asked to compile the step.
+
+    Args:
+      flag: --jit_compile: `auto`, `true` or `false`.
+      strategy: what the run takes.
+
+    Raises:
+      UserError: for `true` on a TPU, whose strategy compiles the step itself.
+    """
+    if is_tpu(strategy):
+        if flag == "true":
+            raise UserError(
+                "--jit_compile=true: a TPU's strategy compiles the step itself, and compiling it "
+                "on the host as well fails; leave the flag out"
+            )
+        return False
+    return flag != "false"
+
+
+def choose_precision(name: str, strategy: tf.distribute.Strategy) -> str:
+    """`auto` as the precision that suits the devices.
+
+    bfloat16 on TPUs and where every GPU of this process has compute capability 8.0 or higher,
+    float16 on older GPUs, float32 on CPUs. Workers are expected to be alike.
+
+    Args:
+      name: the flag's value.
+      strategy: what the run takes.
+    """
+    if name != "auto":
+        return name
+    if is_on_cpu(strategy):
+        return "float32"
+    if is_tpu(strategy):
+        return "mixed_bfloat16"
+    capabilities = [details.get("compute_capability", (0, 0)) for details in _gpu_details()]
+    return "mixed_bfloat16" if min(capabilities) >= _BFLOAT16_CAPABILITY else "mixed_float16"
+
+
+def _gpu_details() -> list[dict]:
+    gpus = tf.config.get_visible_devices("GPU")
+    return [tf.config.experimental.get_device_details(gpu) for gpu in gpus]
+
+
+def describe(strategy: tf.distribute.Strategy) -> str:
+    """Replicas, devices and, where it is known, their memory, for the log."""
+    replicas = strategy.num_replicas_in_sync
+    parts = [f"{replicas} replica{'s' if replicas > 1 else ''}"]
+    cluster = cluster_of(strategy)
+    if cluster is not None:
+        parts.append(f"this is worker {cluster.index} of {cluster.num_workers}")
+    devices = strategy.extended.worker_devices
+    parts.append(f"{len(devices)} x {_device_name(strategy)}")
+    return ", ".join(parts)
+
+
+def _device_name(strategy: tf.distribute.Strategy) -> str:
+    if is_tpu(strategy):
+        return "TPU core"
+    if is_on_cpu(strategy):
+        memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
+        return f"CPU ({_gibibytes(memory)} in this machine)"
+    name = _gpu_details()[0].get("device_name", "GPU")
+    # What TensorFlow may take of it, which is less than it has.
+    limits = [item.memory_limit for item in list_local_devices() if item.device_type == "GPU"]
+    return f"{name} ({_gibibytes(min(limits))} for TensorFlow)" if limits else name
+
+
+def _gibibytes(count: int) -> str:
+    return f"{count / 2**30:.1f} GiB"
+
+
+def choose_scoring_precision(name: str, strategy: tf.distribute.Strategy | None = None) -> str:
+    """The precision of scoring.
+
+    Like `choose_precision`, but without float16, whose range ordinary weights can exceed.
+
+    Args:
+      name: the flag's value.
+      strategy: what the run takes; default: the first GPU, or the CPU.
+    """
+    has_gpu = bool(tf.config.get_visible_devices("GPU"))
+    precision = choose_precision(name, strategy or one_device(gpu=has_gpu))
+    return "float32" if precision == "mixed_float16" else precision

@@ -1,0 +1,1 @@
+"""The plan, pipeline, parts and result files of `multihot score`."""

@@ -1,0 +1,148 @@
+"""Chunks of rows to tokenised blocks of one part, and blocks to micro-batches."""
+
+import itertools
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from dataclasses import dataclass, field
+from typing import Any
+
+import numpy as np
+import tensorflow as tf
+
+from trainer.config import PackingConfig
+from trainer.data.packing import pack
+from trainer.errors import UserError
+from trainer.scoring.chunks import Chunk
+
+# Characters of ids and kept columns: some such blocks are held at a time.
+_BLOCK_CHARACTERS = 1 << 25
+
+# Texts to the windows of each and whether tokens of it were lost, as `Tokenizer.encode_windows`.
+Encode = Callable[[list[str]], tuple[list[list[list[int]]], list[bool]]]
+
+
+@dataclass
+class Block:
+    """Consecutive rows of one part, tokenised: N documents, enough of them to pack well.
+
+    Attributes:
+      part: index of the part.
+      ids, kept: N ids, and tuples of the kept columns' values.
+      tokens: pieces of all tokens one after the other, int32.
+      window_lengths: pieces of the windows' lengths in tokens, int64.
+      window_counts: pieces of the documents' numbers of windows, int64.
+      rejected: the rows that cannot be used.
+      num_tokens, num_truncated: tokens, and documents that lost some.
+      carried: characters of ids and kept columns.
+      probabilities: float32 [N, L], filled by micro-batch.
+    """
+
+    part: int
+    ids: list[str] = field(default_factory=list)
+    kept: list[tuple[Any, ...]] = field(default_factory=list)
+    tokens: list[np.ndarray] = field(default_factory=list)
+    window_lengths: list[np.ndarray] = field(default_factory=list)
+    window_counts: list[np.ndarray] = field(default_factory=list)
+    rejected: list[dict[str, Any]] = field(default_factory=list)
+    num_tokens: int = 0
+    num_truncated: int = 0
+    carried: int = 0
+    probabilities: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float32))
+
+    def add(self, chunk: Chunk, encode: Encode) -> None:
+        """Tokenises a chunk and takes it in.
+
+        Ids become arrays here: as Python's numbers they would take ten times the memory.
+        """
+        documents, truncated = encode_chunk(chunk, encode)
+        windows = list(itertools.chain.from_iterable(documents))
+        lengths = np.fromiter(map(len, windows), np.int64, count=len(windows))
+        num_tokens = int(lengths.sum())
+        ids = itertools.chain.from_iterable(windows)
+        self.ids += chunk.ids
+        self.kept += chunk.kept
+        self.tokens.append(np.fromiter(ids, np.int32, count=num_tokens))
+        self.window_lengths.append(lengths)
+        self.window_counts.append(np.fromiter(map(len, documents), np.int64, count=len(documents)))
+        self.rejected += chunk.rejected
+        self.num_tokens += num_tokens
+        self.num_truncated += truncated
+        self.carried += chunk.carried
+
+
+def encode_chunk(chunk: Chunk, encode: Encode) -> tuple[list[list[list[int]]], int]:
+    """The windows (lists of ids) of each of a chunk's rows, and how many rows lost tokens."""
+    encoded, truncated = encode(
+        [text for text, own in zip(chunk.texts, chunk.windows, strict=True) if own is None]
+    )
+    rest = iter(encoded)
+    return [next(rest) if own is None else own for own in chunk.windows], sum(truncated)
+
+
+def tokenize(
+    chunks: Iterable[Chunk], encode: Encode, block_tokens: int, block_documents: int
+) -> Iterator[Block]:
+    """Tokenises chunks and joins them to blocks, each of one part.
+
+    Args:
+      chunks: as `read_chunks` gives them.
+      encode: texts to their lists of windows and whether tokens were lost.
+      block_tokens, block_documents: a block has at least so many of one of them, or as many
+        characters as are too many to wait in memory, or ends its part.
+    """
+    block = None
+    for chunk in chunks:
+        block = block or Block(chunk.part)
+        block.add(chunk, encode)
+        is_full = (
+            block.num_tokens >= block_tokens
+            or len(block.ids) >= block_documents
+            or block.carried >= _BLOCK_CHARACTERS
+        )
+        if chunk.ends_part or is_full:
+            yield block
+            block = None
+
+
+class BlockPacker:
+    """Packs blocks of at least one document into micro-batches, as `pack` does.
+
+    Attributes:
+      num_traces: how often TensorFlow traced the packing: once, whatever the blocks.
+    """
+
+    def __init__(self, packing: PackingConfig) -> None:
+        """Prepares packing into micro-batches of one shape."""
+        self.num_traces = 0
+
+        def pack_block(input_ids: tf.RaggedTensor) -> dict[str, tf.Tensor]:
+            self.num_traces += 1
+            # On the host, so that an accelerator has nothing to do but the forward pass.
+            with tf.device("/cpu:0"):
+                return pack(input_ids, packing=packing)
+
+        spec = tf.RaggedTensorSpec([None, None, None], tf.int32, row_splits_dtype=tf.int64)
+        self._pack = tf.function(pack_block, input_signature=[spec], autograph=False)
+
+    def __call__(self, block: Block) -> dict[str, tf.Tensor]:
+        """The micro-batches of a block."""
+        with tf.device("/cpu:0"):
+            by_window = tf.RaggedTensor.from_row_lengths(
+                np.concatenate(block.tokens), np.concatenate(block.window_lengths), validate=False
+            )
+            counts = np.concatenate(block.window_counts)
+            documents = tf.RaggedTensor.from_row_lengths(by_window, counts, validate=False)
+            return self._pack(documents)
+
+
+def check_finite(model: str, ids: Sequence[str], probabilities: np.ndarray) -> None:
+    """Checks that documents' probabilities, float32 [N, L], are numbers.
+
+    Raises:
+      UserError: naming the model folder and the first document that has one that is not.
+    """
+    finite = np.isfinite(probabilities).all(axis=1)
+    if not finite.all():
+        raise UserError(
+            f"{model}: gives document {ids[int(np.argmin(finite))]!r} a score that is not a "
+            "number; export a model whose weights are finite, or score with --precision=float32"
+        )

@@ -1,0 +1,291 @@
+"""The output folder of `score`: parts, their manifests, and what makes it restartable.
+
+    plan.json                       model, settings, inputs with checksums, and the parts
+    part-00000-of-00010.jsonl.gz    the scores of its rows, in the rows' order
+    rejected/part-….jsonl           the rows that could not be used, where there were any
+    manifests/part-….json           written last: the part is done
+    _SUCCESS                        written when every part is
+
+Every name is there only with all of its contents. Workers that share a folder have no server
+between them: part i belongs to worker i modulo their number, whoever finds all manifests there
+writes _SUCCESS, and the folder itself keeps two writers of one part apart (output_folder.py). That
+assignment, and not a stretch of parts to each worker, is balanced however much of the corpus an
+earlier run had done, with whatever number of workers.
+"""
+
+import dataclasses
+import json
+import time
+from collections.abc import Callable, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from dataclasses import dataclass
+from functools import partial
+from typing import Any, BinaryIO
+
+import numpy as np
+
+from trainer.scoring.plan import Part, Plan
+from trainer.scoring.result_files import ENDINGS, ResultWriter
+from trainer.sources.rejected import REJECTED_FOLDER
+from trainer.storage.output_folder import Found, OutputFolder, PartFile
+
+SUCCESS_FILE = "_SUCCESS"
+MANIFEST_FOLDER = "manifests"
+FOLDERS = (MANIFEST_FOLDER, REJECTED_FOLDER)
+_CHECKS_AT_ONCE = 8
+# What other workers have done meanwhile counts for --max_rejected; how often to look.
+_REFRESH_SECONDS = 30.0
+
+
+@dataclass(frozen=True)
+class Manifest:
+    """What a finished part holds: rows read, scored, rejected and cut; size, CRC-32C (hex).
+
+    `rejected_bytes` is the size of the file of rejected rows, 0 if there is none.
+    """
+
+    part: str
+    rows_in: int
+    rows_out: int
+    rows_rejected: int
+    rows_truncated: int
+    bytes: int
+    checksum: str
+    model_fingerprint: str
+    rejected_bytes: int = 0
+
+
+def part_file(part: Part, plan: Plan) -> str:
+    """The name of a part's file in the output folder."""
+    return part.name + ENDINGS[plan.settings["format"]]
+
+
+def manifest_file(part: Part) -> str:
+    """The name of a part's manifest."""
+    return f"{MANIFEST_FOLDER}/{part.name}.json"
+
+
+def rejected_file(part_name: str) -> str:
+    """The name of the file of a part's rows that could not be used."""
+    return f"{REJECTED_FOLDER}/{part_name}.jsonl"
+
+
+class PartWriter:
+    """One part being written, aside; `commit` gives it its name, `close` removes the rest."""
+
+    def __init__(
+        self,
+        folder: OutputFolder,
+        plan: Plan,
+        part: Part,
+        file: PartFile,
+        open_results: Callable[[BinaryIO], ResultWriter],
+    ) -> None:
+        self._folder, self._plan, self._part, self._file = folder, plan, part, file
+        self._results = open_results(file.file)
+        self._rejected: list[dict[str, Any]] = []
+        self._rows_out = 0
+        self._rows_truncated = 0
+
+    def write(
+        self,
+        ids: Sequence[str],
+        probabilities: np.ndarray,
+        kept: Sequence[tuple[Any, ...]],
+        num_truncated: int,
+        rejected: list[dict[str, Any]],
+    ) -> None:
+        """Adds N scored rows, and rows that could not be used.
+
+        Args:
+          ids: N ids.
+          probabilities: float32 [N, L].
+          kept: N tuples of the kept columns' values.
+          num_truncated: how many of the N lost tokens.
+          rejected: `source`, `row`, `reason` and `raw` of each row that could not be used.
+        """
+        self._results.write(ids, probabilities, kept)
+        self._rows_out += len(ids)
+        self._rows_truncated += num_truncated
+        self._rejected += rejected
+
+    def commit(self) -> Manifest:
+        """Names the part, then its rejected rows and then, which makes it count, its manifest.
+
+        Raises:
+          UserError: if another process wrote the same part meanwhile.
+        """
+        self._results.close()
+        found = self._file.name_part()
+        lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self._rejected)
+        if lines:
+            self._folder.replace(rejected_file(self._part.name), lines)
+        assert found.checksum is not None
+        manifest = Manifest(
+            part=self._part.name,
+            rows_in=self._rows_out + len(self._rejected),
+            rows_out=self._rows_out,
+            rows_rejected=len(self._rejected),
+            rows_truncated=self._rows_truncated,
+            bytes=found.bytes,
+            checksum=found.checksum,
+            model_fingerprint=self._plan.model_fingerprint,
+            rejected_bytes=len(lines.encode()),
+        )
+        self._file.name_manifest(_to_json(dataclasses.asdict(manifest)).encode())
+        return manifest
+
+    def close(self) -> None:
+        """Removes what lies aside, if it was not committed."""
+        self._results.discard()
+        self._file.abandon()
+
+
+def begin_part(
+    folder: OutputFolder, plan: Plan, index: int, open_results: Callable[[BinaryIO], ResultWriter]
+) -> PartWriter | None:
+    """Begins to write a part; None if another process has finished it by now.
+
+    Raises:
+      UserError: if another live process is writing it.
+    """
+    part = plan.parts[index]
+    file = folder.open_part(part_file(part, plan), manifest_file(part))
+    return None if file is None else PartWriter(folder, plan, part, file, open_results)
+
+
+class Progress:
+    """Which parts of a plan are done, in a folder that other workers may be writing to too.
+
+    Attributes:
+      manifests: of each part, or None if it is not done.
+      mine: indices of the parts of this worker.
+    """
+
+    def __init__(
+        self, folder: OutputFolder, plan: Plan, worker_index: int = 0, num_workers: int = 1
+    ) -> None:
+        self.manifests: list[Manifest | None] = [None] * len(plan.parts)
+        self.mine = range(worker_index, len(plan.parts), num_workers)
+        self._folder, self._plan = folder, plan
+        self._num_workers = num_workers
+        self._looked = 0.0
+
+    @property
+    def waiting(self) -> list[int]:
+        """This worker's parts that are not done."""
+        return [index for index in self.mine if self.manifests[index] is None]
+
+    @property
+    def num_done(self) -> int:
+        """Parts that are done, whoever did them."""
+        return len(self.done)
+
+    @property
+    def done(self) -> list[Manifest]:
+        """The manifests there are."""
+        return [manifest for manifest in self.manifests if manifest is not None]
+
+    def load(self) -> None:
+        """Reads all manifests, and takes back this worker's whose parts are not as written.
+
+        The file of each of this worker's parts is read for its checksum (in a store that is known
+        without reading); of the others' files the sizes are compared.
+        """
+        had_ended = SUCCESS_FILE in self._folder.find("")
+        names = self._folder.find(MANIFEST_FOLDER)
+        self.manifests = [None] * len(self.manifests)
+        self._read_new(names)
+        files = self._compare_sizes()
+        files |= {
+            f"{REJECTED_FOLDER}/{name}": item
+            for name, item in self._folder.find(REJECTED_FOLDER).items()
+        }
+        there = [i for i in self.mine if f"{self._plan.parts[i].name}.json" in names]
+        with ThreadPoolExecutor(_CHECKS_AT_ONCE) as pool:
+            whole = pool.map(partial(self._is_whole, files), there)
+        damaged = [index for index, is_whole in zip(there, whole, strict=True) if not is_whole]
+        for index in damaged:
+            self.manifests[index] = None
+        if had_ended and not self.is_complete:
+            # It was written for parts that somebody has removed or damaged since.
+            self._folder.remove(SUCCESS_FILE)
+        for index in damaged:
+            self._folder.remove(manifest_file(self._plan.parts[index]))
+
+    def _is_whole(self, files: dict[str, Found], index: int) -> bool:
+        manifest = self.manifests[index]
+        if manifest is None:
+            return False
+        if manifest.rows_rejected:
+            rejected = files.get(rejected_file(manifest.part))
+            if rejected is None or rejected.bytes != manifest.rejected_bytes:
+                return False
+        name = part_file(self._plan.parts[index], self._plan)
+        found = files[name] if files[name].checksum else self._folder.sum_up(name)
+        return found == Found(manifest.bytes, manifest.checksum)
+
+    def refresh(self) -> None:
+        """Notes what other workers have finished, if it is a while since that was done."""
+        if self._num_workers > 1 and time.monotonic() - self._looked > _REFRESH_SECONDS:
+            self._read_new(self._folder.find(MANIFEST_FOLDER))
+
+    def _read_new(self, names: dict[str, Found]) -> None:
+        parts = self._plan.parts
+        new = [
+            index
+            for index, manifest in enumerate(self.manifests)
+            if manifest is None and f"{parts[index].name}.json" in names
+        ]
+        contents = self._folder.read([manifest_file(parts[index]) for index in new])
+        for index, content in zip(new, contents, strict=True):
+            self.manifests[index] = _parse(content)
+        self._looked = time.monotonic()
+
+    def _compare_sizes(self) -> dict[str, Found]:
+        """Forgets manifests whose parts are not there so; the files that are."""
+        files = self._folder.find("")
+        for index, manifest in enumerate(self.manifests):
+            found = files.get(part_file(self._plan.parts[index], self._plan))
+            if manifest is not None and (found is None or found.bytes != manifest.bytes):
+                self.manifests[index] = None
+        return files
+
+    def gather(self) -> None:
+        """Notes what other workers have finished, and whether all files are there."""
+        self._read_new(self._folder.find(MANIFEST_FOLDER))
+        self._compare_sizes()
+
+    def finish(self) -> None:
+        """Writes _SUCCESS if every part is there, as far as known, whoever did it."""
+        if not self.is_complete:
+            return
+        fields = ("rows_in", "rows_out", "rows_rejected", "rows_truncated", "bytes")
+        totals = {name: sum(getattr(item, name) for item in self.done) for name in fields}
+        self._folder.create(SUCCESS_FILE, _to_json({"parts": self.num_done} | totals))
+        self.clear_up()
+
+    def clear_up(self) -> None:
+        """Removes what killed processes left aside; every part has to be there."""
+        self._folder.clear_up(FOLDERS)
+
+    @property
+    def is_complete(self) -> bool:
+        """Whether every part is there."""
+        return self.num_done == len(self.manifests)
+
+    @property
+    def has_ended(self) -> bool:
+        """Whether every part is there and _SUCCESS too."""
+        return self.is_complete and SUCCESS_FILE in self._folder.find("")
+
+
+def _parse(content: bytes | None) -> Manifest | None:
+    try:
+        return None if content is None else Manifest(**json.loads(content))
+    except (ValueError, TypeError):
+        return None
+
+
+def _to_json(value: Any) -> str:
+    return json.dumps(value, indent=1, ensure_ascii=False) + "\n"

@@ -1,0 +1,213 @@
+"""The plan of a scoring run: which rows go to which part, and what the parts' bytes depend on.
+
+It is made once, by worker 0, written first, and held to: a rerun that would not continue it is
+refused, and other workers wait for it.
+"""
+
+import dataclasses
+import json
+import time
+from collections.abc import Collection, Sequence
+from dataclasses import dataclass
+from functools import partial
+from typing import Any
+
+from trainer.config import PackingConfig, from_dict
+from trainer.errors import RunAgain, UserError
+from trainer.sources.input_files import absolute_name, source_names
+from trainer.sources.listing import for_each_file
+from trainer.sources.reader import fingerprints, num_bytes, plan_segments
+from trainer.sources.rows import Segment
+from trainer.storage.output_folder import OutputFolder
+from trainer.storage.seal import seal, unseal
+
+PLAN_VERSION = 1
+PLAN_FILE = "plan.json"
+_SECONDS_BETWEEN_LOOKS = 1.0
+
+
+@dataclass(frozen=True)
+class Input:
+    """A file to score: its name with an absolute path, size, CRC-32C (hex)."""
+
+    path: str
+    bytes: int
+    checksum: str
+
+
+@dataclass(frozen=True)
+class Part:
+    """The rows of one output file: consecutive segments, of one large file or several small."""
+
+    name: str
+    segments: tuple[Segment, ...]
+
+    @property
+    def num_rows(self) -> int:
+        """Rows of its segments, unusable ones and blank lines included."""
+        return sum(segment.num_rows for segment in self.segments)
+
+
+@dataclass(frozen=True)
+class Plan:
+    """Everything that the bytes of the parts depend on.
+
+    Attributes:
+      model_fingerprint: of the model folder.
+      settings: the flags that change what is written, by name.
+      packing: the shape of a micro-batch.
+      inputs: the files, in order.
+      parts: the output files, in order.
+    """
+
+    model_fingerprint: str
+    settings: dict[str, Any]
+    packing: PackingConfig
+    inputs: tuple[Input, ...]
+    parts: tuple[Part, ...]
+    version: int = PLAN_VERSION
+
+
+def describe_inputs(paths: Sequence[str]) -> tuple[Input, ...]:
+    """Sizes and checksums of the files."""
+    described = zip(paths, fingerprints(paths), strict=True)
+    return tuple(Input(absolute_name(path), *found) for path, found in described)
+
+
+def recall_inputs(plan: Plan, paths: Sequence[str], parts: Collection[int]) -> tuple[Input, ...]:
+    """The same for a worker that leaves most of it to worker 0.
+
+    Sizes are looked up, but of the checksums those only of the files of `parts`; of the others
+    they are taken from the plan.
+    """
+    needed = {segment.path for index in parts for segment in plan.parts[index].segments}
+    planned = {item.path: item.checksum for item in plan.inputs}
+    names = [absolute_name(path) for path in paths]
+    read = [name for name in names if name in needed or name not in planned]
+    described = {item.path: item for item in describe_inputs(read)}
+
+    def recall(name: str) -> Input:
+        return described.get(name) or Input(name, num_bytes(name), planned[name])
+
+    return tuple(for_each_file(names, recall))
+
+
+def plan_parts(inputs: Sequence[Input], rows_per_part: int) -> tuple[Part, ...]:
+    """Cuts the files into parts of about `rows_per_part` rows, small files together in one.
+
+    Raises:
+      UserError: if there are no rows.
+    """
+    groups: list[list[Segment]] = []
+    room = 0
+    names = source_names([item.path for item in inputs])
+    planned = for_each_file(list(names), partial(plan_segments, rows_per_part=rows_per_part))
+    for item, segments in zip(inputs, planned, strict=True):
+        for segment in segments:
+            if segment.num_rows > room:
+                groups.append([])
+                room = rows_per_part
+            groups[-1].append(dataclasses.replace(segment, source=names[item.path]))
+            room -= segment.num_rows
+    if not groups:
+        raise UserError(f"--input: no rows in {', '.join(item.path for item in inputs)}")
+    width = max(5, len(str(len(groups))))  # Names in order are parts in order.
+    return tuple(
+        Part(f"part-{index:0{width}d}-of-{len(groups):0{width}d}", tuple(group))
+        for index, group in enumerate(groups)
+    )
+
+
+def save_plan(folder: OutputFolder, plan: Plan) -> bool:
+    """Writes plan.json; False if another process wrote one meanwhile."""
+    contents = json.dumps(seal(dataclasses.asdict(plan)), indent=1, ensure_ascii=False)
+    return folder.create(PLAN_FILE, contents + "\n")
+
+
+def load_plan(folder: OutputFolder) -> Plan | None:
+    """The plan of an output folder that was begun before, or None.
+
+    Raises:
+      UserError: if the folder holds parts without a plan, or a plan that cannot be read.
+    """
+    (contents,) = folder.read([PLAN_FILE])
+    if contents is None:
+        if any(name.startswith("part-") for name in folder.find("")):
+            raise UserError(
+                f"{folder.url}: holds parts but no {PLAN_FILE}; expected an empty folder or one "
+                "that `multihot score` began; choose another --output_dir"
+            )
+        return None
+    try:
+        values = json.loads(contents)
+        if values["version"] != PLAN_VERSION:
+            raise ValueError(f"version {values['version']}, expected {PLAN_VERSION}")
+        values = unseal(values)
+        parts = tuple(
+            Part(part["name"], tuple(Segment(**segment) for segment in part["segments"]))
+            for part in values["parts"]
+        )
+        inputs = tuple(Input(**item) for item in values["inputs"])
+        packing = from_dict(PackingConfig, values["packing"])
+        return Plan(values["model_fingerprint"], values["settings"], packing, inputs, parts)
+    except (ValueError, KeyError, TypeError) as error:
+        raise UserError(
+            f"{folder.url}/{PLAN_FILE}: not a plan of this version ({error}); choose another "
+            "--output_dir"
+        ) from None
+
+
+def wait_for_plan(folder: OutputFolder, seconds: float) -> Plan:
+    """The plan, as soon as worker 0 has written it.
+
+    Raises:
+      RunAgain: if it has not after that many seconds.
+    """
+    deadline = time.monotonic() + seconds
+    is_said = False
+    while (plan := load_plan(folder)) is None:
+        if not is_said:
+            print(f"waiting for worker 0 to write {folder.url}/{PLAN_FILE}", flush=True)
+            is_said = True
+        if time.monotonic() > deadline:
+            raise RunAgain(
+                f"{folder.url}/{PLAN_FILE}: worker 0 has not written it within {seconds:g} s "
+                "(--start_timeout); see to worker 0 and run the same command again"
+            )
+        time.sleep(_SECONDS_BETWEEN_LOOKS)
+    return plan
+
+
+def check_plan(
+    plan: Plan, output_dir: str, model_fingerprint: str, settings: dict, inputs: Sequence[Input]
+) -> None:
+    """Checks that going on with a plan continues what was begun.
+
+    Raises:
+      UserError: for another model, another setting, or inputs that changed.
+    """
+    remedy = "restore it, or choose another --output_dir"
+    if plan.model_fingerprint != model_fingerprint:
+        raise UserError(
+            f"{output_dir}: its parts come from the model {plan.model_fingerprint[:12]}, but "
+            f"--model is {model_fingerprint[:12]}; {remedy}"
+        )
+    for name, value in settings.items():
+        if plan.settings.get(name) != value:
+            raise UserError(
+                f"--{name}={value}: {output_dir} was begun with --{name}="
+                f"{plan.settings.get(name)}; {remedy}"
+            )
+    before = {item.path: item for item in plan.inputs}
+    now = {item.path: item for item in inputs}
+    for path in sorted(before | now):
+        if path not in now:
+            raise UserError(f"{path}: not among --input any more, as {PLAN_FILE} says; {remedy}")
+        if path not in before:
+            raise UserError(f"{path}: not among the inputs in {output_dir}/{PLAN_FILE}; {remedy}")
+        if before[path] != now[path]:
+            raise UserError(
+                f"{path}: changed since {output_dir} was begun ({before[path].bytes} bytes with "
+                f"CRC-32C {before[path].checksum}, now {now[path].bytes} bytes with "
+                f"{now[path].checksum}); {remedy}"
+            )

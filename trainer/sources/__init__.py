@@ -1,0 +1,1 @@
+"""Raw rows: input files, their formats, and labels as people write them."""

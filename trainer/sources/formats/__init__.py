@@ -1,0 +1,1 @@
+"""The formats of raw rows, one family a file."""

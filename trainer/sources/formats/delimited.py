@@ -1,0 +1,239 @@
+"""CSV and TSV (RFC 4180): a header, then rows whose quoted values may hold line ends.
+
+Bytes that are not UTF-8 travel through Python's reader as surrogates and are found where a value
+is used, so that they cost their row and no other. Quotes that do not fit together cost the line
+that they begin on: reading goes on with the next one.
+"""
+
+import csv
+from collections import Counter
+from collections.abc import Iterator
+from typing import Any
+
+from trainer.errors import UserError
+from trainer.sources.formats.base import cut_rows
+from trainer.sources.formats.lines import (
+    MAX_LINE_BYTES,
+    LongLine,
+    bounded_lines,
+    damaged,
+    too_long,
+    without_mark,
+)
+from trainer.sources.formats.schema import require_columns
+from trainer.sources.input_files import format_of, location, open_decompressed
+from trainer.sources.rows import BadRow, Columns, Row, Segment, cut_raw, row_of_values
+
+ENTERS = False
+_NO_FIELD_LIMIT = 2**31 - 1  # Lines and records are bounded here instead.
+
+
+class _TooLong(Exception):
+    """A record that has not ended within the limit."""
+
+
+class _Lines:
+    """The physical lines of a table, of which those of a broken record can be given once more."""
+
+    def __init__(self, name: str, file: Any, delimiter: str):
+        self._pieces = _physical_lines(name, file, delimiter.encode())
+        self._again: list[str] = []
+        self.record: list[str] = []
+        self.long_line: LongLine | None = None
+        self.num_bytes = 0
+        # Lines still to come again of a record that was whole but for its width.
+        self.num_doubtful = 0
+
+    def __iter__(self) -> "_Lines":
+        return self
+
+    def __next__(self) -> str:
+        line = self._again.pop() if self._again else next(self._pieces)
+        self.num_doubtful = max(self.num_doubtful - 1, 0)
+        if isinstance(line, LongLine):
+            self.long_line = line
+            raise _TooLong
+        self.record.append(line)
+        self.num_bytes += len(line)
+        if self.num_bytes > MAX_LINE_BYTES:
+            raise _TooLong
+        return line
+
+    def end_record(self) -> None:
+        """Forgets the lines of a record that is read."""
+        self.record.clear()
+        self.num_bytes = 0
+
+    def give_up_record(self) -> str:
+        """The first line of the record being read; the others will be given again."""
+        first, *others = self.record
+        self._again.extend(reversed(others))
+        self.end_record()
+        return first
+
+
+def _physical_lines(name: str, file: Any, delimiter: bytes) -> Iterator[str | LongLine]:
+    """Lines as CSV has them, ended by any of \\n, \\r\\n and \\r.
+
+    Where the header ends in one of the others, a \\r alone may as well stand in a text (pandas does
+    not quote it), which must not be cut there: it ends a line only if what it parts are rows.
+    """
+    separators = 0
+    for number, line in enumerate(bounded_lines(file)):
+        if isinstance(line, LongLine):
+            yield line
+            continue
+        if number == 0:
+            line = without_mark(name, line)
+        pieces = [line]
+        if b"\r" in line.removesuffix(b"\n").removesuffix(b"\r"):
+            pieces = line.splitlines(keepends=True)
+            rows = [piece for piece in pieces if piece.strip()]
+            if separators and any(piece.count(delimiter) < separators for piece in rows):
+                pieces = [line]
+        elif number == 0:
+            separators = line.count(delimiter)
+        for piece in pieces:
+            yield piece.decode("utf-8", "surrogateescape")
+
+
+def _records(name: str) -> Iterator[list[str] | tuple[str, str] | LongLine]:
+    """The records of a table, header first: values, or (reason, line) of one that is broken."""
+    kind, _ = format_of(name)
+    csv.field_size_limit(_NO_FIELD_LIMIT)
+    with open_decompressed(name) as file:
+        delimiter = "\t" if kind == "tsv" else ","
+        lines = _Lines(name, file, delimiter)
+        reader = csv.reader(lines, delimiter=delimiter, strict=True)
+        width = 0
+        while True:
+            is_doubtful = lines.num_doubtful > 0
+            try:
+                record = next(reader)
+            except StopIteration:
+                return
+            except csv.Error as error:
+                if not lines.record:
+                    raise
+                yield f"not a table's row: {error}", lines.give_up_record()
+                continue
+            except _TooLong:
+                yield from _too_long(lines)
+                continue
+            width = width or len(record)
+            if record and len(record) != width:
+                reason = f"expected {width} columns, found {len(record)}"
+                doubtful = len(lines.record) - 1
+                yield reason, lines.give_up_record()
+                lines.num_doubtful = max(lines.num_doubtful, doubtful)
+                continue
+            if kind == "tsv" and _holds_rows(lines.record, width):
+                reason = (
+                    f"a quote that ends {len(lines.record) - 1} lines on, which are rows too; "
+                    "double it within quotes"
+                )
+                yield reason, lines.give_up_record()
+                continue
+            is_end_of_quoted = is_doubtful and "".join(lines.record).count('"') % 2
+            if record and is_end_of_quoted:
+                yield "the rest of a row of the wrong width", lines.give_up_record()
+                continue
+            lines.end_record()
+            if record:
+                yield record
+
+
+def _holds_rows(record: list[str], width: int) -> bool:
+    """Whether a record of several lines is as many rows of a table that quotes nothing.
+
+    In TSV that is usual: a text may begin with a quote, and another one, far below, end in one.
+    """
+    return 1 < min(width, len(record)) and all(line.count("\t") == width - 1 for line in record)
+
+
+def _too_long(lines: _Lines) -> Iterator[tuple[str, str] | LongLine]:
+    """What is left of a record that grew over the limit: its first line, or the long line."""
+    if lines.record:
+        reason = f"quotes that do not end within {MAX_LINE_BYTES:,} bytes"
+        yield reason, lines.give_up_record()
+    if lines.long_line is not None:
+        # Behind what was given up; the order of positions is that of the file but for this line.
+        yield lines.long_line
+        lines.long_line = None
+
+
+def column_names(name: str) -> list[str]:
+    """The columns of a table's header.
+
+    Raises:
+      UserError: if the file does not begin with one.
+    """
+    try:
+        header = next(_records(name), None)
+    except OSError as error:
+        raise damaged(name, "the beginning", error) from None
+    if not isinstance(header, list):
+        reason = "no rows" if header is None else "its first line cannot be read"
+        raise UserError(f"{name}: {reason}, expected a header with the names of the columns")
+    return header
+
+
+def check_columns(name: str, columns: Columns) -> None:
+    """Checks that the header has the columns, each once."""
+    found = column_names(name)
+    is_bare = location(name).lower().endswith((".tsv", ".txt"))
+    hint = (
+        "; if the lines are id<TAB>labels<TAB>text, without a header, say so with "
+        "--input_format=libmultilabel"
+        if is_bare
+        else ""
+    )
+    require_columns(name, found, columns, hint=hint)
+    counts = Counter(found)
+    for column in columns.all:
+        if counts[column] > 1:
+            raise UserError(
+                f"{name}: {counts[column]} columns are called {column!r}, expected one; rename "
+                "the others"
+            )
+
+
+def plan_segments(name: str, source: str, rows_per_part: int) -> list[Segment]:
+    """Cuts a table into segments; it is read once, so that row numbers are exact."""
+    num_rows = sum(1 for _ in _numbered(name))
+    return cut_rows(name, source, num_rows, rows_per_part)
+
+
+def _numbered(name: str) -> Iterator[tuple[int, list[str] | tuple[str, str] | LongLine]]:
+    """(row number, record) of all rows but the header."""
+    position = 0
+    try:
+        for position, record in enumerate(_records(name), -1):
+            if position >= 0:
+                yield position, record
+    except OSError as error:
+        raise damaged(name, f"row {max(position, 0)}", error) from None
+
+
+def read_rows(segment: Segment, columns: Columns) -> Iterator[Row | BadRow]:
+    """The rows of a segment.
+
+    Raises:
+      UserError: if the file is damaged, cut short, or lacks a column.
+    """
+    check_columns(segment.path, columns)
+    header = column_names(segment.path)
+    places = [(column, header.index(column)) for column in columns.all if column in header]
+    for position, record in _numbered(segment.path):
+        if position < segment.start:
+            continue
+        if segment.end is not None and position >= segment.end:
+            break
+        if isinstance(record, LongLine):
+            yield too_long(position, record)
+        elif isinstance(record, tuple):
+            reason, line = record
+            yield BadRow(position, reason, cut_raw(line[:2000]))
+        else:
+            values = {column: record[place] for column, place in places}
+            yield row_of_values(segment, position, values, columns)

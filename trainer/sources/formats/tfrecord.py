@@ -1,0 +1,254 @@
+"""TFRecord files of `tf.train.Example`, parsed without TensorFlow, checksums checked.
+
+Three layouts, told apart record by record: text with labels; Multihot's own token ids; and those of
+google-research/bert (`input_ids`, `input_mask`, `segment_ids`, `label_ids`), from which padding and
+padding examples are taken out.
+"""
+
+import functools
+import os
+import struct
+from collections.abc import Iterator
+from typing import Any
+
+from trainer.data.examples import parse_example
+from trainer.data.metadata import METADATA_FILE, Metadata, parse_metadata
+from trainer.data.wire import masked_checksum
+from trainer.errors import UserError
+from trainer.sources.formats.base import cut_rows
+from trainer.sources.formats.lines import MAX_LINE_BYTES, damaged
+from trainer.sources.formats.schema import require_columns
+from trainer.sources.input_files import location, open_decompressed, open_file
+from trainer.sources.rows import (
+    BadRow,
+    Columns,
+    LabelIds,
+    Row,
+    Segment,
+    Unreadable,
+    cut_raw,
+    row_beside_text,
+    row_of_values,
+)
+
+ENTERS = False
+_HEAD_BYTES, _TAIL_BYTES = 12, 4
+_SKIPPED_BYTES = 1 << 20
+_NUMBERS = ("input_ids", "window_lengths", "input_mask", "segment_ids")
+
+
+def _records(name: str) -> Iterator[bytes | int]:
+    """The records of a file, their checksums checked; the length of one that is over the limit.
+
+    Raises:
+      UserError: if the file is damaged or cut short.
+    """
+    number = 0
+    try:
+        with open_decompressed(name) as file:
+            while head := file.read(_HEAD_BYTES):
+                yield _read_record(file, head)
+                number += 1
+    except OSError as error:
+        raise damaged(name, f"record {number}", error) from None
+
+
+def _read_record(file: Any, head: bytes) -> bytes | int:
+    if len(head) < _HEAD_BYTES:
+        raise OSError("it ends within a record")
+    if masked_checksum(head[:8]) != head[8:]:
+        raise OSError("the checksum of a record's length differs")
+    (length,) = struct.unpack_from("<Q", head)
+    if length > MAX_LINE_BYTES:
+        left = length + _TAIL_BYTES
+        while left:
+            block = file.read(min(left, _SKIPPED_BYTES))
+            if not block:
+                raise OSError("it ends within a record")
+            left -= len(block)
+        return length
+    record, tail = file.read(length), file.read(_TAIL_BYTES)
+    if len(record) < length or len(tail) < _TAIL_BYTES:
+        raise OSError("it ends within a record")
+    if masked_checksum(record) != tail:
+        raise OSError("a record's checksum differs")
+    return record
+
+
+def _first_example(name: str) -> dict[str, list[Any]]:
+    """The features of the first record that can be read; none if there is none."""
+    for number, record in enumerate(_records(name)):
+        try:
+            if isinstance(record, bytes):
+                return parse_example(record)
+        except ValueError as error:
+            if number == 100:
+                raise UserError(f"{name}: {error}; expected records of tf.train.Example") from None
+    return {}
+
+
+def is_tokenised(name: str) -> bool:
+    """Whether the first record holds token ids."""
+    return "input_ids" in _first_example(name)
+
+
+def column_names(name: str) -> list[str]:
+    """The features of the first record."""
+    return list(_first_example(name))
+
+
+def check_columns(name: str, columns: Columns) -> None:
+    """Checks the first record for the columns."""
+    found = _first_example(name)
+    if not found:
+        return
+    if "input_ids" not in found or columns.text in found:
+        require_columns(name, list(found), columns)
+        return
+    # Ids stand for the text; Multihot's labels and BERT's have their own names.
+    given = [columns.text]
+    if "label_ids" in found and columns.labels == ("labels",):
+        given.append("labels")
+    require_columns(name, list(found), columns, optional=given)
+
+
+def plan_segments(name: str, source: str, rows_per_part: int) -> list[Segment]:
+    """Cuts a file into segments; it is read once, all checksums checked."""
+    return cut_rows(name, source, sum(1 for _ in _records(name)), rows_per_part)
+
+
+def read_rows(segment: Segment, columns: Columns) -> Iterator[Row | BadRow]:
+    """The rows of a segment; padding examples are passed over."""
+    for position, record in enumerate(_records(segment.path)):
+        if position < segment.start:
+            continue
+        if segment.end is not None and position >= segment.end:
+            break
+        if isinstance(record, int):
+            reason = f"{record:,} bytes long, expected at most {MAX_LINE_BYTES:,}"
+            yield BadRow(position, reason, "")
+            continue
+        try:
+            features = parse_example(record)
+            row = _row(segment, position, features, columns)
+        except ValueError as error:
+            yield BadRow(position, str(error), cut_raw(repr(record[:200])))
+            continue
+        if row is not None:
+            yield row
+
+
+@functools.lru_cache(maxsize=8)
+def _metadata_of_folder(folder: str) -> Metadata | None:
+    try:
+        with open_file(os.path.join(folder, METADATA_FILE)) as file:
+            return parse_metadata(file.read(), folder)
+    except FileNotFoundError:
+        return None
+
+
+def _metadata_beside(name: str) -> Metadata | None:
+    """The metadata.json of the data folder in which a shard lies, if it lies in one."""
+    path = location(name)
+    return _metadata_of_folder(os.path.dirname(path) or ".")
+
+
+def _row(
+    segment: Segment,
+    position: int,
+    features: dict[str, list[Any]],
+    columns: Columns,
+) -> Row | BadRow | None:
+    """An example as a row; None for one that only fills a batch.
+
+    Raises:
+      ValueError: if its features do not fit together.
+    """
+    if "input_ids" not in features or columns.text in features:
+        return _row_of_text(segment, position, features, columns)
+    for name in _NUMBERS:
+        if not all(isinstance(value, int) for value in features.get(name, ())):
+            raise ValueError(f"{name} holds other than integers")
+    values = {name: _single(features[name]) for name in (columns.id, *columns.kept)
+              if name in features}  # fmt: skip
+    metadata = None
+    if "window_lengths" in features:
+        metadata = _metadata_beside(segment.path)
+        windows = _own_windows(features)
+        if metadata is not None and "slices" in features:
+            slices = map(_decode, features["slices"])
+            values |= dict(zip(metadata.slice_columns, slices, strict=False))
+    else:
+        if features.get("is_real_example") == [0]:
+            return None
+        windows = [_bert_window(features)]
+    for column in columns.labels:
+        values[column] = _labels(features, column, metadata)
+    return row_beside_text(segment, position, "", values, columns, windows)
+
+
+def _row_of_text(
+    segment: Segment, position: int, features: dict[str, list[Any]], columns: Columns
+) -> Row | BadRow:
+    values = {name: _single(features[name]) for name in columns.all if name in features}
+    if len(columns.labels) == 1 and columns.labels[0] in features:
+        values[columns.labels[0]] = [_decode(item) for item in features[columns.labels[0]]]
+    return row_of_values(segment, position, values, columns)
+
+
+def _single(values: list[Any]) -> Any:
+    """A feature's value: the only one, or all of them."""
+    decoded = [_decode(value) for value in values]
+    return decoded[0] if len(decoded) == 1 else (decoded or None)
+
+
+def _decode(value: Any) -> Any:
+    try:
+        return value.decode("utf-8") if isinstance(value, bytes) else value
+    except UnicodeDecodeError as error:
+        return Unreadable(f"bytes that are not UTF-8 ({error.reason})")
+
+
+def _own_windows(features: dict[str, list[Any]]) -> list[list[int]]:
+    """Multihot's windows: ids one after another, and how many belong to each."""
+    ids, lengths = features["input_ids"], features["window_lengths"]
+    if sum(lengths) != len(ids) or (lengths and min(lengths) < 1):
+        raise ValueError(f"window_lengths sum to {sum(lengths)}, expected {len(ids)} input_ids")
+    starts = [sum(lengths[:place]) for place in range(len(lengths))]
+    return [ids[start : start + length] for start, length in zip(starts, lengths, strict=True)]
+
+
+def _bert_window(features: dict[str, list[Any]]) -> list[int]:
+    """BERT's ids without their padding."""
+    ids = features["input_ids"]
+    mask = features.get("input_mask", [1] * len(ids))
+    segments = features.get("segment_ids", [0] * len(ids))
+    if not len(mask) == len(ids) == len(segments):
+        raise ValueError(
+            f"{len(ids)} input_ids, {len(mask)} of input_mask and {len(segments)} segment_ids, "
+            "expected as many of each"
+        )
+    real = [place for place, is_real in enumerate(mask) if is_real]
+    if any(segments[place] for place in real):
+        raise ValueError("segment_ids of a pair of texts, expected single texts")
+    return [ids[place] for place in real]
+
+
+def _labels(features: dict[str, list[Any]], column: str, metadata: Metadata | None) -> Any:
+    """The labels of a tokenised example: names where they are known, else numbers.
+
+    BERT's `label_ids` is multi-hot, or one number; Multihot's `labels` are numbers only.
+    """
+    is_own = "window_lengths" in features and column == "labels"
+    if column not in features and column == "labels" and "label_ids" in features:
+        column = "label_ids"
+    if column not in features:
+        raise ValueError(f"no field {column!r}")
+    values = features[column]
+    if not is_own or not all(isinstance(value, int) for value in values):
+        return [_decode(value) for value in values]
+    if metadata is None:
+        return LabelIds(values)
+    if values and not 0 <= min(values) <= max(values) < len(metadata.labels):
+        raise ValueError(f"labels {values}, expected 0 to {len(metadata.labels) - 1}")
+    return [metadata.labels[value] for value in values]

@@ -1,0 +1,166 @@
+"""Which files an input names, what they hold, and how to open them.
+
+A name that `list_files` gives is a path, a gs:// URL or `tfds:...`. Where the format is not what
+the ending says, it stands before the path: `csv:/data/table.dat`.
+"""
+
+import contextlib
+import errno
+import io
+import os
+import re
+from collections import Counter
+from collections.abc import Iterator, Sequence
+from typing import Any
+
+from trainer.config import NAMED_FORMATS
+from trainer.errors import UserError
+from trainer.storage import filesystem
+
+FORMATS = {
+    ".jsonl": "jsonl", ".ndjson": "jsonl", ".json": "jsonl",
+    ".csv": "csv", ".tsv": "tsv", ".txt": "text",
+    ".parquet": "parquet", ".tfrecord": "tfrecord", ".tfrecords": "tfrecord", ".arrow": "arrow",
+}  # fmt: skip
+COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
+# Formats that compress inside and are read at several places: not compressed once more.
+_OPENED_ANYWHERE = ("parquet", "arrow")
+LINE_FORMATS = ("jsonl", "text", "libmultilabel", "rows")
+BLOCK_BYTES = 1 << 22
+_PREFIX = re.compile(rf"({'|'.join((*NAMED_FORMATS, 'rows', 'tfds'))}):(?!//)")
+_TFRECORD_SHARD = re.compile(r"\.tfrecords?-\d{5}-of-\d{5}$")
+_REFUSALS = frozenset(
+    (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
+    + (errno.ENOENT, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENAMETOOLONG)
+)
+
+
+def location(name: str) -> str:
+    """The path or URL of a name, without a format before it."""
+    match = _PREFIX.match(name)
+    return name[match.end() :] if match else name
+
+
+def is_data_set(name: str) -> bool:
+    """Whether a name stands for a data set that is not a file."""
+    return name.startswith("tfds:")
+
+
+def absolute_name(name: str) -> str:
+    """A name whose path, if it has one, is absolute."""
+    if is_data_set(name):
+        return name
+    path = location(name)
+    prefix = name.removesuffix(path)
+    return prefix + (path if filesystem.is_remote(path) else os.path.abspath(path))
+
+
+def source_names(names: Sequence[str]) -> dict[str, str]:
+    """What each name's rows without an id are called by: the file's name, with its folders where
+    several are called the same."""
+    short = {name: _short_name(name) for name in names}
+    counts = Counter(short.values())
+    same = [location(absolute_name(name)) for name in names if counts[short[name]] > 1]
+    if not same:
+        return short
+    # Not os.path.commonpath, which takes URLs for relative paths.
+    common = os.path.commonprefix(same).rpartition("/")[0] + "/"
+    return {
+        name: source if counts[source] == 1 else location(absolute_name(name)).removeprefix(common)
+        for name, source in short.items()
+    }
+
+
+def _short_name(name: str) -> str:
+    if is_data_set(name):
+        return location(name).partition("@")[0]
+    return os.path.basename(location(name))
+
+
+def format_of(name: str) -> tuple[str, str | None]:
+    """The format and compression (gzip, zstd, None) of a name.
+
+    Raises:
+      UserError: if the name's ending is not one that is known.
+    """
+    match = _PREFIX.match(name)
+    stem, ending = os.path.splitext(location(name).lower())
+    compression = None if is_data_set(name) else COMPRESSIONS.get(ending)
+    if match:
+        return match[1], compression
+    if compression:
+        ending = os.path.splitext(stem)[1]
+    elif _TFRECORD_SHARD.search(name.lower()):
+        ending = ".tfrecord"
+    if ending not in FORMATS:
+        raise UserError(
+            f"{name}: cannot tell the format from the name; expected an ending of "
+            f"{', '.join(FORMATS)}, with or without {' or '.join(COMPRESSIONS)}; or name the "
+            "format with --input_format"
+        )
+    kind = FORMATS[ending]
+    if compression and kind in _OPENED_ANYWHERE:
+        raise UserError(f"{name}: {kind} cannot be read through {compression}; decompress it first")
+    return kind, compression
+
+
+def is_divisible(name: str) -> bool:
+    """Whether a file is cut by bytes: plain lines."""
+    kind, compression = format_of(name)
+    return compression is None and kind in LINE_FORMATS
+
+
+def open_file(name: str) -> Any:
+    """A file or object as a buffered, seekable stream of its bytes."""
+    path = location(name)
+    if filesystem.is_remote(path):
+        from trainer.storage.object_reader import open_reader
+
+        return open_reader(path)
+    return open(path, "rb", buffering=BLOCK_BYTES)
+
+
+def open_decompressed(name: str) -> Any:
+    """A file or object as a buffered stream of bytes, decompressed as its name says."""
+    _, compression = format_of(name)
+    if compression is None:
+        return open_file(name)
+    import pyarrow
+
+    path = location(name)
+    if filesystem.is_remote(path):
+        raw = pyarrow.PythonFile(open_file(name), "r")
+        stream = pyarrow.CompressedInputStream(raw, compression)
+    else:
+        stream = pyarrow.input_stream(path, compression=compression)
+    return io.BufferedReader(stream, BLOCK_BYTES)
+
+
+def changed(name: str) -> UserError:
+    """What to raise where a file turns out to be another than it was."""
+    return UserError(
+        f"{location(name)}: changed while it was read; run the command once more when nobody "
+        "writes to it"
+    )
+
+
+@contextlib.contextmanager
+def disk_errors(flag: str) -> Iterator[None]:
+    """Turns what the file system refuses into a line that the user can act on.
+
+    Args:
+      flag: the flag and value that say where is written, as they stand on the command line.
+
+    Raises:
+      UserError: in the place of an OSError about permissions, room, or a file that is no folder.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _REFUSALS:
+            raise
+        where = f": {error.filename}" if error.filename else ""
+        raise UserError(
+            f"{flag}: cannot be written ({error.strerror}{where}); expected a folder with room "
+            "that you may write to; name another, or see to this one"
+        ) from None

@@ -1,0 +1,224 @@
+"""The files that inputs name: paths, globs, folders, saved data sets, prefixes of buckets."""
+
+import fnmatch
+import glob
+import json
+import os
+import re
+from collections.abc import Callable, Iterable, Iterator, Sequence
+from concurrent.futures import ThreadPoolExecutor
+from typing import TypeVar
+
+from trainer.errors import UserError
+from trainer.sources.input_files import (
+    COMPRESSIONS,
+    FORMATS,
+    absolute_name,
+    format_of,
+    is_data_set,
+    location,
+)
+from trainer.storage import filesystem
+
+Result = TypeVar("Result")
+
+_SAVED_SPLITS, _SAVED_STATE = "dataset_dict.json", "state.json"
+# What `datasets` and the hub lay beside a data set's files, to describe them.
+_DESCRIPTIONS = frozenset((_SAVED_SPLITS, "dataset_info.json", "dataset_infos.json"))
+_ENDINGS = f"{', '.join(FORMATS)} (or with {', '.join(COMPRESSIONS)})"
+FILES_AT_ONCE = 16
+
+
+def list_files(
+    inputs: Sequence[str],
+    input_format: str | None = None,
+    source_split: str | None = None,
+    tfds_data_dir: str | None = None,
+) -> list[str]:
+    """The files that paths, globs and folders name: sorted, unique, none of them empty.
+
+    A folder stands for the files in it (not below it) whose names have a known ending; hidden ones
+    and those that begin with "_" are left out. A folder that the `datasets` library saved stands
+    for its Arrow files. `tfds:NAME` becomes one name a split.
+
+    Args:
+      inputs: what the user named.
+      input_format: the format of all files, whatever they are called; None: as they are called.
+      source_split: the split to take of data sets that have splits; None: all.
+      tfds_data_dir: where TensorFlow Datasets keeps its files; None: where it does by itself.
+
+    Raises:
+      UserError: if one of `inputs` names nothing, or a file is empty or of an unknown format.
+    """
+    files: set[str] = set()
+    for item in inputs:
+        if is_data_set(item):
+            from trainer.sources.formats.tfds import list_splits
+
+            files.update(list_splits(item, source_split, tfds_data_dir))
+            continue
+        found = _expand(item, source_split, any_ending=input_format is not None)
+        if not found:
+            raise UserError(f"--input={item}: {_why_nothing(item, source_split)}")
+        files.update(f"{input_format}:{path}" if input_format else path for path in found)
+    # A file that is named twice, also by another way to it, is read once.
+    once = {absolute_name(name): name for name in sorted(files, reverse=True)}
+    chosen = sorted(once.values())
+    with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
+        list(pool.map(_check_file, chosen))
+    return chosen
+
+
+def _check_file(name: str) -> None:
+    """Checks that a file can be read and holds something."""
+    if not name.isascii() and name != name.encode("utf-8", "replace").decode("utf-8"):
+        shown = name.encode("utf-8", "backslashreplace").decode("utf-8")
+        raise UserError(f"{shown}: its name is not UTF-8; rename the file")
+    format_of(name)
+    path = location(name)
+    if is_data_set(name) or filesystem.is_remote(path):
+        return
+    if not os.access(path, os.R_OK):
+        raise UserError(f"{path}: not readable; check its permissions")
+    if os.path.getsize(path) == 0:
+        raise UserError(f"{path}: empty file, expected rows; remove it from --input")
+
+
+def _expand(item: str, source_split: str | None, any_ending: bool) -> list[str]:
+    if filesystem.is_remote(item):
+        return _expand_remote(item, source_split, any_ending)
+    if os.path.isdir(item):
+        return _expand_folder(item, source_split, any_ending)
+    if os.path.exists(item):
+        paths = [item]
+    else:
+        paths = [path for path in glob.glob(item, recursive=True) if os.path.isfile(path)]
+    if source_split is not None and paths:
+        raise UserError(
+            f"--source_split={source_split}: {paths[0]} is a file and has no splits; expected a "
+            "folder of a data set or tfds:NAME; leave the flag out, or name the split's files"
+        )
+    return paths
+
+
+def _expand_folder(folder: str, source_split: str | None, any_ending: bool) -> list[str]:
+    splits_path = os.path.join(folder, _SAVED_SPLITS)
+    if os.path.exists(splits_path):
+        names = _read_json(splits_path).get("splits", [])
+        if source_split is not None and source_split not in names:
+            raise UserError(
+                f"--source_split={source_split}: {folder} has {', '.join(map(str, names))}; "
+                "name one of these"
+            )
+        chosen = names if source_split is None else [source_split]
+        return [path for name in chosen for path in _saved_files(os.path.join(folder, str(name)))]
+    if os.path.exists(os.path.join(folder, _SAVED_STATE)):
+        return _saved_files(folder)
+    names = [name for name in os.listdir(folder) if not os.path.isdir(os.path.join(folder, name))]
+    paths = [os.path.join(folder, name) for name in _usable(names, source_split, any_ending)]
+    below = os.path.join(folder, "data")  # As repositories of data sets on the hub are laid out.
+    if not paths and os.path.isdir(below):
+        return _expand_folder(below, source_split, any_ending)
+    return paths
+
+
+def _saved_files(folder: str) -> list[str]:
+    """The Arrow files of a data set that `save_to_disk` wrote, in order."""
+    state = _read_json(os.path.join(folder, _SAVED_STATE))
+    if state.get("_indices_data_files"):
+        raise UserError(
+            f"{folder}: its rows are chosen and ordered by a file of indices, which is not read; "
+            "call flatten_indices() and save it again"
+        )
+    try:
+        return [os.path.join(folder, item["filename"]) for item in state["_data_files"]]
+    except (KeyError, TypeError):
+        raise UserError(
+            f"{folder}/{_SAVED_STATE}: does not name the data files; expected what "
+            "`datasets` writes with save_to_disk; save it again"
+        ) from None
+
+
+def _read_json(path: str) -> dict:
+    try:
+        with open(path, encoding="utf-8") as file:
+            value = json.load(file)
+    except (OSError, ValueError) as error:
+        raise UserError(f"{path}: cannot be read ({error}); save the data set again") from None
+    if not isinstance(value, dict):
+        raise UserError(f"{path}: expected a JSON object; save the data set again")
+    return value
+
+
+def _expand_remote(url: str, source_split: str | None, any_ending: bool) -> list[str]:
+    """The objects of a URL: one, those that match a pattern, or those right below a folder."""
+    from trainer.storage.gcs import list_objects
+    from trainer.storage.object_reader import find_object
+
+    if glob.has_magic(url):
+        before = re.split(r"[*?[]", url, maxsplit=1)[0]
+        found = list_objects(before[: before.rindex("/") + 1])
+        matches = _glob_matcher(url)
+        return [item.url for item in found if item.bytes and matches(item.url)]
+    if not url.endswith("/") and find_object(url) is not None:
+        return [url]
+    folder = url.rstrip("/") + "/"
+    found = list_objects(folder, below=False)
+    names = [item.url.removeprefix(folder) for item in found if item.bytes]
+    return [folder + name for name in _usable(names, source_split, any_ending)]
+
+
+def _glob_matcher(pattern: str) -> Callable[[str], bool]:
+    """Matches whole URLs; "*" stays within a folder and "**" does not, as in `glob`."""
+    parts = [
+        r"(?:.*/)?" if part == "**/" else fnmatch.translate(part)[4:-3].replace(".*", "[^/]*")
+        for part in re.split(r"(\*\*/)", pattern)
+    ]
+    expression = re.compile("".join(parts))
+    return lambda url: expression.fullmatch(url) is not None
+
+
+def _usable(names: Iterable[str], source_split: str | None, any_ending: bool) -> list[str]:
+    """The names in a folder that count as input; of one split, if one is asked for."""
+    usable = [name for name in names if not name.startswith((".", "_"))]
+    usable = [name for name in usable if any_ending or _has_format(name)]
+    usable = [name for name in usable if name not in _DESCRIPTIONS]
+    if any(name.endswith(".arrow") for name in usable):
+        usable = [name for name in usable if name != _SAVED_STATE]
+    if source_split is None:
+        return usable
+    begins = re.compile(rf"{re.escape(source_split)}(?!\w)")
+    return [name for name in usable if begins.match(name)]
+
+
+def _has_format(path: str) -> bool:
+    try:
+        format_of(path)
+    except UserError:
+        return False
+    return True
+
+
+def _why_nothing(item: str, source_split: str | None) -> str:
+    if filesystem.is_remote(item):
+        return "no object is called so, matches or lies below it with a known ending; check the URL"
+    if os.path.isdir(item):
+        of_split = f"begins with {source_split!r} and " if source_split else ""
+        return f"the folder holds no file that {of_split}ends in {_ENDINGS}"
+    if glob.has_magic(item):
+        return "no file matches; check the pattern and quote it against the shell"
+    return "no such file or folder; check the path"
+
+
+def for_each_file(names: Sequence[str], function: Callable[[str], Result]) -> Iterator[Result]:
+    """A function's results for all names, in order; many at once, as each costs a wait, not work.
+
+    Raises:
+      Exception: that of the first data set, else of the first file, in order, that raises one.
+    """
+    # Data sets in this thread, where a test or a caller may have put its builder.
+    here = {name: function(name) for name in names if is_data_set(name)}
+    with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
+        there = pool.map(function, [name for name in names if name not in here])
+        for name in names:
+            yield here[name] if name in here else next(there)

@@ -1,0 +1,215 @@
+"""Raw rows, streamed in flat memory: the one entrance, whatever the format and wherever it lies.
+
+A file is cut into segments that can be read one by one, in any order and by any process, and that
+give the same rows however the file was cut. A row that cannot be used does not stop the stream: it
+comes out as a `BadRow` that says where and why. The formats themselves are in `formats`.
+"""
+
+import dataclasses
+import os
+from collections.abc import Iterator, Sequence
+from functools import partial
+
+from trainer.data.metadata import checksum
+from trainer.errors import UserError
+from trainer.sources.formats.base import format_module
+from trainer.sources.input_files import (
+    changed,
+    format_of,
+    is_data_set,
+    is_divisible,
+    location,
+    source_names,
+)
+from trainer.sources.listing import for_each_file, list_files
+from trainer.sources.rows import BadRow, Columns, Row, Segment
+from trainer.storage import filesystem
+
+__all__ = [
+    "BadRow",
+    "Columns",
+    "Row",
+    "Segment",
+    "can_enter",
+    "check_all_columns",
+    "check_columns",
+    "column_names",
+    "fingerprint",
+    "fingerprints",
+    "is_tokenised",
+    "list_files",
+    "num_bytes",
+    "plan_segments",
+    "read_segment",
+    "read_segments",
+    "source_names",
+    "total_bytes",
+    "true_or_false_columns",
+    "whole_file",
+]
+
+# Formats whose own schema says which columns hold truth values.
+_WITH_SCHEMA = ("parquet", "arrow", "tfds")
+
+
+def whole_file(name: str) -> Segment:
+    """All rows of a file as one segment, its number of rows not counted (0)."""
+    return Segment(name, 0, None, 0, 0, source_names([name])[name])
+
+
+def check_columns(name: str, columns: Columns) -> None:
+    """Checks that a file has the required columns, as far as its beginning tells, of fit types.
+
+    Raises:
+      UserError: naming the column that is missing or wrong, and those that were found.
+    """
+    try:
+        format_module(name).check_columns(name, columns)
+    except OSError as error:
+        if is_data_set(name) or filesystem.is_remote(location(name)):
+            raise
+        raise UserError(f"{name}: cannot be read ({error.strerror or error})") from None
+
+
+def check_all_columns(names: Sequence[str], columns: Columns) -> None:
+    """Checks the columns of all files.
+
+    Raises:
+      UserError: of the first file that is at fault.
+    """
+    for _ in for_each_file(names, partial(check_columns, columns=columns)):
+        pass
+
+
+def column_names(name: str) -> list[str] | None:
+    """The columns of a file, as far as its beginning tells; None if there are none."""
+    return format_module(name).column_names(name)
+
+
+def true_or_false_columns(name: str) -> tuple[str, ...]:
+    """The columns that hold truth values only, where a format's schema says so."""
+    if format_of(name)[0] not in _WITH_SCHEMA:
+        return ()
+    return format_module(name).true_or_false(name)  # type: ignore[attr-defined]
+
+
+def is_tokenised(name: str) -> bool:
+    """Whether the rows of a file are token ids and not text."""
+    if format_of(name)[0] != "tfrecord":
+        return False
+    return format_module(name).is_tokenised(name)  # type: ignore[attr-defined]
+
+
+def num_bytes(name: str) -> int:
+    """Bytes of what a name stands for.
+
+    Raises:
+      UserError: if it is not there.
+    """
+    if is_data_set(name) or filesystem.is_remote(location(name)):
+        return fingerprint(name)[0]
+    return os.path.getsize(location(name))
+
+
+def total_bytes(names: Sequence[str]) -> int:
+    """Bytes of all that names stand for."""
+    return sum(for_each_file(names, num_bytes))
+
+
+def fingerprint(name: str) -> tuple[int, str]:
+    """Bytes and CRC-32C (hex) of what a name stands for.
+
+    Of an object these are its metadata's: nothing is downloaded. Of a data set they are its size
+    and a digest of its description.
+
+    Raises:
+      UserError: if it is not there.
+    """
+    if is_data_set(name):
+        from trainer.sources.formats.tfds import describe
+
+        return describe(name)
+    path = location(name)
+    if not filesystem.is_remote(path):
+        return os.path.getsize(path), checksum(path)
+    from trainer.storage.object_reader import find_object
+
+    found = find_object(path)
+    if found is None:
+        raise UserError(f"{path}: no such object; check the URL")
+    return found.bytes, found.checksum
+
+
+def fingerprints(names: Sequence[str]) -> list[tuple[int, str]]:
+    """`fingerprint` of each, several at a time: local files are read once for it."""
+    from tqdm import tqdm
+
+    found = for_each_file(names, fingerprint)
+    return list(tqdm(found, "checksums", len(names), unit=" files", delay=1, leave=False))
+
+
+def can_enter(name: str) -> bool:
+    """Whether rows in the middle of a file are reached without reading those before them."""
+    return is_divisible(name) or format_module(name).ENTERS
+
+
+def plan_segments(name: str, rows_per_part: int) -> list[Segment]:
+    """Cuts a file into segments of `rows_per_part` rows, the last one shorter.
+
+    A file without an index of its rows is read once, so that row numbers are exact wherever a
+    segment begins.
+    """
+    source = source_names([name])[name]
+    return format_module(name).plan_segments(name, source, rows_per_part)
+
+
+def read_segment(segment: Segment, columns: Columns) -> Iterator[Row | BadRow]:
+    """Streams the rows of a segment in order; blank lines are passed over.
+
+    Raises:
+      UserError: if the file cannot be read on (cut short, damaged), or a table lacks a column.
+    """
+    return format_module(segment.path).read_rows(segment, columns)
+
+
+def read_segments(
+    segments: Sequence[Segment], columns: Columns
+) -> Iterator[tuple[int, Row | BadRow]]:
+    """Streams the rows of several segments, in order; there may be gaps between them.
+
+    Segments of one file that follow each other are read in one go; so are those with gaps between
+    them if the file's middle cannot be reached but through its beginning.
+
+    Yields:
+      The segment's place in `segments`, and a row.
+
+    Raises:
+      UserError: as `read_segment`.
+    """
+    start = 0
+    while start < len(segments):
+        end = start + 1
+        while end < len(segments) and _in_one_go(segments[end - 1], segments[end]):
+            end += 1
+        together = dataclasses.replace(segments[start], end=segments[end - 1].end)
+        at = start
+        for row in read_segment(together, columns):
+            while _is_behind(row, segments[at]):
+                at += 1
+                if at == end:
+                    raise changed(together.path)
+            if row.position >= segments[at].first_row:
+                yield at, row
+        start = end
+
+
+def _is_behind(row: Row | BadRow, segment: Segment) -> bool:
+    return segment.end is not None and row.position >= segment.first_row + segment.num_rows
+
+
+def _in_one_go(before: Segment, after: Segment) -> bool:
+    if before.path != after.path or before.end is None:
+        return False
+    if before.end == after.start:
+        return True
+    return not can_enter(after.path) and after.start > before.end

@@ -1,0 +1,1 @@
+"""Bytes: local files and objects in Cloud Storage, there whole or not at all."""

@@ -1,0 +1,112 @@
+"""Google's client for Cloud Storage: how it is asked, how long, and what its refusals mean.
+
+Every request is repeated with growing pauses while the store turns it down (408, 429, 5xx), resets
+the connection or does not answer, up to a deadline; then the command ends with `RunAgain`.
+
+`STORAGE_EMULATOR_HOST` names another store, as for Google's own tools. Where no credentials are
+found, requests are anonymous, which is enough for public buckets.
+"""
+
+import contextlib
+import functools
+import os
+import sys
+import threading
+from collections.abc import Iterator
+from typing import Any
+
+from trainer.errors import UserError
+from trainer.storage.filesystem import explain_status
+
+SCHEME = "gs://"
+REQUEST_SECONDS = 60.0
+_DEADLINE_SECONDS = 180.0
+_FIRST_PAUSE_SECONDS = 1.0
+_MAKING_CLIENT = threading.Lock()
+
+
+def split_url(url: str) -> tuple[str, str]:
+    """Bucket and name of an object.
+
+    Raises:
+      UserError: if it is not a URL of Cloud Storage.
+    """
+    bucket, slash, name = url.removeprefix(SCHEME).partition("/")
+    if not url.startswith(SCHEME) or not bucket or not slash:
+        raise UserError(f"{url}: expected a local path or {SCHEME}BUCKET/NAME")
+    return bucket, name
+
+
+def blob_of(url: str) -> Any:
+    """Google's handle of the object of that name, there or not."""
+    bucket, name = split_url(url)
+    return client().bucket(bucket).blob(name)
+
+
+def client() -> Any:
+    """This process's client."""
+    with _MAKING_CLIENT:
+        return _make_client()
+
+
+@functools.cache
+def _make_client() -> Any:
+    import google.auth
+    from google.api_core.client_options import ClientOptions
+    from google.auth.credentials import AnonymousCredentials
+    from google.auth.exceptions import DefaultCredentialsError
+    from google.cloud import storage
+
+    endpoint = os.environ.get("STORAGE_EMULATOR_HOST")
+    if endpoint:
+        address = endpoint if "://" in endpoint else f"http://{endpoint}"
+        options = ClientOptions(api_endpoint=address)
+        return storage.Client("none", AnonymousCredentials(), client_options=options)
+    try:
+        credentials, project = google.auth.default(
+            scopes=["https://www.googleapis.com/auth/devstorage.read_write"]
+        )
+    except DefaultCredentialsError:
+        print(
+            "warning: no Google credentials found, so gs:// is asked anonymously, which public "
+            "buckets allow; sign in with `gcloud auth application-default login`",
+            file=sys.stderr,
+        )
+        return storage.Client("none", AnonymousCredentials())
+    return storage.Client(project or "none", credentials)
+
+
+def retry() -> Any:
+    """Google's policy of repetition, with our deadline and pauses."""
+    from google.cloud.storage.retry import DEFAULT_RETRY
+
+    return DEFAULT_RETRY.with_timeout(_DEADLINE_SECONDS).with_delay(_FIRST_PAUSE_SECONDS)
+
+
+@contextlib.contextmanager
+def explained(url: str) -> Iterator[None]:
+    """What Google's client raises put into words; a precondition that failed passes through."""
+    import requests
+    from google.api_core import exceptions
+    from google.auth.exceptions import RefreshError, TransportError
+
+    try:
+        yield
+    except exceptions.PreconditionFailed:
+        raise
+    except exceptions.RetryError as error:
+        cause = error.cause
+        status = getattr(cause, "code", None) or getattr(
+            getattr(cause, "response", None), "status_code", None
+        )
+        raise explain_status(url, status, _reason(cause or error)) from None
+    except exceptions.GoogleAPICallError as error:
+        raise explain_status(url, error.code, _reason(error)) from None
+    except RefreshError:
+        raise explain_status(url, 401, "the credentials have run out") from None
+    except (requests.RequestException, TransportError, ConnectionError) as error:
+        raise explain_status(url, None, _reason(error)) from None
+
+
+def _reason(error: BaseException) -> str:
+    return " ".join(str(error).split())[:200] or type(error).__name__

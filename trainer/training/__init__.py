@@ -1,0 +1,1 @@
+"""One step with its loss and optimizer, checkpoints, and the record of a run."""

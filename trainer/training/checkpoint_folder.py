@@ -1,0 +1,265 @@
+"""A folder of checkpoints, each of which is there whole or not at all.
+
+    step-30.index, step-30.data-00000-of-00001    what TensorFlow writes
+    step-30.json                                  the manifest, written last
+
+The manifest lists the files with their sizes and CRC-32C; what no manifest lists does not exist. A
+step that is saved again goes to `step-30-again.*` (and back to `step-30.*`), so that its manifest,
+replaced in one stroke, speaks of whole files at any moment.
+"""
+
+import contextlib
+import json
+import os
+import re
+from collections.abc import Iterator, Sequence
+from dataclasses import asdict, dataclass
+
+import numpy as np
+import tensorflow as tf
+
+from trainer.config import from_dict
+from trainer.data.metadata import checksum
+from trainer.errors import UserError
+from trainer.storage import filesystem
+from trainer.storage.atomic import write_atomically
+
+_MANIFEST = re.compile(r"step-(\d+)\.json")
+_FILE = re.compile(r"(step-(\d+)(?:-again)?)[._].*")
+_UNFINISHED = re.compile(r".*(_temp|\.tmp|\.tempstate\d*)")
+
+
+CHECKPOINT_FOLDER = "checkpoints"
+BEST_FOLDER = "best"
+
+# By group and name.
+Values = dict[str, dict[str, np.ndarray]]
+Variables = dict[str, dict[str, tf.Variable]]
+
+# What TensorFlow raises for a checkpoint that is not as it was written.
+_DAMAGED = (
+    tf.errors.DataLossError,
+    tf.errors.NotFoundError,
+    tf.errors.OutOfRangeError,
+    tf.errors.InvalidArgumentError,
+    tf.errors.FailedPreconditionError,
+    IndexError,
+    ValueError,
+)
+
+
+class DamagedError(Exception):
+    """A checkpoint that is not as it was written: which file, and what is wrong with it."""
+
+
+@dataclass(frozen=True)
+class _File:
+    name: str
+    bytes: int
+    checksum: str
+
+
+@dataclass(frozen=True)
+class _Manifest:
+    step: int
+    files: tuple[_File, ...]
+
+    @property
+    def prefix(self) -> str:
+        """What the names of all files begin with; empty if there is no index among them."""
+        ending = ".index"
+        found = (file.name for file in self.files if file.name.endswith(ending))
+        return next(found, "").removesuffix(ending)
+
+
+class CheckpointFolder:
+    """The checkpoints in one folder, by the step that they were taken after."""
+
+    def __init__(self, path: str) -> None:
+        """Args: path: a local folder or a URL; need not exist."""
+        self.path = path
+
+    def steps(self) -> list[int]:
+        """Steps that have a manifest, ascending."""
+        found = (_MANIFEST.fullmatch(name) for name in self._names())
+        return sorted(int(match.group(1)) for match in found if match)
+
+    def steps_without_manifest(self) -> list[int]:
+        """Steps that have files but no manifest, ascending."""
+        finished = {step for step, _, name in self._files() if not _UNFINISHED.fullmatch(name)}
+        return sorted(finished - set(self.steps()))
+
+    def find(self, step: int) -> str:
+        """The prefix of a checkpoint's files, each of them compared with the manifest.
+
+        Raises:
+          DamagedError: naming the file that is missing or not as it was written.
+        """
+        manifest = self._read(step)
+        paths = [os.path.join(self.path, file.name) for file in manifest.files]
+        for file, path, size in zip(manifest.files, paths, filesystem.sizes(paths), strict=True):
+            if size is None:
+                raise DamagedError(f"{path}: missing, but step-{step}.json lists it")
+            if size != file.bytes:
+                raise DamagedError(f"{path}: {size} bytes, but step-{step}.json says {file.bytes}")
+            if checksum(path) != file.checksum:
+                raise DamagedError(
+                    f"{path}: its CRC-32C differs from the {file.checksum} in step-{step}.json"
+                )
+        return os.path.join(self.path, manifest.prefix)
+
+    def read(self, step: int, variables: Variables) -> None:
+        """Reads a checkpoint, compared with its manifest first, into variables.
+
+        Raises:
+          DamagedError: naming the file that is missing or not as it was written.
+          UserError: if it belongs to another model.
+        """
+        path = self.find(step)
+        try:
+            check_shapes(path, variables)
+            status = tf.train.Checkpoint(**variables).read(path)
+            status.assert_existing_objects_matched().expect_partial()
+        except UserError:
+            raise
+        except AssertionError as error:
+            raise UserError(f"{path}: {one_line(error)}; it belongs to another model") from None
+        except _DAMAGED as error:
+            raise DamagedError(f"{path}: cannot be read ({one_line(error)})") from None
+
+    def write(self, step: int, values: Values) -> None:
+        """Writes a checkpoint: the files, to the disk, and then the manifest.
+
+        Args:
+          step: of which an earlier checkpoint is replaced.
+          values: arrays as {group: {name: value}}, to be read as variables of those names.
+
+        Raises:
+          OSError, tf.errors.OpError: if it cannot be written; what there was before stays.
+        """
+        filesystem.make_folder(self.path)
+        before = self._prefix(step)
+        prefix = f"step-{step}" if before != f"step-{step}" else f"step-{step}-again"
+        try:
+            self._remove_files(step, keep=before)
+            with tf.device("CPU:0"):
+                copies = {
+                    group: {name: tf.Variable(value) for name, value in members.items()}
+                    for group, members in values.items()
+                }
+                tf.train.Checkpoint(**copies).write(os.path.join(self.path, prefix))
+            names = [name for _, found, name in self._files() if found == prefix]
+            self._flush(names)
+            manifest = _Manifest(step, tuple(map(self._describe, names)))
+            write_atomically(self._manifest_path(step), json.dumps(asdict(manifest)) + "\n")
+            self._flush([])
+        finally:
+            # Of a write that failed, the files that no manifest lists; else those before it.
+            with contextlib.suppress(OSError, tf.errors.OpError):
+                self._remove_files(step, keep=self._prefix(step))
+
+    def remove(self, step: int) -> None:
+        """Removes a checkpoint, its manifest first."""
+        self._remove(f"step-{step}.json")
+        self._remove_files(step)
+
+    def remove_unfinished(self) -> None:
+        """Removes what a killed process was writing aside."""
+        for _, _, name in self._files():
+            if _UNFINISHED.fullmatch(name):
+                self._remove(name)
+
+    def _manifest_path(self, step: int) -> str:
+        return os.path.join(self.path, f"step-{step}.json")
+
+    def _names(self) -> list[str]:
+        try:
+            return filesystem.list_folder(self.path)
+        except FileNotFoundError:
+            return []
+
+    def _files(self) -> Iterator[tuple[int, str, str]]:
+        """(step, prefix, name) of everything that is ours and no manifest."""
+        for name in self._names():
+            match = _FILE.fullmatch(name)
+            if match and not _MANIFEST.fullmatch(name):
+                yield int(match.group(2)), match.group(1), name
+
+    def _read(self, step: int) -> _Manifest:
+        path = self._manifest_path(step)
+        try:
+            values = json.loads(filesystem.read_text(path))
+            files = tuple(from_dict(_File, file) for file in values["files"])
+            manifest = from_dict(_Manifest, values | {"files": files})
+            prefix = manifest.prefix
+            whole = (manifest.step == step and prefix != "") and all(
+                file.name.startswith(f"{prefix}.") for file in files
+            )
+        except FileNotFoundError:
+            raise DamagedError(f"{path}: missing") from None
+        except (ValueError, TypeError, KeyError, AttributeError) as error:
+            raise DamagedError(f"{path}: not a manifest ({error})") from None
+        if not whole:
+            raise DamagedError(f"{path}: does not speak of the files of step {step}")
+        return manifest
+
+    def _prefix(self, step: int) -> str | None:
+        """The prefix that a step's manifest speaks of; None without one that can be read."""
+        try:
+            return self._read(step).prefix
+        except DamagedError:
+            return None
+
+    def _describe(self, name: str) -> _File:
+        path = os.path.join(self.path, name)
+        (size,) = filesystem.sizes([path])
+        assert size is not None
+        return _File(name, size, checksum(path))
+
+    def _flush(self, names: Sequence[str]) -> None:
+        """Has local files, and the folder's own list of them, on the disk when it returns."""
+        if filesystem.is_remote(self.path):
+            return
+        for path in (*(os.path.join(self.path, name) for name in names), self.path):
+            descriptor = os.open(path, os.O_RDONLY)
+            try:
+                os.fsync(descriptor)
+            finally:
+                os.close(descriptor)
+
+    def _remove_files(self, step: int, keep: str | None = None) -> None:
+        """Removes a step's files, but for those of one prefix."""
+        for found, prefix, name in self._files():
+            if found == step and (prefix != keep or _UNFINISHED.fullmatch(name)):
+                self._remove(name)
+
+    def _remove(self, name: str) -> None:
+        path = os.path.join(self.path, name)
+        with contextlib.suppress(tf.errors.NotFoundError):
+            if tf.io.gfile.isdir(path):
+                tf.io.gfile.rmtree(path)
+            else:
+                tf.io.gfile.remove(path)
+
+
+def check_shapes(path: str, variables: Variables) -> None:
+    """Compares a checkpoint's tensors with the variables that shall take them.
+
+    Raises:
+      UserError: naming the first tensor of another size.
+    """
+    shapes = tf.train.load_checkpoint(path).get_variable_to_shape_map()
+    for group, members in variables.items():
+        for name, variable in members.items():
+            key = f"{group}/{name.replace('.', '..').replace('/', '.S')}/.ATTRIBUTES/VARIABLE_VALUE"
+            if key in shapes and tuple(shapes[key]) != tuple(variable.shape):
+                raise UserError(
+                    f"{path}: {name} has shape {tuple(shapes[key])}, expected "
+                    f"{tuple(variable.shape)}; the checkpoint belongs to a model of other sizes"
+                )
+
+
+def one_line(error: Exception) -> str:
+    """The first line of what an error says, without TensorFlow's names of operations."""
+    text = re.sub(r"\{\{.*?\}\}|\[Op:.*?\]", "", str(error)).strip()
+    return text.splitlines()[0].strip()[:500] if text else type(error).__name__

@@ -1,0 +1,231 @@
+"""The losses of multi-label documents, each as (sum over documents, number of documents).
+
+All of them are sums over labels of a positive and a negative term. With z the logit, p its sigmoid,
+y the label, w the weight of positives and a the weight of the label, a document's loss is the mean
+over labels of a (w y positive(z) + (1 - y) negative(z)).
+"""
+
+import math
+from collections.abc import Callable, Sequence
+from functools import partial
+
+import numpy as np
+import tensorflow as tf
+
+from trainer.config import LossConfig
+from trainer.training.label_weights import effective_number, log_odds
+
+# (logits [D, L], labels [D, L], document_mask [D]) to (sum, weight).
+Loss = Callable[[tf.Tensor, tf.Tensor, tf.Tensor], tuple[tf.Tensor, tf.Tensor]]
+
+# Wu et al. 2020, section 4.1, for COCO: the smoothed map alpha + sigmoid(beta (r - mu)) of the
+# rebalancing weight r; and of the regularisation the scale lambda of negatives and kappa.
+_REBALANCE_ALPHA, _REBALANCE_BETA, _REBALANCE_MU = 0.1, 10.0, 0.2
+_NEGATIVE_SCALE = 5.0
+_BIAS_SHARE = 0.05
+
+
+def make_loss(
+    config: LossConfig,
+    pos_weights: np.ndarray,
+    label_weights: np.ndarray,
+    label_counts: Sequence[int],
+    num_documents: int,
+) -> Loss:
+    """The loss that a config names.
+
+    Args:
+      config: its name and its constants.
+      pos_weights: float [L], of positives against negatives.
+      label_weights: float [L], of whole labels.
+      label_counts: positives of each of the L labels in the training split.
+      num_documents: documents of the training split.
+
+    Returns:
+      A function of logits ([D, L], any float dtype; computed in float32), multi-hot labels [D, L]
+      and document_mask (float [D], 1 for a real document, 0 for an empty slot, whose logits may be
+      anything, NaN included) to (sum over real documents, number of real documents), float32
+      scalars; (0, 0) if all slots are empty.
+    """
+    label_weights = np.asarray(label_weights, np.float64)
+    terms: Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor]] = cross_entropy
+    rebalance = None
+    if config.loss == "focal":
+        terms = partial(focal, gamma=config.focal_gamma)
+    elif config.loss == "asymmetric":
+        terms = partial(
+            asymmetric,
+            gamma_positive=config.asymmetric_gamma_positive,
+            gamma_negative=config.asymmetric_gamma_negative,
+            margin=config.asymmetric_margin,
+        )
+    elif config.loss == "class_balanced":
+        label_weights = label_weights * class_balanced_weights(label_counts)
+    elif config.loss == "distribution_balanced":
+        prior = log_odds(label_counts, num_documents)
+        terms = partial(negative_tolerant, prior=prior, gamma=config.focal_gamma)
+        rebalance = partial(rebalancing_weights, label_counts=label_counts)
+    elif config.loss == "logit_adjusted":
+        terms = partial(adjusted, offset=logit_offset(config, label_counts, num_documents))
+    return partial(
+        _reduce,
+        terms=terms,
+        pos_weights=tf.constant(pos_weights, tf.float32),
+        label_weights=tf.constant(label_weights, tf.float32),
+        label_smoothing=config.label_smoothing,
+        rebalance=rebalance,
+    )
+
+
+def weighted_bce(
+    logits: tf.Tensor, labels: tf.Tensor, document_mask: tf.Tensor, pos_weights: tf.Tensor
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Sigmoid cross-entropy whose positives weigh `pos_weights`, as (sum, weight).
+
+    What torch's BCEWithLogitsLoss(pos_weight=w) averages. Arguments and result are those of
+    `make_loss`'s functions; pos_weights is float [L].
+    """
+    return _reduce(logits, labels, document_mask, cross_entropy, pos_weights)
+
+
+def _reduce(
+    logits: tf.Tensor,
+    labels: tf.Tensor,
+    document_mask: tf.Tensor,
+    terms: Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor]],
+    pos_weights: tf.Tensor,
+    label_weights: tf.Tensor | None = None,
+    label_smoothing: float = 0.0,
+    rebalance: Callable[[tf.Tensor], tf.Tensor] | None = None,
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Terms to (sum, weight), as `make_loss` describes."""
+    mask = tf.cast(document_mask, tf.float32)
+    # Selecting before the loss, not only multiplying after it, keeps 0 x NaN out of the gradient.
+    logits = tf.where(mask[:, None] > 0, tf.cast(logits, tf.float32), 0.0)
+    labels = tf.cast(labels, tf.float32)
+    weights = None if rebalance is None else rebalance(labels)
+    if label_smoothing:
+        # Szegedy et al. 2016, with the two classes of a label.
+        labels = labels * (1 - label_smoothing) + label_smoothing / 2
+    positive, negative = terms(logits)
+    per_label = labels * tf.cast(pos_weights, tf.float32) * positive + (1 - labels) * negative
+    if label_weights is not None:
+        per_label *= label_weights
+    if weights is not None:
+        per_label *= weights
+    return tf.reduce_sum(tf.reduce_mean(per_label, axis=-1) * mask), tf.reduce_sum(mask)
+
+
+def cross_entropy(logits: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    """-log p and -log(1 - p)."""
+    # tf.nn.weighted_cross_entropy_with_logits has the wrong gradient at logit 0 (0 and 1 instead
+    # of -w / 2 and 1 / 2), and cancels for confident negatives, most of a rare label's documents.
+    return tf.nn.softplus(-logits), tf.nn.softplus(logits)
+
+
+def focal(logits: tf.Tensor, gamma: float) -> tuple[tf.Tensor, tf.Tensor]:
+    """-(1 - p)^gamma log p and -p^gamma log(1 - p): easy documents count less.
+
+    Lin et al. 2017, "Focal Loss for Dense Object Detection"; its alpha is the weight of positives.
+    """
+    # (1 - p)^gamma = exp(-gamma softplus(z)): no power whose gradient is infinite at 0.
+    positive, negative = cross_entropy(logits)
+    return tf.exp(-gamma * negative) * positive, tf.exp(-gamma * positive) * negative
+
+
+def asymmetric(
+    logits: tf.Tensor, gamma_positive: float, gamma_negative: float, margin: float
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """-(1 - p)^g+ log p and -q^g- log(1 - q), where q = max(p - margin, 0).
+
+    Ridnik et al. 2021, "Asymmetric Loss For Multi-Label Classification": negatives below the margin
+    count nothing at all, which also forgives missing labels.
+    """
+    positive, negative = cross_entropy(logits)
+    left = -negative
+    if margin:
+        # log(1 - q) = log min(1 - p + margin, 1), without 1 - p, which float32 rounds to 0.
+        log_margin = tf.constant(math.log(margin), tf.float32)
+        larger, smaller = tf.maximum(left, log_margin), tf.minimum(left, log_margin)
+        left = tf.minimum(larger + tf.math.log1p(tf.exp(smaller - larger)), 0.0)
+    shifted = tf.nn.relu(tf.sigmoid(logits) - margin)
+    # The gradient of x^0 at 0 would be 0 x infinity.
+    focus = tf.pow(shifted, gamma_negative) if gamma_negative else 1.0
+    return tf.exp(-gamma_positive * negative) * positive, -focus * left
+
+
+def class_balanced_weights(label_counts: Sequence[int]) -> np.ndarray:
+    """1 / effective number of each label's positives, scaled to a mean of 1; float64 [L].
+
+    Cui et al. 2019, equations 6 and 12, where a class is a label: the whole term of a rare label
+    counts more. A label without positives weighs as one that has a single one.
+    """
+    weights = 1 / effective_number(np.maximum(np.asarray(label_counts, np.float64), 1))
+    return weights / weights.mean()
+
+
+def negative_tolerant(
+    logits: tf.Tensor, prior: np.ndarray, gamma: float
+) -> tuple[tf.Tensor, tf.Tensor]:
+    """Focal terms of logits that are shifted by the prior, the negative's slope flattened.
+
+    With v = -kappa prior: focal(z - v) for positives and focal(lambda (z - v)) / lambda for
+    negatives. Wu et al. 2020, "Distribution-Balanced Loss for Multi-Label Classification in
+    Long-Tailed Datasets", section 3.2; with the focal factor as Huang et al. 2021, "Balancing
+    Methods for Multi-label Text Classification with Long-Tailed Class Distribution", section 3.
+
+    Args:
+      prior: float [L], log-odds of the labels, the paper's b.
+    """
+    shifted = logits + tf.constant(_BIAS_SHARE * prior, tf.float32)
+    positive, _ = focal(shifted, gamma)
+    _, negative = focal(_NEGATIVE_SCALE * shifted, gamma)
+    return positive, negative / _NEGATIVE_SCALE
+
+
+def rebalancing_weights(labels: tf.Tensor, label_counts: Sequence[int]) -> tf.Tensor:
+    """What a document's term of a label weighs, given that its other labels bring it up too.
+
+    r = (1 / n_l) / sum over the document's labels of 1 / n, mapped to
+    alpha + sigmoid(beta (r - mu)) (Wu et al. 2020, section 3.1). A document without labels has
+    r = infinity, and so the largest weight.
+
+    Args:
+      labels: multi-hot float [D, L].
+
+    Returns:
+      float32 [D, L].
+    """
+    counts = np.maximum(np.asarray(label_counts, np.float64), 1)
+    rarity = tf.constant(1 / counts, tf.float32)
+    together = tf.linalg.matvec(labels, rarity)[:, None]
+    alone = tf.where(together > 0, rarity / tf.where(together > 0, together, 1.0), math.inf)
+    return _REBALANCE_ALPHA + tf.sigmoid(_REBALANCE_BETA * (alone - _REBALANCE_MU))
+
+
+def adjusted(logits: tf.Tensor, offset: np.ndarray) -> tuple[tf.Tensor, tf.Tensor]:
+    """Cross-entropy of z + offset, so that z itself is the logit at equal classes.
+
+    Menon et al. 2021, "Long-tail learning via logit adjustment" (arXiv 2020), equation 10, for each
+    label's two classes.
+    """
+    return cross_entropy(logits + tf.constant(offset, tf.float32))
+
+
+def logit_offset(config: LossConfig, label_counts: Sequence[int], num_documents: int) -> np.ndarray:
+    """What the loss adds to the logits by itself, which the head's first bias need not hold.
+
+    Returns:
+      float64 [L]: tau times the labels' log-odds for `logit_adjusted`, else 0.
+    """
+    if config.loss != "logit_adjusted":
+        return np.zeros(len(label_counts))
+    return config.logit_adjustment * log_odds(label_counts, num_documents)
+
+
+def has_exact_correction(config: LossConfig) -> bool:
+    """Whether log(pos_weights), taken off the logits, gives unweighted log-odds again.
+
+    True of cross-entropy on hard labels, whatever a whole label weighs.
+    """
+    return config.loss in ("weighted_bce", "class_balanced") and not config.label_smoothing

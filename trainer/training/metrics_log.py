@@ -1,0 +1,208 @@
+"""What a run reports while it goes on: metrics.jsonl, TensorBoard, a progress bar."""
+
+import json
+import logging
+import math
+import os
+import time
+from typing import Any
+
+import tensorflow as tf
+from tqdm import tqdm
+
+from trainer.storage import filesystem
+from trainer.storage.atomic import write_atomically
+
+METRICS_FILE = "metrics.jsonl"
+_TENSORBOARD_FOLDER = "tensorboard"
+
+# Every flush of the board uploads its file again, so that on a store only the clock (two minutes)
+# and our own flushes cause one.
+_QUEUE, _REMOTE_QUEUE = 10, 1_000_000
+
+_logger = logging.getLogger(__name__)
+
+
+class Journal:
+    """The record of a run; on resume it is cut to the step that was restored."""
+
+    def __init__(
+        self,
+        model_dir: str,
+        step: int,
+        documents: int,
+        total_documents: int,
+        is_chief: bool = True,
+    ) -> None:
+        """Opens it for a run that stands at `step`, `documents` of `total_documents` consumed.
+
+        Args:
+          is_chief: whether this host reports; the others write and show nothing.
+        """
+        self._is_chief = is_chief
+        self._began = time.perf_counter()
+        if not is_chief:
+            return
+        path = os.path.join(model_dir, METRICS_FILE)
+        is_remote = filesystem.is_remote(model_dir)
+        self._rows = _RemoteRows(path, step) if is_remote else _LocalRows(path, step)
+        self._board = tf.summary.create_file_writer(
+            os.path.join(model_dir, _TENSORBOARD_FOLDER),
+            max_queue=_REMOTE_QUEUE if is_remote else _QUEUE,
+        )
+        self._bar = tqdm(
+            total=total_documents, initial=documents, unit=" documents", desc="train",
+            mininterval=1.0, dynamic_ncols=True,
+        )  # fmt: skip
+
+    def restart_clock(self) -> None:
+        """Leaves out of the next speed what is not training, such as an evaluation."""
+        self._began = time.perf_counter()
+
+    def log_steps(
+        self, step: int, documents: int, sums: dict[str, float], slots: int, num_documents: int
+    ) -> None:
+        """Reports the steps since the last call.
+
+        Args:
+          step, documents: where the run stands.
+          sums: what `TrainStep.run` returned, on the host. The loss is that of the steps that
+            were not skipped.
+          slots: tokens of a step, padding included.
+          num_documents: documents of an epoch.
+        """
+        if not self._is_chief:
+            return
+        seconds = time.perf_counter() - self._began
+        self.restart_clock()
+        row = {
+            "step": step,
+            "documents": documents,
+            "epoch": documents / num_documents,
+            # JSON has no infinity; where all steps were skipped there is no loss either.
+            "loss": sums["loss"] / sums["loss_documents"] if sums["loss_documents"] else None,
+            "learning_rate": sums["learning_rate"],
+            "grad_norm": sums["grad_norm"] if math.isfinite(sums["grad_norm"]) else None,
+            "loss_scale": sums["loss_scale"],
+            "skipped": int(sums["skipped"]),
+            "fill": sums["tokens"] / (slots * sums["steps"]),
+            "documents_per_second": sums["documents"] / seconds,
+            "tokens_per_second": sums["tokens"] / seconds,
+            "seconds": seconds,
+        }
+        self._rows.add(row)
+        loss = "-" if row["loss"] is None else f"{row['loss']:.4f}"
+        self._bar.set_postfix(
+            loss=loss, tokens_per_second=f"{row['tokens_per_second']:.0f}",
+            refresh=False,
+        )  # fmt: skip
+        self._bar.update(documents - self._bar.n)
+        with self._board.as_default(step=step):
+            for name in ("loss", "learning_rate", "grad_norm", "tokens_per_second"):
+                if row[name] is not None:
+                    tf.summary.scalar(f"train/{name}", row[name])
+
+    def log_evaluation(self, step: int, documents: int, split: str, metrics: dict) -> None:
+        """Reports an evaluation: numbers to file and board, a line to the screen."""
+        if not self._is_chief:
+            return
+        row = {"step": step, "documents": documents, "split": split, "evaluation": metrics}
+        self._rows.add(row)
+        with self._board.as_default(step=step):
+            for name, value in metrics.items():
+                tf.summary.scalar(f"{split}/{name}", value)
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
+        self._bar.write(f"step {step}: {split} {shown}")
+
+    def flush(self) -> None:
+        """Has all rows so far on the disk or in the store when it returns.
+
+        Call it before a checkpoint is saved: a run that resumes there finds all rows before it.
+
+        Raises:
+          OSError, RunAgain: if they cannot be written.
+        """
+        if self._is_chief:
+            self._rows.flush()
+            self._board.flush()
+
+    def close(self) -> None:
+        """Flushes and closes everything."""
+        if self._is_chief:
+            self._bar.close()
+            try:
+                self._rows.close()
+            finally:
+                self._board.close()
+
+
+class _LocalRows:
+    """The rows of a file, each written as it comes."""
+
+    def __init__(self, path: str, step: int) -> None:
+        _cut(path, step)
+        self._path = path
+        self._file = open(path, "ab")  # noqa: SIM115 (closed by close)
+
+    def add(self, row: dict[str, Any]) -> None:
+        try:
+            self._file.write(_line(row))
+            self._file.flush()
+        except OSError as error:
+            # Writing, unlike opening, does not say which file it is.
+            raise OSError(error.errno, error.strerror, self._path) from None
+
+    def flush(self) -> None:
+        os.fsync(self._file.fileno())
+
+    def close(self) -> None:
+        self._file.close()
+
+
+class _RemoteRows:
+    """The rows of an object, which cannot be appended to: kept, and uploaded all again."""
+
+    def __init__(self, url: str, step: int) -> None:
+        self._url = url
+        self._lines = _cut(url, step)
+        self._is_changed = False
+
+    def add(self, row: dict[str, Any]) -> None:
+        self._lines.append(_line(row))
+        self._is_changed = True
+
+    def flush(self) -> None:
+        if self._is_changed:
+            write_atomically(self._url, b"".join(self._lines))
+            self._is_changed = False
+
+    def close(self) -> None:
+        self.flush()
+
+
+def _line(row: dict[str, Any]) -> bytes:
+    return json.dumps(row).encode() + b"\n"
+
+
+def _cut(path: str, step: int) -> list[bytes]:
+    """The lines of the rows up to `step`; drops the others from the file.
+
+    A last line without an end was being written when a run was killed; any other line that is no
+    row is damage, which is said.
+    """
+    if not filesystem.exists(path):
+        return []
+    lines = filesystem.read_bytes(path).splitlines(keepends=True)
+    kept = []
+    for number, line in enumerate(lines, 1):
+        try:
+            is_kept = json.loads(line)["step"] <= step
+        except (ValueError, TypeError, KeyError):
+            is_kept = False
+            if line.endswith(b"\n"):
+                _logger.warning("%s: line %d is damaged and left out", path, number)
+        if is_kept:
+            kept.append(line if line.endswith(b"\n") else line + b"\n")
+    if kept != lines:
+        write_atomically(path, b"".join(kept))
+    return kept

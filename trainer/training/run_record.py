@@ -1,0 +1,163 @@
+"""A run's config.json: what was asked for, and whether a rerun asks for the same."""
+
+import dataclasses
+import json
+import os
+from dataclasses import dataclass
+from typing import Any
+
+from trainer.config import ModelConfig, PackingConfig, TrainConfig, from_dict
+from trainer.errors import UserError
+from trainer.storage import filesystem
+from trainer.storage.atomic import write_atomically
+from trainer.storage.seal import seal, unseal
+from trainer.training.checkpoint_folder import CHECKPOINT_FOLDER, CheckpointFolder
+
+CONFIG_FILE = "config.json"
+
+# Flags that may differ when a run is resumed: they change neither the data nor the arithmetic.
+# Everything else must be the same, or the rerun would not be the run that was never interrupted.
+# Devices and accumulation may change because the micro-batches of a step stay those of the record.
+RESUMABLE_FLAGS = (
+    "data_dir",
+    "model_dir",
+    "strategy",
+    "tpu",
+    "cpu_replicas",
+    "gradient_accumulation",
+    "start_timeout",
+    "max_restarts",
+    "max_bad_steps",
+    "steps_per_loop",
+    "checkpoint_every",
+    "keep_checkpoints",
+)
+
+
+@dataclass(frozen=True)
+class RunRecord:
+    """A run's config.json: what was asked for, and what followed from it and the data.
+
+    `pos_weights` and `label_weights` are [L]: of positives against negatives, and of whole labels.
+    `exact_correction` says whether log(pos_weights), taken off the logits, undoes the weights.
+    `micro_batches_per_step` is K: replicas times accumulation when the run began, and what it
+    keeps whatever it is resumed on.
+    """
+
+    train: TrainConfig
+    model: ModelConfig
+    packing: PackingConfig
+    labels: tuple[str, ...]
+    pos_weights: tuple[float, ...]
+    label_weights: tuple[float, ...]
+    exact_correction: bool
+    max_seq_length: int
+    total_documents: int
+    data_fingerprint: str
+    tokenizer_fingerprint: str
+    precision: str
+    micro_batches_per_step: int
+    versions: dict[str, str]
+
+    def save(self, model_dir: str) -> None:
+        """Writes config.json into `model_dir`, atomically, with a checksum of its content."""
+        values = seal(dataclasses.asdict(self))
+        write_atomically(os.path.join(model_dir, CONFIG_FILE), json.dumps(values, indent=1) + "\n")
+
+
+def load_record(model_dir: str) -> RunRecord:
+    """Reads a run's config.json.
+
+    Raises:
+      UserError: if there is none, or it is damaged, or of another version.
+    """
+    path = os.path.join(model_dir, CONFIG_FILE)
+    try:
+        return from_dict(RunRecord, unseal(json.loads(filesystem.read_text(path))))
+    except FileNotFoundError:
+        raise UserError(
+            f"{model_dir}: no {CONFIG_FILE}; expected the --model_dir of a `multihot train`"
+        ) from None
+    except (ValueError, TypeError, KeyError, AttributeError) as error:
+        raise UserError(
+            f"{path}: damaged or of another version ({error}); restore it, or train again "
+            "in another --model_dir"
+        ) from None
+
+
+def start_record(model_dir: str, record: RunRecord, is_chief: bool = True) -> RunRecord:
+    """Writes config.json of a new run, or checks that a rerun is the same run.
+
+    Args:
+      model_dir: made if it is not there.
+      record: what the flags say now.
+      is_chief: whether this host writes; the others only read.
+
+    Returns:
+      `record`, on a resumed run with the micro-batches a step and the precision that it began
+      with, whatever devices it is on now.
+
+    Raises:
+      UserError: naming what changed since the run was started.
+    """
+    path = os.path.join(model_dir, CONFIG_FILE)
+    if not filesystem.exists(path):
+        _check_nothing_left(model_dir)
+        if is_chief:
+            filesystem.make_folder(model_dir)
+            record.save(model_dir)
+        return record
+    before = load_record(model_dir)
+    changes = _changed_flags(before.train, record.train)
+    if changes:
+        raise UserError(
+            f"{model_dir}: holds a run with other flags: {'; '.join(changes)}; give the same "
+            "flags to resume it, or another --model_dir"
+        )
+    was, now = before.train.gradient_accumulation, record.train.gradient_accumulation
+    if was != now and before.micro_batches_per_step != record.micro_batches_per_step:
+        raise UserError(
+            f"{model_dir}: --gradient_accumulation was {was}, now {now}, which makes "
+            f"{record.micro_batches_per_step} micro-batches a step of "
+            f"{before.micro_batches_per_step}; leave it as it was (a run keeps its micro-batches "
+            "a step on any number of replicas), or take another --model_dir"
+        )
+    for name in ("data_fingerprint", "tokenizer_fingerprint"):
+        if getattr(before, name) != getattr(record, name):
+            what = name.removesuffix("_fingerprint")
+            raise UserError(
+                f"{record.train.data_dir}: not the {what} that the run in {model_dir} began with "
+                f"(fingerprint {getattr(record, name)[:12]}, expected "
+                f"{getattr(before, name)[:12]}); restore it, or take another --model_dir"
+            )
+    if before.model != record.model:
+        raise UserError(
+            f"{model_dir}: holds a model of other sizes than --init_checkpoint now has; give the "
+            "same checkpoint to resume it, or another --model_dir"
+        )
+    return dataclasses.replace(
+        record,
+        micro_batches_per_step=before.micro_batches_per_step,
+        precision=before.precision,
+    )
+
+
+def _check_nothing_left(model_dir: str) -> None:
+    """Checks that a folder without config.json is not a run that lost it."""
+    steps = CheckpointFolder(os.path.join(model_dir, CHECKPOINT_FOLDER)).steps()
+    if steps:
+        raise UserError(
+            f"{os.path.join(model_dir, CONFIG_FILE)}: missing, but there are checkpoints up to "
+            f"step {steps[-1]}; restore it, or train again in another --model_dir"
+        )
+
+
+def _changed_flags(before: Any, now: Any) -> list[str]:
+    changes = []
+    for item in dataclasses.fields(before):
+        old, new = getattr(before, item.name), getattr(now, item.name)
+        if dataclasses.is_dataclass(old):
+            changes += _changed_flags(old, new)
+        elif old != new and item.name not in RESUMABLE_FLAGS:
+            changes.append(f"--{item.name} was {old}, now {new}")
+    return changes

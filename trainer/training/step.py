@@ -1,0 +1,246 @@
+"""The train step, and the loop of steps that runs on the device."""
+
+import tensorflow as tf
+
+from trainer.config import PackingConfig
+from trainer.data.input_pipeline import Position
+from trainer.data.label_transfer import LABEL_KEYS, dense_labels
+from trainer.model.dropout import Dropout, step_key
+from trainer.model.model import INPUTS, Model
+from trainer.training.loss_scale import LossScale
+from trainer.training.losses import Loss
+from trainer.training.optimizer import AdamW
+
+_SUMS = ("loss", "loss_documents", "documents", "tokens", "skipped", "steps")
+_LATEST = ("learning_rate", "grad_norm", "loss_scale")
+
+MicroBatches = dict[str, tf.Tensor]
+
+
+class Progress:
+    """How far a run is, in variables of the host that a checkpoint keeps.
+
+    Attributes:
+      steps, documents: int64, taken and consumed so far.
+      position: int64 [3], the stream's epoch, block and next micro-batch.
+      bad_steps: int64, steps in a row, up to now, whose loss or gradient was not finite.
+      bad_from: int64 [3], the position before the first of them.
+    """
+
+    def __init__(self) -> None:
+        def variable(value: int | list[int]) -> tf.Variable:
+            return tf.Variable(value, dtype=tf.int64, trainable=False)
+
+        self.steps, self.documents, self.bad_steps = variable(0), variable(0), variable(0)
+        self.position, self.bad_from = variable([0, 0, 0]), variable([0, 0, 0])
+
+    def advance(self, documents: tf.Tensor, position: tf.Tensor, is_bad: tf.Tensor) -> None:
+        """Counts a step that consumed `documents` and left the stream at `position`."""
+        begins = is_bad & (self.bad_steps == 0)
+        self.bad_from.assign(tf.where(begins, self.position, self.bad_from))
+        self.bad_steps.assign(tf.where(is_bad, self.bad_steps + 1, 0))
+        self.steps.assign_add(1)
+        self.documents.assign_add(tf.cast(documents, tf.int64))
+        self.position.assign(position)
+
+
+def read_position(variable: tf.Variable) -> Position:
+    """A position of `Progress` on the host."""
+    return Position(*(int(value) for value in variable.numpy()))
+
+
+class TrainStep:
+    """One update from K micro-batches, written against `strategy.run`.
+
+    Attributes:
+      model, loss, optimizer, loss_scale: what learns, and how; the scale is for float16, else None.
+      progress: how far the run is.
+      stop_requested: bool variable of this host; once it is true, all hosts end the loop after the
+        same step, which may be the one under way.
+    """
+
+    def __init__(
+        self,
+        strategy: tf.distribute.Strategy,
+        model: Model,
+        optimizer: AdamW,
+        packing: PackingConfig,
+        loss: Loss,
+        seed: int,
+        jit_compile: bool,
+        loss_scale: LossScale | None = None,
+        max_bad_steps: int = 20,
+    ) -> None:
+        """Makes the compiled parts; call it outside of the strategy's scope.
+
+        Args:
+          strategy: whose replicas run the step.
+          model: what learns; its variables are the optimizer's, in the same order.
+          optimizer: takes aggregated gradients.
+          packing: the shape of a micro-batch.
+          loss: what is minimised.
+          seed: of the dropout masks.
+          jit_compile: whether XLA compiles the step's two halves.
+          loss_scale: for float16, else None.
+          max_bad_steps: steps in a row without a finite loss and gradient that end the loop.
+        """
+        self._strategy = strategy
+        self.model = model
+        self.optimizer = optimizer
+        self._packing = packing
+        self.loss = loss
+        self._seed = seed
+        self.loss_scale = loss_scale
+        self._max_bad_steps = max_bad_steps
+        self._variables = list(model.named_variables().values())
+        rates = (model.config.hidden_dropout, model.config.attention_dropout)
+        self._has_dropout = any(rates)
+        self.compute = tf.function(self._accumulate, jit_compile=jit_compile, autograph=False)
+        self.update = tf.function(self._apply, jit_compile=jit_compile, autograph=False)
+        self.progress = Progress()
+        # Any thread may set it.
+        self.stop_requested = tf.Variable(False, trainable=False)
+
+    def _differentiate(
+        self, batch: MicroBatches, step: tf.Tensor, index: tf.Tensor, scale: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor, list[tf.Tensor]]:
+        """(loss sum, documents, gradients of the scaled sum) of one micro-batch."""
+        dropout = Dropout(step_key(self._seed, step, index)) if self._has_dropout else None
+        with tf.GradientTape() as tape:
+            logits = self.model(
+                {name: batch[name] for name in INPUTS},
+                row_groups=self._packing.row_groups,
+                num_documents=self._packing.max_documents,
+                dropout=dropout,
+            )
+            labels = dense_labels(batch, self.model.config.num_labels)
+            loss, documents = self.loss(logits, labels, batch["document_mask"])
+            scaled = loss * scale
+        gradients = tape.gradient(
+            scaled, self._variables, unconnected_gradients=tf.UnconnectedGradients.ZERO
+        )
+        return loss, documents, [tf.convert_to_tensor(gradient) for gradient in gradients]
+
+    def _accumulate(
+        self, batches: MicroBatches, step: tf.Tensor, first: tf.Tensor, scale: tf.Tensor
+    ) -> tuple[tf.Tensor, tf.Tensor, list[tf.Tensor]]:
+        """`_differentiate` summed over this replica's stacked micro-batches."""
+        count = batches["input_ids"].shape[0]
+
+        def one(index: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, list[tf.Tensor]]:
+            batch = {name: value[index] for name, value in batches.items()}
+            return self._differentiate(batch, step, first + index, scale)
+
+        if count == 1:
+            return one(tf.constant(0))
+
+        def add(index, loss, documents, gradients):  # type: ignore[no-untyped-def]
+            more_loss, more_documents, more = one(index)
+            total = [a + b for a, b in zip(gradients, more, strict=True)]
+            return index + 1, loss + more_loss, documents + more_documents, total
+
+        zeros = [tf.zeros(variable.shape) for variable in self._variables]
+        start = (tf.constant(0), tf.zeros([]), tf.zeros([]), zeros)
+        _, loss, documents, gradients = tf.while_loop(
+            lambda index, *_: index < count, add, start, maximum_iterations=count
+        )
+        return loss, documents, gradients
+
+    def _apply(
+        self, gradients: list[tf.Tensor], consumed: tf.Tensor, loss: tf.Tensor
+    ) -> dict[str, tf.Tensor]:
+        """The optimizer's update, and the loss scale's."""
+        report = self.optimizer.apply(gradients, consumed, loss)
+        if self.loss_scale is not None:
+            self.loss_scale.update(report["skipped"] == 0)
+        return report
+
+    def replica_step(
+        self, batches: MicroBatches, steps: tf.Tensor, consumed: tf.Tensor, stop: tf.Tensor
+    ) -> dict[str, tf.Tensor]:
+        """One replica's part of a step; all replicas return the same, but for `position`.
+
+        Args:
+          batches: this replica's share, as `deal_steps` gives it.
+          steps, consumed: int64 scalars, steps taken and documents consumed before this one.
+          stop: float32 scalar, 1 if this host asks for a stop.
+
+        Returns:
+          Scalars of the whole step: `loss` and `loss_documents` (0 if it was skipped), `documents`,
+          `tokens`, `skipped`, `learning_rate`, `grad_norm`, `loss_scale` and `stop`; `position`.
+        """
+        context = tf.distribute.get_replica_context()
+        count = batches["input_ids"].shape[0]
+        first = tf.cast(context.replica_id_in_sync_group, tf.int32) * count
+        taken = (*INPUTS, *LABEL_KEYS, "document_mask")
+        inputs = {name: batches[name] for name in taken if name in batches}
+        scale = tf.ones([]) if self.loss_scale is None else tf.identity(self.loss_scale.scale)
+        loss, documents, gradients = self.compute(inputs, steps, first, scale)
+        tokens = tf.math.count_nonzero(batches["segment_ids"], dtype=tf.float32)
+        # Aggregation happens here and nowhere else: sums over replicas, then one division by the
+        # number of documents of the whole step, then (in the optimizer) clipping.
+        counts, gradients = context.all_reduce(
+            tf.distribute.ReduceOp.SUM, (tf.stack([loss, documents, tokens, stop]), gradients)
+        )
+        loss, documents, tokens, stop = tf.unstack(counts)
+        divisor = tf.maximum(documents, 1.0) * scale
+        gradients = [gradient / divisor for gradient in gradients]
+        report = self.update(gradients, consumed, loss)
+        applied = report["skipped"] == 0
+        return report | {
+            "loss": tf.where(applied, loss, 0.0),
+            "loss_documents": tf.where(applied, documents, 0.0),
+            "documents": documents,
+            "tokens": tokens,
+            "loss_scale": scale,
+            "stop": stop,
+            "position": batches["position"],
+        }
+
+    @tf.function
+    def run(
+        self, iterator: tf.data.Iterator, max_steps: tf.Tensor, until: tf.Tensor
+    ) -> dict[str, tf.Tensor]:
+        """Takes steps on the device until one of four things ends the loop.
+
+        These are: `max_steps` steps; `until` documents consumed; a host that requested a stop; too
+        many bad steps in a row.
+
+        Args:
+          iterator: over `deal_steps`, distributed by the strategy.
+          max_steps: int64 scalar tensor, so that other values do not trace again.
+          until: int64 scalar tensor.
+
+        Returns:
+          Sums over the steps: `documents`, `tokens`, `skipped`, `steps`, and over those that were
+          not skipped `loss` and its `loss_documents`; the last step's `learning_rate`, `grad_norm`
+          and `loss_scale`; `stop`, above 0 if a host requested one. float32 scalars.
+        """
+        sums = {name: tf.zeros([]) for name in _SUMS}
+        last = {name: tf.zeros([]) for name in _LATEST}
+        step, stop = tf.constant(0, tf.int64), tf.zeros([])
+        progress = self.progress
+        while (
+            step < max_steps
+            and progress.documents < until
+            and progress.bad_steps < self._max_bad_steps
+            and stop == 0
+        ):
+            arguments = (
+                next(iterator),
+                tf.convert_to_tensor(progress.steps),
+                tf.convert_to_tensor(progress.documents),
+                # Through the all-reduce, so that all hosts leave after the same step.
+                tf.cast(self.stop_requested, tf.float32),
+            )
+            reports = self._strategy.run(self.replica_step, args=arguments)
+            report = {
+                name: self._strategy.experimental_local_results(value)[0]
+                for name, value in reports.items()
+            }
+            progress.advance(report["documents"], report["position"], report["skipped"] > 0)
+            report["steps"] = tf.ones([])
+            sums = {name: sums[name] + tf.cast(report[name], tf.float32) for name in _SUMS}
+            last = {name: report[name] for name in _LATEST}
+            step, stop = step + 1, report["stop"]
+        return sums | last | {"stop": stop}
