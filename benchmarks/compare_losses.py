@@ -24,8 +24,7 @@ from trainer.config import LossConfig
 from trainer.evaluation.calibration import fit_calibration, sigmoid
 from trainer.evaluation.metrics import compute_metrics
 from trainer.evaluation.thresholds import Target, fit_thresholds
-from trainer.training.label_weights import positive_weights
-from trainer.training.losses import has_exact_correction
+from trainer.training.losses import has_exact_correction, positive_weights
 
 CANDIDATES = {
     "weighted_bce": {},

@@ -96,7 +96,7 @@ def _write_arrays(data_dir: str, path: str) -> None:
 
     from trainer.data.metadata import load_metadata, verify_shards
     from trainer.data.records import parse_records
-    from trainer.training.label_weights import initial_bias
+    from trainer.training.losses import initial_bias
 
     metadata = load_metadata(data_dir)
     arrays: dict[str, np.ndarray] = {"labels": np.array(metadata.labels)}

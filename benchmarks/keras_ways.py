@@ -21,7 +21,7 @@ from corpus import Documents, find_checkpoint, load_documents, run_multihot, wri
 from trainer.evaluation.calibration import fit_calibration, sigmoid
 from trainer.evaluation.metrics import compute_metrics
 from trainer.evaluation.thresholds import Target, fit_thresholds
-from trainer.training.label_weights import positive_weights
+from trainer.training.losses import positive_weights
 
 KERAS = ("one output a label", "one output", "one output, one dictionary")
 OURS = {"multihot": "none", "multihot, balanced_classes": "balanced_classes"}

@@ -17,7 +17,7 @@ import sys
 import numpy as np
 from corpus import run_multihot, write_json
 
-from trainer.evaluation.probability_metrics import log_losses
+from trainer.evaluation.metrics import log_losses
 
 NUM_LABELS = 12
 NUM_SIGNALS = 40

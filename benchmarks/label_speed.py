@@ -15,7 +15,7 @@ import numpy as np
 import tensorflow as tf
 
 from trainer.config import LossConfig, ModelConfig, OptimizerConfig, PackingConfig
-from trainer.data.label_transfer import spread_labels
+from trainer.data.input_pipeline import spread_labels
 from trainer.data.packing import choose_packing, pack
 from trainer.model.model import build_model
 from trainer.training.losses import make_loss

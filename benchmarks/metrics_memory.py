@@ -20,8 +20,8 @@ from trainer.evaluation.calibration import fit_binned_calibration
 from trainer.evaluation.histograms import Histograms
 from trainer.evaluation.intervals import confidence_intervals, count_resamples, resample_metrics
 from trainer.evaluation.measurement import StreamedMeasurement
+from trainer.evaluation.predictions import Predictions
 from trainer.evaluation.thresholds import Target, fit_binned_thresholds
-from trainer.model.predictor import Predictions
 
 BLOCK_DOCUMENTS = 4096
 SHOWN = (

@@ -18,7 +18,7 @@ from trainer.data.tokenizer import load_tokenizer
 from trainer.prepare import Timing
 from trainer.prepare import run as run_prepare
 from trainer.runtime.workers import count_cores
-from trainer.sample import write_sample
+from trainer.sources.docstrings import write_sample
 
 
 def time_encode_batch(texts: list[str], tokenizer_dir: str) -> float:

@@ -122,8 +122,7 @@ def forward(model: str, folder: str, path: str) -> tuple[np.ndarray, dict[str, f
     from trainer.data.packing import BLOCK_MICRO_BATCHES
     from trainer.model.model_folder import load_exported
     from trainer.model.predictor import Predictor
-    from trainer.scoring.batches import BlockPacker, tokenize
-    from trainer.scoring.chunks import read_chunks
+    from trainer.scoring.batches import BlockPacker, read_chunks, tokenize
     from trainer.scoring.pipeline import pack_blocks
     from trainer.scoring.plan import load_plan
     from trainer.sources.rows import Columns

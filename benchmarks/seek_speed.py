@@ -16,9 +16,9 @@ import sys
 import time
 
 from trainer.config import PackingConfig
-from trainer.data.metadata import Metadata, Shard, Split, checksum, load_metadata
-from trainer.data.records import encode_record
-from trainer.data.wire import frame_records
+from trainer.data.metadata import Metadata, Shard, Split, load_metadata
+from trainer.data.records import encode_record, frame_records
+from trainer.storage.filesystem import checksum
 
 LENGTH = 10
 VOCABULARY = 1024

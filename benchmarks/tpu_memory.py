@@ -8,10 +8,9 @@ import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-from launch.accelerators import default_topology
+from launch.accelerators import GIB, default_topology, parse_target
 from launch.preflight.compilation import compile_programs
 from launch.preflight.lowering import lower_steps
-from launch.targets import GIB, parse_target
 from trainer.config import ModelConfig, OptimizerConfig, PackingConfig, parse_row_groups
 
 # BERT-base's vocabulary and width.

@@ -14,14 +14,13 @@ from typing import Any
 from launch.cloud import vertex_jobs
 from launch.cloud.follow import JobLog, describe_state, read_records
 from launch.cloud.refusals import Place, explained
-from launch.cloud.tpu_requests import BUCKET
-from launch.cloud.tpu_slices import Phase, QueuedResources, describe
+from launch.cloud.tpu_slices import BUCKET, Phase, QueuedResources, describe
 from launch.job import FOLDER, JOB_LABEL, Job, bucket_name
-from launch.jobs_config import JobsCancelConfig, JobsListConfig, JobsLogsConfig, JobsStatusConfig
+from launch.launch_config import JobsCancelConfig, JobsListConfig, JobsLogsConfig, JobsStatusConfig
 from launch.machine.reports import Ending, State
 from launch.submit_vertex import API
 from trainer.errors import UserError
-from trainer.storage import gcs, object_reader
+from trainer.storage import gcs
 
 _POLL_SECONDS = 10.0
 
@@ -164,7 +163,7 @@ def read_job(bucket: str, name: str) -> Job | None:
     Raises:
       OSError, UserError, RunAgain: if the store refuses, has something else, or does not answer.
     """
-    text = object_reader.read_object(f"gs://{bucket}/{FOLDER}/{name}/job.json")
+    text = gcs.read_object(f"gs://{bucket}/{FOLDER}/{name}/job.json")
     return None if text is None else Job.from_json(text)
 
 

@@ -1,6 +1,10 @@
 """What the commands that use Google Cloud are told: a frozen dataclass each, as in trainer/config.
 
 Imports nothing heavy: `multihot --help` stands on this file too.
+
+What `multihot jobs` is told: a frozen dataclass for each of its commands.
+
+What `preflight` is told: a frozen dataclass, as in trainer/config. Imports nothing heavy.
 """
 
 import re
@@ -8,8 +12,9 @@ from dataclasses import dataclass
 from typing import Any
 
 from launch.job import bucket_name, check_name
-from trainer.config import check_choices, option
+from trainer.config import HEADS, WINDOW_POOLINGS, LossConfig, OptimizerConfig, parse_row_groups
 from trainer.errors import UserError
+from trainer.flags import check_choices, option
 
 PROVISIONING = ("on_demand", "spot", "reserved")
 VERTEX_PROVISIONING = ("on_demand", "spot", "flex_start")
@@ -303,3 +308,244 @@ def parse_labels(labels: tuple[str, ...]) -> dict[str, str]:
         )
         parsed[key] = value
     return parsed
+
+
+@dataclass(frozen=True)
+class JobsListConfig:
+    """`multihot jobs list`: the jobs that `submit` has made and their states."""
+
+    project: str = option("", "Google Cloud project.", required=True)
+    zone: str | None = option(None, "Zone whose Cloud TPU slices are listed.")
+    region: str | None = option(None, "Region whose Vertex AI jobs are listed.")
+    bucket: str | None = option(
+        None, "Bucket whose folder multihot/ is listed too: it knows slices that are gone."
+    )
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        _check_places(self, need=("zone", "region", "bucket"))
+
+
+@dataclass(frozen=True)
+class JobsStatusConfig:
+    """`multihot jobs status`: what a job and each of its machines is doing."""
+
+    project: str = option("", "Google Cloud project.", required=True)
+    name: str = option("", "Name of the job.", required=True)
+    zone: str | None = option(None, "Zone of its Cloud TPU slice.")
+    region: str | None = option(None, "Region of its Vertex AI machines.")
+    bucket: str | None = option(None, "Its bucket; needed where its slice is gone.")
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        check_name(self.name)
+        _check_places(self, need=("zone", "region", "bucket"))
+
+
+@dataclass(frozen=True)
+class JobsLogsConfig:
+    """`multihot jobs logs`: what a machine of a job has printed."""
+
+    project: str | None = option(None, "Google Cloud project, where --bucket is not given.")
+    name: str = option("", "Name of the job.", required=True)
+    zone: str | None = option(None, "Zone of its Cloud TPU slice, where --bucket is not given.")
+    region: str | None = option(None, "Region of its machines, where --bucket is not given.")
+    bucket: str | None = option(None, "Its bucket.")
+    host: int = option(0, "Which of its machines, from 0.")
+    follow: bool = option(False, "Go on until that machine has ended.")
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        check_name(self.name)
+        if self.bucket is None and self.project is None:
+            raise UserError("--bucket is required, or --project with --zone or --region")
+        _check_places(self, need=("bucket", "zone", "region"))
+        check(self.host >= 0, "host", self.host, "0 or more")
+
+
+@dataclass(frozen=True)
+class JobsCancelConfig:
+    """`multihot jobs cancel`: ends a job, or all of them, and what was created for it."""
+
+    project: str = option("", "Google Cloud project.", required=True)
+    name: str | None = option(None, "Name of the job.")
+    all: bool = option(False, "End every job that `submit` has made there, whoever made it.")
+    zone: str | None = option(None, "Zone whose Cloud TPU slices are deleted.")
+    region: str | None = option(None, "Region whose Vertex AI jobs are ended.")
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        if (self.name is None) != self.all:
+            raise UserError("expected either --name=NAME or --all")
+        if self.name is not None:
+            check_name(self.name)
+        _check_places(self, need=("zone", "region"))
+
+
+def _check_places(config: Any, need: tuple[str, ...]) -> None:
+    """Checks where jobs are looked for, and that at least one place is given."""
+    if config.project is not None:
+        check_project(config.project)
+    if config.zone is not None:
+        check_zone(config.zone)
+    if config.region is not None:
+        check_region(config.region)
+    if getattr(config, "bucket", None) is not None:
+        bucket_name(config.bucket)
+    if not any(getattr(config, name) for name in need):
+        raise UserError(f"expected one or more of {', '.join(f'--{name}' for name in need)}")
+
+
+STEPS = ("train", "score")
+# BERT-base's vocabulary; and what is assumed of documents that are not there.
+_VOCAB_SIZE, _NUM_LABELS, _MAX_SEQ_LENGTH, _MEAN_LENGTH = 30522, 100, 512, 128.0
+_NUM_DOCUMENTS = 1_000_000
+
+
+@dataclass(frozen=True)
+class PreflightConfig:
+    """`multihot preflight`: will the steps fit a TPU slice, and how fast; no TPU needed."""
+
+    target: str = option(
+        "", "TPU slice: v5e:2x2, v5e:4x4, v5p:2x2x1, v6e:2x2, …; a kind alone is one host.",
+        required=True,
+    )  # fmt: skip
+    data_dir: str | None = option(
+        None,
+        "Folder that `multihot prepare` wrote, for labels, lengths and numbers of documents. "
+        "Default: these are assumed, by the next five flags.",
+    )
+    num_labels: int | None = option(None, f"Labels, without --data_dir; default: {_NUM_LABELS}.")
+    vocab_size: int | None = option(
+        None,
+        "WordPieces of an encoder from scratch, without --data_dir; default: "
+        f"{_VOCAB_SIZE}, BERT-base's.",
+    )
+    max_seq_length: int | None = option(
+        None, f"Longest window in tokens, without --data_dir; default: {_MAX_SEQ_LENGTH}."
+    )
+    mean_length: float | None = option(
+        None,
+        "Tokens of a document on average, without --data_dir; lengths are taken to be log-normal "
+        f"about it. Default: {_MEAN_LENGTH:g}, or a quarter of --max_seq_length.",
+    )
+    num_documents: int | None = option(
+        None,
+        "Documents of the corpus, to train on and to score, without --data_dir; default: "
+        f"{_NUM_DOCUMENTS}.",
+    )
+    init_checkpoint: str | None = option(
+        None, "Folder or hub id of a pretrained BERT; default: the sizes below."
+    )
+    hidden_size: int = option(768, "Width of an encoder from scratch.")
+    num_layers: int = option(12, "Layers of an encoder from scratch.")
+    num_attention_heads: int = option(12, "Attention heads of an encoder from scratch.")
+    intermediate_size: int = option(3072, "Feed-forward width of an encoder from scratch.")
+    hidden_dropout: float = option(0.1, "Dropout rate of hidden states.")
+    attention_dropout: float = option(0.1, "Dropout rate of attention probabilities.")
+    head: str = option("cls", "What stands for a document, as `train` has it.", choices=HEADS)
+    window_pooling: str = option(
+        "max", "How windows become a document, as `train` has it.", choices=WINDOW_POOLINGS
+    )
+    precision: str = option(
+        "auto", "auto: bfloat16.", choices=("auto", "float32", "mixed_bfloat16")
+    )
+    tokens_per_replica: int = option(4096, "Tokens of a micro-batch in training, padding included.")
+    row_groups: str | None = option(
+        None, "Rows of a micro-batch as ROWSxLENGTH,...; default: from the lengths."
+    )
+    gradient_accumulation: int = option(1, "Micro-batches a replica takes before an update.")
+    num_train_epochs: float = option(3.0, "Passes over the training documents.")
+    tokens_per_batch: int = option(8192, "Tokens of a micro-batch in scoring, padding included.")
+    objective: LossConfig = LossConfig()
+    optimizer: OptimizerConfig = OptimizerConfig()
+    steps: tuple[str, ...] = option(STEPS, "Steps to compile: train, score, or both.")
+    find_batch: bool = option(
+        False, "Looks for the largest --tokens_per_replica that fits, by a few compilations more."
+    )
+    price_per_chip_hour: float | None = option(
+        None, "Price of a chip for an hour, in any currency, to say what the corpus costs."
+    )
+    full_depth: bool = option(
+        False,
+        "Compiles all layers, which takes many minutes; default: two and three layers, from "
+        "which memory and time are extended.",
+    )
+    least_effort: bool = option(
+        False,
+        "Compiles in about half the time; the program takes more memory and time than the one "
+        "that a TPU would run.",
+    )
+    compiler: str | None = option(
+        None,
+        "Python of an environment with multihot[preflight] and without TensorFlow for TPUs; "
+        "default: .venv-preflight, as `make compiler` makes it.",
+    )
+    costs: int = option(12, "Kinds of operations to list, those that take longest first.")
+    output: str | None = option(None, "JSON file for all figures, local or gs://.")
+
+    def __post_init__(self) -> None:
+        check_choices(self)
+        for name in (
+            "num_labels", "vocab_size", "max_seq_length", "mean_length", "num_documents",
+        ):  # fmt: skip
+            value = getattr(self, name)
+            if value is None:
+                continue
+            if self.data_dir is not None:
+                raise UserError(f"--{name}={value}: --data_dir says that; leave one of them out")
+            least = 8 if name == "max_seq_length" else 1
+            _check(value >= least, name, value, f"at least {least}")
+        for name in (
+            "hidden_size", "num_layers", "num_attention_heads", "intermediate_size",
+            "tokens_per_replica", "gradient_accumulation",
+        ):  # fmt: skip
+            _check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        _check(
+            self.hidden_size % self.num_attention_heads == 0,
+            "hidden_size",
+            self.hidden_size,
+            f"a multiple of --num_attention_heads={self.num_attention_heads}",
+        )
+        for name in ("hidden_dropout", "attention_dropout"):
+            _check(0 <= getattr(self, name) < 1, name, getattr(self, name), "a rate in [0, 1)")
+        self._check_rest()
+
+    def _check_rest(self) -> None:
+        _check(self.tokens_per_batch >= 8, "tokens_per_batch", self.tokens_per_batch, "8 or more")
+        _check(self.num_train_epochs > 0, "num_train_epochs", self.num_train_epochs, "more than 0")
+        _check(
+            bool(self.steps) and set(self.steps) <= set(STEPS),
+            "steps",
+            ",".join(self.steps),
+            "train, score, or train,score",
+        )
+        price = self.price_per_chip_hour
+        _check(price is None or price >= 0, "price_per_chip_hour", price, "0 or more")
+        _check(self.costs >= 0, "costs", self.costs, "0 or more")
+        if self.row_groups is not None:
+            parse_row_groups(self.row_groups)
+        if self.find_batch and self.row_groups is not None:
+            raise UserError(
+                f"--row_groups={self.row_groups}: --find_batch chooses the rows; leave one of them "
+                "out"
+            )
+        if self.find_batch and "train" not in self.steps:
+            raise UserError("--find_batch: looks at the train step; add train to --steps")
+
+    def assumed(self) -> tuple[int, int, float, int]:
+        """Labels, longest window, mean length and documents where there is no --data_dir."""
+        longest = self.max_seq_length or _MAX_SEQ_LENGTH
+        mean = self.mean_length or min(_MEAN_LENGTH, longest / 4)
+        return (
+            self.num_labels or _NUM_LABELS, longest, mean, self.num_documents or _NUM_DOCUMENTS,
+        )  # fmt: skip
+
+    def assumed_vocab_size(self) -> int:
+        """WordPieces where there is no --data_dir; a checkpoint has its own number."""
+        return self.vocab_size or (1 if self.init_checkpoint else _VOCAB_SIZE)
+
+
+def _check(condition: bool, flag: str, found: object, expected: str) -> None:
+    if not condition:
+        raise UserError(f"--{flag}={found}: expected {expected}")

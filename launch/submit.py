@@ -4,7 +4,7 @@ import difflib
 from collections.abc import Sequence
 from typing import Any
 
-from trainer.commands import COMMANDS
+from trainer.config import COMMANDS
 from trainer.errors import UserError
 from trainer.flags import parse_flags
 

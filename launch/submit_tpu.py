@@ -8,12 +8,17 @@ from typing import Any, NoReturn
 
 from launch.accelerators import TpuSlice, find_slice
 from launch.cloud import package as packages
-from launch.cloud.buckets import check_bucket, region_of
-from launch.cloud.follow import ask_to_leave
+from launch.cloud.follow import ask_to_leave, check_bucket, region_of
 from launch.cloud.package import Package, upload_request
 from launch.cloud.slice_watch import Outcome, SliceWatch
-from launch.cloud.tpu_requests import API, make_create_request, resource_name, to_dict
-from launch.cloud.tpu_slices import Phase, QueuedResources
+from launch.cloud.tpu_slices import (
+    API,
+    Phase,
+    QueuedResources,
+    make_create_request,
+    resource_name,
+    to_dict,
+)
 from launch.job import Job, bucket_name, new_submission
 from launch.launch_config import SubmitTpuConfig
 from launch.submit import Commands, parse_commands

@@ -9,8 +9,7 @@ from typing import Any, NoReturn
 from launch.accelerators import VertexMachine, find_vertex_machine
 from launch.cloud import package as packages
 from launch.cloud import vertex_jobs
-from launch.cloud.buckets import check_bucket
-from launch.cloud.follow import JobLog, ask_to_leave, describe_state, read_records
+from launch.cloud.follow import JobLog, ask_to_leave, check_bucket, describe_state, read_records
 from launch.cloud.package import Package, upload_request
 from launch.cloud.refusals import Place, explained, shorten
 from launch.job import SHARED, Job, bucket_name, new_submission

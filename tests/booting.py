@@ -16,7 +16,7 @@ from fake_gcs import FakeStorage
 from fake_machine import FakeMachine, serve
 
 from launch.cloud import package
-from launch.cloud.tpu_requests import make_metadata
+from launch.cloud.tpu_slices import make_metadata
 from launch.job import Job, StoredFile
 
 BUCKET = "jobs-of-mine"

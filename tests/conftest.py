@@ -92,7 +92,7 @@ def model(corpus: str, tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="session")
 def documents(tmp_path_factory: pytest.TempPathFactory) -> str:
     """1,000 docstrings as JSONL."""
-    from trainer.sample import write_sample
+    from trainer.sources.docstrings import write_sample
 
     path = str(tmp_path_factory.mktemp("documents") / "documents.jsonl")
     write_sample(path, 1000, seed=3)

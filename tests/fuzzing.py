@@ -12,7 +12,7 @@ from hypothesis import strategies as st
 from pyarrow import parquet
 from tf_examples import example
 
-from trainer.data.wire import frame_records
+from trainer.data.records import frame_records
 
 # Lines that are no row, or may be one of another id, in every format of lines.
 JUNK = st.one_of(

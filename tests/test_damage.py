@@ -13,11 +13,12 @@ import tensorflow as tf
 
 from trainer.config import ModelConfig, TrainConfig
 from trainer.data.input_pipeline import open_stream, read_micro_batches
-from trainer.data.metadata import Metadata, Shard, Split, checksum, load_metadata
+from trainer.data.metadata import Metadata, Shard, Split, load_metadata
 from trainer.data.packing import choose_packing
 from trainer.data.records import encode_record
 from trainer.errors import UserError
 from trainer.model.model import build_model
+from trainer.storage.filesystem import checksum
 from trainer.training.checkpoint import Checkpoints, fingerprint_weights, load_best
 from trainer.training.run_record import RunRecord, load_record, start_record
 

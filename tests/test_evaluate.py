@@ -10,7 +10,7 @@ import tensorflow as tf
 from sklearn import metrics as peer
 
 from trainer.config import EvaluateConfig, ModelConfig, TrainConfig
-from trainer.data.metadata import Metadata, Shard, Split, checksum, load_metadata
+from trainer.data.metadata import Metadata, Shard, Split, load_metadata
 from trainer.data.packing import choose_packing
 from trainer.data.records import encode_record
 from trainer.errors import UserError
@@ -18,6 +18,7 @@ from trainer.evaluate import run, trivial_metrics
 from trainer.evaluation.calibration import Calibration, sigmoid
 from trainer.model.model import build_model
 from trainer.model.predictor import Predictor
+from trainer.storage.filesystem import checksum
 from trainer.training.checkpoint import Checkpoints, load_best
 from trainer.training.run_record import RunRecord, start_record
 

@@ -12,8 +12,7 @@ from keras.src.trainers.data_adapters.data_adapter_utils import class_weight_to_
 
 from trainer.config import LossConfig, ModelConfig
 from trainer.model.model import build_model
-from trainer.training.label_weights import label_weights, positive_weights
-from trainer.training.losses import make_loss
+from trainer.training.losses import label_weights, make_loss, positive_weights
 
 ROOT = pathlib.Path(__file__).parent.parent
 LABELS = ("a", "b", "c", "d")

@@ -9,7 +9,7 @@ import sys
 import numpy as np
 import pytest
 
-from trainer.evaluation.probability_metrics import calibration_errors, log_losses
+from trainer.evaluation.metrics import calibration_errors, log_losses
 
 BENCHMARKS = os.path.join(os.path.dirname(os.path.dirname(__file__)), "benchmarks")
 

@@ -10,7 +10,7 @@ from pathlib import Path
 import pytest
 
 from launch.job import Job
-from trainer.commands import COMMANDS
+from trainer.config import COMMANDS
 from trainer.flags import parse_flags
 
 ROOT = Path(__file__).parents[1]

@@ -147,7 +147,7 @@ def test_short_documents_that_the_sampled_rows_did_not_announce(
     model, documents, tmp_path, monkeypatch
 ):
     """Only the first 256 rows choose the micro-batches; a row of 128 holds 42 of one word."""
-    monkeypatch.setattr("trainer.scoring.score_packing._SAMPLED_ROWS", 256)
+    monkeypatch.setattr("trainer.scoring.pipeline._SAMPLED_ROWS", 256)
     rows = [row for row in read_rows(documents) if len(row["text"]) > 500][:256]
     rows += [{"id": f"short {number}", "text": "a"} for number in range(700)]
     assert len(rows) == 956

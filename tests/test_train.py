@@ -18,11 +18,11 @@ import pytest
 import tensorflow as tf
 
 from trainer import train
-from trainer.bad_steps import BAD_STEPS_FILE
 from trainer.config import OptimizerConfig, TrainConfig
 from trainer.data.input_pipeline import open_stream, read_micro_batches
 from trainer.data.metadata import load_metadata
 from trainer.errors import RUN_AGAIN, UserError
+from trainer.train import BAD_STEPS_FILE
 from trainer.training.checkpoint import load_best
 from trainer.training.checkpoint_folder import CheckpointFolder
 from trainer.training.run_record import load_record

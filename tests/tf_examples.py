@@ -4,7 +4,7 @@ from pathlib import Path
 
 import tensorflow as tf
 
-from trainer.data.wire import frame_records
+from trainer.data.records import frame_records
 
 
 def example(**features) -> bytes:

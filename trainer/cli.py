@@ -24,10 +24,9 @@ import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
-from launch import jobs_config
-from launch import launch_config as launch_config
-from launch.preflight_config import PreflightConfig
-from trainer import commands, config
+from launch import launch_config
+from launch.launch_config import PreflightConfig
+from trainer import config
 from trainer.errors import (
     DOES_NOT_FIT,
     INTERRUPTED,
@@ -43,15 +42,15 @@ from trainer.storage import filesystem
 
 # In the order in which a user meets them.
 COMMANDS: dict[str, type] = {
-    **commands.COMMANDS,
+    **config.COMMANDS,
     "preflight": PreflightConfig,
     "submit tpu": launch_config.SubmitTpuConfig,
     "submit vertex": launch_config.SubmitVertexConfig,
     "submit dataflow": launch_config.SubmitDataflowConfig,
-    "jobs list": jobs_config.JobsListConfig,
-    "jobs status": jobs_config.JobsStatusConfig,
-    "jobs logs": jobs_config.JobsLogsConfig,
-    "jobs cancel": jobs_config.JobsCancelConfig,
+    "jobs list": launch_config.JobsListConfig,
+    "jobs status": launch_config.JobsStatusConfig,
+    "jobs logs": launch_config.JobsLogsConfig,
+    "jobs cancel": launch_config.JobsCancelConfig,
 }
 # Where a command's function is, if not `run` of trainer.<name>.
 _PLACES = {
@@ -169,7 +168,7 @@ def _run(command: str, arguments: Sequence[str], submitted: Sequence[str]) -> No
 def _train(parsed: config.TrainConfig, arguments: Sequence[str]) -> None:
     """Runs `train`, here or restarted in child processes."""
     if parsed.max_restarts:
-        from trainer.runtime.supervisor import supervise
+        from trainer.runtime.interruption import supervise
 
         child = [sys.executable, "-m", "trainer.cli", "train", *arguments, "--max_restarts=0"]
         sys.exit(supervise(child, parsed.max_restarts))

@@ -2,23 +2,25 @@
 
 Every field that is a flag carries its help text, so that `flags.py` can make the flag from it and
 the two can never disagree. Imports nothing heavy: `multihot --help` stands on this file.
+
+The commands that work on data and models, in the order in which a user meets them.
+
+Each is the module `trainer.<name>` with a `run(config)`; they run alike on a laptop and on what
+`multihot submit` creates. `cli.py` adds those that talk to Google Cloud.
 """
 
 import dataclasses
 import json
 import os
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 from typing import Any, TypeVar
 
 from trainer.errors import UserError
-from trainer.sources.rows import is_unicode
+from trainer.flags import check_choices, check_flag, is_unicode, option
 
 Config = TypeVar("Config")
-
 DEFAULT_SEED = 17
 LOCAL_RUNNER = "local"
-
-
 NAMED_FORMATS = (
     "jsonl", "csv", "tsv", "text", "parquet", "tfrecord", "arrow", "libmultilabel",
 )  # fmt: skip
@@ -30,23 +32,6 @@ _SOURCE_SPLIT_HELP = (
     "Split to read of `tfds:` and of data sets that `datasets` saved. Default: all of them."
 )
 _TFDS_DATA_DIR_HELP = "Folder of TensorFlow Datasets. Default: its own, ~/tensorflow_datasets."
-
-
-def option(default: Any, help: str, choices: tuple[str, ...] = (), required: bool = False) -> Any:
-    """A dataclass field that is also a command-line flag.
-
-    Args:
-      default: value when the flag is absent; None means "decided by the command".
-      help: what the flag does, with its unit; the default is appended by `flags.py`.
-      choices: the allowed values, if the flag is an enumeration.
-      required: whether the command refuses to start without it.
-    """
-    return field(default=default, metadata={"help": help, "choices": choices, "required": required})
-
-
-def _check(condition: bool, flag: str, found: Any, expected: str) -> None:
-    if not condition:
-        raise UserError(f"--{flag}={found}: expected {expected}")
 
 
 def _runner_option() -> Any:
@@ -62,24 +47,13 @@ def _beam_options_option() -> Any:
 
 
 def _check_runner(config: Any) -> None:
-    _check(bool(config.runner), "runner", config.runner, "local or the name of a Beam runner")
-    _check(
+    check_flag(bool(config.runner), "runner", config.runner, "local or the name of a Beam runner")
+    check_flag(
         not config.beam_options or config.runner != LOCAL_RUNNER,
         "beam_options",
         ",".join(config.beam_options),
         "none with --runner=local; name a Beam runner",
     )
-
-
-def check_choices(config: Any) -> None:
-    """Checks every enumeration field, and every required one, of a config."""
-    for item in dataclasses.fields(config):
-        value = getattr(config, item.name)
-        choices = item.metadata.get("choices", ())
-        if choices and value is not None and value not in choices:
-            raise UserError(f"--{item.name}={value}: expected one of {', '.join(choices)}")
-        if item.metadata.get("required") and value in (None, "", ()):
-            raise UserError(f"--{item.name} is required: {item.metadata['help']}")
 
 
 def to_json(config: Any) -> str:
@@ -119,7 +93,7 @@ class SampleConfig:
 
     def __post_init__(self) -> None:
         check_choices(self)
-        _check(
+        check_flag(
             self.num_documents is None or self.num_documents > 0,
             "num_documents",
             self.num_documents,
@@ -199,53 +173,55 @@ class PrepareConfig:
     def __post_init__(self) -> None:
         check_choices(self)
         _check_runner(self)
-        _check(-(2**63) <= self.seed < 2**63, "seed", self.seed, "a number of 64 bits")
-        _check(self.vocab_size >= 128, "vocab_size", self.vocab_size, "at least 128 WordPieces")
-        _check(self.max_seq_length >= 8, "max_seq_length", self.max_seq_length, "at least 8 tokens")
-        _check(
+        check_flag(-(2**63) <= self.seed < 2**63, "seed", self.seed, "a number of 64 bits")
+        check_flag(self.vocab_size >= 128, "vocab_size", self.vocab_size, "at least 128 WordPieces")
+        check_flag(
+            self.max_seq_length >= 8, "max_seq_length", self.max_seq_length, "at least 8 tokens"
+        )
+        check_flag(
             0 <= self.window_stride <= self.max_seq_length - 2,
             "window_stride",
             self.window_stride,
             f"0 to {self.max_seq_length - 2} tokens: --max_seq_length less [CLS] and [SEP]",
         )
-        _check(self.max_windows >= 1, "max_windows", self.max_windows, "at least 1 window")
-        _check(
+        check_flag(self.max_windows >= 1, "max_windows", self.max_windows, "at least 1 window")
+        check_flag(
             self.window_stride == 0 or self.max_windows > 1,
             "window_stride",
             self.window_stride,
             "--max_windows of 2 or more beside it: one window has no next one",
         )
-        _check(
+        check_flag(
             "" not in self.keep_columns and len(set(self.keep_columns)) == len(self.keep_columns),
             "keep_columns",
             ",".join(self.keep_columns),
             "names of columns, each once",
         )
-        _check(
+        check_flag(
             len(self.label_delimiter) >= 1,
             "label_delimiter",
             self.label_delimiter,
             "one or more characters",
         )
-        _check(
+        check_flag(
             self.min_label_count >= 1,
             "min_label_count",
             self.min_label_count,
             "at least 1 document",
         )
-        _check(
+        check_flag(
             self.num_shards is None or self.num_shards >= 1,
             "num_shards",
             self.num_shards,
             "at least 1",
         )
-        _check(
+        check_flag(
             self.max_rejected >= 0,
             "max_rejected",
             self.max_rejected,
             "a share or a number of rows, not negative",
         )
-        _check(
+        check_flag(
             self.num_workers is None or self.num_workers >= 1,
             "num_workers",
             self.num_workers,
@@ -256,7 +232,7 @@ class PrepareConfig:
     def split_shares(self) -> dict[str, float]:
         """Split name to share; the shares sum to 1. A single name takes everything."""
         if ":" not in self.split:
-            _check(
+            check_flag(
                 self.split.isidentifier(),
                 "split",
                 self.split,
@@ -270,8 +246,10 @@ class PrepareConfig:
                 shares[name.strip()] = float(share)
             except ValueError:
                 raise UserError(f"--split={self.split}: {item!r} is not NAME:SHARE") from None
-            _check(name.strip().isidentifier(), "split", self.split, "names of letters and digits")
-        _check(
+            check_flag(
+                name.strip().isidentifier(), "split", self.split, "names of letters and digits"
+            )
+        check_flag(
             all(share > 0 for share in shares.values()) and abs(sum(shares.values()) - 1) < 1e-6,
             "split",
             self.split,
@@ -310,15 +288,15 @@ class ModelConfig:
             "intermediate_size",
             "max_position_embeddings",
         ):
-            _check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        _check(
+            check_flag(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        check_flag(
             self.hidden_size % self.num_attention_heads == 0,
             "hidden_size",
             self.hidden_size,
             f"a multiple of --num_attention_heads={self.num_attention_heads}",
         )
         for name in ("hidden_dropout", "attention_dropout"):
-            _check(0 <= getattr(self, name) < 1, name, getattr(self, name), "a rate in [0, 1)")
+            check_flag(0 <= getattr(self, name) < 1, name, getattr(self, name), "a rate in [0, 1)")
 
 
 @dataclass(frozen=True)
@@ -334,14 +312,14 @@ class PackingConfig:
     max_windows: int
 
     def __post_init__(self) -> None:
-        _check(
+        check_flag(
             len(self.row_groups) > 0
             and all(rows > 0 and length > 0 for rows, length in self.row_groups),
             "row_groups",
             self.row_groups,
             "one or more ROWSxLENGTH, both positive",
         )
-        _check(
+        check_flag(
             0 < self.max_documents <= self.max_windows,
             "max_documents",
             self.max_documents,
@@ -383,19 +361,21 @@ class OptimizerConfig:
 
     def __post_init__(self) -> None:
         check_choices(self)
-        _check(self.learning_rate > 0, "learning_rate", self.learning_rate, "a positive rate")
+        check_flag(self.learning_rate > 0, "learning_rate", self.learning_rate, "a positive rate")
         for name in ("warmup", "adam_beta1", "adam_beta2", "ema_decay"):
-            _check(0 <= getattr(self, name) < 1, name, getattr(self, name), "a number in [0, 1)")
+            check_flag(
+                0 <= getattr(self, name) < 1, name, getattr(self, name), "a number in [0, 1)"
+            )
         for name in ("weight_decay", "clip_norm"):
-            _check(getattr(self, name) >= 0, name, getattr(self, name), "a number not below 0")
-        _check(self.adam_epsilon > 0, "adam_epsilon", self.adam_epsilon, "a positive number")
-        _check(
+            check_flag(getattr(self, name) >= 0, name, getattr(self, name), "a number not below 0")
+        check_flag(self.adam_epsilon > 0, "adam_epsilon", self.adam_epsilon, "a positive number")
+        check_flag(
             0 < self.layerwise_lr_decay <= 1,
             "layerwise_lr_decay",
             self.layerwise_lr_decay,
             "a factor in (0, 1]",
         )
-        _check(
+        check_flag(
             self.head_lr_multiplier > 0,
             "head_lr_multiplier",
             self.head_lr_multiplier,
@@ -446,12 +426,14 @@ class LossConfig:
     def __post_init__(self) -> None:
         check_choices(self)
         for name in ("focal_gamma", "asymmetric_gamma_positive", "logit_adjustment"):
-            _check(getattr(self, name) >= 0, name, getattr(self, name), "a number not below 0")
+            check_flag(getattr(self, name) >= 0, name, getattr(self, name), "a number not below 0")
         gamma = self.asymmetric_gamma_negative
         # Between 0 and 1 the gradient at the margin would be infinite.
-        _check(gamma == 0 or gamma >= 1, "asymmetric_gamma_negative", gamma, "0, or 1 or more")
+        check_flag(gamma == 0 or gamma >= 1, "asymmetric_gamma_negative", gamma, "0, or 1 or more")
         for name in ("asymmetric_margin", "label_smoothing"):
-            _check(0 <= getattr(self, name) < 1, name, getattr(self, name), "a number in [0, 1)")
+            check_flag(
+                0 <= getattr(self, name) < 1, name, getattr(self, name), "a number in [0, 1)"
+            )
 
 
 HEADS = ("cls", "mean", "label_attention")
@@ -573,39 +555,43 @@ class TrainConfig:
             "max_bad_steps",
             "keep_checkpoints",
         ):
-            _check(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
-        _check(
+            check_flag(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+        check_flag(
             self.hidden_size % self.num_attention_heads == 0,
             "hidden_size",
             self.hidden_size,
             f"a multiple of --num_attention_heads={self.num_attention_heads}",
         )
         for name in ("hidden_dropout", "attention_dropout"):
-            _check(0 <= getattr(self, name) < 1, name, getattr(self, name), "a rate in [0, 1)")
-        _check(
+            check_flag(0 <= getattr(self, name) < 1, name, getattr(self, name), "a rate in [0, 1)")
+        check_flag(
             self.num_train_epochs > 0,
             "num_train_epochs",
             self.num_train_epochs,
             "more than 0 epochs",
         )
-        _check(self.evaluate_every > 0, "evaluate_every", self.evaluate_every, "more than 0 epochs")
-        _check(self.max_pos_weight >= 1, "max_pos_weight", self.max_pos_weight, "at least 1")
-        _check(self.patience >= 0, "patience", self.patience, "0 or more evaluations")
-        _check(self.max_restarts >= 0, "max_restarts", self.max_restarts, "0 or more")
-        _check(self.start_timeout > 0, "start_timeout", self.start_timeout, "more than 0 seconds")
-        _check(
+        check_flag(
+            self.evaluate_every > 0, "evaluate_every", self.evaluate_every, "more than 0 epochs"
+        )
+        check_flag(self.max_pos_weight >= 1, "max_pos_weight", self.max_pos_weight, "at least 1")
+        check_flag(self.patience >= 0, "patience", self.patience, "0 or more evaluations")
+        check_flag(self.max_restarts >= 0, "max_restarts", self.max_restarts, "0 or more")
+        check_flag(
+            self.start_timeout > 0, "start_timeout", self.start_timeout, "more than 0 seconds"
+        )
+        check_flag(
             self.checkpoint_every is None or self.checkpoint_every >= 1,
             "checkpoint_every",
             self.checkpoint_every,
             "at least 1 step",
         )
-        _check(
+        check_flag(
             self.steps_per_loop is None or self.steps_per_loop >= 1,
             "steps_per_loop",
             self.steps_per_loop,
             "at least 1 step",
         )
-        _check(0 <= self.seed < 2**31, "seed", self.seed, "a number in [0, 2^31)")
+        check_flag(0 <= self.seed < 2**31, "seed", self.seed, "a number in [0, 2^31)")
         if self.row_groups is not None:
             parse_row_groups(self.row_groups)
 
@@ -625,7 +611,7 @@ def parse_row_groups(text: str) -> tuple[tuple[int, int], ...]:
         raise UserError(
             f"--row_groups={text}: expected ROWSxLENGTH,..., as 48x128,16x256"
         ) from None
-    _check(
+    check_flag(
         all(rows > 0 and length > 0 for rows, length in groups),
         "row_groups",
         text,
@@ -673,9 +659,9 @@ class EvaluateConfig:
 
     def __post_init__(self) -> None:
         check_choices(self)
-        _check(self.min_support >= 1, "min_support", self.min_support, "at least 1 document")
-        _check(self.exact_memory >= 0, "exact_memory", self.exact_memory, "0 GiB or more")
-        _check(self.resamples >= 0, "resamples", self.resamples, "0 or more")
+        check_flag(self.min_support >= 1, "min_support", self.min_support, "at least 1 document")
+        check_flag(self.exact_memory >= 0, "exact_memory", self.exact_memory, "0 GiB or more")
+        check_flag(self.resamples >= 0, "resamples", self.resamples, "0 or more")
         self.threshold_target()
 
     def threshold_target(self) -> tuple[str, float]:
@@ -689,7 +675,7 @@ class EvaluateConfig:
             kind in ("precision", "recall") and 0 < level <= 1
         )
         expected = "overall_f1, f1, precision:P or recall:R with P and R above 0 and at most 1"
-        _check(valid, "threshold_for", self.threshold_for, expected)
+        check_flag(valid, "threshold_for", self.threshold_for, expected)
         return kind, level
 
 
@@ -709,7 +695,7 @@ class ReportConfig:
 
     def __post_init__(self) -> None:
         check_choices(self)
-        _check(
+        check_flag(
             self.baseline_documents >= 0,
             "baseline_documents",
             self.baseline_documents,
@@ -809,27 +795,27 @@ class ScoreConfig:
         _check_runner(self)
         for name in ("precision", "tokens_per_batch"):
             found, default = getattr(self, name), getattr(ScoreConfig, name)
-            _check(
+            check_flag(
                 self.runner == LOCAL_RUNNER or found in (default, "float32"),
                 name,
                 found,
                 f"none with --runner={self.runner}, which runs the SavedModel as it was exported",
             )
-        _check(self.rows_per_part >= 1, "rows_per_part", self.rows_per_part, "at least 1 row")
-        _check(self.cpu_replicas >= 1, "cpu_replicas", self.cpu_replicas, "at least 1 replica")
-        _check(
+        check_flag(self.rows_per_part >= 1, "rows_per_part", self.rows_per_part, "at least 1 row")
+        check_flag(self.cpu_replicas >= 1, "cpu_replicas", self.cpu_replicas, "at least 1 replica")
+        check_flag(
             8 <= self.tokens_per_batch <= 1 << 24,
             "tokens_per_batch",
             self.tokens_per_batch,
             "8 to 2^24 tokens",
         )
-        _check(
+        check_flag(
             self.max_rejected >= 0,
             "max_rejected",
             self.max_rejected,
             "a share or a number of rows, not negative",
         )
-        _check(
+        check_flag(
             not {"", "id", "labels", "scores"}.intersection(self.keep_columns)
             and len(set(self.keep_columns)) == len(self.keep_columns),
             "keep_columns",
@@ -839,7 +825,7 @@ class ScoreConfig:
         for name in ("text_field", "id_field", "keep_columns"):
             found = ",".join(getattr(self, name)) if name == "keep_columns" else getattr(self, name)
             # What the shell hands over in other bytes arrives as halves of surrogate pairs.
-            _check(is_unicode(found), name, ascii(found), "UTF-8")
+            check_flag(is_unicode(found), name, ascii(found), "UTF-8")
         self.selection()
 
     def _check_worker(self) -> None:
@@ -848,10 +834,10 @@ class ScoreConfig:
             missing = "worker_index" if index is None else "num_workers"
             raise UserError(f"--{missing}: expected too, beside the other of the two")
         if index is not None and count is not None:
-            _check(count >= 1, "num_workers", count, "at least 1 process")
-            _check(0 <= index < count, "worker_index", index, f"0 to {count - 1}, of {count}")
-        _check(self.start_timeout >= 0, "start_timeout", self.start_timeout, "seconds")
-        _check(
+            check_flag(count >= 1, "num_workers", count, "at least 1 process")
+            check_flag(0 <= index < count, "worker_index", index, f"0 to {count - 1}, of {count}")
+        check_flag(self.start_timeout >= 0, "start_timeout", self.start_timeout, "seconds")
+        check_flag(
             self.runner == LOCAL_RUNNER or count is None,
             "num_workers",
             count,
@@ -870,10 +856,21 @@ class ScoreConfig:
             or (kind == "top" and value >= 1 and value.is_integer())
             or (kind == "above" and bool(number) and 0 <= value <= 1)
         )
-        _check(valid, "scores", self.scores, "all, chosen, top:K or above:P with P in [0, 1]")
+        check_flag(valid, "scores", self.scores, "all, chosen, top:K or above:P with P in [0, 1]")
         return kind, value
 
 
 def absolute(path: str) -> str:
     """A local path made absolute; a URL such as gs:// as it is."""
     return path if "://" in path else os.path.abspath(path)
+
+
+COMMANDS: dict[str, type] = {
+    "sample": SampleConfig,
+    "prepare": PrepareConfig,
+    "train": TrainConfig,
+    "evaluate": EvaluateConfig,
+    "report": ReportConfig,
+    "export": ExportConfig,
+    "score": ScoreConfig,
+}

@@ -34,8 +34,7 @@ from trainer.model.model_folder import (
 )
 from trainer.model.pretrained import WEIGHTS_FILE, from_variables
 from trainer.storage import filesystem
-from trainer.storage.gcs import Taken, list_objects, upload, upload_files
-from trainer.storage.object_reader import read_object
+from trainer.storage.gcs import Taken, list_objects, read_object, upload, upload_files
 from trainer.storage.temporary import scratch_folder
 from trainer.training.checkpoint import LoadedRun, load_best
 

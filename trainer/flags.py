@@ -13,14 +13,54 @@ import textwrap
 import types
 import typing
 from collections.abc import Iterator, Sequence
+from dataclasses import field
 from typing import Any, TypeVar
 
 from absl import flags
 
 from trainer.errors import UserError
 
-Config = TypeVar("Config")
 
+def option(default: Any, help: str, choices: tuple[str, ...] = (), required: bool = False) -> Any:
+    """A dataclass field that is also a command-line flag.
+
+    Args:
+      default: value when the flag is absent; None means "decided by the command".
+      help: what the flag does, with its unit; the default is appended by `flags.py`.
+      choices: the allowed values, if the flag is an enumeration.
+      required: whether the command refuses to start without it.
+    """
+    return field(default=default, metadata={"help": help, "choices": choices, "required": required})
+
+
+def check_flag(condition: bool, flag: str, found: Any, expected: str) -> None:
+    if not condition:
+        raise UserError(f"--{flag}={found}: expected {expected}")
+
+
+def check_choices(config: Any) -> None:
+    """Checks every enumeration field, and every required one, of a config."""
+    for item in dataclasses.fields(config):
+        value = getattr(config, item.name)
+        choices = item.metadata.get("choices", ())
+        if choices and value is not None and value not in choices:
+            raise UserError(f"--{item.name}={value}: expected one of {', '.join(choices)}")
+        if item.metadata.get("required") and value in (None, "", ()):
+            raise UserError(f"--{item.name} is required: {item.metadata['help']}")
+
+
+def is_unicode(text: str) -> bool:
+    """Whether a text can be written as UTF-8: halves of surrogate pairs cannot."""
+    if text.isascii():
+        return True
+    try:
+        text.encode("utf-8")
+    except UnicodeEncodeError:
+        return False
+    return True
+
+
+Config = TypeVar("Config")
 HELP_WIDTH = 100
 
 

@@ -27,12 +27,17 @@ from trainer.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from trainer.errors import UserError
 from trainer.preparation.checks import check_splits
 from trainer.preparation.corpus import Corpus, VocabularyTexts, columns_of, read_corpus
-from trainer.preparation.data_folder import check_vacant, find_metadata, move_out, open_work_folder
-from trainer.preparation.data_mirror import DataMirror, mirrored
+from trainer.preparation.data_folder import (
+    DataMirror,
+    check_vacant,
+    find_metadata,
+    mirrored,
+    move_out,
+    open_work_folder,
+)
 from trainer.preparation.duplicates import write_text_indexes
 from trainer.preparation.inputs import choose_label_columns, choose_token_limits, gather_inputs
-from trainer.preparation.shards import WritePlan
-from trainer.preparation.writing import describe_splits, write_corpus
+from trainer.preparation.shards import WritePlan, describe_splits, write_corpus
 from trainer.runtime.workers import WorkerPool, process_pool
 from trainer.sources.labels import read_label_file
 from trainer.sources.reader import fingerprints

@@ -14,16 +14,22 @@ import numpy as np
 
 from trainer.config import EvaluateConfig, ReportConfig
 from trainer.data.documents import leading_places, read_documents
-from trainer.data.metadata import METADATA_FILE, TOKENIZER_FOLDER, Metadata, load_metadata
+from trainer.data.metadata import (
+    METADATA_FILE,
+    TOKENIZER_FOLDER,
+    Metadata,
+    load_metadata,
+    split_fingerprint,
+)
 from trainer.data.tokenizer import load_tokenizer
 from trainer.errors import UserError
-from trainer.evaluate import TRAIN_SPLIT, split_fingerprint
+from trainer.evaluate import TRAIN_SPLIT
 from trainer.evaluation.results import CURVES_FILE, EVALUATION_FOLDER, METRICS_FILE
 from trainer.evaluation.thresholds import Target
 from trainer.reporting.baseline import measure_baseline
 from trainer.reporting.page import MAX_CHARACTERS, Material, render
 from trainer.storage import filesystem
-from trainer.storage.atomic import write_atomically
+from trainer.storage.filesystem import write_atomically
 from trainer.training.checkpoint import load_best
 from trainer.training.run_record import load_record
 

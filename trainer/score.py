@@ -17,13 +17,14 @@ from tqdm import tqdm
 
 from trainer.beam import open_runner
 from trainer.config import LOCAL_RUNNER, ScoreConfig, absolute
+from trainer.data.packing import choose_score_packing
 from trainer.errors import UserError
 from trainer.model.model_folder import ExportedModel, load_exported
 from trainer.runtime.cluster import read_cluster
 from trainer.runtime.devices import choose_scoring_precision, make_scoring_strategy
 from trainer.scoring.batches import Block, check_finite
 from trainer.scoring.parts import FOLDERS, Progress, begin_part, rejected_file
-from trainer.scoring.pipeline import Compilations, scored_blocks
+from trainer.scoring.pipeline import Compilations, sample_lengths, scored_blocks
 from trainer.scoring.plan import (
     Plan,
     check_plan,
@@ -34,15 +35,13 @@ from trainer.scoring.plan import (
     save_plan,
     wait_for_plan,
 )
-from trainer.scoring.result_files import open_results
-from trainer.scoring.score_packing import choose_score_packing, sample_lengths
-from trainer.sources.input_files import absolute_name, disk_errors, format_of, location
-from trainer.sources.listing import for_each_file, list_files
+from trainer.scoring.writers import open_results
+from trainer.sources.input_files import absolute_name, format_of, location
+from trainer.sources.listing import FileVersions, for_each_file, list_files
 from trainer.sources.reader import check_all_columns, column_names
-from trainer.sources.rejected import REJECTED_FOLDER, allowed_rejections, describe_rejections
-from trainer.sources.rows import Columns
-from trainer.sources.versions import FileVersions
+from trainer.sources.rows import REJECTED_FOLDER, Columns, allowed_rejections, describe_rejections
 from trainer.storage import filesystem
+from trainer.storage.filesystem import disk_errors
 from trainer.storage.output_folder import OutputFolder, open_output
 from trainer.storage.temporary import own_temporary_files
 
@@ -278,8 +277,7 @@ def _score_by_beam(
     versions: FileVersions,
 ) -> int:
     """The same by a Beam runner, in any order."""
-    from trainer.beam.score_job import score_parts
-    from trainer.beam.score_pipeline import ScoreJob
+    from trainer.beam.score_pipeline import ScoreJob, score_parts
 
     job = ScoreJob(
         output_dir=absolute(config.output_dir),

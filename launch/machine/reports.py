@@ -9,7 +9,7 @@ from types import TracebackType
 
 from launch.job import Job
 from trainer.errors import RunAgain
-from trainer.storage import gcs, object_reader
+from trainer.storage import gcs
 
 _INTERVAL_SECONDS = 10.0
 _PIECE_BYTES = 4 << 20
@@ -123,7 +123,7 @@ class Reporter:
 
     def read_num_done(self) -> int:
         """How many of the job's commands were done before this machine came."""
-        text = object_reader.read_object(f"{self._job.folder}/{_DONE}")
+        text = gcs.read_object(f"{self._job.folder}/{_DONE}")
         record = json.loads(text) if text else {}
         return record["num_done"] if record.get("submission") == self._job.submission else 0
 

@@ -9,10 +9,10 @@ its layers are alike.
 import dataclasses
 import json
 import time
-from dataclasses import dataclass
 from pathlib import Path
 
-from launch.preflight.batch_search import QUANTUM, Largest, find_largest
+from launch.accelerators import Target, parse_target
+from launch.launch_config import PreflightConfig
 from launch.preflight.compilation import (
     DEFAULT_PYTHON,
     check_compiler,
@@ -20,59 +20,25 @@ from launch.preflight.compilation import (
     compile_programs,
 )
 from launch.preflight.job_shape import (
+    QUANTUM,
     JobShape,
+    Largest,
     choose_shape,
+    find_largest,
     model_flops,
     num_parameters,
     read_metadata,
 )
 from launch.preflight.lowering import lower_steps
-from launch.preflight.step_cost import StepCost, extend, measure
+from launch.preflight.roofline import StepCost, StepReport, extend, measure
 from launch.preflight.verdict import describe_job, describe_largest, describe_step
-from launch.preflight_config import PreflightConfig
-from launch.targets import Target, parse_target
 from trainer.data.packing import least_tokens
 from trainer.errors import DoesNotFit
-from trainer.storage.atomic import write_atomically
+from trainer.storage.filesystem import write_atomically
 
 # Layers of the programs that are compiled in place of deeper ones. With one layer there would be
 # none but the last, which may compute less than those before it.
 _SHALLOW, _DEEP = 2, 3
-
-
-@dataclass(frozen=True)
-class StepReport:
-    """What is known of one step.
-
-    Attributes:
-      cost: of one execution on one chip.
-      model_flops: useful FLOP of it (`job_shape.model_flops`).
-      documents: that one chip takes in one execution, on average.
-      passes: times that it sees the corpus.
-      compiled_layers: depths of the programs that the cost comes from.
-    """
-
-    cost: StepCost
-    model_flops: float
-    documents: float
-    passes: float
-    compiled_layers: tuple[int, ...]
-
-    def utilisation(self, peak: float) -> tuple[float, float]:
-        """Least and most of the chip's peak (FLOP a second) that is useful work."""
-        shortest, longest = self.cost.seconds
-        return self.model_flops / longest / peak, self.model_flops / shortest / peak
-
-    def documents_per_second(self) -> tuple[float, float]:
-        """Least and most documents a second of one chip."""
-        shortest, longest = self.cost.seconds
-        return self.documents / longest, self.documents / shortest
-
-    def chip_hours(self, num_documents: int) -> tuple[float, float]:
-        """Least and most hours that a chip, or as many chips together, takes for the corpus."""
-        slowest, fastest = self.documents_per_second()
-        hours = num_documents * self.passes / 3600
-        return hours / fastest, hours / slowest
 
 
 def run(config: PreflightConfig) -> None:

@@ -9,7 +9,7 @@ from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
 
-from launch.targets import GIB, Target
+from launch.accelerators import GIB, Target
 from trainer.errors import DoesNotFit, UserError
 from trainer.runtime.workers import count_cores
 

@@ -7,14 +7,13 @@ import textwrap
 from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
-from launch.preflight.batch_search import QUANTUM, Largest
-from launch.preflight.job_shape import FILL, JobShape, num_parameters
-from launch.preflight.step_cost import StepCost
-from launch.preflight_config import PreflightConfig
-from launch.targets import GIB, Target
+from launch.accelerators import GIB, Target
+from launch.launch_config import PreflightConfig
+from launch.preflight.job_shape import FILL, QUANTUM, JobShape, Largest, num_parameters
+from launch.preflight.roofline import StepCost
 
 if TYPE_CHECKING:
-    from launch.preflight.command import StepReport
+    from launch.preflight.roofline import StepReport
 
 _TRUST = (
     "memory is the compiler's own count. Time was never measured on a TPU: the roofline leaves "

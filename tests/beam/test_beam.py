@@ -155,7 +155,7 @@ def test_shards_of_two_processes(rows, tmp_path):
 
 
 def test_parts_go_apart_where_their_file_can_be_entered_and_within_the_limit(tmp_path):
-    from trainer.beam.score_job import _pipelines, _runs
+    from trainer.beam.score_pipeline import _pipelines, _runs
 
     rows = [{"text": f"text {index}"} for index in range(90)]
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")

@@ -5,7 +5,7 @@ import pytest
 import tensorflow as tf
 
 from trainer.config import LossConfig, ModelConfig, OptimizerConfig, PackingConfig
-from trainer.data.label_transfer import dense_labels, no_labels, spread_labels
+from trainer.data.input_pipeline import dense_labels, no_labels, spread_labels
 from trainer.data.packing import pack
 from trainer.model.model import build_model
 from trainer.training.losses import make_loss

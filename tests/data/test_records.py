@@ -5,8 +5,14 @@ import io
 import numpy as np
 import pytest
 
-from trainer.data.records import document_id, encode_record, parse_records
-from trainer.data.wire import frame_records, frame_starts, read_frame
+from trainer.data.records import (
+    document_id,
+    encode_record,
+    frame_records,
+    frame_starts,
+    parse_records,
+    read_frame,
+)
 
 NUMBERS = [0, 1, 127, 128, 16_383, 16_384, 30_521, 2**31 - 1]
 

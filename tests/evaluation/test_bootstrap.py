@@ -11,8 +11,7 @@ from trainer.evaluation.intervals import (
     count_resamples,
     resample_metrics,
 )
-from trainer.evaluation.metrics import compute_metrics
-from trainer.evaluation.probability_metrics import is_counted
+from trainer.evaluation.metrics import compute_metrics, is_counted
 
 
 def draw(num_documents, seed):

@@ -12,8 +12,8 @@ from trainer.evaluation.calibration import (
     fit_calibration,
     sigmoid,
 )
-from trainer.evaluation.probability_metrics import calibration_errors
-from trainer.training.label_weights import positive_weights
+from trainer.evaluation.metrics import calibration_errors
+from trainer.training.losses import positive_weights
 
 
 def cross_entropy(probabilities, labels):

@@ -5,7 +5,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.evaluation import binned_probabilities
+from trainer.evaluation import measurement
 from trainer.evaluation.calibration import (
     Calibration,
     fit_binned_calibration,
@@ -21,9 +21,9 @@ from trainer.evaluation.histograms import (
     bound_roc_auc,
 )
 from trainer.evaluation.measurement import ExactMeasurement, StreamedMeasurement, fits_exactly
+from trainer.evaluation.predictions import Predictions
 from trainer.evaluation.ranking import average_precision, rank_labels, roc_auc
 from trainer.evaluation.thresholds import Target, fit_binned_thresholds, fit_thresholds
-from trainer.model.predictor import Predictions
 
 
 def predictions_of(logits, labels):
@@ -138,7 +138,7 @@ def test_bounds_hold_where_a_bin_holds_many_scores(case, scale, shift):
     ):
         off = np.abs(metric(cuts) - metric(exact))
         assert np.isnan(off[0]) or off[0] <= bound(cuts)[0] + 1e-9, metric
-    ours, _, bounds = binned_probabilities.probability_metrics(
+    ours, _, bounds = measurement.binned_probability_metrics(
         histograms, np.array([scale]), np.array([shift])
     )
     theirs = ExactMeasurement(Calibration(np.array([scale]), np.array([shift])), np.full(1, 0.5))

@@ -10,8 +10,7 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
 from sklearn import metrics as peer
 
-from trainer.evaluation.metrics import compute_metrics, warn_if_constant
-from trainer.evaluation.probability_metrics import calibration_error
+from trainer.evaluation.metrics import calibration_error, compute_metrics, warn_if_constant
 from trainer.evaluation.ranking import average_precision, rank_cuts, roc_auc
 
 

@@ -7,9 +7,14 @@ import pytest
 from sklearn.metrics import f1_score
 
 from trainer.evaluation.histograms import Histograms
-from trainer.evaluation.overall_thresholds import Candidates, choose_overall
 from trainer.evaluation.ranking import rank_labels
-from trainer.evaluation.thresholds import Target, fit_binned_thresholds, fit_thresholds
+from trainer.evaluation.thresholds import (
+    Candidates,
+    Target,
+    choose_overall,
+    fit_binned_thresholds,
+    fit_thresholds,
+)
 
 
 def value_of(candidates, choice, support, true_positives, predicted):

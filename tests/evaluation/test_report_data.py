@@ -17,8 +17,8 @@ from trainer.evaluation.curves import (
     precision_recall,
     reliability,
 )
+from trainer.evaluation.metrics import calibration_error
 from trainer.evaluation.predictions import ScoredDocuments
-from trainer.evaluation.probability_metrics import calibration_error
 
 
 def scored(documents, labels, seed, num_documents=None):

@@ -2,7 +2,7 @@
 
 import pytest
 
-from launch.cloud.buckets import check_bucket, region_of
+from launch.cloud.follow import check_bucket, region_of
 from trainer.errors import UserError
 from trainer.storage import gcs
 

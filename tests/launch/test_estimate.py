@@ -4,20 +4,20 @@ import dataclasses
 
 import pytest
 
-from launch.preflight.batch_search import QUANTUM, find_largest
+from launch.accelerators import Rates, parse_target
 from launch.preflight.hlo import parse_module, parse_shapes
+from launch.preflight.job_shape import QUANTUM, find_largest
 from launch.preflight.roofline import (
     Cost,
-    Rates,
+    StepCost,
     describe,
     estimate,
+    extend,
     has_loops,
     missing_seconds,
     total,
 )
-from launch.preflight.step_cost import StepCost, extend
 from launch.preflight.traffic import hbm_bytes, link_bytes, matmul_flops
-from launch.targets import parse_target
 
 # Of round numbers: a byte of HBM takes a nanosecond, a thousand FLOP too.
 RATES = Rates(flops=1e12, hbm=1e9, links=1e8, replicas=4, clock=1e9)

@@ -10,6 +10,8 @@ import re
 import pytest
 import tensorflow as tf
 
+from launch.accelerators import parse_target
+from launch.launch_config import PreflightConfig
 from launch.preflight.command import find_batch, report_step
 from launch.preflight.compilation import DEFAULT_PYTHON, compile_programs
 from launch.preflight.job_shape import (
@@ -20,10 +22,8 @@ from launch.preflight.job_shape import (
     read_metadata,
 )
 from launch.preflight.lowering import lower, lower_steps
-from launch.preflight.step_cost import StepCost
+from launch.preflight.roofline import StepCost
 from launch.preflight.verdict import split_memory
-from launch.preflight_config import PreflightConfig
-from launch.targets import parse_target
 from trainer import cli
 from trainer.config import ModelConfig, OptimizerConfig, PackingConfig
 from trainer.data.metadata import load_metadata

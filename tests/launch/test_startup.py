@@ -11,7 +11,7 @@ import pytest
 from booting import BUCKET, DELETE, JOB, PLACE, make_host, packed, set_job
 
 from launch.cloud import package
-from launch.cloud.tpu_requests import make_metadata
+from launch.cloud.tpu_slices import make_metadata
 from launch.machine.reports import Ending, State
 
 

@@ -154,7 +154,7 @@ def test_a_store_that_is_away_does_not_end_the_waiting(tpu, cloud, monkeypatch, 
     """Twice the bucket does not answer; the slice is neither forgotten nor cancelled."""
     Slices(tpu, cloud, 0)
     from trainer.errors import RunAgain
-    from trainer.storage import object_reader
+    from trainer.storage import gcs
 
     away = iter([True, True])
     read = slice_watch.read_records
@@ -167,7 +167,7 @@ def test_a_store_that_is_away_does_not_end_the_waiting(tpu, cloud, monkeypatch, 
     monkeypatch.setattr(slice_watch, "read_records", read_or_fail)
     assert run(SUBMIT) == 0
     assert capsys.readouterr().out.count("still waiting: the store did not answer") == 2
-    assert object_reader.read_object(f"gs://{BUCKET}/multihot/first/exit_code/host-0")
+    assert gcs.read_object(f"gs://{BUCKET}/multihot/first/exit_code/host-0")
 
 
 def test_another_submissions_leavings_are_not_taken_for_this_ones(tpu, cloud, capsys):

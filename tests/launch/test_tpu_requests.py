@@ -11,7 +11,7 @@ from launch import submit_tpu
 from launch.accelerators import find_slice, tpu_slices
 from launch.cloud import package
 from launch.cloud.package import Package
-from launch.cloud.tpu_requests import make_create_request, to_dict
+from launch.cloud.tpu_slices import make_create_request, to_dict
 from launch.job import StoredFile
 from launch.launch_config import SubmitTpuConfig
 from trainer import cli

@@ -21,7 +21,7 @@ from trainer.data.metadata import load_metadata
 from trainer.data.tokenizer import load_tokenizer, train_tokenizer
 from trainer.errors import UserError
 from trainer.preparation.shards import choose_shards, mix
-from trainer.sample import write_sample
+from trainer.sources.docstrings import write_sample
 
 SPLITS = {"train": 0.8, "validation": 0.1, "test": 0.1}
 

@@ -168,7 +168,7 @@ def test_labels_that_no_row_has_right_are_told_before_all_is_read(
     ],
 )
 def test_a_sample_that_does_not_exist_is_told(tmp_path, monkeypatch, item, message):
-    monkeypatch.setattr("trainer.sample.PACKAGES", {"tqdm": ("tqdm",)})
+    monkeypatch.setattr("trainer.sources.docstrings.PACKAGES", {"tqdm": ("tqdm",)})
     with pytest.raises(UserError, match=message):
         prepare.run(config(item, tmp_path / "data"))
     assert list(tmp_path.iterdir()) == []

@@ -1,7 +1,7 @@
 """Scripts: which ones a vocabulary knows, and which texts are in others."""
 
 from trainer.data.tokenizer import load_tokenizer, train_tokenizer
-from trainer.preparation.scripts import known_scripts, unknown_script
+from trainer.preparation.statistics import known_scripts, unknown_script
 
 RUSSIAN = "Съешь же ещё этих мягких французских булок, да выпей чаю; булки мягкие, чай крепкий."
 CHINESE = "我们在城市里买了很多书。"

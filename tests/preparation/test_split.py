@@ -3,8 +3,7 @@
 import numpy as np
 import pytest
 
-from trainer.preparation.row_index import bucket_of, map_ragged, take_ragged
-from trainer.preparation.split import StratifiedSplitter
+from trainer.preparation.row_index import StratifiedSplitter, bucket_of, map_ragged, take_ragged
 
 SHARES = (0.8, 0.1, 0.1)
 

@@ -10,8 +10,7 @@ import time
 
 import pytest
 
-from trainer.runtime.interruption import Interruption
-from trainer.runtime.maintenance import MaintenanceWatch, metadata_host
+from trainer.runtime.interruption import Interruption, MaintenanceWatch, metadata_host
 
 # A call that gives the interpreter lock back, as TensorFlow's do, and lets no handler run.
 PROGRAM = """
@@ -204,7 +203,7 @@ def test_a_server_that_is_down_for_a_while_is_asked_again(monkeypatch):
 
 def test_only_a_machine_of_googles_is_asked(monkeypatch, tmp_path):
     product_name = tmp_path / "product_name"
-    monkeypatch.setattr("trainer.runtime.maintenance._PRODUCT_NAME", product_name)
+    monkeypatch.setattr("trainer.runtime.interruption._PRODUCT_NAME", product_name)
     assert metadata_host({}) is None
     product_name.write_text("Standard PC\n")
     assert metadata_host({}) is None

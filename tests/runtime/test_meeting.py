@@ -10,9 +10,7 @@ import time
 import pytest
 
 from trainer.errors import RunAgain
-from trainer.runtime.cluster import Cluster
-from trainer.runtime.exit_timer import ExitTimer
-from trainer.runtime.meeting import meet
+from trainer.runtime.cluster import Cluster, ExitTimer, meet
 
 
 def free_ports(count):
@@ -101,7 +99,7 @@ def test_the_timer_ends_a_process_that_holds_the_interpreter_lock():
     """`PyDLL` calls without giving the lock back: no other thread of Python's can run."""
     script = (
         "import ctypes\n"
-        "from trainer.runtime.exit_timer import ExitTimer\n"
+        "from trainer.runtime.cluster import ExitTimer\n"
         "with ExitTimer(0.5):\n"
         "    pass\n"
         "print('within the time', flush=True)\n"

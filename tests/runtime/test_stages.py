@@ -5,7 +5,7 @@ import time
 
 import pytest
 
-from trainer.runtime.stages import run_ahead
+from trainer.runtime.workers import run_ahead
 
 
 def test_items_keep_their_order_through_two_stages():

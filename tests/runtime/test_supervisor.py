@@ -8,7 +8,7 @@ import time
 
 import pytest
 
-from trainer.runtime.supervisor import supervise
+from trainer.runtime.interruption import supervise
 
 # Ends with the codes given, one a start, and counts its starts in a file.
 CHILD = """
@@ -33,7 +33,7 @@ os._exit(75)
 """
 PARENT = """
 import sys
-from trainer.runtime.supervisor import supervise
+from trainer.runtime.interruption import supervise
 sys.exit(supervise([sys.executable, "-c", sys.argv[1]], 3, first_delay=float(sys.argv[2])))
 """
 

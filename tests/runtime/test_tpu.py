@@ -9,7 +9,7 @@ import tensorflow as tf
 
 from trainer.config import TrainConfig
 from trainer.errors import RunAgain, UserError
-from trainer.runtime import tpu
+from trainer.runtime import devices
 from trainer.runtime.devices import (
     choose_precision,
     is_chief,
@@ -39,7 +39,7 @@ class FakeTpu:
         self.calls, self.hosts, self.error = [], [], None
 
     def resolver(self, tpu):
-        self.calls.append(("resolve", tpu))
+        self.calls.append(("resolve", devices))
         spec = tf.train.ClusterSpec({"worker": self.hosts} if self.hosts else {})
         return types.SimpleNamespace(cluster_spec=lambda: spec, task_type="worker")
 
@@ -57,7 +57,7 @@ def fake(monkeypatch):
     machine = FakeTpu()
     monkeypatch.delenv("TPU_NAME", raising=False)
     monkeypatch.delenv("TF_CONFIG", raising=False)
-    monkeypatch.setattr(tpu, "has_tpu_support", lambda: True)
+    monkeypatch.setattr(devices, "has_tpu_support", lambda: True)
     monkeypatch.setattr(tf.distribute.cluster_resolver, "TPUClusterResolver", machine.resolver)
     monkeypatch.setattr(tf.config, "experimental_connect_to_cluster", machine.connect)
     monkeypatch.setattr(tf.tpu.experimental, "initialize_tpu_system", machine.initialize)
@@ -76,7 +76,7 @@ def config_of(**flags):
 
 
 def test_auto_takes_the_local_tpu(fake, monkeypatch, capsys):
-    monkeypatch.setattr(tpu, "local_chips", lambda: ["/dev/vfio/0", "/dev/vfio/1"])
+    monkeypatch.setattr(devices, "local_chips", lambda: ["/dev/vfio/0", "/dev/vfio/1"])
     strategy = make_strategy(config_of())
     assert fake.calls == [("resolve", "local"), ("initialize",)]
     assert capsys.readouterr().out.splitlines()[-1] == (
@@ -128,7 +128,7 @@ def test_a_host_of_the_tpu_that_does_not_answer_is_named(fake):
     ],
 )
 def test_what_tensorflow_raises_becomes_one_line(fake, monkeypatch, error, kind, said):
-    monkeypatch.setattr(tpu, "local_chips", lambda: ["/dev/accel0"])
+    monkeypatch.setattr(devices, "local_chips", lambda: ["/dev/accel0"])
     fake.error = error
     with pytest.raises(kind) as caught:
         make_strategy(config_of(strategy="tpu"))
@@ -136,7 +136,7 @@ def test_what_tensorflow_raises_becomes_one_line(fake, monkeypatch, error, kind,
 
 
 def test_without_a_tpu_there_is_nothing_to_take(fake, monkeypatch):
-    monkeypatch.setattr(tpu, "local_chips", lambda: [])
+    monkeypatch.setattr(devices, "local_chips", lambda: [])
     with pytest.raises(UserError, match="--strategy=tpu: this machine has no TPU"):
         make_strategy(config_of(strategy="tpu"))
     assert fake.calls == []
@@ -144,16 +144,16 @@ def test_without_a_tpu_there_is_nothing_to_take(fake, monkeypatch):
 
 def test_this_tensorflow_is_not_built_for_tpus(monkeypatch):
     """Really: the CPU's distribution is installed here."""
-    monkeypatch.setattr(tpu, "local_chips", lambda: ["/dev/vfio/0"])
+    monkeypatch.setattr(devices, "local_chips", lambda: ["/dev/vfio/0"])
     monkeypatch.delenv("TPU_NAME", raising=False)
-    assert tpu.find_tpu(None) is None
+    assert devices.find_tpu(None) is None
     with pytest.raises(UserError, match="is not built for TPUs; install multihot\\[tpu\\]"):
         make_strategy(config_of(tpu="local"))
 
 
 def test_a_name_that_cannot_be_looked_up_is_one_line(monkeypatch):
     """Really: TensorFlow's own resolver, on a machine without a metadata server."""
-    monkeypatch.setattr(tpu, "has_tpu_support", lambda: True)
+    monkeypatch.setattr(devices, "has_tpu_support", lambda: True)
     monkeypatch.setenv("GCE_METADATA_IP", "127.0.0.1:9")
     with pytest.raises(UserError, match="--tpu=mine: cannot look up this TPU"):
         make_strategy(config_of(tpu="mine"))

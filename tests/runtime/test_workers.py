@@ -9,7 +9,7 @@ import pytest
 from trainer.errors import UserError
 from trainer.runtime import workers
 from trainer.runtime.workers import process_pool
-from trainer.sources.rejected import allowed_rejections
+from trainer.sources.rows import allowed_rejections
 
 
 def square(number):

@@ -13,7 +13,7 @@ import pytest
 from trainer.config import ScoreConfig
 from trainer.errors import UserError
 from trainer.scoring import writers
-from trainer.scoring.result_files import ENDINGS, RESULT_FIELDS, open_results
+from trainer.scoring.writers import ENDINGS, RESULT_FIELDS, open_results
 
 LABELS = ("red", "10% off", "grün", "never")
 THRESHOLDS = np.array([0.5, 0.25, 0.75, np.nan])

@@ -7,7 +7,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.scoring.result_lines import LineFormatter
+from trainer.scoring.writers import LineFormatter
 
 OFF = '10% "off"'
 LABELS = ("red", OFF, "grün", "never")

@@ -10,11 +10,10 @@ import tensorflow as tf
 from trainer import score
 from trainer.config import PackingConfig, ScoreConfig
 from trainer.data.packing import choose_packing
-from trainer.data.token_rows import TokenLimits
+from trainer.data.tokenizer import TokenLimits
 from trainer.model.model_folder import load_exported
 from trainer.scoring import batches as blocks_module
-from trainer.scoring.batches import BlockPacker, tokenize
-from trainer.scoring.chunks import Chunk
+from trainer.scoring.batches import BlockPacker, Chunk, tokenize
 from trainer.scoring.pipeline import Compilations, scored_blocks
 from trainer.scoring.plan import Part, Plan
 from trainer.sources.reader import plan_segments

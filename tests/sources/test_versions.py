@@ -9,7 +9,7 @@ from preparing import ROWS, config, write_rows
 from trainer import prepare, score
 from trainer.config import ScoreConfig
 from trainer.errors import UserError
-from trainer.sources.versions import FileVersions
+from trainer.sources.listing import FileVersions
 
 
 def test_versions_tell_which_file_changed(tmp_path, cloud):

@@ -12,7 +12,7 @@ from trainer import export, prepare, score
 from trainer.config import ExportConfig, ScoreConfig
 from trainer.errors import RunAgain, UserError
 from trainer.model.model_folder import load_exported
-from trainer.storage import gcs, gcs_client, object_reader
+from trainer.storage import gcs, gcs_client
 from trainer.storage.output_folder import open_output
 
 WORDS = "market price rise fall rain wind sun storm goal match team player vote law court".split()
@@ -126,7 +126,7 @@ def test_of_two_prepares_at_once_neither_spoils_the_other_s(cloud, rows, scratch
     metadata = json.loads(cloud.buckets["b"]["data/metadata.json"].data)
     assert metadata["source"]["calls"][0]["seed"] == 5
     for shard in metadata["splits"]["all"]["shards"]:
-        found = object_reader.find_object(f"gs://b/data/{shard['name']}")
+        found = gcs.find_object(f"gs://b/data/{shard['name']}")
         assert found.checksum == shard["checksum"]
 
 

@@ -8,11 +8,10 @@ import threading
 import pytest
 from fake_gcs import KEEPS_HALF, FakeStorage, random_faults, serve
 
-from trainer.data.metadata import checksum
 from trainer.errors import RunAgain, UserError
-from trainer.storage import gcs, gcs_client, object_reader
-from trainer.storage.gcs import Taken, upload
-from trainer.storage.object_reader import ObjectReader, find_object, open_reader
+from trainer.storage import gcs, gcs_client
+from trainer.storage.filesystem import checksum
+from trainer.storage.gcs import ObjectReader, Taken, find_object, open_reader, upload
 
 LARGE = os.urandom(1 << 20) * 21
 
@@ -30,7 +29,7 @@ def test_objects_come_back_as_they_were_written(cloud, tmp_path):
         assert gcs.download(f"gs://b/{name}", str(path)) == stored
         assert path.read_bytes() == data
     assert stored.checksum == checksum(str(path))
-    assert find_object("gs://b/other") is None and object_reader.read_object("gs://b/x") is None
+    assert find_object("gs://b/other") is None and gcs.read_object("gs://b/x") is None
 
 
 def test_a_reader_seeks_and_reads_lines(cloud):
@@ -200,7 +199,7 @@ def test_behind_a_proxy_without_credentials_requests_are_anonymous(tmp_path):
     storage = FakeStorage({"b": {}})
     storage.put("b", "public", b"for all")
     code = (
-        "import sys; from trainer.storage.object_reader import read_object as read;"
+        "import sys; from trainer.storage.gcs import read_object as read;"
         "from trainer.storage.gcs import upload;"
         "print(read('gs://b/public'), upload('gs://b/large', b'x' * 9000000).bytes);"
         "assert 'tensorflow' not in sys.modules"

@@ -122,7 +122,7 @@ def fake(tmp_path, **settings):
 
 def try_everything(root):
     """What every function of `trainer.storage.filesystem` says of a folder, local or not."""
-    from trainer.storage.atomic import write_atomically
+    from trainer.storage.filesystem import write_atomically
 
     def attempt(function, *arguments):
         try:

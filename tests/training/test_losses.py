@@ -11,8 +11,15 @@ from sklearn.utils.class_weight import compute_class_weight
 
 from trainer.config import LOSSES, LossConfig
 from trainer.errors import UserError
-from trainer.training.label_weights import initial_bias, label_weights, positive_weights
-from trainer.training.losses import has_exact_correction, logit_offset, make_loss, weighted_bce
+from trainer.training.losses import (
+    has_exact_correction,
+    initial_bias,
+    label_weights,
+    logit_offset,
+    make_loss,
+    positive_weights,
+    weighted_bce,
+)
 
 LABELS = ("common", "rare", "never", "always")
 COUNTS = (2000, 10, 0, 8000)

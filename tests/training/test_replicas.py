@@ -13,9 +13,8 @@ from trainer.data.metadata import load_metadata
 from trainer.data.packing import choose_packing
 from trainer.model.model import build_model
 from trainer.model.predictor import Predictor
-from trainer.training.loss_scale import GROWTH_STEPS, INITIAL_SCALE, LossScale
 from trainer.training.losses import weighted_bce
-from trainer.training.step import TrainStep
+from trainer.training.step import GROWTH_STEPS, INITIAL_SCALE, LossScale, TrainStep
 
 MICRO_BATCHES = 4
 RATE = 0.5

@@ -7,35 +7,92 @@
 Texts stay within the worker that reads them: what is grouped by part are ids, kept columns and
 probabilities. A part is written by one call, with the file names, formats and manifests of the
 local command, and one that is there already is left alone, so that a repeated call does no harm.
+
+The SavedModel's packed pass as a model of Beam's RunInference.
+
+`score` by a Beam runner: which parts go into a pipeline together, and what came of them.
 """
 
 import contextlib
-from collections.abc import Iterable, Iterator, Sequence
+import os
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
 from dataclasses import dataclass
 from functools import partial
 from typing import Any, NamedTuple
 
 import apache_beam as beam
 import numpy as np
+import tensorflow as tf
 from apache_beam.metrics import Metrics
-from apache_beam.ml.inference.base import KeyedModelHandler, RunInference
+from apache_beam.ml.inference.base import KeyedModelHandler, ModelHandler, RunInference
 
-from trainer.beam.faults import marked_faults
-from trainer.beam.model_handler import MicroBatch, PackedModelHandler
-from trainer.beam.runners import NAMESPACE
+from trainer.beam.runners import NAMESPACE, BeamRunner, marked_faults
 from trainer.data.packing import BLOCK_MICRO_BATCHES
-from trainer.data.token_rows import TokenLimits
-from trainer.data.tokenizer import load_tokenizer
+from trainer.data.tokenizer import TokenLimits, load_tokenizer
+from trainer.errors import UserError
 from trainer.model.model import INPUTS
-from trainer.model.model_folder import check_fingerprint, local_model
-from trainer.scoring.batches import Block, BlockPacker, check_finite, tokenize
-from trainer.scoring.chunks import read_chunks
+from trainer.model.model_folder import (
+    SAVED_MODEL_FOLDER,
+    check_fingerprint,
+    check_saved_model,
+    local_model,
+)
+from trainer.scoring.batches import Block, BlockPacker, check_finite, read_chunks, tokenize
 from trainer.scoring.parts import begin_part
-from trainer.scoring.plan import Plan, load_plan
-from trainer.scoring.result_files import open_results
+from trainer.scoring.plan import Part, Plan, load_plan
+from trainer.scoring.writers import open_results
+from trainer.sources.listing import FileVersions
+from trainer.sources.reader import can_enter
 from trainer.sources.rows import Columns
-from trainer.sources.versions import FileVersions
 from trainer.storage.output_folder import open_output
+
+# One micro-batch's tensors by the names that the signature `packed` gives them.
+MicroBatch = dict[str, np.ndarray]
+
+
+class PackedModelHandler(ModelHandler[MicroBatch, np.ndarray, Any]):
+    """Micro-batches to probabilities, float32 [D, L]; the model is loaded once a process."""
+
+    def __init__(self, folder: str, fingerprint: str) -> None:
+        """Remembers the model folder, which every worker has to be able to read."""
+        super().__init__()
+        self._folder = folder
+        self._fingerprint = fingerprint
+
+    def load_model(self) -> Any:
+        """The SavedModel, whole: its signatures alone would not keep its variables."""
+        with marked_faults(), local_model(self._folder, below=True) as folder:
+            path = os.path.join(folder, SAVED_MODEL_FOLDER)
+            if not os.path.isdir(path):
+                raise UserError(f"{path}: no such folder; export the model again")
+            check_fingerprint(folder, self._fingerprint)
+            check_saved_model(folder)
+            model = tf.saved_model.load(path)
+            if "packed" not in model.signatures:
+                raise UserError(f"{path}: no signature `packed`; export the model again")
+            return model
+
+    def run_inference(
+        self,
+        batch: Sequence[MicroBatch],
+        model: Any,
+        inference_args: dict[str, Any] | None = None,
+    ) -> Iterable[np.ndarray]:
+        """Runs the micro-batches one by one: each is a batch of documents already."""
+        packed = model.signatures["packed"]
+        for inputs in batch:
+            yield packed(**{name: tf.constant(value) for name, value in inputs.items()})[
+                "probabilities"
+            ].numpy()
+
+    def batch_elements_kwargs(self) -> Mapping[str, Any]:
+        """Nothing to gather: an element has its full number of tokens."""
+        return {"min_batch_size": 1, "max_batch_size": 1}
+
+    def get_num_bytes(self, batch: Sequence[MicroBatch]) -> int:
+        """Bytes of the tensors."""
+        return sum(value.nbytes for inputs in batch for value in inputs.values())
+
 
 _DOCUMENTS_A_BLOCK = 1 << 14
 _DOCUMENTS_A_WRITE = 4096
@@ -275,3 +332,83 @@ def build_pipeline(pipeline: beam.Pipeline, runs: Sequence[tuple[int, ...]], job
         | "Gather" >> beam.CoGroupByKey()
         | "Write" >> beam.ParDo(WriteParts(job))
     )
+
+
+# Documents x labels that a runner on this machine holds between reading and writing, about: 256 MiB
+# of probabilities. What one pipeline wrote stays if the next is interrupted.
+_LOCAL_CELLS = 1 << 26
+# What a value of a kept column counts as: 4 KiB, whatever it is.
+_KEPT_CELLS = 1 << 10
+
+
+def score_parts(
+    runner: BeamRunner,
+    job: ScoreJob,
+    plan: Plan,
+    waiting: Sequence[int],
+    on_written: Callable[[], None],
+) -> None:
+    """Scores parts of a plan, all in one job or, on this machine, some after the others.
+
+    Args:
+      runner: what runs the pipelines.
+      job: what workers are told.
+      plan: as it stands in the output folder.
+      waiting: places of the parts to score, ascending.
+      on_written: called when a pipeline has written its parts.
+
+    Raises:
+      UserError, RunAgain, OSError: what a worker met.
+    """
+    cells_a_row = len(job.labels) + _KEPT_CELLS * len(job.columns.kept)
+    limits = cells_a_row, _LOCAL_CELLS if runner.is_local else None
+    runs = _runs(plan.parts, waiting, *limits)
+    for together in _pipelines(plan.parts, runs, *limits):
+        places = [place for run in together for place in run]
+        print(f"{runner}: parts {places[0]} to {places[-1]} of {len(plan.parts)}", flush=True)
+        counters = runner.run(partial(build_pipeline, runs=together, job=job))
+        shown = (f"{name} {count:,}" for name, count in sorted(counters.items()))
+        print(f"{runner}: {', '.join(shown)}", flush=True)
+        on_written()
+
+
+def _runs(
+    parts: Sequence[Part], waiting: Sequence[int], cells_a_row: int, most_cells: int | None
+) -> Iterator[tuple[int, ...]]:
+    """Parts that share a file whose middle is reached through its beginning only, together.
+
+    Where there is a limit, those that exceed it are read from the beginning several times.
+    """
+    run: list[int] = []
+    cells = 0
+    for place in waiting:
+        path = parts[place].segments[0].path
+        size = parts[place].num_rows * cells_a_row
+        is_apart = run and (parts[run[-1]].segments[-1].path != path or can_enter(path))
+        if is_apart or (run and most_cells is not None and cells + size > most_cells):
+            yield tuple(run)
+            run, cells = [], 0
+        run.append(place)
+        cells += size
+    if run:
+        yield tuple(run)
+
+
+def _pipelines(
+    parts: Sequence[Part],
+    runs: Iterable[tuple[int, ...]],
+    cells_a_row: int,
+    most_cells: int | None,
+) -> Iterator[list[tuple[int, ...]]]:
+    """Runs of parts for one pipeline each: all of them, or as many as have so many cells."""
+    together: list[tuple[int, ...]] = []
+    cells = 0
+    for run in runs:
+        size = sum(parts[place].num_rows for place in run) * cells_a_row
+        if together and most_cells is not None and cells + size > most_cells:
+            yield together
+            together, cells = [], 0
+        together.append(run)
+        cells += size
+    if together:
+        yield together

@@ -2,6 +2,7 @@
 
 import contextlib
 import dataclasses
+import hashlib
 import json
 import os
 from collections.abc import Iterator
@@ -11,8 +12,7 @@ from typing import Any
 from trainer.config import from_dict
 from trainer.errors import UserError
 from trainer.storage import filesystem
-from trainer.storage.atomic import write_atomically
-from trainer.storage.seal import seal, unseal
+from trainer.storage.filesystem import checksum, seal, unseal, write_atomically
 
 SCHEMA_VERSION = 3
 METADATA_FILE = "metadata.json"
@@ -159,17 +159,6 @@ def _read_split(values: dict[str, Any]) -> Split:
     return from_dict(Split, values | files)
 
 
-def checksum(path: str) -> str:
-    """CRC-32C of a file or object as eight hex digits (hardware-accelerated, several GB/s)."""
-    import google_crc32c
-
-    crc = google_crc32c.Checksum()
-    with filesystem.open_binary(path) as file:
-        while block := file.read(1 << 18):
-            crc.update(block)
-    return crc.hexdigest().decode()
-
-
 def verify_shards(
     data_dir: str, metadata: Metadata, split_name: str, *, read_remote: bool = False
 ) -> list[str]:
@@ -221,3 +210,10 @@ def naming_damaged_shards(data_dir: str, metadata: Metadata, *split_names: str) 
         for name in split_names:
             verify_shards(data_dir, metadata, name, read_remote=True)
         raise
+
+
+def split_fingerprint(metadata: Metadata, name: str) -> str:
+    """SHA-256 (hex) of a split's labels, tokenizer and shards, as metadata.json lists them."""
+    shards = [(shard.documents, shard.checksum) for shard in metadata.split(name).shards]
+    identity = [metadata.labels, metadata.tokenizer_fingerprint, shards]
+    return hashlib.sha256(json.dumps(identity).encode()).hexdigest()

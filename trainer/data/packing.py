@@ -15,8 +15,7 @@ import numpy as np
 import tensorflow as tf
 
 from trainer.config import PackingConfig
-from trainer.data.bin_packing import Windows, place_windows, row_capacities
-from trainer.data.dealing import deal_rows
+from trainer.data.bin_packing import Windows, deal_rows, place_windows, row_capacities
 from trainer.errors import UserError
 
 # Documents are packed in blocks of about this many micro-batches: enough that the one that is only
@@ -262,3 +261,24 @@ def _choose_row_groups(
     if left >= row_lengths[-1]:
         groups.append((left // row_lengths[-1], row_lengths[-1]))
     return tuple(reversed(groups))
+
+
+def choose_score_packing(
+    lengths: np.ndarray, windows: np.ndarray, tokens_per_batch: int, most_windows: int
+) -> PackingConfig:
+    """The shape of the micro-batches for documents of these lengths.
+
+    Args:
+      lengths: int64 [max_seq_length + 1], windows by their tokens, of a sample; the rest may be
+        anything that fits.
+      windows: int64 [most_windows + 1], documents of the sample by their windows.
+      tokens_per_batch: about how many tokens a micro-batch has.
+      most_windows: that a document may have.
+    """
+    longest = len(lengths) - 1
+    num_tokens = max(tokens_per_batch, least_tokens(longest, most_windows))
+    packing = choose_packing(
+        lengths.tolist(), num_tokens, longest=longest,
+        window_histogram=windows.tolist(), most_windows=most_windows,
+    )  # fmt: skip
+    return with_slots_for_scoring(packing)

@@ -9,8 +9,8 @@ from typing import Any
 
 import numpy as np
 
+from trainer.evaluation.metrics import equal_mass_starts
 from trainer.evaluation.predictions import ScoredDocuments
-from trainer.evaluation.probability_metrics import equal_mass_starts
 from trainer.evaluation.ranking import rank_cuts
 
 # Curves of more labels than this would not be looked at, and cost about 4 KB each.

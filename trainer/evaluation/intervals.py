@@ -8,7 +8,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trainer.evaluation.probability_metrics import equal_mass_starts, is_counted
+from trainer.evaluation.metrics import equal_mass_starts, is_counted
 from trainer.evaluation.ranking import share
 
 LEVEL = 0.95

@@ -2,6 +2,12 @@
 
 The conventions, which CONVENTIONS states for readers of metrics.json, are scikit-learn's with
 zero_division=0, and labels for which a ranking metric is undefined are left out and counted.
+
+How far probabilities are from what happens, label by label (NumPy only).
+
+Metrics of one document at a time, and their means over documents (NumPy only).
+
+Each is a mean over documents, so they stream: blocks of documents give sums.
 """
 
 import logging
@@ -9,13 +15,6 @@ from typing import Any
 
 import numpy as np
 
-from trainer.evaluation.document_metrics import mean_over_documents
-from trainer.evaluation.probability_metrics import (
-    CALIBRATION_BINS,
-    is_counted,
-    mean_of_defined,
-    probability_metrics,
-)
 from trainer.evaluation.ranking import (
     average_precision,
     label_blocks,
@@ -24,9 +23,213 @@ from trainer.evaluation.ranking import (
     roc_auc,
 )
 
+CALIBRATION_BINS = 10
+CALIBRATION_PREVALENCE = (0.01, 0.5)
+# What a probability of 0 or 1 counts as in a logarithm.
+TINY = float(np.finfo(np.float64).eps)
+
+
+def calibration_error(probabilities: np.ndarray, positive: np.ndarray) -> float:
+    """Expected calibration error of one label over bins of equal mass (Nixon et al. 2019).
+
+    Documents of equal probability stay in one bin, so their order does not matter.
+
+    Args:
+      probabilities: float [N].
+      positive: bool [N].
+
+    Returns:
+      Mean over documents of |mean probability - share of positives| of their bin.
+    """
+    order = np.argsort(probabilities)
+    ranked = probabilities[order].astype(np.float64)
+    gaps = np.add.reduceat(ranked - positive[order], equal_mass_starts(ranked))
+    return float(np.abs(gaps).sum() / len(ranked))
+
+
+def equal_mass_starts(ranked: np.ndarray) -> np.ndarray:
+    """Where the bins of equal mass start in rising scores, float [N]; equal ones are not parted."""
+    edges = np.arange(1, CALIBRATION_BINS) * len(ranked) // CALIBRATION_BINS
+    edges = np.searchsorted(ranked, ranked[edges], side="left")
+    return np.unique(np.append(0, edges))
+
+
+def is_counted(prevalence: np.ndarray) -> np.ndarray:
+    """Which labels the macro calibration error is a mean over, by their share of documents."""
+    low, high = CALIBRATION_PREVALENCE
+    return (low <= prevalence) & (prevalence <= high)
+
+
+def calibration_errors(
+    probabilities: np.ndarray, labels: np.ndarray
+) -> tuple[float, np.ndarray, int]:
+    """Expected calibration error of every label, and its macro mean.
+
+    Args:
+      probabilities: float [N, L].
+      labels: bool [N, L].
+
+    Returns:
+      The mean over labels of 1 to 50 % prevalence (NaN if there are none), float64 [L], and the
+      number of labels in the mean.
+    """
+    errors = np.array(
+        [calibration_error(p, y) for p, y in zip(probabilities.T, labels.T, strict=True)]
+    )
+    counted = is_counted(labels.mean(axis=0))
+    return mean_of_defined(errors[counted]), errors, int(counted.sum())
+
+
+def brier_scores(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Mean squared difference of probability and truth of every label (Brier 1950), float64 [L].
+
+    Args:
+      probabilities: float [N, L].
+      labels: bool [N, L].
+    """
+    return np.mean(np.square(np.asarray(probabilities, np.float64) - labels), axis=0)
+
+
+def log_losses(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Mean cross-entropy of every label in nats, float64 [L].
+
+    Args:
+      probabilities: float [N, L].
+      labels: bool [N, L].
+    """
+    inside = np.clip(np.asarray(probabilities, np.float64), TINY, 1 - TINY)
+    return -np.mean(np.log(np.where(labels, inside, 1 - inside)), axis=0)
+
+
+def probability_metrics(
+    probabilities: np.ndarray, labels: np.ndarray, suffix: str = ""
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Calibration error, Brier score and log-loss, overall and as columns [L].
+
+    Args:
+      probabilities: float [N, L].
+      labels: bool [N, L].
+      suffix: of the names.
+    """
+    error, errors, _ = calibration_errors(probabilities, labels)
+    columns = {
+        f"expected_calibration_error{suffix}": errors,
+        f"brier_score{suffix}": brier_scores(probabilities, labels),
+        f"log_loss{suffix}": log_losses(probabilities, labels),
+    }
+    overall = {name: float(values.mean()) for name, values in columns.items()}
+    return overall | {f"expected_calibration_error{suffix}": error}, columns
+
+
+def mean_of_defined(values: np.ndarray) -> float:
+    """Mean of what is not NaN; NaN of nothing."""
+    values = values[~np.isnan(values)]
+    return float(values.mean()) if len(values) else float("nan")
+
+
+TOP_K = (1, 3, 5)
+# Cells of documents x labels that are compared at once.
+_BLOCK_CELLS = 1 << 18
+
+
+def score_documents(
+    scores: np.ndarray, predicted: np.ndarray, labels: np.ndarray
+) -> dict[str, np.ndarray]:
+    """Every metric of every document.
+
+    Args:
+      scores: float [D, L].
+      predicted: bool [D, L].
+      labels: bool [D, L].
+
+    Returns:
+      float64 [D] by name: `samples_precision`, `samples_recall`, `samples_f1` (0 for 0/0),
+      `subset_accuracy`, `hamming_loss`, `precision_at_k` and `ndcg_at_k` for k of `TOP_K`, and
+      `label_ranking_average_precision`.
+    """
+    right = np.count_nonzero(predicted & labels, axis=1)
+    num_predicted = np.count_nonzero(predicted, axis=1)
+    support = np.count_nonzero(labels, axis=1)
+    wrong = num_predicted + support - 2 * right
+    ranked = np.sort(scores, axis=1)
+    values = {
+        "samples_precision": right / np.maximum(num_predicted, 1),
+        "samples_recall": right / np.maximum(support, 1),
+        "samples_f1": 2 * right / np.maximum(num_predicted + support, 1),
+        "subset_accuracy": (wrong == 0).astype(np.float64),
+        "hamming_loss": wrong / labels.shape[1],
+        "label_ranking_average_precision": _ranking_precision(scores, labels, ranked),
+    }
+    gains = _expected_gains(scores, labels, ranked)
+    discounts = 1 / np.log2(np.arange(2, gains.shape[1] + 2))
+    ideal = np.append(0.0, np.cumsum(discounts))
+    for k in TOP_K:
+        reached = min(k, gains.shape[1])
+        best = ideal[np.minimum(support, reached)]
+        values[f"precision_at_{k}"] = gains[:, :reached].sum(axis=1) / k
+        gain = gains[:, :reached] @ discounts[:reached]
+        values[f"ndcg_at_{k}"] = np.divide(gain, best, out=np.zeros_like(gain), where=best > 0)
+    return values
+
+
+def mean_over_documents(
+    scores: np.ndarray, predicted: np.ndarray, labels: np.ndarray
+) -> dict[str, float]:
+    """The means of `score_documents` over all documents, a block of them at a time."""
+    sums = sum_over_documents(scores, predicted, labels)
+    return {name: value / max(len(labels), 1) for name, value in sums.items()}
+
+
+def sum_over_documents(
+    scores: np.ndarray, predicted: np.ndarray, labels: np.ndarray
+) -> dict[str, float]:
+    """The sums of `score_documents` over all documents, a block of them at a time."""
+    rows = max(1, _BLOCK_CELLS // labels.shape[1])
+    sums: dict[str, float] = {}
+    for start in range(0, max(len(labels), 1), rows):
+        block = slice(start, start + rows)
+        values = score_documents(scores[block], predicted[block], labels[block])
+        sums = {name: sums.get(name, 0.0) + float(value.sum()) for name, value in values.items()}
+    return sums
+
+
+def _expected_gains(scores: np.ndarray, labels: np.ndarray, ranked: np.ndarray) -> np.ndarray:
+    """The chance that a label at rank 1 to K is true, float64 [D, K], over the orders of ties.
+
+    Documents with tied scores have no one order; averaging over them (McSherry and Najork 2008,
+    "Computing Information Retrieval Performance Measures Efficiently in the Presence of Tied
+    Scores") leaves nothing to the order of the labels.
+    """
+    depth = min(max(TOP_K), scores.shape[1])
+    top = ranked[:, : -depth - 1 : -1]
+    tied = np.count_nonzero(top[:, :, None] == top[:, None, :], axis=2)
+    # Ties of the last of them may go on below.
+    tied = np.where(
+        top == top[:, -1:], np.count_nonzero(scores == top[:, -1:], axis=1)[:, None], tied
+    )
+    documents, columns = np.nonzero(labels)
+    is_tied = scores[documents, columns][:, None] == top[documents]
+    true = np.empty(top.shape)
+    for rank in range(depth):
+        true[:, rank] = np.bincount(documents, is_tied[:, rank], minlength=len(labels))
+    return true / tied
+
+
+def _ranking_precision(scores: np.ndarray, labels: np.ndarray, ranked: np.ndarray) -> np.ndarray:
+    """Mean over a document's labels of the precision at their rank, float64 [D]."""
+    precision = np.ones(len(labels))
+    for document, positive in enumerate(labels):
+        mine = np.sort(scores[document, positive])
+        if 0 < len(mine) < len(positive):
+            # How many labels score as high as each of the document's own, and how many own ones.
+            as_high = len(positive) - np.searchsorted(ranked[document], mine)
+            true = len(mine) - np.searchsorted(mine, mine)
+            precision[document] = (true / as_high).mean()
+    return precision
+
+
 # Below this standard deviation of a label's log-odds over documents, its predictions are one.
 CONSTANT_LOG_ODDS = 0.05
-
 CONVENTIONS = {
     "prediction": "a label is predicted where its probability >= its threshold; null: never",
     "f1_precision_recall": "0 for 0/0; macro over all labels, weighted by their positives, samples "
@@ -44,7 +247,6 @@ CONVENTIONS = {
     "2.2e-16",
     "before": "of the plain sigmoid of the logits, before any correction or fit",
 }
-
 _logger = logging.getLogger(__name__)
 
 

@@ -6,6 +6,44 @@ import numpy as np
 
 
 @dataclass(frozen=True)
+class Predictions:
+    """What a model says of documents of a split.
+
+    Attributes:
+      ids: N texts.
+      indices: int64 [N], each document's place in the order of the shards.
+      logits: float32 [N, L].
+      labels: bool [N, L].
+      slices: str [N, C], values of the kept columns.
+    """
+
+    ids: list[str]
+    indices: np.ndarray
+    logits: np.ndarray
+    labels: np.ndarray
+    slices: np.ndarray
+
+    def chosen(self, places: np.ndarray) -> "Predictions":
+        """Some of the documents, by their places here (int64 or bool)."""
+        ids = np.array(self.ids, object)[places].tolist()
+        arrays = self.indices, self.logits, self.labels, self.slices
+        return Predictions(ids, *(array[places] for array in arrays))
+
+
+def concatenate(blocks: list[Predictions]) -> Predictions:
+    """The documents of at least one block, in the order of the shards."""
+    indices = np.concatenate([block.indices for block in blocks])
+    together = Predictions(
+        [name for block in blocks for name in block.ids],
+        indices,
+        np.concatenate([block.logits for block in blocks]),
+        np.concatenate([block.labels for block in blocks]),
+        np.concatenate([block.slices for block in blocks]),
+    )
+    return together.chosen(np.argsort(indices))
+
+
+@dataclass(frozen=True)
 class ScoredDocuments:
     """Documents of one split, in the split's reading order, beside their true labels.
 

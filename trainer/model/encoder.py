@@ -4,9 +4,19 @@ Everything but attention runs on [T, hidden]; attention takes the tokens of each
 [rows, length] and lets a token see the tokens of its own segment. Parameters are float32 and are
 cast to the policy's compute type where they are used; LayerNorm statistics and softmax sums are
 float32 whatever the policy.
+
+Sums, means and softmaxes of rows by the segment that each belongs to; -1 belongs to none.
+
+The seeds of a model's initial weights.
+
+Keras draws them from Python's global generator, from which any thread may draw in between: Google's
+clients do, for the pauses between their requests. Here they come from one generator a model.
 """
 
-from collections.abc import Callable, Sequence
+import contextlib
+import contextvars
+import random
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
 import keras
@@ -15,8 +25,57 @@ import tensorflow as tf
 from trainer.config import ModelConfig
 from trainer.errors import UserError
 from trainer.model.dropout import Dropout
-from trainer.model.initial_weights import truncated_normal
-from trainer.model.segments import softmax_by_segment, sum_by_segment
+
+
+def sum_by_segment(values: tf.Tensor, segment: tf.Tensor, num_segments: int) -> tf.Tensor:
+    """Sums rows of `values` by segment; rows whose segment is -1 count nowhere."""
+    return tf.math.unsorted_segment_sum(values, segment, num_segments)
+
+
+def mean_by_segment(values: tf.Tensor, segment: tf.Tensor, num_segments: int) -> tf.Tensor:
+    """Means (float32 [num_segments, size]) of rows of `values`; 0 for a segment without rows."""
+    values = tf.cast(values, tf.float32)
+    counts = sum_by_segment(tf.ones_like(values[:, 0]), segment, num_segments)
+    return sum_by_segment(values, segment, num_segments) / tf.maximum(counts, 1.0)[:, None]
+
+
+def softmax_by_segment(scores: tf.Tensor, segment: tf.Tensor, num_segments: int) -> tf.Tensor:
+    """exp(scores) scaled so that none overflows (float32), 0 where segment is -1; sums are not 1.
+
+    Args:
+      scores: [N, K].
+      segment: int32 [N].
+    """
+    scores = tf.cast(scores, tf.float32)
+    # The maximum only keeps exp in range, so it needs no gradient.
+    largest = tf.math.unsorted_segment_max(scores, segment, num_segments)
+    largest = tf.gather(largest, tf.maximum(segment, 0))
+    weights = tf.exp(tf.minimum(scores - tf.stop_gradient(largest), 0.0))
+    return tf.where(segment[:, None] >= 0, weights, 0.0)
+
+
+_GENERATOR: contextvars.ContextVar[random.Random | None] = contextvars.ContextVar(
+    "generator", default=None
+)
+_MOST = 10**9  # As Keras has it: so these are the seeds that it draws when nobody disturbs it.
+
+
+@contextlib.contextmanager
+def seeded_weights(seed: int) -> Iterator[None]:
+    """Within the block, `truncated_normal` gives the same initial weights for the same seed."""
+    token = _GENERATOR.set(random.Random(seed))
+    try:
+        yield
+    finally:
+        _GENERATOR.reset(token)
+
+
+def truncated_normal(spread: float) -> keras.initializers.Initializer:
+    """Normal weights of standard deviation `spread`, those beyond two of it drawn again."""
+    generator = _GENERATOR.get()
+    seed = None if generator is None else generator.randint(1, _MOST)
+    return keras.initializers.TruncatedNormal(stddev=spread, seed=seed)
+
 
 # (rows, length) of each group; scalars may be tensors where the shape is not known beforehand.
 RowGroups = Sequence[tuple[int | tf.Tensor, int | tf.Tensor]]

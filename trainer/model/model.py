@@ -7,9 +7,8 @@ import tensorflow as tf
 
 from trainer.config import ModelConfig
 from trainer.model.dropout import Dropout
-from trainer.model.encoder import Encoder, RowGroups
+from trainer.model.encoder import Encoder, RowGroups, seeded_weights
 from trainer.model.heads import HEADS
-from trainer.model.initial_weights import seeded_weights
 
 # What a model takes of a micro-batch.
 INPUTS = ("input_ids", "position_ids", "segment_ids", "window_starts", "window_document")

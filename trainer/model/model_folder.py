@@ -13,8 +13,7 @@ import numpy as np
 from safetensors.numpy import load_file
 
 from trainer.config import PackingConfig, from_dict
-from trainer.data.token_rows import TokenLimits
-from trainer.data.tokenizer import Tokenizer, load_tokenizer
+from trainer.data.tokenizer import Tokenizer, TokenLimits, load_tokenizer
 from trainer.errors import UserError
 from trainer.model.model import Model, build_model
 from trainer.model.pretrained import (

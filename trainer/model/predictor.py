@@ -1,63 +1,27 @@
 """The evaluation step: a model's logits of a split, on all replicas of a strategy."""
 
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
 
 import numpy as np
 import tensorflow as tf
 
 from trainer.config import PackingConfig
-from trainer.data.input_pipeline import open_stream, read_micro_batches, stack_micro_batches
-from trainer.data.label_transfer import dense_labels
+from trainer.data.input_pipeline import (
+    dense_labels,
+    open_stream,
+    read_micro_batches,
+    stack_micro_batches,
+)
 from trainer.data.metadata import Metadata
 from trainer.data.packing import empty_micro_batch
+from trainer.evaluation.predictions import Predictions, concatenate
 from trainer.model.model import INPUTS, Model
 
 MicroBatches = dict[str, tf.Tensor]
-
-
 # Cells of documents x labels that a block of predictions has room for (float32, 64 MiB), and its
 # documents: enough that work on blocks is fast, whatever the size of a micro-batch.
 _BLOCK_CELLS = 1 << 24
 _BLOCK_DOCUMENTS = 1 << 16
-
-
-@dataclass(frozen=True)
-class Predictions:
-    """What a model says of documents of a split.
-
-    Attributes:
-      ids: N texts.
-      indices: int64 [N], each document's place in the order of the shards.
-      logits: float32 [N, L].
-      labels: bool [N, L].
-      slices: str [N, C], values of the kept columns.
-    """
-
-    ids: list[str]
-    indices: np.ndarray
-    logits: np.ndarray
-    labels: np.ndarray
-    slices: np.ndarray
-
-    def chosen(self, places: np.ndarray) -> "Predictions":
-        """Some of the documents, by their places here (int64 or bool)."""
-        ids = np.array(self.ids, object)[places].tolist()
-        arrays = self.indices, self.logits, self.labels, self.slices
-        return Predictions(ids, *(array[places] for array in arrays))
-
-
-def concatenate(blocks: list[Predictions]) -> Predictions:
-    """The documents of at least one block, in the order of the shards."""
-    indices = np.concatenate([block.indices for block in blocks])
-    together = Predictions(
-        [name for block in blocks for name in block.ids],
-        indices,
-        np.concatenate([block.logits for block in blocks]),
-        np.concatenate([block.labels for block in blocks]),
-        np.concatenate([block.slices for block in blocks]),
-    )
-    return together.chosen(np.argsort(indices))
 
 
 class StoppedError(Exception):

@@ -30,14 +30,14 @@ from typing import Any
 
 import numpy as np
 
-from trainer.data.metadata import METADATA_FILE, Metadata, Split, checksum
-from trainer.data.records import document_id
-from trainer.data.wire import read_frame
+from trainer.data.metadata import METADATA_FILE, Metadata, Split
+from trainer.data.records import document_id, read_frame
 from trainer.errors import UserError
 from trainer.preparation.duplicates import Repeats, find_repeats
 from trainer.preparation.shards import find_record
 from trainer.preparation.statistics import Tally
 from trainer.sources.input_files import open_file
+from trainer.storage.filesystem import checksum
 
 NEARLY_ALWAYS = 0.99
 RARE_SHARE, RARE_COUNT = 0.001, 10

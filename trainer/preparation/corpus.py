@@ -12,9 +12,9 @@ from tqdm import tqdm
 
 from trainer.config import PrepareConfig
 from trainer.data.metadata import Metadata
-from trainer.data.token_rows import TokenLimits
+from trainer.data.tokenizer import TokenLimits
 from trainer.errors import UserError
-from trainer.preparation.label_choice import check_labels, choose_labels, make_reader
+from trainer.preparation.inputs import check_labels, choose_labels, make_reader
 from trainer.preparation.row_index import Ledger
 from trainer.preparation.scan import (
     ScanPlan,
@@ -28,8 +28,13 @@ from trainer.runtime.workers import WorkerPool
 from trainer.sources.input_files import is_data_set, source_names
 from trainer.sources.listing import for_each_file
 from trainer.sources.reader import check_all_columns, column_names, total_bytes
-from trainer.sources.rejected import REJECTED_FOLDER, allowed_rejections, too_many_rejected
-from trainer.sources.rows import Columns, Segment
+from trainer.sources.rows import (
+    REJECTED_FOLDER,
+    Columns,
+    Segment,
+    allowed_rejections,
+    too_many_rejected,
+)
 
 VOCABULARY_TEXTS = 100_000
 

@@ -13,11 +13,11 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trainer.data.metadata import Shard, checksum
+from trainer.data.metadata import Shard
 from trainer.preparation.corpus import Corpus
-from trainer.preparation.disk_arrays import make_array
-from trainer.preparation.row_index import map_ragged
+from trainer.preparation.row_index import make_array, map_ragged
 from trainer.preparation.shards import mix
+from trainer.storage.filesystem import checksum
 
 # `text`: seeded hash; `labels`: hash of the set of labels; `rank`: documents of the split that
 # were read before this one. 16 bytes.

@@ -12,7 +12,7 @@ from typing import TextIO
 
 import numpy as np
 
-from trainer.data.token_rows import TokenLimits, check_windows
+from trainer.data.tokenizer import TokenLimits, check_windows
 from trainer.sources.formats.lines import damaged
 from trainer.sources.formats.row_copy import encode_row
 from trainer.sources.input_files import LINE_FORMATS, format_of, is_divisible, open_decompressed

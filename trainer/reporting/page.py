@@ -21,12 +21,13 @@ from markupsafe import Markup
 from trainer.config import absolute
 from trainer.data.metadata import Metadata
 from trainer.evaluation.curves import HISTOGRAM_EDGES
-from trainer.reporting.plots import BLUE, GREY, ORANGE, Plot, draw_headline
-from trainer.reporting.report_corpus import data_plots, describe_checks, describe_splits
-from trainer.reporting.report_curves import draw_label_curves
+from trainer.reporting.plots import BLUE, GREY, ORANGE, Plot, draw_headline, draw_label_curves
 from trainer.reporting.sections import (
     cooccurrence_plots,
+    data_plots,
+    describe_checks,
     describe_slices,
+    describe_splits,
     frequency_plot,
     history_plots,
     label_table,

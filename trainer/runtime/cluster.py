@@ -1,17 +1,98 @@
-"""The workers of a job, as TF_CONFIG or Slurm names them, and whether they answer."""
+"""The workers of a job, as TF_CONFIG or Slurm names them, and whether they answer.
 
+A deadline for calls that hold Python's interpreter lock while they wait.
+
+TensorFlow does so where a worker joins its cluster and one of the others does not come: no thread
+of Python's runs any more, no signal handler either. A POSIX timer calls C's `_exit` all the same.
+
+What keeps a worker from waiting for ever for one that has gone, and says which it is.
+
+The workers' first meeting, before any of them goes where it can only wait for the others.
+
+Each listens at its address and calls at those of the others until it has met all of them. Only then
+does TensorFlow take over, at the same address: in its own meeting a worker that waits for another
+one does so for ever, deaf to signals, and cannot say for whom.
+"""
+
+import contextlib
+import ctypes
+import hashlib
 import json
 import re
 import socket
-from collections.abc import Iterator, Mapping
+import sys
+import threading
+import time
+from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from types import TracebackType
 from typing import Any
 
-from trainer.errors import UserError
+import tensorflow as tf
+
+from trainer.errors import RUN_AGAIN, RunAgain, UserError, end_process
+
+_CLOCK_MONOTONIC = 1
+_SIGEV_THREAD = 2
+
+
+class _Event(ctypes.Structure):
+    """`struct sigevent` of Linux's <signal.h>: what a timer does when it expires."""
+
+    _fields_ = [
+        ("value", ctypes.c_void_p),
+        ("signal", ctypes.c_int),
+        ("notify", ctypes.c_int),
+        ("function", ctypes.c_void_p),
+        ("attributes", ctypes.c_void_p),
+        ("padding", ctypes.c_char * 32),
+    ]
+
+
+class _Times(ctypes.Structure):
+    """`struct itimerspec`: seconds and nanoseconds, of the interval and of the first expiry."""
+
+    _fields_ = [
+        (name, ctypes.c_long) for name in ("interval", "interval_nano", "value", "value_nano")
+    ]
+
+
+class ExitTimer:
+    """Ends this process with exit code 75, silently, if a block takes longer than it may.
+
+    Say what is about to happen before the block. Does nothing where there are no such timers.
+    """
+
+    def __init__(self, seconds: float) -> None:
+        """Args: seconds: that the block may take, rounded up to whole ones."""
+        self._seconds = int(-(-seconds // 1))
+        self._timer = ctypes.c_void_p()
+        self._library = ctypes.CDLL(None) if sys.platform == "linux" else None
+
+    def __enter__(self) -> "ExitTimer":
+        if self._library is not None:
+            leave = ctypes.cast(self._library._exit, ctypes.c_void_p)
+            event = _Event(value=RUN_AGAIN, notify=_SIGEV_THREAD, function=leave)
+            times = _Times(value=self._seconds)
+            timer = ctypes.byref(self._timer)
+            made = self._library.timer_create(_CLOCK_MONOTONIC, ctypes.byref(event), timer)
+            set_up = made or self._library.timer_settime(self._timer, 0, ctypes.byref(times), None)
+            if set_up != 0:
+                raise OSError("cannot make a POSIX timer")
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        if self._library is not None:
+            self._library.timer_delete(self._timer)
+
 
 PROBE_SECONDS = 2.0
-
 _EXPECTED = (
     '{"cluster": {"worker": ["HOST:PORT", ...]}, "task": {"type": "worker", "index": 0}}, with a '
     '"chief" beside the workers or not'
@@ -201,3 +282,187 @@ def _expand(item: str) -> Iterator[str]:
         for number in range(int(first), int(last or first) + 1):
             for rest in _expand(after):
                 yield f"{before}{number:0{len(first)}d}{rest}"
+
+
+# What TensorFlow raises where a peer is gone: from the collective that waits for it, from the
+# coordination service, or because the cluster was restarted around this process.
+_LOST = (
+    tf.errors.UnavailableError,
+    tf.errors.DeadlineExceededError,
+    tf.errors.AbortedError,
+    tf.errors.CancelledError,
+)
+# Raised for a lost peer too, but also for faults of ours.
+_PERHAPS_LOST = (tf.errors.InternalError, tf.errors.UnknownError, tf.errors.FailedPreconditionError)
+
+
+def describe_missing(missing: Sequence[str]) -> str:
+    """`worker 1 (HOST:PORT) does not answer`, for one or several."""
+    return f"{', '.join(missing)} {'does' if len(missing) == 1 else 'do'} not answer"
+
+
+class PeerWatch:
+    """Ends this process with exit code 75 if a peer stays away and TensorFlow does not notice.
+
+    TensorFlow reports a lost worker from the collective operation that waits for it, within about
+    15 seconds. This is what holds when it does not: every peer is asked for a connection every few
+    seconds, and one that was silent for `silence` seconds in a row ends the process after `grace`
+    more, which leaves TensorFlow the time to say it better.
+    """
+
+    def __init__(
+        self, cluster: Cluster, interval: float = 5.0, silence: float = 20.0, grace: float = 20.0
+    ) -> None:
+        """Args: cluster: whose peers to watch; interval, silence, grace: seconds."""
+        self._cluster = cluster
+        self._interval = interval
+        self._probes = max(1, round(silence / interval))
+        self._grace = grace
+        self._closing = threading.Event()
+        self._thread = threading.Thread(target=self._watch, daemon=True)
+
+    def __enter__(self) -> "PeerWatch":
+        self._thread.start()
+        return self
+
+    def __exit__(
+        self,
+        kind: type[BaseException] | None,
+        error: BaseException | None,
+        traceback: TracebackType | None,
+    ) -> None:
+        self._closing.set()
+
+    def _watch(self) -> None:
+        silent = 0
+        while not self._closing.wait(self._interval):
+            missing = self._cluster.find_missing()
+            silent = silent + 1 if missing else 0
+            if silent == self._probes and not self._closing.wait(self._grace):
+                end_process(lost_worker(self._cluster, describe_missing(missing)), RUN_AGAIN)
+
+
+def lost_worker(cluster: Cluster, what: str) -> str:
+    """The line for a run that lost a worker."""
+    return (
+        f"lost a worker: {what}; run the same command again on all {cluster.num_workers} workers, "
+        "to go on from the last checkpoint"
+    )
+
+
+@contextlib.contextmanager
+def naming_lost_workers(cluster: Cluster) -> Iterator[None]:
+    """Turns TensorFlow's errors for a lost worker into a line that names it."""
+    try:
+        yield
+    except (*_LOST, *_PERHAPS_LOST) as error:
+        missing = cluster.find_missing()
+        if not missing and isinstance(error, _PERHAPS_LOST):
+            raise
+        # The last words of a collective's long message, behind the graph's traceback.
+        lines = [line for line in str(error.message).splitlines() if line.strip()]
+        said = next((line for line in lines if "abort" in line or "unhealthy" in line), lines[0])
+        what = describe_missing(missing) if missing else f"all answer, but {said.strip()[:200]}"
+        raise RunAgain(lost_worker(cluster, what)) from error
+
+
+_CONNECT_SECONDS = 2.0
+_REPLY_SECONDS = 5.0
+_PAUSE_SECONDS = 0.2
+_LONGEST_GREETING = 64
+
+
+def meet(cluster: Cluster, seconds: float) -> None:
+    """Returns once this worker has met every other one.
+
+    A greeting names the cluster, so that neither TensorFlow's own server of a run that is still
+    dying at that address, nor a worker of another job, is taken for one of these.
+
+    Raises:
+      RunAgain: after `seconds`, naming those who did not come.
+    """
+    end = time.monotonic() + seconds
+    greeting = f"multihot {hashlib.sha256(repr(cluster.addresses).encode()).hexdigest()[:16]}"
+    waiting = {index for index in range(cluster.num_workers) if index != cluster.index}
+    with _listen(cluster, end) as server, _answering(server, cluster.index, greeting, waiting):
+        while True:
+            for index in sorted(waiting):
+                if _call(cluster.addresses[index], cluster.index, greeting) == index:
+                    waiting.discard(index)
+            names = [cluster.name(index) for index in sorted(waiting)]
+            if not names:
+                return
+            if time.monotonic() > end:
+                raise RunAgain(
+                    f"{', '.join(names)} did not come within --start_timeout={seconds:g} seconds; "
+                    f"start all {cluster.num_workers} workers that {cluster.source} names by the "
+                    "same command, and check that they reach each other"
+                )
+            time.sleep(_PAUSE_SECONDS)
+
+
+def _listen(cluster: Cluster, end: float) -> socket.socket:
+    """The socket at this worker's address; a process of the last run may still be leaving it."""
+    port = int(cluster.addresses[cluster.index].rpartition(":")[2])
+    while True:
+        try:
+            return socket.create_server(("", port), backlog=max(16, cluster.num_workers))
+        except OSError as error:
+            if time.monotonic() > end:
+                raise RunAgain(
+                    f"{cluster.name(cluster.index)}: cannot listen there: {error.strerror}; end "
+                    "the program that does, or name another port"
+                ) from error
+            time.sleep(_PAUSE_SECONDS)
+
+
+@contextlib.contextmanager
+def _answering(
+    server: socket.socket, index: int, greeting: str, waiting: set[int]
+) -> Iterator[None]:
+    """Answers callers in a thread, and takes them off `waiting`, until the block ends."""
+    closing = threading.Event()
+    server.settimeout(_PAUSE_SECONDS)
+
+    def answer() -> None:
+        while not closing.is_set():
+            # What comes may be anybody: a port scan, a health check, a worker that was killed.
+            with contextlib.suppress(OSError):
+                caller, _ = server.accept()
+                with caller:
+                    caller.settimeout(_REPLY_SECONDS)
+                    met = _exchange(caller, index, greeting)
+                    if met is not None:
+                        waiting.discard(met)
+
+    thread = threading.Thread(target=answer, daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        closing.set()
+        thread.join()
+
+
+def _call(address: str, index: int, greeting: str) -> int | None:
+    """Who answers at an address: the index of a worker of this cluster, or None."""
+    host, _, port = address.rpartition(":")
+    try:
+        with socket.create_connection((host.strip("[]"), int(port)), _CONNECT_SECONDS) as peer:
+            peer.settimeout(_REPLY_SECONDS)
+            return _exchange(peer, index, greeting)
+    except OSError:
+        return None
+
+
+def _exchange(peer: socket.socket, index: int, greeting: str) -> int | None:
+    """Sends this worker's greeting, and returns the index of that which comes back."""
+    peer.sendall(f"{greeting} {index}\n".encode())
+    received = b""
+    while not received.endswith(b"\n") and len(received) < _LONGEST_GREETING:
+        more = peer.recv(_LONGEST_GREETING)
+        if not more:
+            return None
+        received += more
+    said, _, number = received.decode("utf-8", "replace").strip().rpartition(" ")
+    return int(number) if said == greeting and number.isdigit() else None

@@ -7,16 +7,27 @@ waits for them.
 
 TensorFlow's `PreemptionCheckpointHandler` is not used: it restores and exits by itself, at moments
 of its own. Here all strategies agree on the step to stop after through the all-reduce of the step.
+
+Google Compute Engine's notices that this machine is about to be taken away.
+
+A parent process that starts a run again when it ends otherwise than by itself.
+
+It imports nothing heavy, so that nothing of TensorFlow's can take it down with its child.
 """
 
+import ctypes
 import os
 import signal
+import subprocess
+import sys
 import threading
-from collections.abc import Callable
+import urllib.error
+import urllib.request
+from collections.abc import Callable, Mapping, Sequence
+from pathlib import Path
 from types import TracebackType
 
-from trainer.errors import INTERRUPTED, RUN_AGAIN, end_process
-from trainer.runtime.maintenance import MaintenanceWatch
+from trainer.errors import INTERRUPTED, RUN_AGAIN, USER_FAULT, end_process
 
 
 class Interruption:
@@ -116,3 +127,141 @@ class Interruption:
 
     def _say(self, message: str) -> None:
         os.write(self._standard_error, f"multihot train: {message}\n".encode())
+
+
+_DEFAULT_HOST = "metadata.google.internal"
+_PRODUCT_NAME = Path("/sys/class/dmi/id/product_name")
+# Path below instance/, and the value that announces the end; a machine that migrates lives on.
+_NOTICES = {
+    "preempted": "TRUE",
+    "maintenance-event": "TERMINATE_ON_HOST_MAINTENANCE",
+}
+# A spot machine ends 30 seconds after its notice.
+_INTERVAL = 3.0
+
+
+def metadata_host(environment: Mapping[str, str]) -> str | None:
+    """The metadata server's host, None on a machine that is not Google's."""
+    if environment.get("GCE_METADATA_HOST"):
+        return environment["GCE_METADATA_HOST"]
+    try:
+        return _DEFAULT_HOST if "Google" in _PRODUCT_NAME.read_text() else None
+    except OSError:
+        return None
+
+
+class MaintenanceWatch:
+    """Asks the metadata server every few seconds, in a thread, and passes one notice on.
+
+    A notice that stands when the watch starts has already stopped the run before this one, as much
+    as an hour ahead of the machine's end: it is not passed on, so that the time left is used.
+    """
+
+    def __init__(self, on_notice: Callable[[str], None], interval: float = _INTERVAL) -> None:
+        """Args: on_notice: called with what was announced; interval: seconds."""
+        self._on_notice = on_notice
+        self._interval = interval
+        self._host = metadata_host(os.environ)
+        self._closing = threading.Event()
+        # The server answers directly; a proxy of the environment would not reach it.
+        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
+
+    def start(self) -> None:
+        """Starts the thread, on a machine of Google's."""
+        if self._host is not None:
+            threading.Thread(target=self._watch, daemon=True).start()
+
+    def close(self) -> None:
+        """Ends the thread, within an interval."""
+        self._closing.set()
+
+    def _watch(self) -> None:
+        standing = {path for path in _NOTICES if self._is_announced(path)}
+        while not self._closing.wait(self._interval):
+            for path in _NOTICES:
+                announced = self._is_announced(path)
+                if announced and path not in standing:
+                    self._on_notice(f"a notice of this machine's end ({path})")
+                    return
+                if announced is False:
+                    standing.discard(path)
+
+    def _is_announced(self, path: str) -> bool | None:
+        """Whether the notice stands; None if the server does not say."""
+        request = urllib.request.Request(
+            f"http://{self._host}/computeMetadata/v1/instance/{path}",
+            headers={"Metadata-Flavor": "Google"},
+        )
+        try:
+            with self._opener.open(request, timeout=self._interval) as answer:
+                return answer.read().decode().strip() == _NOTICES[path]
+        except (OSError, UnicodeDecodeError):
+            return None
+
+
+_FIRST_DELAY = 2.0
+_LONGEST_DELAY = 60.0
+_STOPS = {signal.SIGTERM, signal.SIGINT}
+_SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux's <sys/prctl.h>
+
+
+def supervise(command: Sequence[str], max_restarts: int, first_delay: float = _FIRST_DELAY) -> int:
+    """Runs a command, and again as long as it fails and may be restarted.
+
+    It is final that the command succeeds (0), that the user has to mend something (2), and that the
+    user stopped it: by a signal to this process, which is passed on, or by a second SIGINT (130).
+
+    Args:
+      command: the program and its arguments.
+      max_restarts: how often to start it again at most.
+      first_delay: seconds before the first restart; each further delay is twice as long.
+
+    Returns:
+      The last exit code; 128 + N if signal N ended it, as shells say it.
+    """
+    # Waited for one at a time from here on. Blocked, none can get lost between two waits.
+    mask = signal.pthread_sigmask(signal.SIG_BLOCK, {*_STOPS, signal.SIGCHLD})
+    try:
+        for restart in range(max_restarts + 1):
+            code, is_stopped = _run_once(command, mask)
+            if is_stopped or code in (0, USER_FAULT, INTERRUPTED) or restart == max_restarts:
+                return code
+            delay = min(first_delay * 2**restart, _LONGEST_DELAY)
+            print(
+                f"multihot train: ended with exit code {code}; starting again in {delay:g} seconds "
+                f"(restart {restart + 1} of {max_restarts})",
+                file=sys.stderr,
+                flush=True,
+            )
+            if signal.sigtimedwait(_STOPS, delay) is not None:
+                return RUN_AGAIN
+        raise AssertionError("the last restart returns")
+    finally:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+
+
+def _run_once(command: Sequence[str], mask: set[int]) -> tuple[int, bool]:
+    """(exit code, whether a signal to this process asked it to stop) of one run."""
+    parent = os.getpid()
+
+    def prepare() -> None:
+        signal.pthread_sigmask(signal.SIG_SETMASK, mask)
+        _end_with(parent)
+
+    # In a process group of its own, a Ctrl-C reaches it once: through this process.
+    with subprocess.Popen(command, preexec_fn=prepare, process_group=0) as child:
+        is_stopped = False
+        while child.poll() is None:
+            number = signal.sigwait({*_STOPS, signal.SIGCHLD})
+            if number in _STOPS:
+                is_stopped = True
+                child.send_signal(number)
+    return child.returncode if child.returncode >= 0 else 128 - child.returncode, is_stopped
+
+
+def _end_with(parent: int) -> None:
+    """Has Linux stop this process by SIGTERM when its parent is killed, which cannot tell it."""
+    if sys.platform == "linux":
+        ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)
+        if os.getppid() != parent:  # It was killed before this call.
+            os._exit(RUN_AGAIN)

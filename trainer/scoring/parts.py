@@ -25,8 +25,8 @@ from typing import Any, BinaryIO
 import numpy as np
 
 from trainer.scoring.plan import Part, Plan
-from trainer.scoring.result_files import ENDINGS, ResultWriter
-from trainer.sources.rejected import REJECTED_FOLDER
+from trainer.scoring.writers import ENDINGS, ResultWriter
+from trainer.sources.rows import REJECTED_FOLDER
 from trainer.storage.output_folder import Found, OutputFolder, PartFile
 
 SUCCESS_FILE = "_SUCCESS"

@@ -4,6 +4,8 @@ Five stages run beside each other: reading, tokenising (Rust, outside Python's l
 the forward pass (TensorFlow, likewise), and, in the main thread, writing. A bounded queue stands
 between one stage and the next, so memory does not grow with the corpus. Rows keep their order, and
 blocks end where parts end: a part's bytes depend on nothing but its rows, the plan and the model.
+
+The shape of micro-batches for a corpus that is scored, from some of its rows.
 """
 
 import contextlib
@@ -15,15 +17,74 @@ from dataclasses import dataclass
 import numpy as np
 import tensorflow as tf
 
-from trainer.data.packing import BLOCK_MICRO_BATCHES, empty_micro_batch
+from trainer.data.packing import (
+    BLOCK_MICRO_BATCHES,
+    empty_micro_batch,
+)
 from trainer.model.model import INPUTS
 from trainer.model.model_folder import ExportedModel
 from trainer.model.predictor import Predictor
-from trainer.runtime.stages import run_ahead
-from trainer.scoring.batches import Block, BlockPacker, tokenize
-from trainer.scoring.chunks import read_chunks
-from trainer.scoring.plan import Plan
+from trainer.runtime.workers import run_ahead
+from trainer.scoring.batches import Block, BlockPacker, encode_chunk, read_chunks, tokenize
+from trainer.scoring.plan import Part, Plan
+from trainer.sources.reader import can_enter
 from trainer.sources.rows import Columns
+
+# Rows whose lengths choose the shape of the micro-batches: some from each of a few parts.
+_SAMPLED_PARTS = 16
+_SAMPLED_ROWS = 4096
+
+
+def sample_lengths(
+    parts: Sequence[Part], columns: Columns, model: ExportedModel
+) -> tuple[np.ndarray, np.ndarray]:
+    """Lengths of some rows of some parts, as histograms for `choose_score_packing`.
+
+    Of a file whose middle is reached through its beginning only, the beginning has to do.
+
+    Returns:
+      Windows by their tokens (int64 [max_seq_length + 1]) and documents by their windows (int64
+      [max_windows + 1]).
+    """
+    lengths = np.zeros(model.max_seq_length + 1, np.int64)
+    windows = np.zeros(model.max_windows + 1, np.int64)
+    runs = _reachable(parts)
+    sampled = runs[:: -(-len(runs) // _SAMPLED_PARTS)]
+    most = -(-_SAMPLED_ROWS // len(sampled))
+    for run in sampled:
+        documents = _first_documents(run, most, columns, model)
+        np.add.at(lengths, [len(window) for document in documents for window in document], 1)
+        np.add.at(windows, [len(document) for document in documents], 1)
+    if not windows.any():
+        lengths[-1] = windows[1] = 1
+    return lengths, windows
+
+
+def _reachable(parts: Sequence[Part]) -> list[list[Part]]:
+    """Parts whose rows are reached at once, each with those that are reached through it only."""
+    runs: list[list[Part]] = []
+    for part in parts:
+        first = part.segments[0]
+        if first.first_row == 0 or can_enter(first.path):
+            runs.append([])
+        runs[-1].append(part)
+    return runs
+
+
+def _first_documents(
+    parts: Sequence[Part], most: int, columns: Columns, model: ExportedModel
+) -> list[list[list[int]]]:
+    """The windows of the first usable rows of parts that follow each other, at most so many."""
+    found: list[list[list[int]]] = []
+    chunks = read_chunks(parts, range(len(parts)), columns, model.token_limits)
+    with contextlib.closing(chunks):
+        for chunk in chunks:
+            documents, _ = encode_chunk(chunk.first(most - len(found)), model.encode)
+            found += documents
+            if len(found) == most:
+                break
+    return found
+
 
 _CHUNKS_AHEAD = 4
 _BLOCKS_AHEAD = 1

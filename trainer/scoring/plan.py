@@ -18,8 +18,8 @@ from trainer.sources.input_files import absolute_name, source_names
 from trainer.sources.listing import for_each_file
 from trainer.sources.reader import fingerprints, num_bytes, plan_segments
 from trainer.sources.rows import Segment
+from trainer.storage.filesystem import seal, unseal
 from trainer.storage.output_folder import OutputFolder
-from trainer.storage.seal import seal, unseal
 
 PLAN_VERSION = 1
 PLAN_FILE = "plan.json"

@@ -1,7 +1,184 @@
 """Classes and functions of Python sources, and the labels that their code earns them."""
 
 import ast
+import gzip
+import hashlib
+import importlib.metadata
+import json
+import os
+import warnings
 from collections.abc import Iterator
+from dataclasses import dataclass
+from typing import BinaryIO, cast
+
+from trainer.errors import UserError
+from trainer.runtime.workers import process_pool
+
+PREFIX = "sample:docstrings"
+MIN_WORDS, MAX_WORDS = 8, 550
+# Label of the package, and the distributions that may hold it: the first one installed is read.
+PACKAGES = {
+    "tensorflow": ("tensorflow", "tensorflow-cpu", "tensorflow-tpu"),
+    "transformers": ("transformers",),
+    "keras": ("keras",),
+    "numpy": ("numpy",),
+    "tensorflow_datasets": ("tensorflow-datasets",),
+    "google_cloud_storage": ("google-cloud-storage",),
+    "huggingface_hub": ("huggingface-hub",),
+    "google_auth": ("google-auth",),
+    "google_api_core": ("google-api-core",),
+    "tensorboard": ("tensorboard",),
+    "werkzeug": ("werkzeug",),
+    "grpc": ("grpcio",),
+    "fsspec": ("fsspec",),
+    "protobuf": ("protobuf",),
+    "absl": ("absl-py",),
+    "h5py": ("h5py",),
+    "pyarrow": ("pyarrow",),
+    "tqdm": ("tqdm",),
+    "tokenizers": ("tokenizers",),
+    "safetensors": ("safetensors",),
+}
+_FILES_A_TASK = 8
+
+
+@dataclass(frozen=True)
+class SampleSummary:
+    """What a sample is made of. `fingerprint` is the SHA-256 (hex) of its lines."""
+
+    documents: int
+    seed: int
+    versions: dict[str, str]
+    fingerprint: str
+
+
+@dataclass(frozen=True)
+class SourceFile:
+    """A Python file: where it lies, its name inside the installation, its package's label."""
+
+    path: str
+    name: str
+    package: str
+
+
+def list_source_files(seed: int) -> tuple[list[SourceFile], dict[str, str]]:
+    """The packages' Python files in the order of a seeded hash of their names, and the versions.
+
+    Raises:
+      UserError: if none of the packages is installed.
+    """
+    files, versions = [], {}
+    for package, candidates in PACKAGES.items():
+        for distribution_name in candidates:
+            try:
+                distribution = importlib.metadata.distribution(distribution_name)
+            except importlib.metadata.PackageNotFoundError:
+                continue
+            versions[distribution_name] = distribution.version
+            for entry in distribution.files or []:
+                if entry.suffix == ".py":
+                    path = str(distribution.locate_file(entry))
+                    files.append(SourceFile(path, entry.as_posix(), package))
+            break
+    if not files:
+        raise UserError(f"{PREFIX}: none of {', '.join(PACKAGES)} is installed with its sources")
+    files.sort(key=lambda file: (hash_name(seed, file.name), file.name))
+    return files, versions
+
+
+def hash_name(seed: int, name: str) -> bytes:
+    """A hash that orders names the same way on every machine."""
+    return hashlib.blake2b(f"{seed}:{name}".encode(), digest_size=8).digest()
+
+
+def read_documents(files: list[SourceFile]) -> list[list[dict]]:
+    """For each file its documents in order: id, text, labels; package and kind, to slice by."""
+    warnings.simplefilter("ignore")  # Other people's invalid escapes are not news here.
+    return [list(_documents_of_file(file)) for file in files]
+
+
+def _documents_of_file(file: SourceFile) -> Iterator[dict]:
+    try:
+        with open(file.path, "rb") as source:
+            tree = ast.parse(source.read())
+    except (OSError, SyntaxError, ValueError, RecursionError):
+        return
+    for node, parents in find_definitions(tree, ()):
+        text = ast.get_docstring(node)
+        if text is None or not MIN_WORDS <= len(text.split()) <= MAX_WORDS:
+            continue
+        try:
+            text.encode()
+        except UnicodeEncodeError:
+            continue
+        name = ".".join(parent.name for parent in (*parents, node))
+        labels = [f"package:{file.package}", *describe(node, parents)]
+        document = {"id": f"{file.name}:{node.lineno}:{name}", "text": text, "labels": labels}
+        kind = next(label for label in ("class", "method", "function") if label in labels)
+        yield document | {"package": file.package, "kind": kind}
+
+
+def iterate_sample(
+    files: list[SourceFile], num_documents: int | None, num_workers: int | None
+) -> Iterator[dict]:
+    """Streams documents of distinct text in the files' order until there are enough.
+
+    The result does not depend on `num_workers`.
+    """
+    seen: set[bytes] = set()
+    tasks = [files[at : at + _FILES_A_TASK] for at in range(0, len(files), _FILES_A_TASK)]
+    with process_pool(num_workers) as pool:
+        for documents_of_files in pool.map(read_documents, tasks):
+            for document in (item for documents in documents_of_files for item in documents):
+                digest = hashlib.blake2b(document["text"].encode(), digest_size=16).digest()
+                if digest in seen:
+                    continue
+                seen.add(digest)
+                yield document
+                if len(seen) == num_documents:
+                    return
+
+
+def write_sample(
+    path: str, num_documents: int | None, seed: int, num_workers: int | None = None
+) -> SampleSummary:
+    """Writes the sample as JSONL (`id`, `text`, `labels`, `package`, `kind`), atomically.
+
+    Raises:
+      UserError: if the installed packages do not hold that many documents.
+    """
+    from tqdm import tqdm
+
+    files, versions = list_source_files(seed)
+    digest = hashlib.sha256()
+    documents = 0
+    temporary = f"{path}.tmp"
+    try:
+        with open(temporary, "wb") as raw, _writer(path, raw) as output:
+            stream = iterate_sample(files, num_documents, num_workers)
+            for document in tqdm(stream, "sample", num_documents, unit=" documents", mininterval=1):
+                line = json.dumps(document, ensure_ascii=False).encode() + b"\n"
+                digest.update(line)
+                output.write(line)
+                documents += 1
+        if num_documents is not None and documents < num_documents:
+            raise UserError(
+                f"{PREFIX}: the installed packages hold {documents} documents, fewer than the "
+                f"{num_documents} asked for; ask for fewer, or leave the number out"
+            )
+        os.replace(temporary, path)
+    finally:
+        if os.path.exists(temporary):
+            os.remove(temporary)
+    return SampleSummary(documents, seed, versions, digest.hexdigest())
+
+
+def _writer(path: str, raw: BinaryIO) -> BinaryIO:
+    """A file to write lines to, compressed without a time stamp if the name asks for it."""
+    if not path.endswith(".gz"):
+        return raw
+    return cast(BinaryIO, gzip.GzipFile("", "wb", 6, raw, mtime=0))
+
 
 Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef
 

@@ -4,13 +4,11 @@ A name that `list_files` gives is a path, a gs:// URL or `tfds:...`. Where the f
 the ending says, it stands before the path: `csv:/data/table.dat`.
 """
 
-import contextlib
-import errno
 import io
 import os
 import re
 from collections import Counter
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 from trainer.config import NAMED_FORMATS
@@ -29,10 +27,6 @@ LINE_FORMATS = ("jsonl", "text", "libmultilabel", "rows")
 BLOCK_BYTES = 1 << 22
 _PREFIX = re.compile(rf"({'|'.join((*NAMED_FORMATS, 'rows', 'tfds'))}):(?!//)")
 _TFRECORD_SHARD = re.compile(r"\.tfrecords?-\d{5}-of-\d{5}$")
-_REFUSALS = frozenset(
-    (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
-    + (errno.ENOENT, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENAMETOOLONG)
-)
 
 
 def location(name: str) -> str:
@@ -114,7 +108,7 @@ def open_file(name: str) -> Any:
     """A file or object as a buffered, seekable stream of its bytes."""
     path = location(name)
     if filesystem.is_remote(path):
-        from trainer.storage.object_reader import open_reader
+        from trainer.storage.gcs import open_reader
 
         return open_reader(path)
     return open(path, "rb", buffering=BLOCK_BYTES)
@@ -142,25 +136,3 @@ def changed(name: str) -> UserError:
         f"{location(name)}: changed while it was read; run the command once more when nobody "
         "writes to it"
     )
-
-
-@contextlib.contextmanager
-def disk_errors(flag: str) -> Iterator[None]:
-    """Turns what the file system refuses into a line that the user can act on.
-
-    Args:
-      flag: the flag and value that say where is written, as they stand on the command line.
-
-    Raises:
-      UserError: in the place of an OSError about permissions, room, or a file that is no folder.
-    """
-    try:
-        yield
-    except OSError as error:
-        if error.errno not in _REFUSALS:
-            raise
-        where = f": {error.filename}" if error.filename else ""
-        raise UserError(
-            f"{flag}: cannot be written ({error.strerror}{where}); expected a folder with room "
-            "that you may write to; name another, or see to this one"
-        ) from None

@@ -15,7 +15,8 @@ from dataclasses import dataclass, field
 from typing import Any
 
 from trainer.errors import UserError
-from trainer.sources.rows import LabelIds, is_unicode, shown
+from trainer.flags import is_unicode
+from trainer.sources.rows import LabelIds, shown
 
 _TRUE, _FALSE = frozenset(("1", "1.0", "true")), frozenset(("0", "0.0", "false", ""))
 _MOST_DIGITS = 18

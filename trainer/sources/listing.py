@@ -1,4 +1,10 @@
-"""The files that inputs name: paths, globs, folders, saved data sets, prefixes of buckets."""
+"""The files that inputs name: paths, globs, folders, saved data sets, prefixes of buckets.
+
+Whether the inputs are still what they were when a command looked at them first.
+
+A command reads its inputs more than once, and may take hours: a file that somebody rewrites
+meanwhile would give rows that fit neither its labels nor its plan.
+"""
 
 import fnmatch
 import glob
@@ -14,14 +20,54 @@ from trainer.sources.input_files import (
     COMPRESSIONS,
     FORMATS,
     absolute_name,
+    changed,
     format_of,
     is_data_set,
     location,
 )
 from trainer.storage import filesystem
 
-Result = TypeVar("Result")
 
+def version_of(name: str) -> tuple[int, ...]:
+    """What changes when a file does: size, time and inode; of an object the generation.
+
+    Of a data set nothing: those that TensorFlow Datasets prepared are never written to again.
+    """
+    path = location(name)
+    if is_data_set(name):
+        return ()
+    if not filesystem.is_remote(path):
+        try:
+            status = os.stat(path)
+        except FileNotFoundError:
+            return ()
+        return status.st_size, status.st_mtime_ns, status.st_ino
+    from trainer.storage.gcs import find_object
+
+    found = find_object(path)
+    return () if found is None else (found.generation,)
+
+
+class FileVersions:
+    """The versions of files at one moment."""
+
+    def __init__(self, names: Sequence[str]) -> None:
+        """Looks at the files."""
+        self._versions = dict(zip(names, for_each_file(names, version_of), strict=True))
+
+    def check(self, names: Iterable[str] | None = None) -> None:
+        """Checks that some of the files, by default all, are what they were.
+
+        Raises:
+          UserError: naming the first that is not.
+        """
+        chosen = list(dict.fromkeys(self._versions if names is None else names))
+        for name, version in zip(chosen, for_each_file(chosen, version_of), strict=True):
+            if version != self._versions[name]:
+                raise changed(name)
+
+
+Result = TypeVar("Result")
 _SAVED_SPLITS, _SAVED_STATE = "dataset_dict.json", "state.json"
 # What `datasets` and the hub lay beside a data set's files, to describe them.
 _DESCRIPTIONS = frozenset((_SAVED_SPLITS, "dataset_info.json", "dataset_infos.json"))
@@ -152,8 +198,7 @@ def _read_json(path: str) -> dict:
 
 def _expand_remote(url: str, source_split: str | None, any_ending: bool) -> list[str]:
     """The objects of a URL: one, those that match a pattern, or those right below a folder."""
-    from trainer.storage.gcs import list_objects
-    from trainer.storage.object_reader import find_object
+    from trainer.storage.gcs import find_object, list_objects
 
     if glob.has_magic(url):
         before = re.split(r"[*?[]", url, maxsplit=1)[0]

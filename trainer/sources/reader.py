@@ -10,7 +10,6 @@ import os
 from collections.abc import Iterator, Sequence
 from functools import partial
 
-from trainer.data.metadata import checksum
 from trainer.errors import UserError
 from trainer.sources.formats.base import format_module
 from trainer.sources.input_files import (
@@ -24,6 +23,7 @@ from trainer.sources.input_files import (
 from trainer.sources.listing import for_each_file, list_files
 from trainer.sources.rows import BadRow, Columns, Row, Segment
 from trainer.storage import filesystem
+from trainer.storage.filesystem import checksum
 
 __all__ = [
     "BadRow",
@@ -132,7 +132,7 @@ def fingerprint(name: str) -> tuple[int, str]:
     path = location(name)
     if not filesystem.is_remote(path):
         return os.path.getsize(path), checksum(path)
-    from trainer.storage.object_reader import find_object
+    from trainer.storage.gcs import find_object
 
     found = find_object(path)
     if found is None:

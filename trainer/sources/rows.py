@@ -1,4 +1,7 @@
-"""What a row of raw data is: checked text, id, labels as they stood, kept columns; or why not."""
+"""What a row of raw data is: checked text, id, labels as they stood, kept columns; or why not.
+
+How many unusable rows a command puts up with.
+"""
 
 import datetime
 import decimal
@@ -8,6 +11,9 @@ import uuid
 from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any, NamedTuple
+
+from trainer.errors import UserError
+from trainer.flags import is_unicode
 
 _MAX_RAW_CHARACTERS = 300
 
@@ -146,17 +152,6 @@ def why_no_text(text: Any) -> str | None:
     return None if is_unicode(text) else f"text is not {_encoding_of(text)}"
 
 
-def is_unicode(text: str) -> bool:
-    """Whether a text can be written as UTF-8: halves of surrogate pairs cannot."""
-    if text.isascii():
-        return True
-    try:
-        text.encode("utf-8")
-    except UnicodeEncodeError:
-        return False
-    return True
-
-
 def _encoding_of(text: str) -> str:
     """What a text with surrogates is not: those of a table stand for bytes that are not UTF-8."""
     is_escaped = any("\udc80" <= character <= "\udcff" for character in text)
@@ -218,3 +213,43 @@ def shown(value: Any) -> str:
         return cut_raw(repr(value))
     except RecursionError:
         return "(nested too deeply to be shown)"
+
+
+# In the data folder and in the output folder.
+REJECTED_FOLDER = "rejected"
+
+
+def allowed_rejections(limit: float, num_rows: int) -> int:
+    """Rows that `--max_rejected` allows: a share of the rows if below 1, else a number."""
+    # 0.29 of 100 rows are 29 rows, whatever binary fractions make of it.
+    return math.floor(limit * num_rows + 1e-9) if limit < 1 else int(limit)
+
+
+def too_many_rejected(
+    path: str, num_rejected: int, num_rows: int, limit: float, where: str
+) -> UserError:
+    """What to raise, with the first of the rejected rows in it.
+
+    Args:
+      path: JSONL of rejected rows, at least one, with `source`, `row` and `reason`.
+      num_rejected: rows that cannot be used.
+      num_rows: all rows.
+      limit: `--max_rejected`.
+      where: the file or folder that holds all of the rejected rows.
+    """
+    with open(path, encoding="utf-8") as file:
+        return describe_rejections(next(file).encode(), num_rejected, num_rows, limit, where)
+
+
+def describe_rejections(
+    lines: bytes, num_rejected: int, num_rows: int, limit: float, where: str
+) -> UserError:
+    """The same, given the beginning of such a file, or nothing if it is not there any more."""
+    first = json.loads(lines.splitlines()[0]) if lines else None
+    example = f"{first['source']}: row {first['row']}: {first['reason']}; " if first else ""
+    return UserError(
+        f"{example}{num_rejected:,} of "
+        f"{num_rows:,} rows cannot be used, --max_rejected={limit:g} allows "
+        f"{allowed_rejections(limit, num_rows):,}; see {where} for all of them and repair them, "
+        "or raise --max_rejected"
+    )

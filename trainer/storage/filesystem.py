@@ -8,10 +8,16 @@ only know local files start without it.
 
 Parts of a URL are joined by `os.path.join`, as those of a path are: both by "/" wherever Multihot
 runs.
+
+Files that are there whole or not at all.
+
+A checksum inside a JSON file, so that a byte flipped in it is found before it is believed.
 """
 
 import contextlib
 import errno
+import hashlib
+import json
 import os
 import re
 import tempfile
@@ -20,6 +26,46 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, BinaryIO, cast
 
 from trainer.errors import RunAgain, UserError
+
+
+def checksum(path: str) -> str:
+    """CRC-32C of a file or object as eight hex digits (hardware-accelerated, several GB/s)."""
+    import google_crc32c
+
+    crc = google_crc32c.Checksum()
+    with open_binary(path) as file:
+        while block := file.read(1 << 18):
+            crc.update(block)
+    return crc.hexdigest().decode()
+
+
+_REFUSALS = frozenset(
+    (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
+    + (errno.ENOENT, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENAMETOOLONG)
+)
+
+
+@contextlib.contextmanager
+def disk_errors(flag: str) -> Iterator[None]:
+    """Turns what the file system refuses into a line that the user can act on.
+
+    Args:
+      flag: the flag and value that say where is written, as they stand on the command line.
+
+    Raises:
+      UserError: in the place of an OSError about permissions, room, or a file that is no folder.
+    """
+    try:
+        yield
+    except OSError as error:
+        if error.errno not in _REFUSALS:
+            raise
+        where = f": {error.filename}" if error.filename else ""
+        raise UserError(
+            f"{flag}: cannot be written ({error.strerror}{where}); expected a folder with room "
+            "that you may write to; name another, or see to this one"
+        ) from None
+
 
 # A request's answer takes tens of milliseconds and no work of ours; a split has many shards.
 _REQUESTS_AT_ONCE = 16
@@ -102,7 +148,7 @@ def read_text(path: str) -> str:
 
 
 def upload(url: str, data: bytes) -> None:
-    """Makes an object of `data`; see `atomic.py` for what a reader may find meanwhile."""
+    """Makes an object of `data`; see `filesystem.py` for what a reader may find meanwhile."""
     with _file_systems(url) as gfile, gfile.GFile(url, "wb") as file:
         file.write(data)
 
@@ -214,3 +260,57 @@ def explain_status(place: str, status: int | None, reason: str) -> OSError | Run
         f"{place}: the store did not answer ({f'HTTP {status}' if status else reason}), however "
         "often it was asked; run the same command again to go on where it stopped"
     )
+
+
+def write_atomically(path: str, content: str | bytes) -> None:
+    """Writes a file so that a reader, even after a crash, finds it as before or whole.
+
+    A local file is written aside, flushed to the disk and renamed to `path`. For a URL one upload
+    is enough: TensorFlow gathers the bytes in a local temporary file, and an object in Cloud
+    Storage appears, or takes the place of the one before, only when its upload has ended.
+
+    Raises:
+      OSError: if the folder cannot be written to; `path` is then as it was before.
+      RunAgain: if a store does not answer.
+    """
+    data = content.encode("utf-8") if isinstance(content, str) else content
+    if is_remote(path):
+        upload(path, data)
+        return
+    aside = path + ".tmp"
+    try:
+        with open(aside, "wb") as file:
+            file.write(data)
+            file.flush()
+            os.fsync(file.fileno())
+        os.replace(aside, path)
+    except OSError:
+        if os.path.exists(aside):
+            os.remove(aside)
+        raise
+
+
+_FIELD = "sha256"
+
+
+def seal(values: dict[str, Any]) -> dict[str, Any]:
+    """JSON values with the SHA-256 of what they say, whatever their layout in a file."""
+    return values | {_FIELD: _digest(values)}
+
+
+def unseal(values: dict[str, Any]) -> dict[str, Any]:
+    """What was sealed.
+
+    Raises:
+      ValueError: if the values are not those that were sealed.
+    """
+    content = {name: value for name, value in values.items() if name != _FIELD}
+    if values.get(_FIELD) != _digest(content):
+        raise ValueError(f"its content does not match its own {_FIELD}")
+    return content
+
+
+def _digest(values: dict[str, Any]) -> str:
+    # Read back first, for JSON has neither tuples nor keys that are numbers.
+    content = json.loads(json.dumps(values))
+    return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

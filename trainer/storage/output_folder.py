@@ -12,13 +12,11 @@ import tempfile
 from collections.abc import Sequence
 from typing import BinaryIO, NamedTuple, Protocol, cast
 
-from trainer.data.metadata import checksum
 from trainer.errors import UserError
-from trainer.storage import filesystem, gcs, object_reader
-from trainer.storage.atomic import write_atomically
-from trainer.storage.gcs import Taken
+from trainer.storage import filesystem, gcs
+from trainer.storage.filesystem import checksum, write_atomically
+from trainer.storage.gcs import StoredObject, Taken
 from trainer.storage.gcs_client import SCHEME
-from trainer.storage.object_reader import StoredObject
 
 ASIDE = ".tmp"
 _OURS_ASIDE = re.compile(r"(plan\.json|_SUCCESS|part-\d+-of-\d+\.[\w.]+)" + re.escape(ASIDE))
@@ -297,7 +295,7 @@ class StoreFolder:
 
     def sum_up(self, name: str) -> Found | None:
         """From the object's metadata."""
-        stored = object_reader.find_object(self._url(name))
+        stored = gcs.find_object(self._url(name))
         return None if stored is None else Found(stored.bytes, stored.checksum)
 
     def replace(self, name: str, content: str) -> None:
@@ -320,7 +318,7 @@ class StoreFolder:
         """Notes what a killed run may have left, which is what may be replaced."""
         part = _StorePart(self.url, name, manifest)
         # Afterwards, so that a part that is named in between is not taken for what was left.
-        if object_reader.find_object(self._url(manifest)) is None:
+        if gcs.find_object(self._url(manifest)) is None:
             return part
         part.abandon()
         return None
@@ -334,7 +332,7 @@ class _StorePart:
 
     def __init__(self, folder: str, name: str, manifest: str) -> None:
         self._folder, self._name, self._manifest = folder, name, manifest
-        left = object_reader.find_object(f"{folder}/{name}")
+        left = gcs.find_object(f"{folder}/{name}")
         self._generation = 0 if left is None else left.generation
         self.file: BinaryIO = cast(BinaryIO, tempfile.TemporaryFile())  # noqa: SIM115
 
@@ -346,7 +344,7 @@ class _StorePart:
 
     def name_manifest(self, content: bytes) -> None:
         # Another writer that took our part for one that was left behind has replaced it by now.
-        stored = object_reader.find_object(f"{self._folder}/{self._name}")
+        stored = gcs.find_object(f"{self._folder}/{self._name}")
         if stored is None or stored.generation != self._generation:
             raise _busy(self._folder, self._name)
         self._upload(self._manifest, content, 0)

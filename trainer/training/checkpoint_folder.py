@@ -19,10 +19,9 @@ import numpy as np
 import tensorflow as tf
 
 from trainer.config import from_dict
-from trainer.data.metadata import checksum
 from trainer.errors import UserError
 from trainer.storage import filesystem
-from trainer.storage.atomic import write_atomically
+from trainer.storage.filesystem import checksum, write_atomically
 
 _MANIFEST = re.compile(r"step-(\d+)\.json")
 _FILE = re.compile(r"(step-(\d+)(?:-again)?)[._].*")

@@ -11,7 +11,7 @@ import tensorflow as tf
 from tqdm import tqdm
 
 from trainer.storage import filesystem
-from trainer.storage.atomic import write_atomically
+from trainer.storage.filesystem import write_atomically
 
 METRICS_FILE = "metrics.jsonl"
 _TENSORBOARD_FOLDER = "tensorboard"

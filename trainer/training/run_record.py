@@ -9,8 +9,7 @@ from typing import Any
 from trainer.config import ModelConfig, PackingConfig, TrainConfig, from_dict
 from trainer.errors import UserError
 from trainer.storage import filesystem
-from trainer.storage.atomic import write_atomically
-from trainer.storage.seal import seal, unseal
+from trainer.storage.filesystem import seal, unseal, write_atomically
 from trainer.training.checkpoint_folder import CHECKPOINT_FOLDER, CheckpointFolder
 
 CONFIG_FILE = "config.json"

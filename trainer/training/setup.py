@@ -20,12 +20,17 @@ from trainer.errors import UserError
 from trainer.model.model import Model, build_model
 from trainer.model.pretrained import load_pretrained, model_config, resolve_checkpoint
 from trainer.storage import filesystem
-from trainer.training.label_weights import initial_bias, label_weights, positive_weights
-from trainer.training.loss_scale import LossScale
-from trainer.training.losses import has_exact_correction, logit_offset, make_loss
+from trainer.training.losses import (
+    has_exact_correction,
+    initial_bias,
+    label_weights,
+    logit_offset,
+    make_loss,
+    positive_weights,
+)
 from trainer.training.optimizer import AdamW
 from trainer.training.run_record import RunRecord
-from trainer.training.step import TrainStep
+from trainer.training.step import LossScale, TrainStep
 
 _logger = logging.getLogger(__name__)
 

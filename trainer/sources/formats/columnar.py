@@ -4,7 +4,7 @@ import json
 from collections.abc import Callable, Iterator
 from typing import Any
 
-from trainer.sources.formats.schema import require_columns, wrong_type
+from trainer.sources.formats.base import require_columns, wrong_type
 from trainer.sources.rows import BadRow, Columns, Row, Segment, Unreadable, row_of_values
 
 BATCH_ROWS = 512

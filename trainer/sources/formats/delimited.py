@@ -11,7 +11,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from trainer.errors import UserError
-from trainer.sources.formats.base import cut_rows
+from trainer.sources.formats.base import cut_rows, require_columns
 from trainer.sources.formats.lines import (
     MAX_LINE_BYTES,
     LongLine,
@@ -20,7 +20,6 @@ from trainer.sources.formats.lines import (
     too_long,
     without_mark,
 )
-from trainer.sources.formats.schema import require_columns
 from trainer.sources.input_files import format_of, location, open_decompressed
 from trainer.sources.rows import BadRow, Columns, Row, Segment, cut_raw, row_of_values
 

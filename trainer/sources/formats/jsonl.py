@@ -6,9 +6,8 @@ from collections.abc import Iterator, Sequence
 from typing import Any
 
 from trainer.errors import UserError
-from trainer.sources.formats.base import cut_rows
+from trainer.sources.formats.base import cut_rows, require_columns, wrong_type
 from trainer.sources.formats.lines import count_lines, first_lines, plan_lines, rows_of_lines
-from trainer.sources.formats.schema import require_columns, wrong_type
 from trainer.sources.input_files import is_divisible, location
 from trainer.sources.rows import BadRow, Columns, Row, Segment, cut_raw, row_of_values
 

@@ -10,8 +10,7 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from trainer.errors import UserError
-from trainer.sources.formats.base import cut_rows
-from trainer.sources.formats.schema import require_columns, wrong_type
+from trainer.sources.formats.base import cut_rows, require_columns, wrong_type
 from trainer.sources.rows import BadRow, Columns, Row, Segment, Unreadable, row_of_values
 
 ENTERS = False

@@ -11,13 +11,11 @@ import struct
 from collections.abc import Iterator
 from typing import Any
 
-from trainer.data.examples import parse_example
 from trainer.data.metadata import METADATA_FILE, Metadata, parse_metadata
-from trainer.data.wire import masked_checksum
+from trainer.data.records import masked_checksum, parse_example
 from trainer.errors import UserError
-from trainer.sources.formats.base import cut_rows
+from trainer.sources.formats.base import cut_rows, require_columns
 from trainer.sources.formats.lines import MAX_LINE_BYTES, damaged
-from trainer.sources.formats.schema import require_columns
 from trainer.sources.input_files import location, open_decompressed, open_file
 from trainer.sources.rows import (
     BadRow,
