@@ -14,7 +14,7 @@ import time
 import tensorflow as tf
 from corpus import find_checkpoint, make_corpus
 
-from trainer.data.input_pipeline import Share, deal_steps, open_stream, read_micro_batches
+from trainer.data.input_pipeline import HostShard, open_stream, read_micro_batches, shard_steps
 from trainer.data.metadata import load_metadata
 from trainer.data.packing import choose_packing
 
@@ -66,7 +66,9 @@ def main() -> None:
     )
     for epoch in range(arguments.epochs):
         iterator = iter(
-            deal_steps(read_micro_batches(stream, seed=epoch, num_epochs=2), stream, 1, Share())
+            shard_steps(
+                read_micro_batches(stream, seed=epoch, num_epochs=2), stream, 1, HostShard()
+            )
         )
         began = time.perf_counter()
         tokens, documents = drain(iterator, tf.constant(count))

@@ -20,7 +20,7 @@ from corpus import Documents, find_checkpoint, load_documents, run_multihot, wri
 
 from trainer.evaluation.calibration import fit_calibration, sigmoid
 from trainer.evaluation.metrics import compute_metrics
-from trainer.evaluation.thresholds import Target, fit_thresholds
+from trainer.evaluation.thresholds import ThresholdTarget, fit_thresholds
 from trainer.training.losses import positive_weights
 
 KERAS = ("one output a label", "one output", "one output, one dictionary")
@@ -108,7 +108,9 @@ def train_ours(kind: str, splits: dict[str, Documents], arguments: argparse.Name
     calibration = fit_calibration(logits["validation"], fitted, weights, "labels")
     probabilities = calibration.probabilities(logits["test"])
     thresholds = fit_thresholds(
-        calibration.probabilities(logits["validation"]), fitted, target=Target("overall_f1")
+        calibration.probabilities(logits["validation"]),
+        fitted,
+        target=ThresholdTarget("overall_f1"),
     )
     rate = arguments.num_train_epochs * len(train) / seconds
     return (

@@ -120,22 +120,22 @@ def score(model: str, path: str, folder: str) -> tuple[np.ndarray, dict[str, flo
 def forward(model: str, folder: str, path: str) -> tuple[np.ndarray, dict[str, float]]:
     """The forward pass alone, over the micro-batches that `score` packed in this folder."""
     from trainer.data.packing import BLOCK_MICRO_BATCHES
-    from trainer.model.model_folder import load_exported
+    from trainer.model.model_folder import load_model_folder
     from trainer.model.predictor import Predictor
-    from trainer.scoring.batches import BlockPacker, read_chunks, tokenize
+    from trainer.scoring.batches import BatchPacker, read_raw_batches, tokenize
     from trainer.scoring.pipeline import pack_blocks
     from trainer.scoring.plan import load_plan
     from trainer.sources.rows import Columns
     from trainer.storage.output_folder import open_output
 
-    exported = load_exported(model, "float32")
+    exported = load_model_folder(model, "float32")
     plan = load_plan(open_output(os.path.join(folder, "scores")))
     assert plan is not None, "run `score` first"
-    chunks = read_chunks(plan.parts, range(len(plan.parts)), Columns(), exported.token_limits)
+    chunks = read_raw_batches(plan.parts, range(len(plan.parts)), Columns(), exported.token_limits)
     size = BLOCK_MICRO_BATCHES * plan.packing.num_tokens
     blocks = list(tokenize(chunks, exported.encode, size, size))
     firsts = np.cumsum([0, *(len(block.ids) for block in blocks)])
-    packed = list(pack_blocks(blocks, BlockPacker(plan.packing)))
+    packed = list(pack_blocks(blocks, BatchPacker(plan.packing)))
     predictor = Predictor(exported.model, plan.packing)
     predictor.probabilities([packed[0].inputs])
     probabilities = np.empty((firsts[-1], len(exported.labels)))

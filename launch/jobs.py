@@ -241,7 +241,7 @@ def _read_jobs(bucket: str) -> list[Job]:
         if item.url.count("/") == 5 and item.url.endswith("/job.json")
     ]
     jobs = []
-    for text in gcs.together(urls):
+    for text in gcs.read_objects(urls):
         try:
             jobs.append(Job.from_json(text or b""))
         except UserError:

@@ -16,7 +16,7 @@ from trainer.config import EvaluateConfig, ExportConfig, ModelConfig, OptimizerC
 from trainer.data.metadata import load_metadata
 from trainer.data.packing import pack
 from trainer.errors import UserError
-from trainer.model.model_folder import load_exported
+from trainer.model.model_folder import load_model_folder
 from trainer.model.predictor import Predictor
 from trainer.training.checkpoint import load_best
 
@@ -56,7 +56,7 @@ def expected(exported, corpus, real_texts):
     """Texts, their ids, and float64 calibrated logits straight from the checkpoint."""
     model_dir, _, _ = exported
     texts = [*real_texts[:10], "two words"]
-    loaded = load_exported(exported[1])
+    loaded = load_model_folder(exported[1])
     ids, _ = loaded.tokenizer.encode_batch(texts, loaded.max_seq_length)
     with open(os.path.join(model_dir, "evaluation", "calibration.json"), encoding="utf-8") as file:
         calibration = json.load(file)
@@ -84,14 +84,14 @@ def pad(ids):
 
 def test_our_own_loader_gives_the_calibrated_probabilities(exported, expected):
     _, ids, logits = expected
-    loaded = load_exported(exported[1])
+    loaded = load_model_folder(exported[1])
     assert loaded.labels == load_best(exported[0]).record.labels
     np.testing.assert_allclose(logits_of(loaded.model, loaded.packing, ids), logits, atol=1e-4)
 
 
 def test_both_signatures_of_the_saved_model(exported, expected):
     _, ids, logits = expected
-    loaded = load_exported(exported[1])
+    loaded = load_model_folder(exported[1])
     saved = tf.saved_model.load(os.path.join(exported[1], "saved_model"))
     padded, mask = pad(ids)
     answer = saved.signatures["serving_default"](
@@ -134,7 +134,7 @@ def test_transformers_reads_the_folder(exported, expected):
     np.testing.assert_allclose(answer, logits, atol=1e-4)
 
     pipeline = transformers.pipeline("text-classification", model=folder, top_k=None)
-    labels = load_exported(folder).labels
+    labels = load_model_folder(folder).labels
     for found, row in zip(pipeline(texts, truncation=True), logits, strict=True):
         scores = {item["label"]: item["score"] for item in found}
         expected_scores = 1 / (1 + np.exp(-row))
@@ -168,7 +168,7 @@ def test_a_calibration_of_another_checkpoint_is_refused(exported, tmp_path):
     assert os.listdir(tmp_path) == ["run"]
     export.run(ExportConfig(model_dir=model_dir, export_dir=target, uncalibrated=True))
     raw = load_best(model_dir).model.head.classifier.bias.numpy()
-    np.testing.assert_array_equal(load_exported(target).model.head.classifier.bias.numpy(), raw)
+    np.testing.assert_array_equal(load_model_folder(target).model.head.classifier.bias.numpy(), raw)
 
 
 def test_a_folder_that_is_taken_is_left_alone(exported, tmp_path):
@@ -190,7 +190,7 @@ def test_the_same_export_again_does_nothing_and_another_one_is_refused(exported,
 
 def test_a_folder_that_is_no_model_folder_is_named(tmp_path):
     with pytest.raises(UserError, match="no multihot.json"):
-        load_exported(str(tmp_path))
+        load_model_folder(str(tmp_path))
     with pytest.raises(UserError, match=r"no config\.json"):
         load_best(str(tmp_path))
 

@@ -58,9 +58,9 @@ def test_the_first_two_ways_are_one_function_and_their_losses_differ_by_the_numb
     parts = dense_layers(many)
     whole.kernel.assign(np.concatenate([part.kernel.numpy() for part in parts], axis=1))
     separate = np.concatenate(many.predict([ids, mask], verbose=0), axis=1)
-    together = one.predict([ids, mask], verbose=0)
-    np.testing.assert_allclose(separate, together, atol=1e-6)
-    assert together.std() > 0.01
+    joint = one.predict([ids, mask], verbose=0)
+    np.testing.assert_allclose(separate, joint, atol=1e-6)
+    assert joint.std() > 0.01
     columns = [column[:, None] for column in targets.astype(np.float32).T]
     sum_of_losses = many.evaluate([ids, mask], columns, verbose=0, return_dict=True)["loss"]
     mean_loss = one.evaluate([ids, mask], targets.astype(np.float32), verbose=0)

@@ -29,7 +29,7 @@ def check_ids(output, shards):
     assert found == expected
 
 
-def kill_score(model, shards, folder, most_workers, num_kills, seed):
+def kill_score(model, shards, folder, max_workers, num_kills, seed):
     """Rounds of runs that are killed, until so many kills; of each round the files are compared.
 
     Returns:
@@ -39,7 +39,7 @@ def kill_score(model, shards, folder, most_workers, num_kills, seed):
     draw = random.Random(seed)
     moments = {"before": 0, "during": 0, "after": 0}
     kills = rounds = 0
-    with stages("score", most_workers, folder) as actors:
+    with stages("score", max_workers, folder) as actors:
 
         def flags(output, worker, num_workers):
             return [
@@ -57,7 +57,7 @@ def kill_score(model, shards, folder, most_workers, num_kills, seed):
             output = folder / f"out-{rounds}"
             rounds += 1
             for _ in range(num_kills):
-                num_workers = draw.randint(1, most_workers)
+                num_workers = draw.randint(1, max_workers)
                 runs = [
                     (actors[i], flags(output, i, num_workers), draw.uniform(0, 1.1 * life))
                     for i in range(num_workers)
@@ -80,16 +80,16 @@ def kill_score(model, shards, folder, most_workers, num_kills, seed):
     return kills, moments
 
 
-@pytest.mark.parametrize("most_workers", [1, 2])
-def test_five_kills_of_score(model, shards, tmp_path, most_workers):
-    kills, _ = kill_score(model, shards, tmp_path, most_workers, num_kills=5, seed=1)
+@pytest.mark.parametrize("max_workers", [1, 2])
+def test_five_kills_of_score(model, shards, tmp_path, max_workers):
+    kills, _ = kill_score(model, shards, tmp_path, max_workers, num_kills=5, seed=1)
     assert kills >= 5
 
 
 @pytest.mark.long
-@pytest.mark.parametrize("most_workers", [1, 2])
-def test_a_hundred_kills_of_score(model, shards, tmp_path, most_workers):
-    kills, moments = kill_score(model, shards, tmp_path, most_workers, num_kills=100, seed=2)
+@pytest.mark.parametrize("max_workers", [1, 2])
+def test_a_hundred_kills_of_score(model, shards, tmp_path, max_workers):
+    kills, moments = kill_score(model, shards, tmp_path, max_workers, num_kills=100, seed=2)
     assert kills >= 100 and min(moments["before"], moments["during"]) >= 10
 
 

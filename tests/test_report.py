@@ -16,7 +16,7 @@ from trainer import report
 from trainer.config import ReportConfig
 from trainer.errors import UserError
 from trainer.evaluation.curves import MAX_CURVE_LABELS, collect
-from trainer.evaluation.predictions import ScoredDocuments
+from trainer.evaluation.predictions import CalibratedPredictions
 from trainer.reporting.page import Material, render
 from trainer.training.run_record import load_record
 
@@ -246,7 +246,7 @@ def test_4000_labels_are_all_in_the_table_and_the_commonest_have_curves(folders)
     random = np.random.default_rng(0)
     probabilities = random.random((200, 4000), np.float32)
     truth = random.random((200, 4000)) < 0.02
-    documents = ScoredDocuments(
+    documents = CalibratedPredictions(
         [f"d{k}" for k in range(200)], np.arange(200), probabilities, probabilities, truth, 200
     )
     names = [f"label {k}" for k in range(4000)]

@@ -19,7 +19,7 @@ import numpy as np
 
 from trainer.config import EvaluateConfig
 from trainer.data.metadata import Metadata, load_metadata, naming_damaged_shards, split_fingerprint
-from trainer.data.packing import add_histograms, choose_packing, least_tokens
+from trainer.data.packing import add_histograms, choose_packing, min_tokens
 from trainer.errors import UserError
 from trainer.evaluation.calibration import (
     Calibration,
@@ -57,7 +57,7 @@ from trainer.evaluation.results import (
     without_labels,
     write_json,
 )
-from trainer.evaluation.thresholds import Target, fit_binned_thresholds, fit_thresholds
+from trainer.evaluation.thresholds import ThresholdTarget, fit_binned_thresholds, fit_thresholds
 from trainer.model.predictor import Predictor
 from trainer.storage import filesystem
 from trainer.training.checkpoint import LoadedRun, load_best
@@ -88,7 +88,7 @@ class Splits:
         # Rows to hold the documents of these splits, which may be longer than those of training.
         lengths = add_histograms([split.length_histogram for split in splits])
         windows = add_histograms([split.window_histogram for split in splits])
-        least = least_tokens(len(lengths) - 1, len(windows) - 1)
+        least = min_tokens(len(lengths) - 1, len(windows) - 1)
         num_tokens = max(best.packing.num_tokens, least)
         packing = choose_packing(lengths, num_tokens, window_histogram=windows)
         self._predictor = Predictor(best.model, packing)
@@ -178,7 +178,7 @@ def cutting(config: EvaluateConfig) -> dict[str, Any]:
     """The options of `fit_thresholds`."""
     return {
         "min_support": config.min_support,
-        "target": Target(*config.threshold_target()),
+        "target": ThresholdTarget(*config.threshold_target()),
         "is_global": config.thresholds == "global",
     }
 

@@ -20,7 +20,7 @@ from safetensors.numpy import save_file
 import trainer
 from trainer.config import ExportConfig, PackingConfig, absolute
 from trainer.data.metadata import TOKENIZER_FOLDER, Metadata, load_metadata
-from trainer.data.packing import choose_packing, least_tokens, with_slots_for_scoring
+from trainer.data.packing import choose_packing, min_tokens, with_slots_for_scoring
 from trainer.data.tokenizer import Tokenizer, load_tokenizer
 from trainer.errors import UserError
 from trainer.evaluation.results import CALIBRATION_FILE, EVALUATION_FOLDER, METRICS_FILE
@@ -35,7 +35,7 @@ from trainer.model.model_folder import (
 from trainer.model.pretrained import WEIGHTS_FILE, from_variables
 from trainer.storage import filesystem
 from trainer.storage.gcs import Taken, list_objects, read_object, upload, upload_files
-from trainer.storage.temporary import scratch_folder
+from trainer.storage.temporary import temporary_folder
 from trainer.training.checkpoint import LoadedRun, load_best
 
 _FORMAT_VERSION = 1
@@ -54,7 +54,7 @@ def run(config: ExportConfig) -> None:
     if not filesystem.is_remote(config.export_dir):
         return _export(config, config.export_dir)
     url = config.export_dir.rstrip("/")
-    with scratch_folder() as folder:
+    with temporary_folder() as folder:
         _check_vacant(url)
         local = dataclasses.replace(config, export_dir=os.path.join(folder, "model"))
         _export(local, url)
@@ -239,8 +239,8 @@ def _scoring_packing(metadata: Metadata, num_tokens: int) -> PackingConfig:
     """A micro-batch for texts like the training split's, which may be as long as allowed."""
     split, longest, most = metadata.split("train"), metadata.max_seq_length, metadata.max_windows
     packing = choose_packing(
-        split.length_histogram, max(num_tokens, least_tokens(longest, most)), longest=longest,
-        window_histogram=split.window_histogram, most_windows=most,
+        split.length_histogram, max(num_tokens, min_tokens(longest, most)), longest=longest,
+        window_histogram=split.window_histogram, document_windows=most,
     )  # fmt: skip
     return with_slots_for_scoring(packing)
 

@@ -111,16 +111,16 @@ def _prepare(
             tokenizer = _choose_tokenizer(config, previous, corpus, work_dir)
             trained = time.monotonic()
             plan = _plan_writing(config, previous, corpus, work_dir)
-            shards, tally = write_corpus(plan, corpus, pool)
+            shards, statistics = write_corpus(plan, corpus, pool)
             written = time.monotonic()
         inputs.versions.check()
         indexes = write_text_indexes(corpus, plan.split_names, work_dir, plan.num_labels)
-        splits = describe_splits(plan, shards, tally, indexes, corpus.num_rejected)
+        splits = describe_splits(plan, shards, statistics, indexes, corpus.num_rejected)
         call = inputs.description | {"rejected": corpus.num_rejected, "seed": config.seed}
         call |= {"splits": list(splits), "flags": _sum_up_flags(config_as_given)}
         metadata = _describe(previous, corpus, tokenizer, plan, splits, call)
         checks = check_splits(
-            metadata, list(splits), tally, config.data_dir, work_dir, shards_dir=shown_dir
+            metadata, list(splits), statistics, config.data_dir, work_dir, shards_dir=shown_dir
         )
         metadata = dataclasses.replace(metadata, checks=checks)
         _commit(config.data_dir, work_dir, metadata, splits, is_new=previous is None)
@@ -250,8 +250,8 @@ def _plan_writing(
     documents = corpus.count_documents(len(names))
     max_seq_length = _max_seq_length(config, previous)
     max_windows = config.max_windows if previous is None else previous.max_windows
-    most_tokens = max_seq_length * max_windows
-    mean_tokens = min(corpus.ledger.characters / corpus.ledger.num_rows / 2, most_tokens)
+    max_tokens = max_seq_length * max_windows
+    mean_tokens = min(corpus.row_index.characters / corpus.row_index.num_rows / 2, max_tokens)
     record_bytes = BYTES_BESIDE_TOKENS + BYTES_A_TOKEN * mean_tokens
     wanted = np.ceil(documents * record_bytes / SHARD_BYTES).astype(np.int64)
     if config.num_shards is not None:

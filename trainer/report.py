@@ -25,7 +25,7 @@ from trainer.data.tokenizer import load_tokenizer
 from trainer.errors import UserError
 from trainer.evaluate import TRAIN_SPLIT
 from trainer.evaluation.results import CURVES_FILE, EVALUATION_FOLDER, METRICS_FILE
-from trainer.evaluation.thresholds import Target
+from trainer.evaluation.thresholds import ThresholdTarget
 from trainer.reporting.baseline import measure_baseline
 from trainer.reporting.page import MAX_CHARACTERS, Material, render
 from trainer.storage import filesystem
@@ -154,7 +154,7 @@ def _find_baseline(
     baseline = {"settings": settings} | measure_baseline(
         *documents,
         min_support=metrics["min_support"],
-        target=Target(*asked.threshold_target()),
+        target=ThresholdTarget(*asked.threshold_target()),
         is_global=metrics["threshold_scope"] == "global",
     )
     write_atomically(path, json.dumps(_without_nan(baseline), indent=1) + "\n")

@@ -19,11 +19,11 @@ from trainer.beam import open_runner
 from trainer.config import LOCAL_RUNNER, ScoreConfig, absolute
 from trainer.data.packing import choose_score_packing
 from trainer.errors import UserError
-from trainer.model.model_folder import ExportedModel, load_exported
+from trainer.model.model_folder import ModelFolder, load_model_folder
 from trainer.runtime.cluster import read_cluster
 from trainer.runtime.devices import choose_scoring_precision, make_scoring_strategy
-from trainer.scoring.batches import Block, check_finite
-from trainer.scoring.parts import FOLDERS, Progress, begin_part, rejected_file
+from trainer.scoring.batches import TokenBatch, check_finite
+from trainer.scoring.parts import FOLDERS, PlanProgress, begin_part, rejected_file
 from trainer.scoring.pipeline import Compilations, sample_lengths, scored_blocks
 from trainer.scoring.plan import (
     Plan,
@@ -96,11 +96,11 @@ def _run(config: ScoreConfig) -> ScoreSummary:
     # Beam's workers run the SavedModel, as it was exported.
     precision = "float32" if runner else choose_scoring_precision(config.precision, strategy)
     with strategy.scope():
-        model = load_exported(config.model, precision)
+        model = load_model_folder(config.model, precision)
     start = time.perf_counter()
     folder.make(FOLDERS)
     plan = _settle_plan(config, folder, model, columns, precision, paths, worker_index)
-    progress = Progress(folder, plan, worker_index, num_workers)
+    progress = PlanProgress(folder, plan, worker_index, num_workers)
     progress.load()
     if worker_index:
         known = recall_inputs(plan, paths, progress.waiting)
@@ -185,7 +185,7 @@ def _settings(config: ScoreConfig, precision: str) -> dict[str, Any]:
 def _settle_plan(
     config: ScoreConfig,
     folder: OutputFolder,
-    model: ExportedModel,
+    model: ModelFolder,
     columns: Columns,
     precision: str,
     paths: Sequence[str],
@@ -218,11 +218,13 @@ def _settle_plan(
 def _score_parts(
     config: ScoreConfig,
     folder: OutputFolder,
-    model: ExportedModel,
+    model: ModelFolder,
     plan: Plan,
-    progress: Progress,
+    progress: PlanProgress,
     versions: FileVersions,
-    start_stream: Callable[[Sequence[int], Callable[[int], object]], Generator[Block, None, None]],
+    start_stream: Callable[
+        [Sequence[int], Callable[[int], object]], Generator[TokenBatch, None, None]
+    ],
 ) -> int:
     """Scores this worker's parts that are not done, in order; returns how many documents.
 
@@ -257,7 +259,7 @@ def _score_parts(
                             block.ids, block.probabilities, block.kept,
                             block.num_truncated, block.rejected,
                         )  # fmt: skip
-                versions.check(segment.path for segment in plan.parts[index].segments)
+                versions.check(row_range.path for row_range in plan.parts[index].row_ranges)
                 with disk_errors(where):
                     manifest = progress.manifests[index] = writer.commit()
             documents += manifest.rows_out
@@ -270,10 +272,10 @@ def _score_by_beam(
     runner: "BeamRunner",
     config: ScoreConfig,
     folder: OutputFolder,
-    model: ExportedModel,
+    model: ModelFolder,
     columns: Columns,
     plan: Plan,
-    progress: Progress,
+    progress: PlanProgress,
     versions: FileVersions,
 ) -> int:
     """The same by a Beam runner, in any order."""
@@ -304,7 +306,7 @@ def _score_by_beam(
 
 
 def _check_rejected(
-    config: ScoreConfig, folder: OutputFolder, plan: Plan, progress: Progress
+    config: ScoreConfig, folder: OutputFolder, plan: Plan, progress: PlanProgress
 ) -> None:
     """Checks the rows that could not be used so far, in all parts, against --max_rejected."""
     limit = config.max_rejected
@@ -318,7 +320,7 @@ def _check_rejected(
 
 
 def _print_summary(
-    folder: OutputFolder, plan: Plan, progress: Progress, summary: ScoreSummary
+    folder: OutputFolder, plan: Plan, progress: PlanProgress, summary: ScoreSummary
 ) -> None:
     totals = {
         name: sum(getattr(manifest, f"rows_{name}") for manifest in progress.done)

@@ -13,7 +13,13 @@ from typing import Any, NoReturn
 import tensorflow as tf
 
 from trainer.config import TrainConfig, absolute, parse_row_groups
-from trainer.data.input_pipeline import Share, Stream, deal_steps, open_stream, read_micro_batches
+from trainer.data.input_pipeline import (
+    HostShard,
+    Stream,
+    open_stream,
+    read_micro_batches,
+    shard_steps,
+)
 from trainer.data.metadata import load_metadata, naming_damaged_shards
 from trainer.data.packing import add_histograms, choose_packing
 from trainer.errors import RunAgain, UserError
@@ -31,11 +37,11 @@ from trainer.runtime.devices import (
 from trainer.runtime.interruption import Interruption
 from trainer.storage.filesystem import write_atomically
 from trainer.training.checkpoint import Checkpoints
-from trainer.training.metrics_log import Journal
+from trainer.training.metrics_log import MetricsLog
 from trainer.training.run_record import RunRecord, start_record
-from trainer.training.selection import Evaluation, Milestones, Selection
+from trainer.training.selection import BestCheckpoint, Evaluation, Milestones
 from trainer.training.setup import build_step, check_tokenizer, choose_model, make_record
-from trainer.training.step import Progress, TrainStep, read_position
+from trainer.training.step import TrainProgress, TrainStep, read_position
 
 BAD_STEPS_FILE = "bad_steps.json"
 
@@ -44,7 +50,7 @@ def find_bad_documents(
     stream: Stream,
     seed: int,
     num_epochs: float,
-    progress: Progress,
+    progress: TrainProgress,
     micro_batches_per_step: int,
 ) -> list[dict[str, Any]]:
     """Reads the bad steps that a run stands at the end of once more, for their documents' ids.
@@ -87,7 +93,7 @@ class Run:
     stream: Stream
     strategy: tf.distribute.Strategy
     step: TrainStep
-    selection: Selection
+    selection: BestCheckpoint
     checkpoints: Checkpoints
 
     @property
@@ -139,7 +145,7 @@ def run(config: TrainConfig, interruption: Interruption | None = None) -> None:
         _check_divisible(record, strategy.num_replicas_in_sync)
         jit_compile = should_jit(config.jit_compile, strategy)
         step = build_step(record, metadata, values, strategy, jit_compile)
-        selection = Selection.fresh()
+        selection = BestCheckpoint.fresh()
         checkpoints = Checkpoints(
             config.model_dir, _state(step, selection), config.keep_checkpoints, is_chief(strategy)
         )
@@ -190,7 +196,7 @@ def _check_divisible(record: RunRecord, replicas: int) -> None:
         )
 
 
-def _state(step: TrainStep, selection: Selection) -> dict[str, dict[str, tf.Variable]]:
+def _state(step: TrainStep, selection: BestCheckpoint) -> dict[str, dict[str, tf.Variable]]:
     """Every variable that a resumed run needs, by group and name."""
     state = {
         "model": step.model.named_variables(),
@@ -214,8 +220,8 @@ def _deal(this: Run) -> tf.data.Iterator:
     def of_host(context: tf.distribute.InputContext) -> tf.data.Dataset:
         replicas = context.num_replicas_in_sync
         local = replicas // context.num_input_pipelines
-        share = Share(replicas, context.input_pipeline_id * local, local)
-        return deal_steps(micro_batches, stream, this.record.micro_batches_per_step, share)
+        share = HostShard(replicas, context.input_pipeline_id * local, local)
+        return shard_steps(micro_batches, stream, this.record.micro_batches_per_step, share)
 
     return iter(this.strategy.distribute_datasets_from_function(of_host))
 
@@ -230,7 +236,7 @@ def _train(this: Run, evaluation: Evaluation) -> None:
     milestones = Milestones.of(
         config, this.stream.num_documents, this.record.total_documents, steps_per_loop
     )
-    journal = Journal(
+    metrics_log = MetricsLog(
         config.model_dir, steps, documents, milestones.total_documents, is_chief(this.strategy)
     )
     try:
@@ -243,53 +249,53 @@ def _train(this: Run, evaluation: Evaluation) -> None:
                 )
                 on_host = {name: float(value) for name, value in sums.items()}
                 steps, documents = int(progress.steps), this.documents
-                journal.log_steps(steps, documents, on_host, slots, this.stream.num_documents)
+                metrics_log.log_steps(steps, documents, on_host, slots, this.stream.num_documents)
                 if int(progress.bad_steps) >= config.max_bad_steps:
                     _give_up(this)
                 _check_not_dry(this, on_host)
                 due = documents >= milestones.next_evaluation(evaluations)
                 this.selection.pending.assign(int(due))
                 if on_host["stop"]:
-                    _stop(this, journal)
+                    _stop(this, metrics_log)
             evaluated = bool(int(this.selection.pending))
             if evaluated:
-                _evaluate(this, evaluation, journal)
+                _evaluate(this, evaluation, metrics_log)
             if evaluated or milestones.is_checkpoint_due(steps, documents, before):
-                _save(this, journal)
-                journal.restart_clock()
+                _save(this, metrics_log)
+                metrics_log.restart_clock()
     finally:
         try:
             this.checkpoints.close()
         finally:
-            journal.close()
+            metrics_log.close()
 
 
-def _evaluate(this: Run, evaluation: Evaluation, journal: Journal) -> None:
+def _evaluate(this: Run, evaluation: Evaluation, metrics_log: MetricsLog) -> None:
     """Measures, writes down what it found, and keeps the weights if they are the best."""
     steps = int(this.step.progress.steps)
     try:
         metrics = evaluation.run()
     except StoppedError:
-        _stop(this, journal)
-    journal.log_evaluation(steps, this.documents, this.config.eval_split, metrics)
+        _stop(this, metrics_log)
+    metrics_log.log_evaluation(steps, this.documents, this.config.eval_split, metrics)
     if this.selection.update(this.config, metrics):
         with evaluation.averaged_weights():
             this.checkpoints.save_best(steps)
 
 
-def _save(this: Run, journal: Journal) -> None:
+def _save(this: Run, metrics_log: MetricsLog) -> None:
     """Begins to save where the run stands, after the rows that a resumed run expects there."""
-    journal.flush()
+    metrics_log.flush()
     this.checkpoints.save(int(this.step.progress.steps))
 
 
-def _stop(this: Run, journal: Journal) -> NoReturn:
+def _stop(this: Run, metrics_log: MetricsLog) -> NoReturn:
     """Saves where the run stands and ends it.
 
     Raises:
       RunAgain: always.
     """
-    _save(this, journal)
+    _save(this, metrics_log)
     this.checkpoints.wait()
     raise RunAgain(
         f"{this.config.model_dir}: stopped as requested after step "

@@ -81,7 +81,7 @@ def read_records(job: Job, kind: type[Record]) -> dict[int, Record]:
     folder = "state" if kind is State else "exit_code"
     urls = [item.url for item in gcs.list_objects(f"{job.folder}/{folder}/host-")]
     records = {}
-    for text in gcs.together(urls):
+    for text in gcs.read_objects(urls):
         try:
             record = kind(**json.loads(text or b""))
         except (ValueError, TypeError):
@@ -110,7 +110,7 @@ class JobLog:
             for item in gcs.list_objects(self._prefix)
             if item.url not in self._seen and not item.url.endswith(_STARTUP)
         ]
-        texts = gcs.together(new)
+        texts = gcs.read_objects(new)
         self._seen.update(new)
         return b"".join(text or b"" for text in texts).decode("utf-8", "replace")
 

@@ -6,7 +6,7 @@ from dataclasses import dataclass, replace
 from typing import Any
 
 from launch.cloud.follow import JobLog, describe_state, read_records
-from launch.cloud.tpu_slices import Found, Phase, QueuedResources, pauses
+from launch.cloud.tpu_slices import Phase, QueuedResources, ResourceState, pauses
 from launch.job import Job
 from launch.machine.reports import Ending, State
 from trainer.errors import RUN_AGAIN, USER_FAULT, RunAgain, UserError
@@ -172,7 +172,7 @@ class SliceWatch:
         self.create()
         self._is_to_create, self._num_absent = False, 0
 
-    def _give_up(self, found: Found) -> Outcome:
+    def _give_up(self, found: ResourceState) -> Outcome:
         error = self._resources.failure(self.job.name, found)
         self._resources.delete(self.job.name)
         return Outcome(USER_FAULT, str(error), error)

@@ -169,7 +169,7 @@ class Phase(enum.Enum):
 
 
 @dataclass(frozen=True)
-class Found:
+class ResourceState:
     """A queued resource as it is now.
 
     Attributes:
@@ -240,7 +240,7 @@ class QueuedResources:
                 if found.submission != wanted or found.phase is Phase.DELETING:
                     raise
 
-    def find(self, name: str) -> Found:
+    def find(self, name: str) -> ResourceState:
         """The queued resource of that name, as it is now.
 
         Raises:
@@ -256,10 +256,12 @@ class QueuedResources:
                     timeout=_CALL_SECONDS,
                 )
             except NotFound:
-                return Found(Phase.ABSENT)
+                return ResourceState(Phase.ABSENT)
             found = describe(resource)
             if found.phase is Phase.ACTIVE and self._is_lost(name):
-                return Found(Phase.TAKEN_AWAY, found.state, found.submission, found.job, resource)
+                return ResourceState(
+                    Phase.TAKEN_AWAY, found.state, found.submission, found.job, resource
+                )
             return found
 
     def _is_lost(self, name: str) -> bool:
@@ -290,7 +292,7 @@ class QueuedResources:
                 if describe(resource).job:
                     yield resource
 
-    def failure(self, name: str, found: Found) -> UserError | RunAgain:
+    def failure(self, name: str, found: ResourceState) -> UserError | RunAgain:
         """Why a queued resource has failed, for the user."""
         error = found.resource.state.failed_data.error
         return explain_status(error.code, error.message, self.place(name))
@@ -329,7 +331,7 @@ class QueuedResources:
                 time.sleep(seconds)
 
 
-def describe(resource: Any) -> Found:
+def describe(resource: Any) -> ResourceState:
     """A queued resource in our words."""
     from google.cloud.tpu_v2 import QueuedResourceState
 
@@ -346,7 +348,7 @@ def describe(resource: Any) -> Found:
     }
     state = QueuedResourceState.State(resource.state.state).name
     node = resource.tpu.node_spec[0].node if resource.tpu.node_spec else None
-    return Found(
+    return ResourceState(
         phases.get(state, Phase.WAITING),
         state,
         node.metadata.get(SUBMISSION, "") if node else "",

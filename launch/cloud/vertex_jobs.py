@@ -219,12 +219,12 @@ def _list(client: Any, place: str, condition: str) -> list[Any]:
         request = types.ListCustomJobsRequest(parent=place, filter=condition)
         return list(client.list_custom_jobs(request=request, timeout=_REQUEST_SECONDS))
 
-    return patiently(ask)
+    return with_retries(ask)
 
 
 def get(client: Any, name: str) -> Any:
     """A custom job as it is now, by its full name."""
-    return patiently(lambda: client.get_custom_job(name=name, timeout=_REQUEST_SECONDS))
+    return with_retries(lambda: client.get_custom_job(name=name, timeout=_REQUEST_SECONDS))
 
 
 def describe(job: Any) -> str:
@@ -237,13 +237,13 @@ def cancel(client: Any, name: str) -> None:
     from google.api_core.exceptions import FailedPrecondition
 
     try:
-        patiently(lambda: client.cancel_custom_job(name=name, timeout=_REQUEST_SECONDS))
+        with_retries(lambda: client.cancel_custom_job(name=name, timeout=_REQUEST_SECONDS))
     except FailedPrecondition:
         if get(client, name).state.name not in ENDED:
             raise
 
 
-def patiently(ask: Callable[[], Answer]) -> Answer:
+def with_retries(ask: Callable[[], Answer]) -> Answer:
     """What a request answers that may be repeated, after pauses while the service is away.
 
     Raises:

@@ -32,7 +32,7 @@ from launch.preflight.job_shape import (
 from launch.preflight.lowering import lower_steps
 from launch.preflight.roofline import StepCost, StepReport, extend, measure
 from launch.preflight.verdict import describe_job, describe_largest, describe_step
-from trainer.data.packing import least_tokens
+from trainer.data.packing import min_tokens
 from trainer.errors import DoesNotFit
 from trainer.storage.filesystem import write_atomically
 
@@ -110,7 +110,7 @@ def _cost_of(
             accumulation=config.gradient_accumulation,
             precision="float32" if config.precision == "float32" else "mixed_bfloat16",
             loss_config=config.objective,
-            most_labels=shape.most_labels,
+            max_labels=shape.max_labels,
             steps=[name],
         )[name]
         for depth in depths
@@ -161,7 +161,7 @@ def find_batch(
 
     # Weights, two slots and gradients, float32.
     fixed = 4 * 4 * num_parameters(shape.model)
-    least = least_tokens(metadata.max_seq_length, metadata.max_windows)
+    least = min_tokens(metadata.max_seq_length, metadata.max_windows)
     least = -(-least // QUANTUM) * QUANTUM
     return find_largest(memory_of, target.hbm_bytes, config.tokens_per_replica, fixed, least)
 

@@ -22,7 +22,7 @@ from trainer.storage import filesystem
 _SPREAD = 0.75
 _HISTOGRAM_DOCUMENTS = 1_000_000
 # Of a document, where there are so many that they travel as indices.
-_MOST_LABELS = 32
+_MAX_LABELS = 32
 # The share of a micro-batch's tokens that packing fills, at least.
 FILL = 0.97
 
@@ -35,7 +35,7 @@ class JobShape:
       model: sizes.
       packing: of a micro-batch in training and evaluation.
       scoring_packing: of a micro-batch in scoring.
-      most_labels: that a document has.
+      max_labels: that a document has.
       tokens_per_document: on average, all windows together.
       num_documents: of the training split, or of the assumed corpus.
     """
@@ -43,7 +43,7 @@ class JobShape:
     model: ModelConfig
     packing: PackingConfig
     scoring_packing: PackingConfig
-    most_labels: int
+    max_labels: int
     tokens_per_document: float
     num_documents: int
 
@@ -112,7 +112,7 @@ def read_metadata(config: PreflightConfig) -> Metadata:
         shards=(),
         windows=documents,
         window_histogram=(0, documents),
-        max_labels_per_document=min(_MOST_LABELS, num_labels),
+        max_labels_per_document=min(_MAX_LABELS, num_labels),
     )
     labels = tuple(map(str, range(num_labels)))
     return Metadata(

@@ -20,7 +20,7 @@ from trainer.training.step import TrainStep
 # Only scales the schedule; any number gives the same program.
 _TOTAL_DOCUMENTS = 1_000_000
 # Of a document, where there are so many that they travel as indices.
-_MOST_LABELS = 32
+_MAX_LABELS = 32
 
 STEPS = ("train", "evaluate", "score")
 
@@ -89,7 +89,7 @@ def lower_steps(
     accumulation: int = 1,
     precision: str = "mixed_bfloat16",
     loss_config: LossConfig | None = None,
-    most_labels: int = _MOST_LABELS,
+    max_labels: int = _MAX_LABELS,
     steps: Collection[str] = STEPS,
 ) -> dict[str, bytes]:
     """Lowers the steps of a job.
@@ -102,7 +102,7 @@ def lower_steps(
       accumulation: micro-batches a replica in each train step.
       precision: `mixed_bfloat16` or `float32`.
       loss_config: the loss; default: weighted cross-entropy.
-      most_labels: of a document, where there are so many that they travel as indices.
+      max_labels: of a document, where there are so many that they travel as indices.
       steps: which ones to lower.
 
     Returns:
@@ -115,7 +115,7 @@ def lower_steps(
     if "train" in steps:
         loss = _make_loss(loss_config or LossConfig(), model_config.num_labels)
         lowered["train"] = _lower_train(
-            strategy, model, optimizer_config, packing, accumulation, loss, most_labels
+            strategy, model, optimizer_config, packing, accumulation, loss, max_labels
         )
     if "evaluate" in steps:
         evaluation = Predictor(model, packing, strategy)
@@ -143,7 +143,7 @@ def _lower_train(
     packing: PackingConfig,
     accumulation: int,
     loss: Loss,
-    most_labels: int,
+    max_labels: int,
 ) -> bytes:
     variables = model.named_variables()
     optimizer = AdamW(
@@ -163,7 +163,7 @@ def _lower_train(
         # The whole step is lowered as one program, as on a TPU.
         jit_compile=False,
     )
-    labels = no_labels(packing.max_documents, model.config.num_labels, most_labels)
+    labels = no_labels(packing.max_documents, model.config.num_labels, max_labels)
     batches = {
         name: tf.TensorSpec([accumulation, *spec.shape], spec.dtype)
         for name, spec in (_micro_batch(packing) | labels).items()

@@ -11,11 +11,11 @@ import tensorflow as tf
 from trainer.data import input_pipeline
 from trainer.data.input_pipeline import (
     POSITION_KEYS,
+    HostShard,
     Position,
-    Share,
-    deal_steps,
     open_stream,
     read_micro_batches,
+    shard_steps,
     stack_micro_batches,
 )
 from trainer.data.metadata import load_metadata
@@ -96,10 +96,12 @@ def test_a_step_is_dealt_to_hosts_and_replicas_in_the_stream_s_order(stream):
     """Two hosts of two replicas get, each, their half of what one replica alone gets."""
     whole = list(read_micro_batches(stream, seed=1))
     steps = -(-len(whole) // 8)
-    alone = list(deal_steps(read_micro_batches(stream, seed=1), stream, 8, Share()).take(steps))
+    alone = list(
+        shard_steps(read_micro_batches(stream, seed=1), stream, 8, HostShard()).take(steps)
+    )
     for host in range(2):
-        share = Share(replicas=4, first=2 * host, count=2)
-        dealt = deal_steps(read_micro_batches(stream, seed=1), stream, 8, share).take(2 * steps)
+        share = HostShard(replicas=4, first=2 * host, count=2)
+        dealt = shard_steps(read_micro_batches(stream, seed=1), stream, 8, share).take(2 * steps)
         for index, element in enumerate(dealt):
             step, replica = divmod(index, 2)
             first = 2 * (share.first + replica)
@@ -116,7 +118,9 @@ def test_a_step_is_dealt_to_hosts_and_replicas_in_the_stream_s_order(stream):
 def test_steps_are_filled_up_with_empty_micro_batches_and_go_on_without_end(stream):
     total = len(list(read_micro_batches(stream, seed=1)))
     count = -(-total // 4)
-    steps = list(deal_steps(read_micro_batches(stream, seed=1), stream, 4, Share()).take(count + 2))
+    steps = list(
+        shard_steps(read_micro_batches(stream, seed=1), stream, 4, HostShard()).take(count + 2)
+    )
     real = sum(int(tf.reduce_sum(step["document_mask"])) for step in steps)
     assert real == stream.num_documents
     documents = [int(n) for n in tf.reduce_sum(steps[count - 1]["document_mask"], axis=1)]

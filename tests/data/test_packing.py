@@ -182,7 +182,7 @@ def test_a_micro_batch_holds_the_longest_document_or_says_what_to_change():
     assert packing.row_groups == ((10, 128),)
     # 15 slots for the mean of 10 windows, 4 for that of 1.8 documents, and 8 more of each.
     assert (packing.max_windows, packing.max_documents) == (23, 12)
-    long = choose_packing(histogram, 4096, window_histogram=[0, 11], most_windows=30)
+    long = choose_packing(histogram, 4096, window_histogram=[0, 11], document_windows=30)
     assert long.max_windows == 56 and dict((n, r) for r, n in long.row_groups)[128] >= 30
 
 

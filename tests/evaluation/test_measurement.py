@@ -23,7 +23,7 @@ from trainer.evaluation.histograms import (
 from trainer.evaluation.measurement import ExactMeasurement, StreamedMeasurement, fits_exactly
 from trainer.evaluation.predictions import Predictions
 from trainer.evaluation.ranking import average_precision, rank_labels, roc_auc
-from trainer.evaluation.thresholds import Target, fit_binned_thresholds, fit_thresholds
+from trainer.evaluation.thresholds import ThresholdTarget, fit_binned_thresholds, fit_thresholds
 
 
 def predictions_of(logits, labels):
@@ -153,7 +153,9 @@ def test_bounds_hold_where_a_bin_holds_many_scores(case, scale, shift):
 @settings(deadline=None, max_examples=100)
 @given(
     scored_labels(),
-    st.sampled_from([Target(), Target("precision", 0.7), Target("recall", 0.6)]),
+    st.sampled_from(
+        [ThresholdTarget(), ThresholdTarget("precision", 0.7), ThresholdTarget("recall", 0.6)]
+    ),
 )
 def test_shortfall_of_binned_thresholds_is_bounded(case, target):
     """What a binned threshold reaches, plus its shortfall, is at least the best of all cuts."""

@@ -10,7 +10,7 @@ from trainer.evaluation.histograms import Histograms
 from trainer.evaluation.ranking import rank_labels
 from trainer.evaluation.thresholds import (
     Candidates,
-    Target,
+    ThresholdTarget,
     choose_overall,
     fit_binned_thresholds,
     fit_thresholds,
@@ -90,7 +90,7 @@ def test_thresholds_from_histograms_reach_what_exact_ones_do():
     log_odds += np.log(rates / (1 - rates))
     scale, shift = np.array([1.0, 0.8, 1.2, 1.0, 0.9]), np.array([0.0, 0.3, -0.2, 0.1, 0.0])
     probabilities = 1 / (1 + np.exp(-(scale * log_odds + shift)))
-    target = Target("overall_f1")
+    target = ThresholdTarget("overall_f1")
     exact = fit_thresholds(probabilities, labels, 20, target)
     histograms = Histograms.empty(5)
     histograms.add(log_odds, labels)
@@ -103,7 +103,7 @@ def test_thresholds_from_histograms_reach_what_exact_ones_do():
             for kind in ("macro", "micro")
         )
 
-    alone = fit_thresholds(probabilities, labels, 20, Target("f1"))
+    alone = fit_thresholds(probabilities, labels, 20, ThresholdTarget("f1"))
     assert labels.sum(axis=0)[4] < 20
     assert reached(exact) > reached(alone) + 0.02
     assert reached(binned.probabilities) == pytest.approx(reached(exact), abs=5e-3)

@@ -8,7 +8,7 @@ from hypothesis.extra import numpy as st_numpy
 from sklearn import metrics as peer
 
 from trainer.evaluation.ranking import rank_cuts
-from trainer.evaluation.thresholds import Target, fit_thresholds
+from trainer.evaluation.thresholds import ThresholdTarget, fit_thresholds
 
 
 def best_f1_by_search(scores, positive):
@@ -77,7 +77,7 @@ def test_targets_take_all_that_they_leave_free(scores, truth, level, is_global):
     else:
         lists = [(scores[:, k], truth[:, k]) for k in range(2)]
     for kind, own, free in (("precision", 0, 1), ("recall", 1, 0)):
-        thresholds = fit_thresholds(scores, truth, 1, Target(kind, level), is_global)
+        thresholds = fit_thresholds(scores, truth, 1, ThresholdTarget(kind, level), is_global)
         for k, (mine, positive) in enumerate(lists):
             if not positive.any():
                 continue
@@ -96,7 +96,7 @@ def test_rare_labels_take_the_global_cut_for_the_same_target():
     random = np.random.default_rng(0)
     truth = np.stack([np.arange(100) < 40, np.arange(100) < 2], axis=1)
     scores = random.random((100, 2)) * 0.5 + 0.4 * truth
-    target = Target("precision", 0.8)
+    target = ThresholdTarget("precision", 0.8)
     thresholds = fit_thresholds(scores, truth, 10, target)
     everywhere = fit_thresholds(scores, truth, 10, target, is_global=True)
     assert everywhere[0] == everywhere[1] == thresholds[1] != thresholds[0]
@@ -107,10 +107,16 @@ def test_rare_labels_take_the_global_cut_for_the_same_target():
 def test_out_of_reach_is_never_predicted():
     """The highest score is a negative's, so that no cut is precise; recall is always in reach."""
     scores, truth = np.array([[0.9], [0.8], [0.7]]), np.array([[False], [True], [True]])
-    assert np.isnan(fit_thresholds(scores, truth, 1, Target("precision", 0.9)))[0]
-    assert fit_thresholds(scores, truth, 1, Target("precision", 0.6))[0] == pytest.approx(0.35)
-    assert fit_thresholds(scores, truth, 1, Target("recall", 0.5))[0] == pytest.approx(0.35)
-    assert fit_thresholds(scores, truth, 1, Target("recall", 1.0))[0] == pytest.approx(0.35)
+    assert np.isnan(fit_thresholds(scores, truth, 1, ThresholdTarget("precision", 0.9)))[0]
+    assert fit_thresholds(scores, truth, 1, ThresholdTarget("precision", 0.6))[0] == pytest.approx(
+        0.35
+    )
+    assert fit_thresholds(scores, truth, 1, ThresholdTarget("recall", 0.5))[0] == pytest.approx(
+        0.35
+    )
+    assert fit_thresholds(scores, truth, 1, ThresholdTarget("recall", 1.0))[0] == pytest.approx(
+        0.35
+    )
     assert np.isnan(fit_thresholds(scores, ~truth & False, 1)).all()
 
 

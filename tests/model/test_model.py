@@ -122,8 +122,8 @@ def test_one_dense_of_all_labels_is_as_many_dense_of_one():
         head.kernel.assign(model.head.classifier.kernel[:, label : label + 1])
         head.bias.assign(model.head.classifier.bias[label : label + 1])
         heads.append(head(pooled).numpy())
-    together = tf.sigmoid(run_model(model, batch)[: len(pooled)]).numpy()
-    np.testing.assert_allclose(together, np.concatenate(heads, axis=1), atol=1e-5)
+    joint = tf.sigmoid(run_model(model, batch)[: len(pooled)]).numpy()
+    np.testing.assert_allclose(joint, np.concatenate(heads, axis=1), atol=1e-5)
 
 
 def pool_formula(pooling, windows, query):

@@ -124,17 +124,17 @@ def test_hidden_states_pooled_output_and_logits_equal_pytorch(pair, documents):
 
 def test_packed_logits_equal_those_of_each_document_alone(pair, documents):
     ours, _ = pair
-    together = {}
+    joint = {}
     for batch in micro_batches(documents):
         answer = ours(batch, row_groups=PACKING.row_groups, num_documents=PACKING.max_documents)
         for slot, i in enumerate(batch["document_index"].numpy()):
-            together[int(i)] = answer.numpy()[slot]
+            joint[int(i)] = answer.numpy()[slot]
     for i, document in enumerate(documents[::4]):
         alone = PackingConfig(((1, len(document)),), 1, 1)
         packed = pack(tf.ragged.constant([document], tf.int32), alone)
         batch = {name: value[0] for name, value in packed.items()}
         answer = ours(batch, row_groups=alone.row_groups, num_documents=1)
-        np.testing.assert_allclose(together[4 * i], answer.numpy()[0], atol=1e-4, rtol=0)
+        np.testing.assert_allclose(joint[4 * i], answer.numpy()[0], atol=1e-4, rtol=0)
 
 
 def test_every_gradient_equals_pytorchs_with_positive_weights(pair, documents):

@@ -9,7 +9,7 @@ import pytest
 
 from trainer import export, prepare, score, train
 from trainer.config import ExportConfig, OptimizerConfig, PrepareConfig, ScoreConfig, TrainConfig
-from trainer.model.model_folder import load_exported
+from trainer.model.model_folder import load_model_folder
 
 LABELS = ("red", "green", "blue", "grey")
 FILLERS = [f"{first}{second}" for first in "bdfgklmnprst" for second in ("a", "e", "i", "o", "u")]
@@ -103,7 +103,7 @@ def test_windows_find_what_cutting_loses(trained, corpus_file, tmp_path):
 def test_a_document_of_3000_words_is_scored_as_one_document(trained, tmp_path):
     rng = np.random.default_rng(1)
     texts = [make_text(rng, 3000, label, 2500) for label in LABELS]
-    model = load_exported(trained[0])
+    model = load_model_folder(trained[0])
     assert (model.max_windows, model.max_seq_length) == (8, 512)
     assert model.model.config.max_position_embeddings == 512
     windows, lost = model.encode(texts)
@@ -123,7 +123,7 @@ def test_a_document_of_3000_words_is_scored_as_one_document(trained, tmp_path):
 def test_documents_of_4096_tokens_fit_an_encoder_of_512(trained, tmp_path):
     rng = np.random.default_rng(2)
     texts = [make_text(rng, 4080, "grey", 4030), make_text(rng, 4200, "grey", 4100)]
-    windows, lost = load_exported(trained[0]).encode(texts)
+    windows, lost = load_model_folder(trained[0]).encode(texts)
     assert [sum(map(len, document)) for document in windows] == [4096, 4096]
     assert lost == [False, True]
     last, beyond = score_texts(trained[0], texts, tmp_path / "long")

@@ -148,7 +148,7 @@ def own_builder(tmp_path_factory) -> str:
 )
 def test_a_data_set_is_read_by_its_builder(tmp_path, own_builder, label_field, expected):
     from trainer.sources.listing import list_files
-    from trainer.sources.reader import check_columns, read_segment, whole_file
+    from trainer.sources.reader import check_columns, read_row_range, whole_file
     from trainer.sources.rows import Columns
 
     names = list_files(["tfds:own_colours"], tfds_data_dir=own_builder)
@@ -156,9 +156,9 @@ def test_a_data_set_is_read_by_its_builder(tmp_path, own_builder, label_field, e
     (train,) = list_files(["tfds:own_colours:1.0.0"], None, "train", own_builder)
     columns = Columns(labels=label_field)
     check_columns(train, columns)
-    rows = list(read_segment(whole_file(train), columns))
+    rows = list(read_row_range(whole_file(train), columns))
     assert [row.position for row in rows] == list(range(30))
-    assert rows == list(read_segment(whole_file(train), columns))
+    assert rows == list(read_row_range(whole_file(train), columns))
     from trainer.sources.labels import LabelReader
 
     reader = LabelReader(label_field if len(label_field) > 1 else None, label_field)

@@ -10,7 +10,7 @@ import time
 import pytest
 
 from trainer.errors import RunAgain
-from trainer.runtime.cluster import Cluster, ExitTimer, meet
+from trainer.runtime.cluster import Cluster, ExitTimer, rendezvous
 
 
 def free_ports(count):
@@ -22,13 +22,13 @@ def free_ports(count):
 
 
 def meet_in_threads(addresses, delays, seconds):
-    """What `meet` said to each worker: None, or its error."""
+    """What `rendezvous` said to each worker: None, or its error."""
     ends = [None] * len(delays)
 
     def work(index):
         time.sleep(delays[index])
         try:
-            meet(Cluster(addresses, index, "TF_CONFIG"), seconds)
+            rendezvous(Cluster(addresses, index, "TF_CONFIG"), seconds)
         except RunAgain as error:
             ends[index] = str(error)
 
@@ -77,7 +77,7 @@ def test_workers_that_were_told_of_different_clusters_do_not_meet():
 
     def work(addresses, index):
         try:
-            meet(Cluster(addresses, index, "TF_CONFIG"), 1.0)
+            rendezvous(Cluster(addresses, index, "TF_CONFIG"), 1.0)
         except RunAgain as error:
             ends[index] = str(error)
 

@@ -9,7 +9,7 @@ import pytest
 from trainer.config import PackingConfig
 from trainer.errors import UserError
 from trainer.scoring.plan import Plan, check_plan, describe_inputs, load_plan, plan_parts, save_plan
-from trainer.sources.reader import read_segment
+from trainer.sources.reader import read_row_range
 from trainer.sources.rows import Columns
 from trainer.storage.output_folder import open_output
 
@@ -28,7 +28,9 @@ def write_rows(path, numbers):
 
 def rows_of(part):
     return [
-        (row.id, row.text) for segment in part.segments for row in read_segment(segment, Columns())
+        (row.id, row.text)
+        for row_range in part.row_ranges
+        for row in read_row_range(row_range, Columns())
     ]
 
 
@@ -46,7 +48,7 @@ def inputs(tmp_path):
 def test_large_files_are_cut_and_small_ones_joined(inputs):
     parts = plan_parts(describe_inputs(inputs), rows_per_part=10)
     assert [part.num_rows for part in parts] == [10, 10, 8, 4, 10, 10, 1]
-    assert [len(part.segments) for part in parts] == [1, 1, 2, 1, 1, 1, 1]
+    assert [len(part.row_ranges) for part in parts] == [1, 1, 2, 1, 1, 1, 1]
     assert [part.name for part in parts][::6] == ["part-00000-of-00007", "part-00006-of-00007"]
 
 

@@ -11,12 +11,12 @@ from trainer import score
 from trainer.config import PackingConfig, ScoreConfig
 from trainer.data.packing import choose_packing
 from trainer.data.tokenizer import TokenLimits
-from trainer.model.model_folder import load_exported
+from trainer.model.model_folder import load_model_folder
 from trainer.scoring import batches as blocks_module
-from trainer.scoring.batches import BlockPacker, Chunk, tokenize
+from trainer.scoring.batches import BatchPacker, RawBatch, tokenize
 from trainer.scoring.pipeline import Compilations, scored_blocks
 from trainer.scoring.plan import Part, Plan
-from trainer.sources.reader import plan_segments
+from trainer.sources.reader import plan_row_ranges
 from trainer.sources.rows import BadRow, Columns, Row
 
 ROWS_A_PART = 90
@@ -42,8 +42,8 @@ def source(documents, tmp_path_factory):
 
 def score_all(exported, source, strategy=None):
     """All blocks of the source, cut into parts, the compilations, and the rows counted."""
-    segments = plan_segments(source, ROWS_A_PART)
-    parts = tuple(Part(f"part-{at}", (segment,)) for at, segment in enumerate(segments))
+    row_ranges = plan_row_ranges(source, ROWS_A_PART)
+    parts = tuple(Part(f"part-{at}", (row_range,)) for at, row_range in enumerate(row_ranges))
     packing = choose_packing([0] * 40 + [1] * 89, 1024, longest=128)
     plan = Plan("", {}, packing, (), parts)
     compilations, rows = Compilations(), []
@@ -55,7 +55,7 @@ def score_all(exported, source, strategy=None):
 
 @pytest.fixture(scope="module")
 def on_one_device(model, source):
-    return score_all(load_exported(model), source)
+    return score_all(load_model_folder(model), source)
 
 
 def test_ragged_texts_are_compiled_for_once(on_one_device):
@@ -69,7 +69,7 @@ def test_ragged_texts_are_compiled_for_once(on_one_device):
 def test_two_replicas_give_the_scores_of_one(model, source, on_one_device):
     strategy = tf.distribute.MirroredStrategy(["/cpu:0", "/cpu:1"])
     with strategy.scope():
-        exported = load_exported(model)
+        exported = load_model_folder(model)
     blocks, compilations, num_rows = score_all(exported, source, strategy)
     assert num_rows == 600
     assert compilations == Compilations(packing=1, forward=2)
@@ -84,7 +84,7 @@ def test_kept_values_come_with_their_rows(on_one_device):
 
 
 def make_chunk(rows, part=0, ends_part=True):
-    chunk = Chunk(part, ends_part=ends_part)
+    chunk = RawBatch(part, ends_part=ends_part)
     for row in rows:
         chunk.add(row, "file", LIMITS)
     return chunk
@@ -132,7 +132,7 @@ def test_tokens_that_the_model_cannot_take_are_rejected_with_their_place(windows
 
 
 def test_a_chunk_is_full_by_all_that_it_holds():
-    chunk = Chunk(0)
+    chunk = RawBatch(0)
     limits = TokenLimits(2, 3, 50, 6, 2)
     for at in range(3):
         assert not chunk.is_full
@@ -160,7 +160,7 @@ def test_what_goes_on_with_a_block_fills_it_too(monkeypatch):
 
 
 def test_packing_is_traced_once_for_blocks_of_any_size():
-    packer = BlockPacker(PackingConfig(((4, 8),), 16, 16))
+    packer = BatchPacker(PackingConfig(((4, 8),), 16, 16))
     for count in (1, 2, 17):
         rows = [Row(at, str(at), "abc"[: at % 4], None) for at in range(count)]
         (block,) = tokenize([make_chunk(rows)], encode_letters, 1000, 1000)

@@ -12,7 +12,7 @@ from pyarrow import parquet
 from trainer import prepare
 from trainer.errors import UserError
 from trainer.sources.listing import list_files
-from trainer.sources.reader import check_all_columns, fingerprint, plan_segments, read_segments
+from trainer.sources.reader import check_all_columns, fingerprint, plan_row_ranges, read_row_ranges
 from trainer.sources.rows import Columns
 from trainer.storage.gcs import upload
 
@@ -49,9 +49,9 @@ def test_urls_folders_and_patterns_are_listed(bucket):
 @pytest.mark.parametrize("name", ["a.jsonl", "b.jsonl.gz", "c.parquet", "d.csv"])
 def test_segments_of_an_object_are_its_rows(bucket, name, tmp_path):
     url = f"{bucket}/{name}"
-    segments = plan_segments(url, 120)
-    assert [segment.num_rows for segment in segments] == [120, 120, 120, 120, 20]
-    rows = [(at, row.id, row.text) for at, row in read_segments(segments[1::2], Columns())]
+    row_ranges = plan_row_ranges(url, 120)
+    assert [row_range.num_rows for row_range in row_ranges] == [120, 120, 120, 120, 20]
+    rows = [(at, row.id, row.text) for at, row in read_row_ranges(row_ranges[1::2], Columns())]
     chosen = [(0, i) for i in range(120, 240)] + [(1, i) for i in range(360, 480)]
     assert rows == [(at, f"r{i}", f"text {i}") for at, i in chosen]
 
@@ -64,7 +64,7 @@ def test_shards_of_a_prepared_folder_bring_their_labels(cloud, tmp_path):
             cloud.put("b", f"data/{path.relative_to(data)}", path.read_bytes())
     columns = Columns(labels=("labels",))
     found = [
-        list(read_segments(plan_segments(f"{place}/{path.name}", 4), columns))
+        list(read_row_ranges(plan_row_ranges(f"{place}/{path.name}", 4), columns))
         for place in ("gs://b/data", data)
         for path in sorted(data.glob("*.tfrecord"))
     ]

@@ -22,9 +22,9 @@ from trainer.sources.listing import list_files
 from trainer.sources.reader import (
     check_columns,
     is_tokenised,
-    plan_segments,
-    read_segment,
-    read_segments,
+    plan_row_ranges,
+    read_row_range,
+    read_row_ranges,
     true_or_false_columns,
     whole_file,
 )
@@ -45,7 +45,7 @@ EXPECTED = [
 
 
 def read(name, columns=COLUMNS):
-    return list(read_segment(whole_file(str(name)), columns))
+    return list(read_row_range(whole_file(str(name)), columns))
 
 
 @pytest.fixture(scope="module")
@@ -83,13 +83,13 @@ def test_every_format_gives_the_same_rows_however_it_is_cut(folder, name):
     else:
         expected = EXPECTED
     assert read(path) == expected
-    segments = plan_segments(path, 177)
-    assert [segment.num_rows for segment in segments] == [177] * 7 + [61]
-    # Some segments, two of which follow each other, and a gap.
-    chosen = [segments[place] for place in (1, 2, 5, 7)]
+    row_ranges = plan_row_ranges(path, 177)
+    assert [row_range.num_rows for row_range in row_ranges] == [177] * 7 + [61]
+    # Some ranges, two of which follow each other, and a gap.
+    chosen = [row_ranges[place] for place in (1, 2, 5, 7)]
     rows = [(0, 177, 354), (1, 354, 531), (2, 885, 1062), (3, 1239, 1300)]
     wanted = [(at, expected[row]) for at, start, end in rows for row in range(start, end)]
-    assert list(read_segments(chosen, COLUMNS)) == wanted
+    assert list(read_row_ranges(chosen, COLUMNS)) == wanted
 
 
 def test_a_saved_dictionary_of_splits_gives_class_names(tmp_path):
@@ -247,9 +247,9 @@ def test_texts_may_lie_beside_a_metadata_json_of_somebody_else(tmp_path):
 
 def test_berts_layout_loses_its_padding(tmp_path):
     def record(ids, mask, second=0, real=1):
-        segments = [0] * (len(ids) - 1) + [second]
+        row_ranges = [0] * (len(ids) - 1) + [second]
         return example(
-            input_ids=ids, input_mask=mask, segment_ids=segments, label_ids=[0, 1, 1],
+            input_ids=ids, input_mask=mask, segment_ids=row_ranges, label_ids=[0, 1, 1],
             is_real_example=real,
         )  # fmt: skip
 
@@ -311,7 +311,7 @@ def test_libmultilabels_lines_need_their_flag(tmp_path):
         Row(1, "8", "no labels\ttab", []),
     ]
     assert "found 1 columns" in rows[2].reason
-    assert [segment.num_rows for segment in plan_segments(name, 2)] == [2, 1]
+    assert [row_range.num_rows for row_range in plan_row_ranges(name, 2)] == [2, 1]
 
 
 @pytest.mark.parametrize(
@@ -406,7 +406,7 @@ def test_a_line_over_the_limit_is_passed_over(tmp_path, name):
     assert [row.id for row in rows if isinstance(row, Row)] == good
     reasons = [row.reason for row in rows if isinstance(row, BadRow)]
     assert sum("bytes long, expected at most 33,554,432" in reason for reason in reasons) == 2
-    assert len(plan_segments(str(tmp_path / name), 1)) == len(rows)
+    assert len(plan_row_ranges(str(tmp_path / name), 1)) == len(rows)
 
 
 def test_json_at_its_edges(tmp_path):

@@ -18,7 +18,7 @@ from trainer import cli
 from trainer.data.tokenizer import train_tokenizer
 from trainer.errors import UserError
 from trainer.sources.listing import list_files
-from trainer.sources.reader import check_columns, plan_segments, read_segments
+from trainer.sources.reader import check_columns, plan_row_ranges, read_row_ranges
 from trainer.sources.rows import Columns, Row
 
 QUIET = settings(
@@ -36,8 +36,8 @@ def check_rows(fuzzed: Fuzzed) -> bool:
     try:
         (name,) = list_files([str(fuzzed.path)], form)
         check_columns(name, columns)
-        segments = plan_segments(name, 3)
-        rows = [row for _, row in read_segments(segments, columns)]
+        row_ranges = plan_row_ranges(name, 3)
+        rows = [row for _, row in read_row_ranges(row_ranges, columns)]
     except UserError as error:
         assert "\n" not in str(error) and str(fuzzed.path) in str(error)
         assert fuzzed.may_refuse, f"refused for the sake of some rows: {error}"

@@ -10,7 +10,7 @@ import pytest
 
 from trainer.errors import UserError
 from trainer.sources.listing import list_files
-from trainer.sources.reader import check_columns, plan_segments, read_segment, whole_file
+from trainer.sources.reader import check_columns, plan_row_ranges, read_row_range, whole_file
 from trainer.sources.rows import BadRow, Columns, Row
 
 COLUMNS = Columns(labels=("labels",))
@@ -47,7 +47,7 @@ def write(path: Path, data: bytes) -> str:
 
 
 def read(path: str, columns: Columns = COLUMNS) -> list[Row | BadRow]:
-    return list(read_segment(whole_file(path), columns))
+    return list(read_row_range(whole_file(path), columns))
 
 
 @pytest.mark.parametrize("name", ["rows.jsonl", "rows.jsonl.gz", "rows.ndjson.zst"])
@@ -74,11 +74,13 @@ def test_segments_give_the_same_rows_however_a_file_is_cut(tmp_path, name, rows_
         data = b"\n".join(LINES)
     path = write(tmp_path / name, data)
     columns = Columns() if name.endswith(".txt") else COLUMNS
-    segments = plan_segments(path, rows_per_part)
-    assert [row for part in segments for row in read_segment(part, columns)] == read(path, columns)
+    row_ranges = plan_row_ranges(path, rows_per_part)
+    assert [row for part in row_ranges for row in read_row_range(part, columns)] == read(
+        path, columns
+    )
     num_rows = 20 if name.endswith(".csv") else len(LINES)
-    assert sum(segment.num_rows for segment in segments) == num_rows
-    assert max(segment.num_rows for segment in segments) == min(rows_per_part, num_rows)
+    assert sum(row_range.num_rows for row_range in row_ranges) == num_rows
+    assert max(row_range.num_rows for row_range in row_ranges) == min(rows_per_part, num_rows)
 
 
 @pytest.mark.parametrize("name, separator", [("rows.csv", ","), ("rows.tsv", "\t")])

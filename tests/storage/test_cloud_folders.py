@@ -11,7 +11,7 @@ from preparing import config, write_rows
 from trainer import export, prepare, score
 from trainer.config import ExportConfig, ScoreConfig
 from trainer.errors import RunAgain, UserError
-from trainer.model.model_folder import load_exported
+from trainer.model.model_folder import load_model_folder
 from trainer.storage import gcs, gcs_client
 from trainer.storage.output_folder import open_output
 
@@ -145,7 +145,7 @@ def test_of_two_exports_at_once_one_stops(cloud, model, scratch, monkeypatch):
     with pytest.raises(UserError, match="--export_dir=gs://b/model: "):
         export.run(ExportConfig(model_dir=run, export_dir="gs://b/model"))
     assert len(calls) == 2
-    assert load_exported("gs://b/model").fingerprint == load_exported(model).fingerprint
+    assert load_model_folder("gs://b/model").fingerprint == load_model_folder(model).fingerprint
 
 
 def test_prepare_leaves_its_rejected_rows_in_the_store(cloud, scratch, tmp_path):
@@ -178,14 +178,14 @@ def test_export_and_score_write_the_same_files(cloud, model, documents, scratch,
     files = read_bucket(cloud, "model")
     same = {name for name, data in read_tree(model).items() if files[name] == data}
     assert {"multihot.json", "model.safetensors", "tokenizer.json", "config.json"} <= same
-    assert load_exported("gs://b/model").fingerprint == load_exported(model).fingerprint
+    assert load_model_folder("gs://b/model").fingerprint == load_model_folder(model).fingerprint
     generation = cloud.generation
     export.run(ExportConfig(model_dir=run, export_dir="gs://b/model"))  # Does nothing again.
     assert cloud.generation == generation
     with pytest.raises(UserError, match="gs://b/model: holds multihot.json"):
         export.run(ExportConfig(model_dir=run, export_dir="gs://b/model", uncalibrated=True))
     with pytest.raises(UserError, match="gs://b/none: no multihot.json"):
-        load_exported("gs://b/none")
+        load_model_folder("gs://b/none")
 
     cloud.put("b", "in/few.jsonl", few.read_bytes())
     for kind in ("jsonl", "parquet"):

@@ -116,7 +116,7 @@ def test_everything_is_repeated_until_it_works(cloud, tmp_path):
     upload("gs://b/f/large", LARGE, if_generation=0)
     gcs.download_folder("gs://b/f", str(tmp_path / "copy"))
     assert (tmp_path / "copy" / "large").read_bytes() == LARGE
-    found = gcs.together([f"gs://b/f/{index:02d}" for index in range(13)])
+    found = gcs.read_objects([f"gs://b/f/{index:02d}" for index in range(13)])
     assert found == [*(b"%d" % index for index in range(12)), None]
     assert sum(cloud.faults.values()) >= 20 and len(cloud.faults) == 6, cloud.faults
 

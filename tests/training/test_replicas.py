@@ -8,7 +8,7 @@ import pytest
 import tensorflow as tf
 
 from trainer.config import ModelConfig
-from trainer.data.input_pipeline import Share, deal_steps, open_stream, read_micro_batches
+from trainer.data.input_pipeline import HostShard, open_stream, read_micro_batches, shard_steps
 from trainer.data.metadata import load_metadata
 from trainer.data.packing import choose_packing
 from trainer.model.model import build_model
@@ -80,8 +80,8 @@ def make_step(stream, strategy, dropout=0.0, precision="float32", max_bad_steps=
 
 def deal(stream, strategy):
     def of_host(context):
-        share = Share(context.num_replicas_in_sync, 0, context.num_replicas_in_sync)
-        return deal_steps(read_micro_batches(stream, seed=1), stream, MICRO_BATCHES, share)
+        share = HostShard(context.num_replicas_in_sync, 0, context.num_replicas_in_sync)
+        return shard_steps(read_micro_batches(stream, seed=1), stream, MICRO_BATCHES, share)
 
     return iter(strategy.distribute_datasets_from_function(of_host))
 

@@ -7,7 +7,7 @@ import pytest
 import tensorflow as tf
 
 from trainer.config import ModelConfig, OptimizerConfig
-from trainer.data.input_pipeline import Share, deal_steps, open_stream, read_micro_batches
+from trainer.data.input_pipeline import HostShard, open_stream, read_micro_batches, shard_steps
 from trainer.data.metadata import load_metadata
 from trainer.data.packing import choose_packing, empty_micro_batch
 from trainer.model.model import build_model
@@ -60,7 +60,7 @@ def make_step(stream, dropout=RATE, jit_compile=False):
 
 
 def steps_of(stream, accumulation):
-    return deal_steps(read_micro_batches(stream, seed=1), stream, accumulation, Share())
+    return shard_steps(read_micro_batches(stream, seed=1), stream, accumulation, HostShard())
 
 
 def relative(found, expected):

@@ -1,6 +1,6 @@
 """The workers of a Beam runner in the place of a pool of processes.
 
-`prepare` is pure functions of segments and shards that leave large things in files of the work
+`prepare` is pure functions of ranges and shards that leave large things in files of the work
 folder, with decisions between them that need all results. So its Beam pipelines are these functions
 mapped, one pipeline a pass, and its shards are the local command's, byte for byte. Arguments and
 results are files of that folder too: a pipeline's own graph is limited to some megabytes.
@@ -28,14 +28,15 @@ from apache_beam.metrics import Metrics
 from trainer.beam.runners import NAMESPACE, BeamRunner, marked_faults
 from trainer.data.metadata import Shard
 from trainer.errors import UserError
-from trainer.preparation.scan import ScannedSegment
-from trainer.preparation.shards import WrittenSegment
-from trainer.preparation.statistics import Tally
-from trainer.sources.rows import BadRow, Segment
+from trainer.preparation.scan import ScannedRange
+from trainer.preparation.shards import WrittenRange
+from trainer.preparation.statistics import SplitStatistics
+from trainer.sources.rows import BadRow, RowRange
 
 # What is built again when a value is read; anything else is refused.
 _RECORDS: dict[str, Any] = {
-    kind.__name__: kind for kind in (BadRow, ScannedSegment, Segment, Shard, Tally, WrittenSegment)
+    kind.__name__: kind
+    for kind in (BadRow, ScannedRange, RowRange, Shard, SplitStatistics, WrittenRange)
 }
 _CONTAINERS: dict[str, Any] = {"list": list, "tuple": tuple, "set": set}
 
@@ -173,12 +174,12 @@ def _call(index: int, function: Callable[..., Any], folder: str) -> None:
 
 def _counts(result: Any) -> dict[str, int]:
     """What a result adds to the counters."""
-    if isinstance(result, ScannedSegment):
+    if isinstance(result, ScannedRange):
         usable, rejected = len(result.positions), len(result.rejected)
         return {"rows": usable + rejected, "rejected": rejected}
-    if isinstance(result, WrittenSegment):
-        lengths = result.tally.length_histogram.sum(axis=0)
-        documents = int(result.tally.window_histogram.sum())
+    if isinstance(result, WrittenRange):
+        lengths = result.statistics.length_histogram.sum(axis=0)
+        documents = int(result.statistics.window_histogram.sum())
         return {"documents": documents, "tokens": int((lengths * range(len(lengths))).sum())}
     if isinstance(result, Shard):
         return {"shards": 1, "bytes": result.bytes}

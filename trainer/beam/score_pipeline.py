@@ -37,7 +37,13 @@ from trainer.model.model_folder import (
     check_saved_model,
     local_model,
 )
-from trainer.scoring.batches import Block, BlockPacker, check_finite, read_chunks, tokenize
+from trainer.scoring.batches import (
+    BatchPacker,
+    TokenBatch,
+    check_finite,
+    read_raw_batches,
+    tokenize,
+)
 from trainer.scoring.parts import begin_part
 from trainer.scoring.plan import Part, Plan, load_plan
 from trainer.scoring.writers import open_results
@@ -130,7 +136,7 @@ class ScoreJob:
     versions: FileVersions
 
 
-class Documents(NamedTuple):
+class PackedDocuments(NamedTuple):
     """Documents of a micro-batch: their part, their places in it, and where their scores lie.
 
     `ranks` (int64 [N]) count the part's usable rows; `slots` (int64 [N]) are rows of the result;
@@ -170,7 +176,7 @@ class PackParts(beam.DoFn):
             self._plan = _load_plan(self._job)
             check_fingerprint(folder, self._job.fingerprint)
             self._tokenizer = load_tokenizer(folder)
-            self._pack = BlockPacker(self._plan.packing)
+            self._pack = BatchPacker(self._plan.packing)
 
     def process(self, run: Sequence[int]) -> Iterator[Any]:
         """Reads parts that follow each other, in one go through what they share."""
@@ -195,7 +201,7 @@ class PackParts(beam.DoFn):
             self._truncated.inc(counts["truncated"])
             yield beam.pvalue.TaggedOutput(_READ, (part, counts))
 
-    def _blocks(self, run: Sequence[int]) -> Iterator[Block]:
+    def _blocks(self, run: Sequence[int]) -> Iterator[TokenBatch]:
         job, packing = self._job, self._plan.packing
         encode = partial(
             self._tokenizer.encode_windows,
@@ -204,13 +210,13 @@ class PackParts(beam.DoFn):
             max_windows=job.max_windows,
         )
         limits = TokenLimits.of(self._tokenizer, job.max_seq_length, job.max_windows)
-        chunks = read_chunks(self._plan.parts, run, job.columns, limits)
+        chunks = read_raw_batches(self._plan.parts, run, job.columns, limits)
         block_tokens = BLOCK_MICRO_BATCHES * packing.num_tokens
         return tokenize(chunks, encode, block_tokens, _DOCUMENTS_A_BLOCK)
 
     def _micro_batches_of(
-        self, block: Block, before: int
-    ) -> Iterator[tuple[Documents, MicroBatch]]:
+        self, block: TokenBatch, before: int
+    ) -> Iterator[tuple[PackedDocuments, MicroBatch]]:
         """Packs a block, whose part has so many documents before it."""
         if not block.ids:
             return
@@ -222,12 +228,12 @@ class PackParts(beam.DoFn):
             kept = [block.kept[place] for place in places.tolist()]
             self._micro_batches.inc()
             yield (
-                Documents(block.part, before + places, slots, ids, kept),
+                PackedDocuments(block.part, before + places, slots, ids, kept),
                 {name: packed[name][index] for name in INPUTS},
             )
 
 
-def keep_documents(scored: tuple[Documents, np.ndarray], model: str) -> tuple[int, Scores]:
+def keep_documents(scored: tuple[PackedDocuments, np.ndarray], model: str) -> tuple[int, Scores]:
     """A micro-batch's probabilities without its empty slots, by part.
 
     Raises:
@@ -277,7 +283,7 @@ class WriteParts(beam.DoFn):
             nothing = np.zeros((0, len(job.labels)), np.float32)
             rejected = [row for _, rows in sorted(values[_REJECTED]) for row in rows]
             writer.write([], nothing, [], counts["truncated"], rejected)
-            job.versions.check(segment.path for segment in plan.parts[index].segments)
+            job.versions.check(row_range.path for row_range in plan.parts[index].row_ranges)
             writer.commit()
 
 
@@ -363,17 +369,17 @@ def score_parts(
     cells_a_row = len(job.labels) + _KEPT_CELLS * len(job.columns.kept)
     limits = cells_a_row, _LOCAL_CELLS if runner.is_local else None
     runs = _runs(plan.parts, waiting, *limits)
-    for together in _pipelines(plan.parts, runs, *limits):
-        places = [place for run in together for place in run]
+    for joint in _pipelines(plan.parts, runs, *limits):
+        places = [place for run in joint for place in run]
         print(f"{runner}: parts {places[0]} to {places[-1]} of {len(plan.parts)}", flush=True)
-        counters = runner.run(partial(build_pipeline, runs=together, job=job))
+        counters = runner.run(partial(build_pipeline, runs=joint, job=job))
         shown = (f"{name} {count:,}" for name, count in sorted(counters.items()))
         print(f"{runner}: {', '.join(shown)}", flush=True)
         on_written()
 
 
 def _runs(
-    parts: Sequence[Part], waiting: Sequence[int], cells_a_row: int, most_cells: int | None
+    parts: Sequence[Part], waiting: Sequence[int], cells_a_row: int, max_cells: int | None
 ) -> Iterator[tuple[int, ...]]:
     """Parts that share a file whose middle is reached through its beginning only, together.
 
@@ -382,10 +388,10 @@ def _runs(
     run: list[int] = []
     cells = 0
     for place in waiting:
-        path = parts[place].segments[0].path
+        path = parts[place].row_ranges[0].path
         size = parts[place].num_rows * cells_a_row
-        is_apart = run and (parts[run[-1]].segments[-1].path != path or can_enter(path))
-        if is_apart or (run and most_cells is not None and cells + size > most_cells):
+        is_apart = run and (parts[run[-1]].row_ranges[-1].path != path or can_enter(path))
+        if is_apart or (run and max_cells is not None and cells + size > max_cells):
             yield tuple(run)
             run, cells = [], 0
         run.append(place)
@@ -398,17 +404,17 @@ def _pipelines(
     parts: Sequence[Part],
     runs: Iterable[tuple[int, ...]],
     cells_a_row: int,
-    most_cells: int | None,
+    max_cells: int | None,
 ) -> Iterator[list[tuple[int, ...]]]:
     """Runs of parts for one pipeline each: all of them, or as many as have so many cells."""
-    together: list[tuple[int, ...]] = []
+    joint: list[tuple[int, ...]] = []
     cells = 0
     for run in runs:
         size = sum(parts[place].num_rows for place in run) * cells_a_row
-        if together and most_cells is not None and cells + size > most_cells:
-            yield together
-            together, cells = [], 0
-        together.append(run)
+        if joint and max_cells is not None and cells + size > max_cells:
+            yield joint
+            joint, cells = [], 0
+        joint.append(run)
         cells += size
-    if together:
-        yield together
+    if joint:
+        yield joint

@@ -40,7 +40,7 @@ class _Rows(NamedTuple):
     held: tf.Tensor
 
 
-class Spots(NamedTuple):
+class Placement(NamedTuple):
     """Where windows went: int32 [V] each.
 
     `row` is one of all M x R rows, `left` the tokens that were free in it before.
@@ -59,29 +59,29 @@ def row_capacities(packing: PackingConfig) -> tf.Tensor:
 
 def place_windows(
     windows: Windows, packing: PackingConfig
-) -> tuple[Spots, tf.Tensor, tf.Tensor, tf.Tensor]:
+) -> tuple[Placement, tf.Tensor, tf.Tensor, tf.Tensor]:
     """Finds a row for every window, in as few micro-batches as they fit.
 
     Returns:
-      The windows' spots; of the M micro-batches the windows that each row holds (int32 [M, R]) and
-      whether the row is pinned to its micro-batch (bool [M, R]), because it holds a document of
+      The windows' placement; of the M micro-batches the windows that each row holds (int32 [M, R])
+      and whether the row is pinned to its micro-batch (bool [M, R]), because it holds a document of
       several windows; and the slots that the pinned rows take of each micro-batch (int32 [M]), of
       which there are `max_windows`.
     """
     total = tf.reduce_sum(tf.cast(windows.lengths, tf.int64))
     num_micro_batches = tf.cast((total + packing.num_tokens - 1) // packing.num_tokens, tf.int32)
-    spots, rows, long_documents = _place_long_documents(windows, packing, num_micro_batches)
+    placement, rows, long_documents = _place_long_documents(windows, packing, num_micro_batches)
     single = tf.where(tf.gather(windows.counts, windows.document) == 1)
     lengths = tf.gather_nd(windows.lengths, single)
     single_spots, rows, is_pinned, taken = _fill_up(lengths, rows, long_documents, packing)
-    both = zip(spots, single_spots, strict=True)
-    spots = Spots(*(tf.tensor_scatter_nd_update(old, single, new) for old, new in both))
-    return spots, rows.held, is_pinned, taken
+    both = zip(placement, single_spots, strict=True)
+    placement = Placement(*(tf.tensor_scatter_nd_update(old, single, new) for old, new in both))
+    return placement, rows.held, is_pinned, taken
 
 
 def _place_long_documents(
     windows: Windows, packing: PackingConfig, num_micro_batches: tf.Tensor
-) -> tuple[Spots, _Rows, tf.Tensor]:
+) -> tuple[Placement, _Rows, tf.Tensor]:
     """Places the documents of several windows, each in one micro-batch.
 
     Args:
@@ -90,8 +90,8 @@ def _place_long_documents(
       num_micro_batches: int32 scalar, to begin with.
 
     Returns:
-      spots (0 for windows left alone), rows of the micro-batches then needed, and how many of these
-      documents each micro-batch holds (int32 [M]).
+      placement (0 for windows left alone), rows of the micro-batches then needed, and how many of
+      these documents each micro-batch holds (int32 [M]).
     """
     capacities = row_capacities(packing)
     tokens = tf.math.segment_sum(windows.lengths, windows.document)
@@ -153,8 +153,10 @@ def _place_long_documents(
         ),
     )  # fmt: skip
     size = tf.shape(windows.lengths, out_type=tf.int64)
-    spots = Spots(*(tf.scatter_nd(chosen[:, None], values, size) for values in (rows, lefts)))
-    return spots, _Rows(free, held), documents_held
+    placement = Placement(
+        *(tf.scatter_nd(chosen[:, None], values, size) for values in (rows, lefts))
+    )
+    return placement, _Rows(free, held), documents_held
 
 
 def _try_windows(lengths: tf.Tensor, room: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
@@ -194,7 +196,7 @@ def _try_windows(lengths: tf.Tensor, room: tf.Tensor) -> tuple[tf.Tensor, tf.Ten
     return columns.stack(), before.stack(), fits
 
 
-def _fill_rows(lengths: tf.Tensor, rows: _Rows, packing: PackingConfig) -> tuple[Spots, _Rows]:
+def _fill_rows(lengths: tf.Tensor, rows: _Rows, packing: PackingConfig) -> tuple[Placement, _Rows]:
     """Best-fit decreasing of single windows into what is left of rows.
 
     Args:
@@ -203,7 +205,7 @@ def _fill_rows(lengths: tf.Tensor, rows: _Rows, packing: PackingConfig) -> tuple
       packing: the row groups.
 
     Returns:
-      The windows' spots, and the rows of the micro-batches then needed.
+      The windows' placement, and the rows of the micro-batches then needed.
     """
     capacities = row_capacities(packing)
     order = tf.argsort(lengths, direction="DESCENDING", stable=True)
@@ -246,14 +248,14 @@ def _fill_rows(lengths: tf.Tensor, rows: _Rows, packing: PackingConfig) -> tuple
     back = tf.argsort(order)
     shape = [-1, capacities.shape[0]]
     return (
-        Spots(tf.gather(row, back), tf.gather(left, back)),
+        Placement(tf.gather(row, back), tf.gather(left, back)),
         _Rows(tf.reshape(free, shape), tf.reshape(held, shape)),
     )
 
 
 def _fill_up(
     lengths: tf.Tensor, rows: _Rows, long_documents: tf.Tensor, packing: PackingConfig
-) -> tuple[Spots, _Rows, tf.Tensor, tf.Tensor]:
+) -> tuple[Placement, _Rows, tf.Tensor, tf.Tensor]:
     """Fills what documents of several windows left with those of one.
 
     Args:
@@ -263,7 +265,8 @@ def _fill_up(
       packing: the row groups and slots.
 
     Returns:
-      The windows' spots, the rows then needed, and `is_pinned` and `taken` as `place_windows` says.
+      The windows' placement, the rows then needed, and `is_pinned` and `taken` as
+      `place_windows` says.
     """
     is_pinned = rows.held > 0
     num_before = tf.shape(is_pinned)[0]
@@ -271,14 +274,14 @@ def _fill_up(
     # One number for both kinds of slots: how near the kind that runs out first is to its end.
     spare = packing.max_windows - packing.max_documents
 
-    def fill(is_closed: tf.Tensor) -> tuple[Spots, _Rows, tf.Tensor, tf.Tensor]:
+    def fill(is_closed: tf.Tensor) -> tuple[Placement, _Rows, tf.Tensor, tf.Tensor]:
         free = tf.where(is_pinned & is_closed[:, None], 0, rows.free)
-        spots, filled = _fill_rows(lengths, _Rows(free, rows.held), packing)
+        placement, filled = _fill_rows(lengths, _Rows(free, rows.held), packing)
         more = tf.shape(filled.held)[0] - num_before
         pinned = tf.pad(is_pinned, [[0, more], [0, 0]])
         num_windows = tf.reduce_sum(tf.where(pinned, filled.held, 0), axis=1)
         num_documents = num_windows - tf.pad(fewer, [[0, more]])
-        return spots, filled, pinned, tf.maximum(num_windows, num_documents + spare)
+        return placement, filled, pinned, tf.maximum(num_windows, num_documents + spare)
 
     def overflows(taken: tf.Tensor) -> tf.Tensor:
         return taken[:num_before] > packing.max_windows
@@ -289,7 +292,7 @@ def _fill_up(
         is_closed |= overflows(filled[-1])
         return False, is_closed, fill(is_closed)
 
-    empty = Spots(lengths[:0], lengths[:0])
+    empty = Placement(lengths[:0], lengths[:0])
     nothing = empty, rows, is_pinned, tf.zeros_like(long_documents)
     shapes = tf.nest.map_structure(lambda value: tf.TensorShape([None, *value.shape[1:]]), nothing)
     is_closed = tf.zeros([num_before], tf.bool)

@@ -124,7 +124,7 @@ class Stream:
     block_documents: int
     packing: PackingConfig
     num_labels: int
-    most_labels: int
+    max_labels: int
     num_slice_columns: int = 0
 
     @property
@@ -215,7 +215,7 @@ def _pack_block(
         [count],
     )
     shape = num_micro_batches, stream.packing.max_documents
-    spread = spread_labels(labels, slots, shape, stream.num_labels, stream.most_labels)
+    spread = spread_labels(labels, slots, shape, stream.num_labels, stream.max_labels)
     return (
         packed
         | spread
@@ -284,7 +284,7 @@ def _empty(stream: Stream) -> dict[str, tf.Tensor]:
     documents = stream.packing.max_documents
     return (
         empty_micro_batch(stream.packing)
-        | no_labels(documents, stream.num_labels, stream.most_labels)
+        | no_labels(documents, stream.num_labels, stream.max_labels)
         | {
             "document_id": tf.fill([documents], ""),
             "document_slices": tf.fill([documents, stream.num_slice_columns], ""),
@@ -303,7 +303,7 @@ def stack_micro_batches(
 
 
 @dataclass(frozen=True)
-class Share:
+class HostShard:
     """The replicas that one host feeds, of all that share a step."""
 
     replicas: int = 1
@@ -311,8 +311,8 @@ class Share:
     count: int = 1
 
 
-def deal_steps(
-    micro_batches: tf.data.Dataset, stream: Stream, micro_batches_per_step: int, share: Share
+def shard_steps(
+    micro_batches: tf.data.Dataset, stream: Stream, micro_batches_per_step: int, share: HostShard
 ) -> tf.data.Dataset:
     """Deals K consecutive micro-batches a step to the replicas; yields one host's share.
 

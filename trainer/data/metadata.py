@@ -12,7 +12,7 @@ from typing import Any
 from trainer.config import from_dict
 from trainer.errors import UserError
 from trainer.storage import filesystem
-from trainer.storage.filesystem import checksum, seal, unseal, write_atomically
+from trainer.storage.filesystem import add_checksum, checksum, verify_checksum, write_atomically
 
 SCHEMA_VERSION = 3
 METADATA_FILE = "metadata.json"
@@ -106,7 +106,7 @@ class Metadata:
 
     def save(self, data_dir: str) -> None:
         """Writes metadata.json into `data_dir`, atomically, with a checksum of its content."""
-        content = json.dumps(seal(dataclasses.asdict(self)), indent=1, ensure_ascii=False)
+        content = json.dumps(add_checksum(dataclasses.asdict(self)), indent=1, ensure_ascii=False)
         write_atomically(os.path.join(data_dir, METADATA_FILE), content + "\n")
 
 
@@ -143,7 +143,7 @@ def parse_metadata(content: bytes, data_dir: str) -> Metadata:
             "run this version's `multihot prepare` again"
         )
     try:
-        values = unseal(values)
+        values = verify_checksum(values)
         splits = {name: _read_split(split) for name, split in values["splits"].items()}
         return from_dict(Metadata, values | {"splits": splits})
     except (KeyError, TypeError, ValueError) as error:

@@ -28,7 +28,7 @@ _SHORTEST_ROW = 64
 
 def _place_windows(windows: Windows, packing: PackingConfig) -> tuple[tf.Tensor, tf.Tensor]:
     """Where each window begins among all M x T tokens (int32 [V]), and M (int32 scalar)."""
-    spots, held, is_pinned, taken = place_windows(windows, packing)
+    placement, held, is_pinned, taken = place_windows(windows, packing)
 
     def deal(more: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         below = [[0, more], [0, 0]]
@@ -50,8 +50,8 @@ def _place_windows(windows: Windows, packing: PackingConfig) -> tuple[tf.Tensor,
             tf.TensorShape([]),
         ),
     )
-    offset = tf.gather(capacities, spots.row % num_rows) - spots.left
-    return tf.gather(tf.reshape(starts, [-1]), spots.row) + offset, tf.shape(starts)[0]
+    offset = tf.gather(capacities, placement.row % num_rows) - placement.left
+    return tf.gather(tf.reshape(starts, [-1]), placement.row) + offset, tf.shape(starts)[0]
 
 
 def pack(input_ids: tf.RaggedTensor, packing: PackingConfig) -> dict[str, tf.Tensor]:
@@ -150,9 +150,9 @@ def add_histograms(histograms: Sequence[Sequence[int]]) -> list[int]:
     return np.trim_zeros(total, "b")
 
 
-def least_tokens(longest: int, most_windows: int) -> int:
+def min_tokens(longest: int, document_windows: int) -> int:
     """Tokens of the smallest micro-batch that holds so many windows of the longest length."""
-    return most_windows * _row_lengths(longest)[0]
+    return document_windows * _row_lengths(longest)[0]
 
 
 def choose_packing(
@@ -161,7 +161,7 @@ def choose_packing(
     row_groups: tuple[tuple[int, int], ...] | None = None,
     longest: int | None = None,
     window_histogram: Sequence[int] = (),
-    most_windows: int | None = None,
+    document_windows: int | None = None,
 ) -> PackingConfig:
     """The default shape of a micro-batch for documents of these lengths.
 
@@ -175,7 +175,7 @@ def choose_packing(
       row_groups: the rows, if the user chose them.
       longest: tokens that the longest row must hold; default: the longest window's.
       window_histogram: `window_histogram[n]` documents have n windows; default: all have one.
-      most_windows: that a micro-batch must hold of a document; default: as many as one has.
+      document_windows: that a micro-batch must hold of a document; default: the most that one has.
 
     Raises:
       UserError: if there are no documents, or a micro-batch cannot hold the longest one.
@@ -186,9 +186,9 @@ def choose_packing(
         raise UserError("metadata.json: the split has no documents; nothing to pack")
     longest = max(longest or 0, int(lengths[counts > 0].max()))
     documents = np.asarray(window_histogram or (0, counts.sum()), np.float64)
-    most_windows = max(most_windows or 1, int(np.flatnonzero(documents).max()))
+    document_windows = max(document_windows or 1, int(np.flatnonzero(documents).max()))
     if row_groups is None:
-        row_groups = _choose_row_groups(counts, longest, num_tokens, most_windows)
+        row_groups = _choose_row_groups(counts, longest, num_tokens, document_windows)
     elif max(length for _, length in row_groups) < longest:
         raise UserError(
             f"--row_groups: the longest row has {max(length for _, length in row_groups)} tokens, "
@@ -196,11 +196,11 @@ def choose_packing(
         )
     total = sum(rows * length for rows, length in row_groups)
     held = sum(rows * (length // longest) for rows, length in row_groups)
-    if held < most_windows:
+    if held < document_windows:
         raise UserError(
             f"--row_groups: a micro-batch of these rows holds {held} windows of {longest} tokens, "
-            f"but a document may have {most_windows}, which share one; add rows, or prepare with a "
-            "lower --max_windows"
+            f"but a document may have {document_windows}, which share one; add rows, or prepare "
+            "with a lower --max_windows"
         )
     mean_length = float((counts * lengths).sum() / counts.sum())
     mean_windows = total / mean_length
@@ -211,7 +211,9 @@ def choose_packing(
     spread = 1.5 if mean_documents == mean_windows else 2
     max_documents = math.ceil(spread * mean_documents) + 8
     max_windows = math.ceil(1.5 * mean_windows) + 8
-    return PackingConfig(row_groups, max_documents, max(max_windows, max_documents, most_windows))
+    return PackingConfig(
+        row_groups, max_documents, max(max_windows, max_documents, document_windows)
+    )
 
 
 def with_slots_for_scoring(packing: PackingConfig) -> PackingConfig:
@@ -236,15 +238,15 @@ def _row_lengths(longest: int) -> list[int]:
 
 
 def _choose_row_groups(
-    counts: np.ndarray, longest: int, num_tokens: int, most_windows: int
+    counts: np.ndarray, longest: int, num_tokens: int, document_windows: int
 ) -> tuple[tuple[int, int], ...]:
     lengths = np.arange(len(counts))
     mean_length = float((counts * lengths).sum() / counts.sum())
     row_lengths = _row_lengths(longest)
-    least = least_tokens(longest, most_windows)
+    least = min_tokens(longest, document_windows)
     if num_tokens < least:
-        windows = f"the {most_windows} windows" if most_windows > 1 else "the tokens"
-        remedy = " or --max_windows" if most_windows > 1 else ""
+        windows = f"the {document_windows} windows" if document_windows > 1 else "the tokens"
+        remedy = " or --max_windows" if document_windows > 1 else ""
         raise UserError(
             f"--tokens_per_replica={num_tokens}: expected at least {least}, {windows} of the "
             f"longest document; raise it, or prepare with a smaller --max_seq_length{remedy}"
@@ -254,7 +256,7 @@ def _choose_row_groups(
         windows_of = counts[(lengths > shorter) & (lengths <= length)].sum() / counts.sum()
         needed = math.ceil(_LONG_ROW_MARGIN * windows_of * num_tokens / mean_length)
         is_longest = length == row_lengths[0]
-        rows = min(max(needed, most_windows * is_longest), left // length)
+        rows = min(max(needed, document_windows * is_longest), left // length)
         if rows:
             groups.append((rows, length))
             left -= rows * length
@@ -264,21 +266,21 @@ def _choose_row_groups(
 
 
 def choose_score_packing(
-    lengths: np.ndarray, windows: np.ndarray, tokens_per_batch: int, most_windows: int
+    lengths: np.ndarray, windows: np.ndarray, tokens_per_batch: int, document_windows: int
 ) -> PackingConfig:
     """The shape of the micro-batches for documents of these lengths.
 
     Args:
       lengths: int64 [max_seq_length + 1], windows by their tokens, of a sample; the rest may be
         anything that fits.
-      windows: int64 [most_windows + 1], documents of the sample by their windows.
+      windows: int64 [document_windows + 1], documents of the sample by their windows.
       tokens_per_batch: about how many tokens a micro-batch has.
-      most_windows: that a document may have.
+      document_windows: that a document may have.
     """
     longest = len(lengths) - 1
-    num_tokens = max(tokens_per_batch, least_tokens(longest, most_windows))
+    num_tokens = max(tokens_per_batch, min_tokens(longest, document_windows))
     packing = choose_packing(
         lengths.tolist(), num_tokens, longest=longest,
-        window_histogram=windows.tolist(), most_windows=most_windows,
+        window_histogram=windows.tolist(), document_windows=document_windows,
     )  # fmt: skip
     return with_slots_for_scoring(packing)

@@ -10,7 +10,7 @@ from typing import Any
 import numpy as np
 
 from trainer.evaluation.metrics import equal_mass_starts
-from trainer.evaluation.predictions import ScoredDocuments
+from trainer.evaluation.predictions import CalibratedPredictions
 from trainer.evaluation.ranking import rank_cuts
 
 # Curves of more labels than this would not be looked at, and cost about 4 KB each.
@@ -32,8 +32,8 @@ _DEVIATIONS = 1.959964
 
 
 def collect(
-    reported: ScoredDocuments,
-    fitted: ScoredDocuments,
+    reported: CalibratedPredictions,
+    fitted: CalibratedPredictions,
     thresholds: np.ndarray,
     labels: Sequence[str],
 ) -> dict[str, Any]:
@@ -73,13 +73,13 @@ def collect(
     }
 
 
-def _micro_step(scored: ScoredDocuments) -> int:
+def _micro_step(scored: CalibratedPredictions) -> int:
     """Every how many documents are taken where all labels are ranked together."""
     return max(1, -(-scored.labels.size // MAX_MICRO_SCORES))
 
 
 def _scores(
-    scored: ScoredDocuments, label: int | None
+    scored: CalibratedPredictions, label: int | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Calibrated scores, raw ones and classes of a label, or None: of all labels as one."""
     chosen = (slice(None), label) if label is not None else slice(None, None, _micro_step(scored))
@@ -170,7 +170,7 @@ def reliability(probabilities: np.ndarray, positive: np.ndarray) -> dict[str, li
     }
 
 
-def cooccurrence(scored: ScoredDocuments, thresholds: np.ndarray) -> dict[str, Any]:
+def cooccurrence(scored: CalibratedPredictions, thresholds: np.ndarray) -> dict[str, Any]:
     """Documents in which two labels occur together, `true` and `predicted`.
 
     Returns:
@@ -188,7 +188,7 @@ def cooccurrence(scored: ScoredDocuments, thresholds: np.ndarray) -> dict[str, A
 
 
 def confident_mistakes(
-    scored: ScoredDocuments, thresholds: np.ndarray
+    scored: CalibratedPredictions, thresholds: np.ndarray
 ) -> dict[str, list[dict[str, Any]]]:
     """The mistakes that the model was surest of, at most one a document and kind.
 
@@ -211,7 +211,7 @@ def confident_mistakes(
 
 
 def _surest(
-    scored: ScoredDocuments, thresholds: np.ndarray, is_missed: bool
+    scored: CalibratedPredictions, thresholds: np.ndarray, is_missed: bool
 ) -> list[tuple[int, int]]:
     """(document, label) of a few mistakes of each label, the surest of all first."""
     candidates = []
@@ -226,7 +226,7 @@ def _surest(
 
 
 def _describe(
-    scored: ScoredDocuments, thresholds: np.ndarray, document: int, label: int
+    scored: CalibratedPredictions, thresholds: np.ndarray, document: int, label: int
 ) -> dict[str, Any]:
     scores = scored.probabilities[document]
     predicted = np.flatnonzero(scores >= thresholds)

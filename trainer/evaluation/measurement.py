@@ -32,7 +32,7 @@ from trainer.evaluation.metrics import (
     ranking_metrics,
     sum_over_documents,
 )
-from trainer.evaluation.predictions import Predictions, ScoredDocuments, concatenate
+from trainer.evaluation.predictions import CalibratedPredictions, Predictions, concatenate
 from trainer.evaluation.ranking import average_precision, label_blocks, roc_auc
 
 
@@ -176,10 +176,10 @@ class Measured:
     documents: Predictions
     num_documents: int
 
-    def scored(self, calibration: Calibration) -> ScoredDocuments:
+    def scored(self, calibration: Calibration) -> CalibratedPredictions:
         """The documents with their probabilities."""
         documents = self.documents
-        return ScoredDocuments(
+        return CalibratedPredictions(
             documents.ids,
             documents.indices,
             calibration.probabilities(documents.logits).astype(np.float32),

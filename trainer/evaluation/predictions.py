@@ -33,18 +33,18 @@ class Predictions:
 def concatenate(blocks: list[Predictions]) -> Predictions:
     """The documents of at least one block, in the order of the shards."""
     indices = np.concatenate([block.indices for block in blocks])
-    together = Predictions(
+    joint = Predictions(
         [name for block in blocks for name in block.ids],
         indices,
         np.concatenate([block.logits for block in blocks]),
         np.concatenate([block.labels for block in blocks]),
         np.concatenate([block.slices for block in blocks]),
     )
-    return together.chosen(np.argsort(indices))
+    return joint.chosen(np.argsort(indices))
 
 
 @dataclass(frozen=True)
-class ScoredDocuments:
+class CalibratedPredictions:
     """Documents of one split, in the split's reading order, beside their true labels.
 
     All of them, or where they do not fit into memory a uniform sample without replacement.

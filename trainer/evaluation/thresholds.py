@@ -66,7 +66,7 @@ class Candidates:
 
 
 @dataclass(frozen=True)
-class Exchange:
+class MicroF1Tradeoff:
     """What a label's positives found and documents predicted are worth in micro-F1.
 
     Attributes:
@@ -86,12 +86,12 @@ class Exchange:
 
 
 # Counts each label's own F1 only.
-NO_EXCHANGE = Exchange(0.0, 0.0)
+NO_EXCHANGE = MicroF1Tradeoff(0.0, 0.0)
 
 
 def choose_overall(
     candidates: Candidates, support: np.ndarray, true_positives: int, predicted: int
-) -> tuple[np.ndarray, Exchange]:
+) -> tuple[np.ndarray, MicroF1Tradeoff]:
     """The candidates that make macro-F1 plus micro-F1 largest, one a label.
 
     Micro-F1 is a ratio A / B of sums over labels. Near a choice with the value m = A / B, the sum
@@ -128,13 +128,13 @@ def choose_overall(
         if reached <= value:
             break
         best, value = chosen, reached
-        exchange = Exchange(float(micro), len(support) / float(total))
+        exchange = MicroF1Tradeoff(float(micro), len(support) / float(total))
         chosen = best_by_label(exchange.values(found, said, positives))
     return best, exchange
 
 
 @dataclass(frozen=True)
-class Target:
+class ThresholdTarget:
     """What thresholds are for.
 
     Attributes:
@@ -165,7 +165,7 @@ def fit_thresholds(
     probabilities: np.ndarray,
     labels: np.ndarray,
     min_support: int = 10,
-    target: Target = Target(),
+    target: ThresholdTarget = ThresholdTarget(),
     is_global: bool = False,
 ) -> np.ndarray:
     """The thresholds that are best for a target, over all cuts.
@@ -217,7 +217,7 @@ def fit_binned_thresholds(
     scale: np.ndarray,
     shift: np.ndarray,
     min_support: int = 10,
-    target: Target = Target(),
+    target: ThresholdTarget = ThresholdTarget(),
     is_global: bool = False,
 ) -> BinnedThresholds:
     """`fit_thresholds`, over the cuts at the lower edges of histogram bins.
@@ -288,7 +288,7 @@ def _counts_above(
 
 
 def _best_cuts(
-    cuts: Cuts, target: Target, exchange: Exchange = NO_EXCHANGE
+    cuts: Cuts, target: ThresholdTarget, exchange: MicroF1Tradeoff = NO_EXCHANGE
 ) -> tuple[np.ndarray, np.ndarray]:
     """The index of the best cut of every list, and whether it reaches the target."""
     values = _values(cuts, target, exchange)
@@ -296,7 +296,9 @@ def _best_cuts(
     return best, np.take_along_axis(values, best[..., None], axis=-1)[..., 0] > -np.inf
 
 
-def _values(cuts: Cuts, target: Target, exchange: Exchange = NO_EXCHANGE) -> np.ndarray:
+def _values(
+    cuts: Cuts, target: ThresholdTarget, exchange: MicroF1Tradeoff = NO_EXCHANGE
+) -> np.ndarray:
     """What each cut is worth, float64 [..., C]: F1, or what a target that it meets leaves free.
 
     Minus infinity for what predicts no positive or misses the target. F1 is without the share of
@@ -315,7 +317,11 @@ def _values(cuts: Cuts, target: Target, exchange: Exchange = NO_EXCHANGE) -> np.
 
 
 def _shortfall(
-    cuts: Cuts, best: np.ndarray, reached: np.ndarray, target: Target, exchange: Exchange
+    cuts: Cuts,
+    best: np.ndarray,
+    reached: np.ndarray,
+    target: ThresholdTarget,
+    exchange: MicroF1Tradeoff,
 ) -> np.ndarray:
     """How much better than the chosen cut at a bin's edge one within a bin can be."""
     found = np.take_along_axis(_values(cuts, target, exchange), best[..., None], axis=-1)[..., 0]
@@ -324,7 +330,7 @@ def _shortfall(
     return np.where(bound > -np.inf, np.maximum(gap, 0), 0)
 
 
-def _at_best(cuts: Cuts, target: Target) -> np.ndarray:
+def _at_best(cuts: Cuts, target: ThresholdTarget) -> np.ndarray:
     """The threshold of the best cut of every list, float64 [...]; NaN out of reach."""
     best, reached = _best_cuts(cuts, target)
     middles = np.take_along_axis(_midpoints(cuts), best[..., None], axis=-1)[..., 0]

@@ -25,7 +25,7 @@ from trainer.model.pretrained import (
 )
 from trainer.storage import filesystem
 from trainer.storage.gcs import download_folder
-from trainer.storage.temporary import scratch_folder
+from trainer.storage.temporary import temporary_folder
 
 MULTIHOT_FILE = "multihot.json"
 SAVED_MODEL_FOLDER = "saved_model"
@@ -36,7 +36,7 @@ _FIELDS = {"labels", "head", "max_seq_length", "packing", "thresholds", "fingerp
 
 
 @dataclass(frozen=True)
-class ExportedModel:
+class ModelFolder:
     """A model folder, ready to score.
 
     Attributes:
@@ -72,7 +72,7 @@ class ExportedModel:
         )
 
 
-def load_exported(folder: str, precision: str = "float32") -> ExportedModel:
+def load_model_folder(folder: str, precision: str = "float32") -> ModelFolder:
     """Loads a model folder.
 
     Args:
@@ -100,7 +100,7 @@ def local_model(folder: str, below: bool = False) -> Iterator[str]:
     if not filesystem.is_remote(folder):
         yield folder
         return
-    with scratch_folder() as copy:
+    with temporary_folder() as copy:
         with contextlib.suppress(FileNotFoundError):
             download_folder(folder, copy, below=below)
         try:
@@ -109,7 +109,7 @@ def local_model(folder: str, below: bool = False) -> Iterator[str]:
             raise UserError(str(error).replace(copy, folder.rstrip("/"))) from None
 
 
-def _load_local(folder: str, precision: str) -> ExportedModel:
+def _load_local(folder: str, precision: str) -> ModelFolder:
     path = os.path.join(folder, MULTIHOT_FILE)
     try:
         with open(path, encoding="utf-8") as file:
@@ -126,7 +126,7 @@ def _load_local(folder: str, precision: str) -> ExportedModel:
     if tokenizer.fingerprint != description["fingerprints"]["tokenizer"]:
         raise UserError(f"{folder}: its tokenizer is not the one of {MULTIHOT_FILE}; export again")
     thresholds = [np.nan if cut is None else cut for cut in description["thresholds"]]
-    return ExportedModel(
+    return ModelFolder(
         tokenizer,
         tuple(description["labels"]),
         description["max_seq_length"],

@@ -35,7 +35,7 @@ from trainer.data.records import document_id, read_frame
 from trainer.errors import UserError
 from trainer.preparation.duplicates import Repeats, find_repeats
 from trainer.preparation.shards import find_record
-from trainer.preparation.statistics import Tally
+from trainer.preparation.statistics import SplitStatistics
 from trainer.sources.input_files import open_file
 from trainer.storage.filesystem import checksum
 
@@ -49,7 +49,7 @@ _LABELS_KEPT, _LABELS_SHOWN = 20, 5
 def check_splits(
     metadata: Metadata,
     new_splits: Sequence[str],
-    tally: Tally,
+    statistics: SplitStatistics,
     data_dir: str,
     work_dir: str,
     shards_dir: str,
@@ -59,7 +59,7 @@ def check_splits(
     Args:
       metadata: of the folder, the new splits in it; its `checks` are those of the others.
       new_splits: their names.
-      tally: what was counted of them.
+      statistics: what was counted of them.
       data_dir: where the text indexes of the others are.
       work_dir: where the files of the new ones are.
       shards_dir: where the shards of the others are, local or not.
@@ -89,7 +89,7 @@ def check_splits(
     splits = {
         name: _describe_repeats(repeats[name, name], examples(name, name))
         | _check_labels(metadata.labels, metadata.splits[name])
-        | _check_tokens(metadata.splits[name], tally, place)
+        | _check_tokens(metadata.splits[name], statistics, place)
         for place, name in enumerate(new_splits)
     }
     across = [
@@ -163,11 +163,11 @@ def _check_labels(labels: Sequence[str], split: Split) -> dict[str, Any]:
     }
 
 
-def _check_tokens(split: Split, tally: Tally, place: int) -> dict[str, Any]:
-    scripts = tally.scripts[place]
+def _check_tokens(split: Split, statistics: SplitStatistics, place: int) -> dict[str, Any]:
+    scripts = statistics.scripts[place]
     return {
         "truncated_share": split.truncated / split.documents,
-        "unknown_token_share": int(tally.unknown_tokens[place])
+        "unknown_token_share": int(statistics.unknown_tokens[place])
         / max(split.tokens - 2 * split.windows, 1),
         "other_script_share": scripts.total() / split.documents,
         "other_scripts": dict(sorted(scripts.items(), key=lambda item: (-item[1], item[0]))),

@@ -15,7 +15,7 @@ from trainer.data.metadata import Metadata
 from trainer.data.tokenizer import TokenLimits
 from trainer.errors import UserError
 from trainer.preparation.inputs import check_labels, choose_labels, make_reader
-from trainer.preparation.row_index import Ledger
+from trainer.preparation.row_index import RowIndex
 from trainer.preparation.scan import (
     ScanPlan,
     pieces_of,
@@ -31,7 +31,7 @@ from trainer.sources.reader import check_all_columns, column_names, total_bytes
 from trainer.sources.rows import (
     REJECTED_FOLDER,
     Columns,
-    Segment,
+    RowRange,
     allowed_rejections,
     too_many_rejected,
 )
@@ -44,18 +44,18 @@ class Corpus:
     """A corpus after the first pass.
 
     Attributes:
-      segments: where the rows are.
-      ledger: what was noted of them.
+      row_ranges: where the rows are.
+      row_index: what was noted of them.
       labels: the labels' names in order.
-      label_map: int64 [ledger.names], from the ledger's label numbers to places in `labels`, or
-        -1 where a label was dropped.
+      label_map: int64 [row_index.names], from the row index's label numbers to places in `labels`,
+        or -1 where a label was dropped.
       dropped: labels under --min_label_count and their documents.
-      splits: uint8 [ledger.num_rows], on disk: the split of each usable row.
+      splits: uint8 [row_index.num_rows], on disk: the split of each usable row.
       num_rejected: rows that cannot be used.
     """
 
-    segments: list[Segment]
-    ledger: Ledger
+    row_ranges: list[RowRange]
+    row_index: RowIndex
     labels: tuple[str, ...]
     label_map: np.ndarray
     dropped: dict[str, int]
@@ -63,9 +63,9 @@ class Corpus:
     num_rejected: int
 
     def ranks(self, num_splits: int) -> Iterator[tuple[np.ndarray, list[int]]]:
-        """For each segment its rows' splits, and how many rows each split had before it."""
+        """For each range its rows' splits, and how many rows each split had before it."""
         before = np.zeros(num_splits, np.int64)
-        bounds = self.ledger.first_rows
+        bounds = self.row_index.first_rows
         for start, end in zip(bounds[:-1], bounds[1:], strict=True):
             splits = np.array(self.splits[start:end])
             yield splits, before.tolist()
@@ -115,8 +115,8 @@ def read_corpus(
     check_all_columns(files, columns)
     reader = make_reader(config, previous)
     check_labels(files[0], columns, reader)
-    segments = _plan_segments(files, columns, work_dir, pool)
-    num_rows = sum(segment.num_rows for segment in segments)
+    row_ranges = _plan_segments(files, columns, work_dir, pool)
+    num_rows = sum(row_range.num_rows for row_range in row_ranges)
     plan = ScanPlan(
         columns=columns,
         labels=reader,
@@ -125,29 +125,29 @@ def read_corpus(
         work_dir=work_dir,
         token_limits=token_limits,
     )
-    ledger = Ledger(work_dir, num_rows)
+    row_index = RowIndex(work_dir, num_rows)
     rejected_path = os.path.join(
         config.data_dir, REJECTED_FOLDER, "-".join(config.split_shares()) + ".jsonl"
     )
-    most_rejected = allowed_rejections(config.max_rejected, num_rows)
-    num_rejected = _scan(plan, segments, ledger, rejected_path, most_rejected, pool)
-    _check_rows(config, num_rejected, ledger.num_rows, num_rows, rejected_path)
-    _check_kept(config, columns, ledger, files)
-    labels, dropped = choose_labels(config, plan.labels, ledger)
+    max_rejected_rows = allowed_rejections(config.max_rejected, num_rows)
+    num_rejected = _scan(plan, row_ranges, row_index, rejected_path, max_rejected_rows, pool)
+    _check_rows(config, num_rejected, row_index.num_rows, num_rows, rejected_path)
+    _check_kept(config, columns, row_index, files)
+    labels, dropped = choose_labels(config, plan.labels, row_index)
     places = {name: place for place, name in enumerate(labels)}
-    label_map = np.array([places.get(name, -1) for name in ledger.names], np.int64)
+    label_map = np.array([places.get(name, -1) for name in row_index.names], np.int64)
     label_counts = np.zeros(len(labels), np.int64)
-    label_counts[label_map[label_map >= 0]] = np.array(ledger.label_counts)[label_map >= 0]
-    splits = ledger.assign_splits(list(config.split_shares().values()), label_map, label_counts)
-    corpus = Corpus(segments, ledger, labels, label_map, dropped, splits, num_rejected)
+    label_counts[label_map[label_map >= 0]] = np.array(row_index.label_counts)[label_map >= 0]
+    splits = row_index.assign_splits(list(config.split_shares().values()), label_map, label_counts)
+    corpus = Corpus(row_ranges, row_index, labels, label_map, dropped, splits, num_rejected)
     _check_splits(config, corpus)
     return corpus
 
 
 def _plan_segments(
     files: Sequence[str], columns: Columns, work_dir: str, pool: WorkerPool
-) -> list[Segment]:
-    """The segments of all files."""
+) -> list[RowRange]:
+    """The ranges of all files."""
     sources = source_names(files)
     segment_rows = rows_per_segment(total_bytes(files))
     plan = partial(plan_file, columns=columns, segment_rows=segment_rows)
@@ -160,7 +160,7 @@ def _plan_segments(
     if elsewhere:
         found = pool.map(plan, *zip(*elsewhere, strict=True))
         planned |= zip(elsewhere, found, strict=True)
-    return [segment for call in calls for segment in planned[call]]
+    return [row_range for call in calls for row_range in planned[call]]
 
 
 def _vocabulary_share(config: PrepareConfig, previous: Metadata | None, num_rows: int) -> float:
@@ -172,32 +172,32 @@ def _vocabulary_share(config: PrepareConfig, previous: Metadata | None, num_rows
 
 def _scan(
     plan: ScanPlan,
-    segments: list[Segment],
-    ledger: Ledger,
+    row_ranges: list[RowRange],
+    row_index: RowIndex,
     rejected_path: str,
-    most_rejected: int,
+    max_rejected_rows: int,
     pool: WorkerPool,
 ) -> int:
-    """Scans all segments into the ledger; writes the rejected rows and returns their number.
+    """Scans all ranges into the row index; writes the rejected rows and returns their number.
 
-    It stops behind the segment that goes beyond the most that may be rejected.
+    It stops behind the range that goes beyond the most that may be rejected.
     """
     num_rejected = 0
     temporary = os.path.join(plan.work_dir, "rejected.jsonl")
-    total = sum(segment.num_rows for segment in segments)
+    total = sum(row_range.num_rows for row_range in row_ranges)
     with (
         tqdm(total=total, desc="pass 1: reading", unit=" rows", mininterval=1) as progress,
         open(temporary, "w", encoding="utf-8") as file,
     ):
-        scans = pool.map(partial(scan_segment, plan), range(len(segments)), segments)
-        for segment, scanned in zip(segments, scans, strict=True):
-            ledger.add(scanned)
+        scans = pool.map(partial(scan_segment, plan), range(len(row_ranges)), row_ranges)
+        for row_range, scanned in zip(row_ranges, scans, strict=True):
+            row_index.add(scanned)
             for row in scanned.rejected:
-                line = {"source": segment.source, "row": row.position, "reason": row.reason}
+                line = {"source": row_range.source, "row": row.position, "reason": row.reason}
                 file.write(json.dumps(line | {"raw": row.raw}, ensure_ascii=False) + "\n")
                 num_rejected += 1
-            progress.update(segment.num_rows)
-            if num_rejected > most_rejected:
+            progress.update(row_range.num_rows)
+            if num_rejected > max_rejected_rows:
                 break
     if num_rejected:
         os.makedirs(os.path.dirname(rejected_path), exist_ok=True)
@@ -221,10 +221,10 @@ def _check_rows(
 
 
 def _check_kept(
-    config: PrepareConfig, columns: Columns, ledger: Ledger, files: Sequence[str]
+    config: PrepareConfig, columns: Columns, row_index: RowIndex, files: Sequence[str]
 ) -> None:
     """Checks that every column to keep is one that some row has."""
-    missing = [name for name in columns.kept if name not in ledger.kept]
+    missing = [name for name in columns.kept if name not in row_index.kept]
     if missing:
         found = ", ".join(column_names(files[0]) or ["none"])
         raise UserError(
@@ -240,7 +240,7 @@ def _check_splits(config: PrepareConfig, corpus: Corpus) -> None:
     for name, count in zip(shares, documents.tolist(), strict=True):
         if count == 0:
             raise UserError(
-                f"--split={config.split}: {corpus.ledger.num_rows} usable rows leave none for "
+                f"--split={config.split}: {corpus.row_index.num_rows} usable rows leave none for "
                 f"{name!r}; bring more rows, or give it a larger share"
             )
 
@@ -254,7 +254,7 @@ class VocabularyTexts:
     split: int
 
     def __iter__(self) -> Iterator[str]:
-        for index, first_row in enumerate(self.corpus.ledger.first_rows[:-1]):
+        for index, first_row in enumerate(self.corpus.row_index.first_rows[:-1]):
             with open(vocabulary_path(self.work_dir, index), encoding="utf-8") as file:
                 for line in file:
                     row, text = json.loads(line)

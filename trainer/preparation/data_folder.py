@@ -29,7 +29,7 @@ from trainer.sources.rows import REJECTED_FOLDER
 from trainer.storage import gcs
 from trainer.storage.filesystem import checksum, disk_errors, write_atomically
 from trainer.storage.gcs import Taken
-from trainer.storage.temporary import lock_folder, scratch_folder
+from trainer.storage.temporary import lock_folder, temporary_folder
 
 WORK_FOLDER = ".prepare"
 FILE_NAME = re.compile(r"(?P<split>\w+)(-\d{5}-of-\d{5}\.tfrecord|\.texts)")
@@ -223,7 +223,7 @@ def mirrored(url: str, work_dir: str | None) -> Iterator[DataMirror]:
     Raises:
       UserError: as what happens inside, the URL in the place of the local folder.
     """
-    with scratch_folder(work_dir) as folder:
+    with temporary_folder(work_dir) as folder:
         mirror = DataMirror(url, folder)
         try:
             yield mirror

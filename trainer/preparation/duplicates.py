@@ -77,12 +77,14 @@ def write_text_indexes(
     paths = [os.path.join(work_dir, f"{name}.texts") for name in split_names]
     with contextlib.ExitStack() as stack:
         files = [stack.enter_context(open(path, "wb")) for path in paths]
-        for rows, hashes, label_splits, labels in corpus.ledger.buckets():
-            label_splits, labels = map_ragged(label_splits, labels, corpus.label_map)
+        for rows, hashes, label_offsets, labels in corpus.row_index.buckets():
+            label_offsets, labels = map_ragged(label_offsets, labels, corpus.label_map)
             sums = np.concatenate([[np.uint64(0)], np.cumsum(numbers[labels], dtype=np.uint64)])
             entries = np.zeros(len(rows), ENTRY)
             entries["text"] = hashes
-            entries["labels"] = (sums[label_splits[1:]] - sums[label_splits[:-1]]) >> np.uint64(32)
+            entries["labels"] = (sums[label_offsets[1:]] - sums[label_offsets[:-1]]) >> np.uint64(
+                32
+            )
             entries["rank"] = ranks[rows]
             order = np.lexsort((entries["rank"], entries["text"]))
             entries, splits = entries[order], corpus.splits[rows][order]
@@ -100,9 +102,9 @@ def write_text_indexes(
 
 def _write_ranks(corpus: Corpus, num_splits: int, path: str) -> np.ndarray:
     """uint32 [rows], on disk: how many rows before a row went to the same split."""
-    ranks = make_array(path, np.uint32, (corpus.ledger.num_rows,))
+    ranks = make_array(path, np.uint32, (corpus.row_index.num_rows,))
     for first_row, (splits, before) in zip(
-        corpus.ledger.first_rows, corpus.ranks(num_splits), strict=False
+        corpus.row_index.first_rows, corpus.ranks(num_splits), strict=False
     ):
         for split, count in enumerate(before):
             rows = np.flatnonzero(splits == split)

@@ -15,7 +15,7 @@ from trainer.config import PrepareConfig
 from trainer.data.metadata import TOKENIZER_FOLDER, Metadata
 from trainer.data.tokenizer import TokenLimits, load_tokenizer
 from trainer.errors import UserError
-from trainer.preparation.row_index import Ledger
+from trainer.preparation.row_index import RowIndex
 from trainer.sources.docstrings import PREFIX, write_sample
 from trainer.sources.labels import LabelError, LabelReader, check_unique, read_label_file
 from trainer.sources.listing import FileVersions, list_files
@@ -23,7 +23,7 @@ from trainer.sources.reader import (
     column_names,
     fingerprints,
     is_tokenised,
-    read_segment,
+    read_row_range,
     true_or_false_columns,
     whole_file,
 )
@@ -153,7 +153,7 @@ def check_labels(name: str, columns: Columns, reader: LabelReader) -> None:
     Raises:
       UserError: if there are several rows, and none has.
     """
-    rows = (row for row in read_segment(whole_file(name), columns) if isinstance(row, Row))
+    rows = (row for row in read_row_range(whole_file(name), columns) if isinstance(row, Row))
     reasons = []
     for row in itertools.islice(rows, _ROWS_TO_CHECK):
         try:
@@ -169,14 +169,14 @@ def check_labels(name: str, columns: Columns, reader: LabelReader) -> None:
 
 
 def choose_labels(
-    config: PrepareConfig, reader: LabelReader, ledger: Ledger
+    config: PrepareConfig, reader: LabelReader, row_index: RowIndex
 ) -> tuple[tuple[str, ...], dict[str, int]]:
     """The labels in order, and those of the data that are too rare, with their documents.
 
     Raises:
       UserError: if none is left.
     """
-    counts = dict(zip(ledger.names, ledger.label_counts, strict=True))
+    counts = dict(zip(row_index.names, row_index.label_counts, strict=True))
     if reader.names is not None:
         return reader.names, {}
     enough = config.min_label_count

@@ -1,6 +1,6 @@
 """What `prepare` remembers of a corpus between its two passes: on disk, not in memory.
 
-Rows are numbered by their place among all usable rows. For each segment there is a file with its
+Rows are numbered by their place among all usable rows. For each range there is a file with its
 rows' positions and labels; for each bucket of text hashes one with what the split needs; and one
 byte a row says which split it went to.
 
@@ -20,7 +20,7 @@ from typing import Any
 
 import numpy as np
 
-from trainer.preparation.scan import ScannedSegment
+from trainer.preparation.scan import ScannedRange
 
 
 def make_array(path: str, dtype: Any, shape: tuple[int, ...]) -> "np.memmap[Any, Any]":
@@ -44,7 +44,7 @@ def make_array(path: str, dtype: Any, shape: tuple[int, ...]) -> "np.memmap[Any,
 
 
 ROWS_PER_BUCKET = 1 << 14
-MOST_BUCKETS = 512  # Each is an open file.
+MAX_BUCKETS = 512  # Each is an open file.
 
 
 def take_ragged(
@@ -67,25 +67,25 @@ def map_ragged(
     return kept_before[row_splits], mapped[kept]
 
 
-class Ledger:
-    """Collects the scanned segments of a corpus, in order, and splits their rows.
+class RowIndex:
+    """Collects the scanned ranges of a corpus, in order, and splits their rows.
 
     Attributes:
       names: the label names met so far; a label's number here is its place in it.
       label_counts: rows of each of them.
-      first_rows: for each segment the number of its first row; the last entry counts all rows.
+      first_rows: for each range the number of its first row; the last entry counts all rows.
       characters: total length of the texts.
       kept: the kept columns that any row had.
     """
 
-    def __init__(self, work_dir: str, most_rows: int):
+    def __init__(self, work_dir: str, max_rows: int):
         self.work_dir = work_dir
         self.names: dict[str, int] = {}
         self.label_counts: list[int] = []
         self.first_rows = [0]
         self.characters = 0
         self.kept: set[str] = set()
-        self._num_buckets = min(MOST_BUCKETS, -(-max(most_rows, 1) // ROWS_PER_BUCKET))
+        self._num_buckets = min(MAX_BUCKETS, -(-max(max_rows, 1) // ROWS_PER_BUCKET))
         self._buckets = [open(self._bucket_path(i), "wb") for i in range(self._num_buckets)]
 
     @property
@@ -96,8 +96,8 @@ class Ledger:
     def _bucket_path(self, bucket: int) -> str:
         return os.path.join(self.work_dir, f"bucket-{bucket:06d}.bin")
 
-    def add(self, scanned: ScannedSegment) -> None:
-        """Takes in the next segment."""
+    def add(self, scanned: ScannedRange) -> None:
+        """Takes in the next range."""
         numbers = [self.names.setdefault(name, len(self.names)) for name in scanned.names]
         self.label_counts += [0] * (len(self.names) - len(self.label_counts))
         counts = np.bincount(scanned.labels, minlength=len(numbers)).tolist()
@@ -107,14 +107,14 @@ class Ledger:
         np.savez(
             segment_path(self.work_dir, len(self.first_rows) - 1),
             positions=scanned.positions,
-            label_splits=scanned.label_splits,
+            label_offsets=scanned.label_offsets,
             labels=labels,
         )
-        lengths = np.diff(scanned.label_splits)
+        lengths = np.diff(scanned.label_offsets)
         bucket_of_row = bucket_of(scanned.hashes, self._num_buckets)
         for bucket in np.unique(bucket_of_row).tolist():
             rows = np.flatnonzero(bucket_of_row == bucket)
-            _, row_labels = take_ragged(scanned.label_splits, labels, rows)
+            _, row_labels = take_ragged(scanned.label_offsets, labels, rows)
             block = (
                 np.array([len(rows), len(row_labels)]),
                 rows + self.num_rows,
@@ -146,8 +146,8 @@ class Ledger:
         assigned = make_array(path, np.uint8, (self.num_rows,))
         if len(shares) > 1:
             splitter = StratifiedSplitter(shares, label_counts, self.num_rows)
-            for rows, hashes, label_splits, labels in self.buckets():
-                mapped = map_ragged(label_splits, labels, label_map)
+            for rows, hashes, label_offsets, labels in self.buckets():
+                mapped = map_ragged(label_offsets, labels, label_map)
                 assigned[rows] = splitter.assign(hashes, *mapped)
         assigned.flush()
         return assigned
@@ -157,7 +157,7 @@ class Ledger:
 
         Yields:
           rows (int64 [N]), their text hashes (uint64 [N]), and their labels by the numbers of this
-          ledger, ragged, as label_splits (int64 [N + 1]) and labels (int32 [M]).
+          row index, ragged, as label_offsets (int64 [N + 1]) and labels (int32 [M]).
         """
         return map(self._load_bucket, range(self._num_buckets))
 
@@ -172,8 +172,8 @@ class Ledger:
                 block.append(content[start : start + size])
                 start += size
         rows, hashes, lengths, labels = (np.concatenate(block) for block in blocks)
-        label_splits = np.concatenate([[0], np.cumsum(lengths)])
-        return rows, hashes.view(np.uint64), label_splits, labels.astype(np.int32)
+        label_offsets = np.concatenate([[0], np.cumsum(lengths)])
+        return rows, hashes.view(np.uint64), label_offsets, labels.astype(np.int32)
 
 
 def bucket_of(hashes: np.ndarray, num_buckets: int) -> np.ndarray:
@@ -182,7 +182,7 @@ def bucket_of(hashes: np.ndarray, num_buckets: int) -> np.ndarray:
 
 
 def segment_path(work_dir: str, index: int) -> str:
-    """Where the rows of segment `index` are kept: positions, label_splits, labels."""
+    """Where the rows of range `index` are kept: positions, label_offsets, labels."""
     return os.path.join(work_dir, f"segment-{index:06d}.npz")
 
 
@@ -208,14 +208,15 @@ class StratifiedSplitter:
         self._held = [[0] * len(totals) for _ in shares]
 
     def assign(
-        self, hashes: np.ndarray, label_splits: np.ndarray, labels: np.ndarray
+        self, hashes: np.ndarray, label_offsets: np.ndarray, labels: np.ndarray
     ) -> np.ndarray:
         """Splits of one bucket's documents.
 
         Args:
           hashes: uint64 [N], of the texts; documents of equal hash stay together, and so all of
             them have to be in the same bucket.
-          label_splits: int64 [N + 1]; document i has labels[label_splits[i]:label_splits[i + 1]].
+          label_offsets: int64 [N + 1]; document i has the labels from label_offsets[i] to
+            label_offsets[i + 1].
           labels: int [M], label indices.
 
         Returns:
@@ -223,13 +224,13 @@ class StratifiedSplitter:
         """
         if len(hashes) == 0:
             return np.zeros(0, np.uint8)
-        rarity = self._rarities(label_splits, labels)
+        rarity = self._rarities(label_offsets, labels)
         order = np.lexsort((np.arange(len(hashes)), hashes))
         starts = np.flatnonzero(np.r_[True, np.diff(hashes[order]) != 0])
         group_rarity = np.minimum.reduceat(rarity[order], starts)
         group_hashes = hashes[order][starts]
         bounds = np.append(starts, len(order)).tolist()
-        labels_list, label_bounds = labels.tolist(), label_splits.tolist()
+        labels_list, label_bounds = labels.tolist(), label_offsets.tolist()
         members, hash_list = order.tolist(), group_hashes.tolist()
         result = np.zeros(len(hashes), np.uint8)
         for group in np.lexsort((group_hashes, group_rarity)).tolist():
@@ -240,13 +241,13 @@ class StratifiedSplitter:
             result[documents] = self._choose(group_labels, hash_list[group])
         return result
 
-    def _rarities(self, label_splits: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    def _rarities(self, label_offsets: np.ndarray, labels: np.ndarray) -> np.ndarray:
         """For each document the count of its rarest label; of the corpus if it has none."""
-        rarity = np.full(len(label_splits) - 1, self._totals[self._size])
-        has_labels = np.flatnonzero(np.diff(label_splits))
+        rarity = np.full(len(label_offsets) - 1, self._totals[self._size])
+        has_labels = np.flatnonzero(np.diff(label_offsets))
         if len(has_labels):
             counts = self._totals[labels]
-            rarity[has_labels] = np.minimum.reduceat(counts, label_splits[has_labels])
+            rarity[has_labels] = np.minimum.reduceat(counts, label_offsets[has_labels])
         return rarity
 
     def _choose(self, labels: list[int], text_hash: int) -> int:

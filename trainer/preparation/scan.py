@@ -1,6 +1,6 @@
 """The first pass of `prepare`: rows checked and reduced to labels, lengths and text hashes.
 
-Nothing that grows with the corpus is held in memory: a worker reads one segment, its texts go by,
+Nothing that grows with the corpus is held in memory: a worker reads one range, its texts go by,
 and what has to be remembered goes to files in the work folder.
 """
 
@@ -17,8 +17,8 @@ from trainer.sources.formats.lines import damaged
 from trainer.sources.formats.row_copy import encode_row
 from trainer.sources.input_files import LINE_FORMATS, format_of, is_divisible, open_decompressed
 from trainer.sources.labels import LabelError, LabelReader
-from trainer.sources.reader import can_enter, plan_segments, read_segment, whole_file
-from trainer.sources.rows import BadRow, Columns, Row, Segment, shown
+from trainer.sources.reader import can_enter, plan_row_ranges, read_row_range, whole_file
+from trainer.sources.rows import BadRow, Columns, Row, RowRange, shown
 
 _SMALL_INPUT_BYTES = 1 << 28
 _VOCABULARY_TEXT_CHARACTERS = 10_000
@@ -30,7 +30,7 @@ _CHARACTERS_A_TOKEN = 2
 
 @dataclass(frozen=True)
 class ScanPlan:
-    """What every segment's scan is told.
+    """What every range's scan is told.
 
     `vocabulary_share` is the share of texts to keep for a vocabulary; `seed` seeds the hashes:
     the same one for all splits of a data folder, so that a text is found again. `token_limits` is
@@ -46,14 +46,14 @@ class ScanPlan:
 
 
 @dataclass(frozen=True)
-class ScannedSegment:
-    """The usable rows of a segment, N of them, in order.
+class ScannedRange:
+    """The usable rows of a range, N of them, in order.
 
     Attributes:
       positions: int64 [N], row numbers in the file.
       hashes: uint64 [N], seeded, of the texts, or of the ids where rows come tokenised.
       characters: int64 [N], lengths of the texts; of rows that come tokenised an estimate.
-      label_splits: int64 [N + 1]; row i has labels[label_splits[i]:label_splits[i + 1]].
+      label_offsets: int64 [N + 1]; row i has labels[label_offsets[i]:label_offsets[i + 1]].
       labels: int32 [M], indices into `names`.
       names: the label names that occur.
       kept: the kept columns that occur.
@@ -63,7 +63,7 @@ class ScannedSegment:
     positions: np.ndarray
     hashes: np.ndarray
     characters: np.ndarray
-    label_splits: np.ndarray
+    label_offsets: np.ndarray
     labels: np.ndarray
     names: list[str]
     kept: set[str]
@@ -71,28 +71,28 @@ class ScannedSegment:
 
 
 def rows_per_segment(num_bytes: int) -> int:
-    """Rows of a segment: few where the input is small, so that all cores have some."""
+    """Rows of a row_range: few where the input is small, so that all cores have some."""
     return 1024 if num_bytes < _SMALL_INPUT_BYTES else 4096
 
 
-def pieces_of(name: str) -> list[Segment]:
+def pieces_of(name: str) -> list[RowRange]:
     """What `plan_file` takes of a file at a time: all of it, or, where it can be entered, less."""
     if is_divisible(name) or not can_enter(name):
         return [whole_file(name)]
-    return plan_segments(name, _COPIED_ROWS)
+    return plan_row_ranges(name, _COPIED_ROWS)
 
 
 def plan_file(
-    piece: Segment, copy_path: str, source: str, columns: Columns, segment_rows: int
-) -> list[Segment]:
-    """Cuts a file into segments; one that cannot be cut by bytes is first copied to lines.
+    piece: RowRange, copy_path: str, source: str, columns: Columns, segment_rows: int
+) -> list[RowRange]:
+    """Cuts a file into ranges; one that cannot be cut by bytes is first copied to lines.
 
     Args:
       piece: of `pieces_of` the file.
       copy_path: where to put the copy.
       source: what its rows without an id are called by.
       columns: what to copy of it.
-      segment_rows: rows of a segment.
+      segment_rows: rows of a range.
 
     Raises:
       UserError: if the file is damaged.
@@ -105,10 +105,10 @@ def plan_file(
         else:
             kind = "rows"
             with open(copy_path, "w", encoding="utf-8", errors="surrogatepass") as copy:
-                rows = read_segment(replace(piece, source=source), columns)
+                rows = read_row_range(replace(piece, source=source), columns)
                 copy.writelines(map(encode_row, rows))
         name = f"{kind}:{copy_path}"
-    return [replace(segment, source=source) for segment in plan_segments(name, segment_rows)]
+    return [replace(row_range, source=source) for row_range in plan_row_ranges(name, segment_rows)]
 
 
 def _copy_decompressed(name: str, copy_path: str) -> None:
@@ -130,12 +130,12 @@ def hash_text(text: str, seed: int) -> int:
 
 
 def vocabulary_path(work_dir: str, index: int) -> str:
-    """Where the scan of segment `index` keeps texts for a vocabulary."""
+    """Where the scan of range `index` keeps texts for a vocabulary."""
     return os.path.join(work_dir, f"vocabulary-{index:06d}.jsonl")
 
 
-def scan_segment(plan: ScanPlan, index: int, segment: Segment) -> ScannedSegment:
-    """Reads a segment's rows and reduces the usable ones to what the split needs."""
+def scan_segment(plan: ScanPlan, index: int, row_range: RowRange) -> ScannedRange:
+    """Reads a range's rows and reduces the usable ones to what the split needs."""
     positions: list[int] = []
     hashes: list[int] = []
     characters: list[int] = []
@@ -146,7 +146,7 @@ def scan_segment(plan: ScanPlan, index: int, segment: Segment) -> ScannedSegment
     rejected: list[BadRow] = []
     below = int(plan.vocabulary_share * 2**32)
     with _vocabulary_file(plan, index) as vocabulary:
-        for row in read_segment(segment, plan.columns):
+        for row in read_row_range(row_range, plan.columns):
             if isinstance(row, BadRow):
                 rejected.append(row)
                 continue
@@ -173,11 +173,11 @@ def scan_segment(plan: ScanPlan, index: int, segment: Segment) -> ScannedSegment
             )
             counts.append(len(row_labels))
             labels.extend(names.setdefault(name, len(names)) for name in row_labels)
-    return ScannedSegment(
+    return ScannedRange(
         positions=np.array(positions, np.int64),
         hashes=np.array(hashes, np.uint64),
         characters=np.array(characters, np.int64),
-        label_splits=np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).astype(np.int64),
+        label_offsets=np.concatenate([[0], np.cumsum(counts, dtype=np.int64)]).astype(np.int64),
         labels=np.array(labels, np.int32),
         names=list(names),
         kept=kept,

@@ -1,7 +1,7 @@
-"""The second pass of `prepare`: tokenise segments, then put shards together.
+"""The second pass of `prepare`: tokenise ranges, then put shards together.
 
-A worker tokenises a segment and leaves its records in one file, ordered by shard. When all
-segments are done, a worker gathers a shard's records from all of them and shuffles them. So a
+A worker tokenises a range and leaves its records in one file, ordered by shard. When all
+ranges are done, a worker gathers a shard's records from all of them and shuffles them. So a
 shard's bytes depend on the rows and the seed, and not on how many workers there were.
 
 The second pass of `prepare` as a whole: rows tokenised, shards written, all counted.
@@ -23,10 +23,15 @@ from trainer.data.records import encode_record, frame_records, frame_starts
 from trainer.data.tokenizer import Tokenizer, load_tokenizer
 from trainer.preparation.corpus import Corpus
 from trainer.preparation.row_index import make_array, map_ragged, segment_path
-from trainer.preparation.statistics import Tally, empty_tally, known_scripts, unknown_script
+from trainer.preparation.statistics import (
+    SplitStatistics,
+    empty_tally,
+    known_scripts,
+    unknown_script,
+)
 from trainer.runtime.workers import WorkerPool
-from trainer.sources.reader import read_segment
-from trainer.sources.rows import Columns, Row, Segment, as_text
+from trainer.sources.reader import read_row_range
+from trainer.sources.rows import Columns, Row, RowRange, as_text
 from trainer.storage.filesystem import checksum
 
 _TEXTS_A_BATCH = 256
@@ -36,7 +41,7 @@ _RECORDS_AT_A_TIME = 1 << 12
 
 @dataclass(frozen=True)
 class WritePlan:
-    """What every segment's and every shard's writing is told.
+    """What every range's and every shard's writing is told.
 
     Attributes:
       columns: where text and id stand.
@@ -73,14 +78,14 @@ class WritePlan:
 
 
 @dataclass(frozen=True)
-class WrittenSegment:
-    """What came of a segment.
+class WrittenRange:
+    """What came of a range.
 
     `shard_offsets` (int64 [shards + 1]) says where each shard's records begin in its file.
     """
 
     shard_offsets: np.ndarray
-    tally: Tally
+    statistics: SplitStatistics
 
 
 def mix(values: np.ndarray, seed: int) -> np.ndarray:
@@ -103,39 +108,39 @@ def choose_shards(ranks: np.ndarray, num_shards: int, seed: int) -> np.ndarray:
 
 
 def records_path(work_dir: str, index: int) -> str:
-    """Where the records of segment `index` are kept until their shards are put together."""
+    """Where the records of range `index` are kept until their shards are put together."""
     return os.path.join(work_dir, f"records-{index:06d}.bin")
 
 
 def write_segment(
     plan: WritePlan,
     index: int,
-    segment: Segment,
+    row_range: RowRange,
     splits: np.ndarray,
     ranks: Sequence[int],
     label_map: np.ndarray,
-) -> WrittenSegment:
-    """Tokenises a segment's usable rows and writes their records, ordered by shard.
+) -> WrittenRange:
+    """Tokenises a range's usable rows and writes their records, ordered by shard.
 
     Args:
-      plan: what all segments share.
-      index: the segment's number.
-      segment: where its rows are.
+      plan: what all ranges share.
+      index: the range's number.
+      row_range: where its rows are.
       splits: uint8 [N], split of each usable row.
-      ranks: for each split the documents that earlier segments put there.
-      label_map: int [names], the ledger's label numbers to final ones, or -1.
+      ranks: for each split the documents that earlier ranges put there.
+      label_map: int [names], the row index's label numbers to final ones, or -1.
     """
     tokenizer, known = _tokenizer(plan.tokenizer_dir)
     with np.load(segment_path(plan.work_dir, index)) as rows:
         positions = rows["positions"]
-        label_splits, labels = map_ragged(rows["label_splits"], rows["labels"], label_map)
+        label_offsets, labels = map_ragged(rows["label_offsets"], rows["labels"], label_map)
     records: list[list[bytes]] = [[] for _ in plan.shard_names]
-    tally = empty_tally(len(plan.split_names), plan.max_seq_length, plan.num_labels)
-    tally.add_labels(splits, label_splits, labels)
-    bounds, label_list = label_splits.tolist(), labels.tolist()
+    statistics = empty_tally(len(plan.split_names), plan.max_seq_length, plan.num_labels)
+    statistics.add_labels(splits, label_offsets, labels)
+    bounds, label_list = label_offsets.tolist(), labels.tolist()
     shard_list = _shards_of_rows(plan, splits, ranks).tolist()
     done = 0
-    for batch in _batches(segment, plan.columns, positions):
+    for batch in _batches(row_range, plan.columns, positions):
         texts = [row.text for row in batch]
         documents, lost = _windows(plan, tokenizer, batch)
         encoded = [
@@ -150,14 +155,14 @@ def write_segment(
         for shard, framed in zip(shard_list[done:], frame_records(encoded), strict=False):
             records[shard].append(framed)
         batch_splits = splits[done : done + len(batch)]
-        tally.add_documents(batch_splits, documents, lost, tokenizer.unk_id)
+        statistics.add_documents(batch_splits, documents, lost, tokenizer.unk_id)
         if known is not None:
-            tally.add_scripts(batch_splits, [unknown_script(text, known) for text in texts])
+            statistics.add_scripts(batch_splits, [unknown_script(text, known) for text in texts])
         done += len(batch)
     with open(records_path(plan.work_dir, index), "wb") as file:
         sizes = [file.write(b"".join(of_shard)) for of_shard in records]
     offsets = np.concatenate([[0], np.cumsum(sizes, dtype=np.int64)])
-    return WrittenSegment(offsets, tally)
+    return WrittenRange(offsets, statistics)
 
 
 def _windows(
@@ -214,13 +219,13 @@ def _shuffle(number: int, count: int, seed: int) -> np.ndarray:
     return np.argsort(mix(np.arange(count) + (number << 40), seed), kind="stable")
 
 
-def _batches(segment: Segment, columns: Columns, positions: np.ndarray) -> Iterator[list[Row]]:
+def _batches(row_range: RowRange, columns: Columns, positions: np.ndarray) -> Iterator[list[Row]]:
     """The rows at these positions, some at a time."""
     wanted = iter(positions.tolist())
     next_position = next(wanted, None)
     batch = []
     characters = 0
-    for row in read_segment(segment, columns):
+    for row in read_row_range(row_range, columns):
         if row.position != next_position:
             continue
         assert isinstance(row, Row)
@@ -235,13 +240,13 @@ def _batches(segment: Segment, columns: Columns, positions: np.ndarray) -> Itera
 
 
 def write_shard(plan: WritePlan, number: int, offsets_path: str, num_segments: int) -> Shard:
-    """Gathers one shard's records from all segments, shuffles them and writes the shard.
+    """Gathers one shard's records from all ranges, shuffles them and writes the shard.
 
     Args:
       plan: what all shards share.
       number: the shard's place in `plan.shard_names`.
-      offsets_path: file of int64 [num_segments, shards + 1], the segments' `shard_offsets`.
-      num_segments: number of segments.
+      offsets_path: file of int64 [num_segments, shards + 1], the ranges' `shard_offsets`.
+      num_segments: number of ranges.
     """
     shape = (num_segments, len(plan.shard_names) + 1)
     offsets = np.memmap(offsets_path, np.int64, "r", shape=shape)[:, number : number + 2]
@@ -263,7 +268,7 @@ def write_shard(plan: WritePlan, number: int, offsets_path: str, num_segments: i
 
 
 def _gather(work_dir: str, offsets: np.ndarray, gathered: BinaryIO) -> np.ndarray:
-    """Puts a shard's records from all segments into one file, in order.
+    """Puts a shard's records from all ranges into one file, in order.
 
     Returns:
       int64 [N + 1], where each of the N records begins, and the end.
@@ -280,38 +285,40 @@ def _gather(work_dir: str, offsets: np.ndarray, gathered: BinaryIO) -> np.ndarra
     return np.append(np.concatenate(starts), position)
 
 
-def write_corpus(plan: WritePlan, corpus: Corpus, pool: WorkerPool) -> tuple[list[Shard], Tally]:
+def write_corpus(
+    plan: WritePlan, corpus: Corpus, pool: WorkerPool
+) -> tuple[list[Shard], SplitStatistics]:
     """Tokenises all rows and writes all shards into the work folder.
 
     Returns:
       The shards in the order of `plan.shard_names`, and what was counted.
     """
-    num_segments, num_shards = len(corpus.segments), len(plan.shard_names)
+    num_segments, num_shards = len(corpus.row_ranges), len(plan.shard_names)
     offsets_path = os.path.join(plan.work_dir, "offsets.bin")
     offsets = make_array(offsets_path, np.int64, (num_segments, num_shards + 1))
     num_splits = len(plan.split_names)
-    tally = empty_tally(num_splits, plan.max_seq_length, plan.num_labels)
+    statistics = empty_tally(num_splits, plan.max_seq_length, plan.num_labels)
     write = partial(write_segment, plan, label_map=corpus.label_map)
     with tqdm(
-        total=corpus.ledger.num_rows, desc="pass 2: tokenising", unit=" documents", mininterval=1
+        total=corpus.row_index.num_rows, desc="pass 2: tokenising", unit=" documents", mininterval=1
     ) as progress:
         places, same_places = itertools.tee(corpus.ranks(num_splits))
         splits, ranks = (splits for splits, _ in places), (ranks for _, ranks in same_places)
-        written = pool.map(write, range(num_segments), corpus.segments, splits, ranks)
-        rows = np.diff(corpus.ledger.first_rows).tolist()
-        for index, segment in enumerate(written):
-            offsets[index] = segment.shard_offsets
-            tally.merge(segment.tally)
+        written = pool.map(write, range(num_segments), corpus.row_ranges, splits, ranks)
+        rows = np.diff(corpus.row_index.first_rows).tolist()
+        for index, row_range in enumerate(written):
+            offsets[index] = row_range.shard_offsets
+            statistics.merge(row_range.statistics)
             progress.update(rows[index])
     offsets.flush()
     gather = partial(write_shard, plan, offsets_path=offsets_path, num_segments=num_segments)
-    return list(pool.map(gather, range(num_shards))), tally
+    return list(pool.map(gather, range(num_shards))), statistics
 
 
 def describe_splits(
     plan: WritePlan,
     shards: list[Shard],
-    tally: Tally,
+    statistics: SplitStatistics,
     text_indexes: list[Shard],
     num_rejected: int,
 ) -> dict[str, Split]:
@@ -320,17 +327,17 @@ def describe_splits(
     first_shards = np.concatenate([[0], np.cumsum(plan.num_shards)]).tolist()
     return {
         name: Split(
-            documents=int(tally.window_histogram[place].sum()),
-            tokens=int((tally.length_histogram[place] * lengths).sum()),
-            truncated=int(tally.truncated[place]),
+            documents=int(statistics.window_histogram[place].sum()),
+            tokens=int((statistics.length_histogram[place] * lengths).sum()),
+            truncated=int(statistics.truncated[place]),
             # A rejected row belongs to no split; those of a call stand with its first one.
             rejected=num_rejected if place == 0 else 0,
-            label_counts=tuple(tally.label_counts[place].tolist()),
-            length_histogram=tuple(tally.length_histogram[place].tolist()),
+            label_counts=tuple(statistics.label_counts[place].tolist()),
+            length_histogram=tuple(statistics.length_histogram[place].tolist()),
             shards=tuple(shards[first_shards[place] : first_shards[place + 1]]),
-            windows=int(tally.length_histogram[place].sum()),
-            window_histogram=tuple(tally.window_histogram[place].tolist()),
-            max_labels_per_document=int(tally.max_labels[place]),
+            windows=int(statistics.length_histogram[place].sum()),
+            window_histogram=tuple(statistics.window_histogram[place].tolist()),
+            max_labels_per_document=int(statistics.max_labels[place]),
             text_index=text_indexes[place],
         )
         for place, name in enumerate(plan.split_names)

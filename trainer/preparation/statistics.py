@@ -80,7 +80,7 @@ def unknown_script(text: str, known: frozenset[str]) -> str | None:
 
 
 @dataclass
-class Tally:
+class SplitStatistics:
     """Counts of some documents, for each of S splits.
 
     Attributes:
@@ -134,13 +134,13 @@ class Tally:
             if script is not None:
                 self.scripts[split][script] += 1
 
-    def add_labels(self, splits: np.ndarray, label_splits: np.ndarray, labels: np.ndarray) -> None:
+    def add_labels(self, splits: np.ndarray, label_offsets: np.ndarray, labels: np.ndarray) -> None:
         """Counts the labels of N documents, ragged, as [N + 1] bounds and [M] indices."""
-        counts = np.diff(label_splits)
+        counts = np.diff(label_offsets)
         np.add.at(self.label_counts, (np.repeat(splits, counts), labels), 1)
         np.maximum.at(self.max_labels, splits, counts)
 
-    def merge(self, other: "Tally") -> None:
+    def merge(self, other: "SplitStatistics") -> None:
         """Adds the counts of further documents."""
         self.length_histogram += other.length_histogram
         width = max(self.window_histogram.shape[1], other.window_histogram.shape[1])
@@ -154,9 +154,9 @@ class Tally:
         self.max_labels = np.maximum(self.max_labels, other.max_labels)
 
 
-def empty_tally(num_splits: int, max_seq_length: int, num_labels: int) -> Tally:
-    """A tally of no documents."""
-    return Tally(
+def empty_tally(num_splits: int, max_seq_length: int, num_labels: int) -> SplitStatistics:
+    """A statistics of no documents."""
+    return SplitStatistics(
         length_histogram=np.zeros((num_splits, max_seq_length + 1), np.int64),
         window_histogram=np.zeros((num_splits, 2), np.int64),
         truncated=np.zeros(num_splits, np.int64),

@@ -37,7 +37,7 @@ def fit_logits(
     labels: np.ndarray,
     others: dict[str, csr_matrix],
     inverse_strength: float = INVERSE_STRENGTH,
-    most_labels: int | None = None,
+    max_labels: int | None = None,
 ) -> dict[str, np.ndarray]:
     """Logits of one regression a label.
 
@@ -46,7 +46,7 @@ def fit_logits(
       labels: bool [N, L].
       others: features of the documents to predict, by name.
       inverse_strength: scikit-learn's C.
-      most_labels: how many of the most frequent labels are fitted; the logits of the others are
+      max_labels: how many of the most frequent labels are fitted; the logits of the others are
         those of their frequency. Default: all.
 
     Returns:
@@ -62,7 +62,7 @@ def fit_logits(
     }
 
     two_classes = (counts > 0) & (counts < len(labels))
-    for index in np.argsort(-counts, kind="stable")[:most_labels]:
+    for index in np.argsort(-counts, kind="stable")[:max_labels]:
         if two_classes[index]:
             # On float32 features five times as fast as liblinear, to the same solution.
             model = LogisticRegression(C=inverse_strength, solver="newton-cg")
@@ -102,7 +102,7 @@ def measure_baseline(
         "fitted": vectorizer.transform(_as_texts(fitted.tokens)),
         "reported": vectorizer.transform(_as_texts(reported.tokens)),
     }
-    logits = fit_logits(features, train.labels, others, most_labels=MAX_LABELS)
+    logits = fit_logits(features, train.labels, others, max_labels=MAX_LABELS)
     thresholds = fit_thresholds(sigmoid(logits["fitted"]), fitted.labels, **cutting)
     metrics = compute_metrics(sigmoid(logits["reported"]), reported.labels, thresholds)
     return {

@@ -119,7 +119,7 @@ def render(material: Material) -> str:
         table=label_table(material.metrics, material.curves, material.metadata),
         mistakes=_mistakes(material),
         shown_mistakes=SHOWN_MISTAKES,
-        most_characters=MAX_CHARACTERS,
+        max_characters=MAX_CHARACTERS,
         splits=describe_splits(material.metadata),
         checks=describe_checks(material.metadata),
         slices=describe_slices(material.metrics),

@@ -372,7 +372,7 @@ _PAUSE_SECONDS = 0.2
 _LONGEST_GREETING = 64
 
 
-def meet(cluster: Cluster, seconds: float) -> None:
+def rendezvous(cluster: Cluster, seconds: float) -> None:
     """Returns once this worker has met every other one.
 
     A greeting names the cluster, so that neither TensorFlow's own server of a run that is still

@@ -20,9 +20,9 @@ from trainer.runtime.cluster import (
     ExitTimer,
     PeerWatch,
     describe_missing,
-    meet,
     naming_lost_workers,
     read_cluster,
+    rendezvous,
 )
 
 LOCAL = "local"
@@ -245,7 +245,7 @@ def _mirrored_devices(cpu_replicas: int) -> list[str]:
 def _connect_workers(cluster: Cluster, seconds: float) -> tf.distribute.Strategy:
     """The strategy over all workers, once all are there."""
     print(f"waiting for {cluster.num_workers} workers that {cluster.source} names", flush=True)
-    meet(cluster, seconds)
+    rendezvous(cluster, seconds)
     print(
         f"all {cluster.num_workers} workers met; joining them (given up, with exit code "
         f"{RUN_AGAIN}, if one of them leaves meanwhile)",

@@ -16,7 +16,7 @@ from trainer.data.packing import pack
 from trainer.data.tokenizer import TokenLimits, check_windows
 from trainer.errors import UserError
 from trainer.scoring.plan import Part
-from trainer.sources.reader import read_segments
+from trainer.sources.reader import read_row_ranges
 from trainer.sources.rows import BadRow, Columns, Row, as_text
 
 _ROWS_A_CHUNK = 512
@@ -25,7 +25,7 @@ _MAX_RAW_IDS = 50
 
 
 @dataclass
-class Chunk:
+class RawBatch:
     """Consecutive rows of one part, as read; `ends_part` if they are its last.
 
     `carried` are characters of ids and kept columns, which stay until they are written;
@@ -62,9 +62,9 @@ class Chunk:
         self.carried += carried
         self.characters += len(row.text) + carried
 
-    def first(self, count: int) -> "Chunk":
+    def first(self, count: int) -> "RawBatch":
         """The first of its rows, at most so many."""
-        return Chunk(
+        return RawBatch(
             self.part, self.ids[:count], self.texts[:count], self.windows[:count], self.kept[:count]
         )
 
@@ -75,9 +75,9 @@ class Chunk:
         return num_rows >= _ROWS_A_CHUNK or self.characters >= _CHARACTERS_A_CHUNK
 
 
-def read_chunks(
+def read_raw_batches(
     parts: Sequence[Part], waiting: Sequence[int], columns: Columns, limits: TokenLimits
-) -> Generator[Chunk, None, None]:
+) -> Generator[RawBatch, None, None]:
     """Reads the rows of the waiting parts, in order; each part ends with its own last chunk.
 
     Args:
@@ -89,13 +89,13 @@ def read_chunks(
     by_part = itertools.groupby(_read_rows(parts, waiting, columns), lambda item: item[0])
     upcoming = next(by_part, None)
     for index in waiting:
-        chunk = Chunk(index)
+        chunk = RawBatch(index)
         if upcoming is not None and upcoming[0] == index:
             for _, source, row in upcoming[1]:
                 chunk.add(row, source, limits)
                 if chunk.is_full:
                     yield chunk
-                    chunk = Chunk(index)
+                    chunk = RawBatch(index)
             upcoming = next(by_part, None)
         chunk.ends_part = True
         yield chunk
@@ -105,8 +105,8 @@ def _read_rows(
     parts: Sequence[Part], waiting: Sequence[int], columns: Columns
 ) -> Iterator[tuple[int, str, Row | BadRow]]:
     """(part, source, row) of the waiting parts."""
-    pieces = [(index, segment) for index in waiting for segment in parts[index].segments]
-    for at, row in read_segments([segment for _, segment in pieces], columns):
+    pieces = [(index, row_range) for index in waiting for row_range in parts[index].row_ranges]
+    for at, row in read_row_ranges([row_range for _, row_range in pieces], columns):
         yield pieces[at][0], pieces[at][1].source, row
 
 
@@ -117,7 +117,7 @@ Encode = Callable[[list[str]], tuple[list[list[list[int]]], list[bool]]]
 
 
 @dataclass
-class Block:
+class TokenBatch:
     """Consecutive rows of one part, tokenised: N documents, enough of them to pack well.
 
     Attributes:
@@ -144,12 +144,12 @@ class Block:
     carried: int = 0
     probabilities: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float32))
 
-    def add(self, chunk: Chunk, encode: Encode) -> None:
+    def add(self, chunk: RawBatch, encode: Encode) -> None:
         """Tokenises a chunk and takes it in.
 
         Ids become arrays here: as Python's numbers they would take ten times the memory.
         """
-        documents, truncated = encode_chunk(chunk, encode)
+        documents, truncated = encode_batch(chunk, encode)
         windows = list(itertools.chain.from_iterable(documents))
         lengths = np.fromiter(map(len, windows), np.int64, count=len(windows))
         num_tokens = int(lengths.sum())
@@ -165,7 +165,7 @@ class Block:
         self.carried += chunk.carried
 
 
-def encode_chunk(chunk: Chunk, encode: Encode) -> tuple[list[list[list[int]]], int]:
+def encode_batch(chunk: RawBatch, encode: Encode) -> tuple[list[list[list[int]]], int]:
     """The windows (lists of ids) of each of a chunk's rows, and how many rows lost tokens."""
     encoded, truncated = encode(
         [text for text, own in zip(chunk.texts, chunk.windows, strict=True) if own is None]
@@ -175,19 +175,19 @@ def encode_chunk(chunk: Chunk, encode: Encode) -> tuple[list[list[list[int]]], i
 
 
 def tokenize(
-    chunks: Iterable[Chunk], encode: Encode, block_tokens: int, block_documents: int
-) -> Iterator[Block]:
+    chunks: Iterable[RawBatch], encode: Encode, block_tokens: int, block_documents: int
+) -> Iterator[TokenBatch]:
     """Tokenises chunks and joins them to blocks, each of one part.
 
     Args:
-      chunks: as `read_chunks` gives them.
+      chunks: as `read_raw_batches` gives them.
       encode: texts to their lists of windows and whether tokens were lost.
       block_tokens, block_documents: a block has at least so many of one of them, or as many
         characters as are too many to wait in memory, or ends its part.
     """
     block = None
     for chunk in chunks:
-        block = block or Block(chunk.part)
+        block = block or TokenBatch(chunk.part)
         block.add(chunk, encode)
         is_full = (
             block.num_tokens >= block_tokens
@@ -199,7 +199,7 @@ def tokenize(
             block = None
 
 
-class BlockPacker:
+class BatchPacker:
     """Packs blocks of at least one document into micro-batches, as `pack` does.
 
     Attributes:
@@ -219,7 +219,7 @@ class BlockPacker:
         spec = tf.RaggedTensorSpec([None, None, None], tf.int32, row_splits_dtype=tf.int64)
         self._pack = tf.function(pack_block, input_signature=[spec], autograph=False)
 
-    def __call__(self, block: Block) -> dict[str, tf.Tensor]:
+    def __call__(self, block: TokenBatch) -> dict[str, tf.Tensor]:
         """The micro-batches of a block."""
         with tf.device("/cpu:0"):
             by_window = tf.RaggedTensor.from_row_lengths(

@@ -27,7 +27,7 @@ import numpy as np
 from trainer.scoring.plan import Part, Plan
 from trainer.scoring.writers import ENDINGS, ResultWriter
 from trainer.sources.rows import REJECTED_FOLDER
-from trainer.storage.output_folder import Found, OutputFolder, PartFile
+from trainer.storage.output_folder import FileInfo, OutputFolder, PartFile
 
 SUCCESS_FILE = "_SUCCESS"
 MANIFEST_FOLDER = "manifests"
@@ -154,7 +154,7 @@ def begin_part(
     return None if file is None else PartWriter(folder, plan, part, file, open_results)
 
 
-class Progress:
+class PlanProgress:
     """Which parts of a plan are done, in a folder that other workers may be writing to too.
 
     Attributes:
@@ -213,7 +213,7 @@ class Progress:
         for index in damaged:
             self._folder.remove(manifest_file(self._plan.parts[index]))
 
-    def _is_whole(self, files: dict[str, Found], index: int) -> bool:
+    def _is_whole(self, files: dict[str, FileInfo], index: int) -> bool:
         manifest = self.manifests[index]
         if manifest is None:
             return False
@@ -223,14 +223,14 @@ class Progress:
                 return False
         name = part_file(self._plan.parts[index], self._plan)
         found = files[name] if files[name].checksum else self._folder.sum_up(name)
-        return found == Found(manifest.bytes, manifest.checksum)
+        return found == FileInfo(manifest.bytes, manifest.checksum)
 
     def refresh(self) -> None:
         """Notes what other workers have finished, if it is a while since that was done."""
         if self._num_workers > 1 and time.monotonic() - self._looked > _REFRESH_SECONDS:
             self._read_new(self._folder.find(MANIFEST_FOLDER))
 
-    def _read_new(self, names: dict[str, Found]) -> None:
+    def _read_new(self, names: dict[str, FileInfo]) -> None:
         parts = self._plan.parts
         new = [
             index
@@ -242,7 +242,7 @@ class Progress:
             self.manifests[index] = _parse(content)
         self._looked = time.monotonic()
 
-    def _compare_sizes(self) -> dict[str, Found]:
+    def _compare_sizes(self) -> dict[str, FileInfo]:
         """Forgets manifests whose parts are not there so; the files that are."""
         files = self._folder.find("")
         for index, manifest in enumerate(self.manifests):

@@ -22,10 +22,16 @@ from trainer.data.packing import (
     empty_micro_batch,
 )
 from trainer.model.model import INPUTS
-from trainer.model.model_folder import ExportedModel
+from trainer.model.model_folder import ModelFolder
 from trainer.model.predictor import Predictor
 from trainer.runtime.workers import run_ahead
-from trainer.scoring.batches import Block, BlockPacker, encode_chunk, read_chunks, tokenize
+from trainer.scoring.batches import (
+    BatchPacker,
+    TokenBatch,
+    encode_batch,
+    read_raw_batches,
+    tokenize,
+)
 from trainer.scoring.plan import Part, Plan
 from trainer.sources.reader import can_enter
 from trainer.sources.rows import Columns
@@ -36,7 +42,7 @@ _SAMPLED_ROWS = 4096
 
 
 def sample_lengths(
-    parts: Sequence[Part], columns: Columns, model: ExportedModel
+    parts: Sequence[Part], columns: Columns, model: ModelFolder
 ) -> tuple[np.ndarray, np.ndarray]:
     """Lengths of some rows of some parts, as histograms for `choose_score_packing`.
 
@@ -64,7 +70,7 @@ def _reachable(parts: Sequence[Part]) -> list[list[Part]]:
     """Parts whose rows are reached at once, each with those that are reached through it only."""
     runs: list[list[Part]] = []
     for part in parts:
-        first = part.segments[0]
+        first = part.row_ranges[0]
         if first.first_row == 0 or can_enter(first.path):
             runs.append([])
         runs[-1].append(part)
@@ -72,14 +78,14 @@ def _reachable(parts: Sequence[Part]) -> list[list[Part]]:
 
 
 def _first_documents(
-    parts: Sequence[Part], most: int, columns: Columns, model: ExportedModel
+    parts: Sequence[Part], most: int, columns: Columns, model: ModelFolder
 ) -> list[list[list[int]]]:
     """The windows of the first usable rows of parts that follow each other, at most so many."""
     found: list[list[list[int]]] = []
-    chunks = read_chunks(parts, range(len(parts)), columns, model.token_limits)
+    chunks = read_raw_batches(parts, range(len(parts)), columns, model.token_limits)
     with contextlib.closing(chunks):
         for chunk in chunks:
-            documents, _ = encode_chunk(chunk.first(most - len(found)), model.encode)
+            documents, _ = encode_batch(chunk.first(most - len(found)), model.encode)
             found += documents
             if len(found) == most:
                 break
@@ -114,7 +120,7 @@ class Packed:
       ends_block: whether it is the block's last.
     """
 
-    block: Block
+    block: TokenBatch
     document_index: np.ndarray
     inputs: dict[str, tf.Tensor] | None
     ends_block: bool
@@ -124,7 +130,7 @@ class Packed:
 Scored = tuple[Packed, tf.Tensor | None]
 
 
-def pack_blocks(blocks: Iterable[Block], packer: BlockPacker) -> Iterator[Packed]:
+def pack_blocks(blocks: Iterable[TokenBatch], packer: BatchPacker) -> Iterator[Packed]:
     """The micro-batches of blocks, in order."""
     for block in blocks:
         if not block.ids:
@@ -175,14 +181,14 @@ def _run_group(group: Sequence[Packed], predictor: Predictor) -> Iterator[Scored
 
 
 def scored_blocks(
-    model: ExportedModel,
+    model: ModelFolder,
     columns: Columns,
     plan: Plan,
     waiting: Sequence[int],
     on_rows: Callable[[int], object],
     strategy: tf.distribute.Strategy | None = None,
     compilations: Compilations | None = None,
-) -> Generator[Block, None, None]:
+) -> Generator[TokenBatch, None, None]:
     """The rows of the waiting parts, in order, with their probabilities.
 
     Args:
@@ -196,7 +202,7 @@ def scored_blocks(
     """
     compilations = compilations or Compilations()
     predictor = Predictor(model.model, plan.packing, strategy)
-    packer = BlockPacker(plan.packing)
+    packer = BatchPacker(plan.packing)
     with contextlib.closing(_scored(model, columns, plan, waiting, predictor, packer)) as stream:
         for packed, probabilities in stream:
             block = packed.block
@@ -216,15 +222,15 @@ def scored_blocks(
 
 
 def _scored(
-    model: ExportedModel,
+    model: ModelFolder,
     columns: Columns,
     plan: Plan,
     waiting: Sequence[int],
     predictor: Predictor,
-    packer: BlockPacker,
+    packer: BatchPacker,
 ) -> Generator[Scored, None, None]:
     """The stages up to the forward pass, running ahead of whoever takes their results."""
-    rows = read_chunks(plan.parts, waiting, columns, model.token_limits)
+    rows = read_raw_batches(plan.parts, waiting, columns, model.token_limits)
     blocks = tokenize(
         run_ahead(rows, _CHUNKS_AHEAD),
         model.encode,

@@ -16,9 +16,9 @@ from trainer.config import PackingConfig, from_dict
 from trainer.errors import RunAgain, UserError
 from trainer.sources.input_files import absolute_name, source_names
 from trainer.sources.listing import for_each_file
-from trainer.sources.reader import fingerprints, num_bytes, plan_segments
-from trainer.sources.rows import Segment
-from trainer.storage.filesystem import seal, unseal
+from trainer.sources.reader import fingerprints, num_bytes, plan_row_ranges
+from trainer.sources.rows import RowRange
+from trainer.storage.filesystem import add_checksum, verify_checksum
 from trainer.storage.output_folder import OutputFolder
 
 PLAN_VERSION = 1
@@ -37,15 +37,15 @@ class Input:
 
 @dataclass(frozen=True)
 class Part:
-    """The rows of one output file: consecutive segments, of one large file or several small."""
+    """The rows of one output file: consecutive ranges, of one large file or several small."""
 
     name: str
-    segments: tuple[Segment, ...]
+    row_ranges: tuple[RowRange, ...]
 
     @property
     def num_rows(self) -> int:
-        """Rows of its segments, unusable ones and blank lines included."""
-        return sum(segment.num_rows for segment in self.segments)
+        """Rows of its ranges, unusable ones and blank lines included."""
+        return sum(row_range.num_rows for row_range in self.row_ranges)
 
 
 @dataclass(frozen=True)
@@ -80,7 +80,7 @@ def recall_inputs(plan: Plan, paths: Sequence[str], parts: Collection[int]) -> t
     Sizes are looked up, but of the checksums those only of the files of `parts`; of the others
     they are taken from the plan.
     """
-    needed = {segment.path for index in parts for segment in plan.parts[index].segments}
+    needed = {row_range.path for index in parts for row_range in plan.parts[index].row_ranges}
     planned = {item.path: item.checksum for item in plan.inputs}
     names = [absolute_name(path) for path in paths]
     read = [name for name in names if name in needed or name not in planned]
@@ -98,17 +98,17 @@ def plan_parts(inputs: Sequence[Input], rows_per_part: int) -> tuple[Part, ...]:
     Raises:
       UserError: if there are no rows.
     """
-    groups: list[list[Segment]] = []
+    groups: list[list[RowRange]] = []
     room = 0
     names = source_names([item.path for item in inputs])
-    planned = for_each_file(list(names), partial(plan_segments, rows_per_part=rows_per_part))
-    for item, segments in zip(inputs, planned, strict=True):
-        for segment in segments:
-            if segment.num_rows > room:
+    planned = for_each_file(list(names), partial(plan_row_ranges, rows_per_part=rows_per_part))
+    for item, row_ranges in zip(inputs, planned, strict=True):
+        for row_range in row_ranges:
+            if row_range.num_rows > room:
                 groups.append([])
                 room = rows_per_part
-            groups[-1].append(dataclasses.replace(segment, source=names[item.path]))
-            room -= segment.num_rows
+            groups[-1].append(dataclasses.replace(row_range, source=names[item.path]))
+            room -= row_range.num_rows
     if not groups:
         raise UserError(f"--input: no rows in {', '.join(item.path for item in inputs)}")
     width = max(5, len(str(len(groups))))  # Names in order are parts in order.
@@ -120,7 +120,10 @@ def plan_parts(inputs: Sequence[Input], rows_per_part: int) -> tuple[Part, ...]:
 
 def save_plan(folder: OutputFolder, plan: Plan) -> bool:
     """Writes plan.json; False if another process wrote one meanwhile."""
-    contents = json.dumps(seal(dataclasses.asdict(plan)), indent=1, ensure_ascii=False)
+    values = dataclasses.asdict(plan)
+    for part in values["parts"]:
+        part["segments"] = part.pop("row_ranges")  # The key in plan.json, which older plans have.
+    contents = json.dumps(add_checksum(values), indent=1, ensure_ascii=False)
     return folder.create(PLAN_FILE, contents + "\n")
 
 
@@ -142,9 +145,9 @@ def load_plan(folder: OutputFolder) -> Plan | None:
         values = json.loads(contents)
         if values["version"] != PLAN_VERSION:
             raise ValueError(f"version {values['version']}, expected {PLAN_VERSION}")
-        values = unseal(values)
+        values = verify_checksum(values)
         parts = tuple(
-            Part(part["name"], tuple(Segment(**segment) for segment in part["segments"]))
+            Part(part["name"], tuple(RowRange(**row_range) for row_range in part["segments"]))
             for part in values["parts"]
         )
         inputs = tuple(Input(**item) for item in values["inputs"])

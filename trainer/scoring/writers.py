@@ -26,7 +26,7 @@ import pyarrow.parquet as pq
 
 
 @dataclass(frozen=True)
-class Selected:
+class ScoreSelection:
     """Some labels of each of N documents.
 
     Attributes:
@@ -38,7 +38,7 @@ class Selected:
     bounds: np.ndarray
 
 
-def choose_labels(probabilities: np.ndarray, thresholds: np.ndarray) -> Selected:
+def choose_labels(probabilities: np.ndarray, thresholds: np.ndarray) -> ScoreSelection:
     """The labels at or above their thresholds, in label order.
 
     Args:
@@ -46,12 +46,12 @@ def choose_labels(probabilities: np.ndarray, thresholds: np.ndarray) -> Selected
       thresholds: float64 [L]; NaN for a label that is never chosen.
     """
     rows, columns = np.nonzero(probabilities >= thresholds)
-    return Selected(columns, _bounds(rows, len(probabilities)))
+    return ScoreSelection(columns, _bounds(rows, len(probabilities)))
 
 
 def select_scores(
     probabilities: np.ndarray, thresholds: np.ndarray, selection: tuple[str, float]
-) -> Selected:
+) -> ScoreSelection:
     """The labels whose scores are written: all in label order, else the highest score first.
 
     Args:
@@ -62,7 +62,7 @@ def select_scores(
     kind, number = selection
     count, size = probabilities.shape
     if kind == "all":
-        return Selected(np.tile(np.arange(size), count), np.arange(count + 1) * size)
+        return ScoreSelection(np.tile(np.arange(size), count), np.arange(count + 1) * size)
     if kind == "top":
         mask = _is_highest(probabilities, int(number))
     else:
@@ -71,10 +71,10 @@ def select_scores(
     rows, columns = np.nonzero(mask)
     # Of equal scores the earlier label comes first.
     order = np.lexsort((columns, -probabilities[rows, columns], rows))
-    return Selected(columns[order], _bounds(rows, count))
+    return ScoreSelection(columns[order], _bounds(rows, count))
 
 
-def values_of(probabilities: np.ndarray, selected: Selected) -> np.ndarray:
+def values_of(probabilities: np.ndarray, selected: ScoreSelection) -> np.ndarray:
     """The probabilities (float32 [S]) of selected labels."""
     rows = np.repeat(np.arange(len(probabilities)), np.diff(selected.bounds))
     return probabilities[rows, selected.columns]
@@ -279,11 +279,11 @@ class TableWriter:
             columns.append(pa.array(texts, pa.string()))
         return pa.RecordBatch.from_arrays(columns, schema=self._schema)
 
-    def _take(self, selected: Selected) -> pa.Array:
+    def _take(self, selected: ScoreSelection) -> pa.Array:
         return self._names.take(pa.array(selected.columns))
 
 
-def _offsets(selected: Selected) -> pa.Array:
+def _offsets(selected: ScoreSelection) -> pa.Array:
     return pa.array(selected.bounds, pa.int32())
 
 

@@ -1,6 +1,6 @@
 """Raw rows, streamed in flat memory: the one entrance, whatever the format and wherever it lies.
 
-A file is cut into segments that can be read one by one, in any order and by any process, and that
+A file is cut into ranges that can be read one by one, in any order and by any process, and that
 give the same rows however the file was cut. A row that cannot be used does not stop the stream: it
 comes out as a `BadRow` that says where and why. The formats themselves are in `formats`.
 """
@@ -21,7 +21,7 @@ from trainer.sources.input_files import (
     source_names,
 )
 from trainer.sources.listing import for_each_file, list_files
-from trainer.sources.rows import BadRow, Columns, Row, Segment
+from trainer.sources.rows import BadRow, Columns, Row, RowRange
 from trainer.storage import filesystem
 from trainer.storage.filesystem import checksum
 
@@ -29,7 +29,7 @@ __all__ = [
     "BadRow",
     "Columns",
     "Row",
-    "Segment",
+    "RowRange",
     "can_enter",
     "check_all_columns",
     "check_columns",
@@ -39,9 +39,9 @@ __all__ = [
     "is_tokenised",
     "list_files",
     "num_bytes",
-    "plan_segments",
-    "read_segment",
-    "read_segments",
+    "plan_row_ranges",
+    "read_row_range",
+    "read_row_ranges",
     "source_names",
     "total_bytes",
     "true_or_false_columns",
@@ -52,9 +52,9 @@ __all__ = [
 _WITH_SCHEMA = ("parquet", "arrow", "tfds")
 
 
-def whole_file(name: str) -> Segment:
-    """All rows of a file as one segment, its number of rows not counted (0)."""
-    return Segment(name, 0, None, 0, 0, source_names([name])[name])
+def whole_file(name: str) -> RowRange:
+    """All rows of a file as one range, its number of rows not counted (0)."""
+    return RowRange(name, 0, None, 0, 0, source_names([name])[name])
 
 
 def check_columns(name: str, columns: Columns) -> None:
@@ -153,61 +153,61 @@ def can_enter(name: str) -> bool:
     return is_divisible(name) or format_module(name).ENTERS
 
 
-def plan_segments(name: str, rows_per_part: int) -> list[Segment]:
-    """Cuts a file into segments of `rows_per_part` rows, the last one shorter.
+def plan_row_ranges(name: str, rows_per_part: int) -> list[RowRange]:
+    """Cuts a file into ranges of `rows_per_part` rows, the last one shorter.
 
     A file without an index of its rows is read once, so that row numbers are exact wherever a
-    segment begins.
+    range begins.
     """
     source = source_names([name])[name]
-    return format_module(name).plan_segments(name, source, rows_per_part)
+    return format_module(name).plan_row_ranges(name, source, rows_per_part)
 
 
-def read_segment(segment: Segment, columns: Columns) -> Iterator[Row | BadRow]:
-    """Streams the rows of a segment in order; blank lines are passed over.
+def read_row_range(row_range: RowRange, columns: Columns) -> Iterator[Row | BadRow]:
+    """Streams the rows of a range in order; blank lines are passed over.
 
     Raises:
       UserError: if the file cannot be read on (cut short, damaged), or a table lacks a column.
     """
-    return format_module(segment.path).read_rows(segment, columns)
+    return format_module(row_range.path).read_rows(row_range, columns)
 
 
-def read_segments(
-    segments: Sequence[Segment], columns: Columns
+def read_row_ranges(
+    row_ranges: Sequence[RowRange], columns: Columns
 ) -> Iterator[tuple[int, Row | BadRow]]:
-    """Streams the rows of several segments, in order; there may be gaps between them.
+    """Streams the rows of several ranges, in order; there may be gaps between them.
 
     Segments of one file that follow each other are read in one go; so are those with gaps between
     them if the file's middle cannot be reached but through its beginning.
 
     Yields:
-      The segment's place in `segments`, and a row.
+      The range's place in `row_ranges`, and a row.
 
     Raises:
-      UserError: as `read_segment`.
+      UserError: as `read_row_range`.
     """
     start = 0
-    while start < len(segments):
+    while start < len(row_ranges):
         end = start + 1
-        while end < len(segments) and _in_one_go(segments[end - 1], segments[end]):
+        while end < len(row_ranges) and _in_one_go(row_ranges[end - 1], row_ranges[end]):
             end += 1
-        together = dataclasses.replace(segments[start], end=segments[end - 1].end)
+        joint = dataclasses.replace(row_ranges[start], end=row_ranges[end - 1].end)
         at = start
-        for row in read_segment(together, columns):
-            while _is_behind(row, segments[at]):
+        for row in read_row_range(joint, columns):
+            while _is_behind(row, row_ranges[at]):
                 at += 1
                 if at == end:
-                    raise changed(together.path)
-            if row.position >= segments[at].first_row:
+                    raise changed(joint.path)
+            if row.position >= row_ranges[at].first_row:
                 yield at, row
         start = end
 
 
-def _is_behind(row: Row | BadRow, segment: Segment) -> bool:
-    return segment.end is not None and row.position >= segment.first_row + segment.num_rows
+def _is_behind(row: Row | BadRow, row_range: RowRange) -> bool:
+    return row_range.end is not None and row.position >= row_range.first_row + row_range.num_rows
 
 
-def _in_one_go(before: Segment, after: Segment) -> bool:
+def _in_one_go(before: RowRange, after: RowRange) -> bool:
     if before.path != after.path or before.end is None:
         return False
     if before.end == after.start:

@@ -77,10 +77,10 @@ class Columns:
 
 
 @dataclass(frozen=True)
-class Segment:
+class RowRange:
     """Some consecutive rows of a file.
 
-    `start` and `end` are byte offsets for plain (uncompressed) files of lines, whose segments hold
+    `start` and `end` are byte offsets for plain (uncompressed) files of lines, whose ranges hold
     the lines that start in [start, end); they are row numbers for all else. An `end` of None is
     the end of the file. `first_row` is the row number at `start`. `source` is the file name by
     which rows without an id are called: "<source>:<row number>".
@@ -95,7 +95,7 @@ class Segment:
 
 
 def row_of_values(
-    segment: Segment, position: int, values: Mapping[str, Any], columns: Columns
+    row_range: RowRange, position: int, values: Mapping[str, Any], columns: Columns
 ) -> Row | BadRow:
     """A row by column name; all that is needed of it is checked."""
     missing = [name for name in columns.required if name not in values]
@@ -105,11 +105,11 @@ def row_of_values(
     reason = why_no_text(text)
     if reason is not None:
         return BadRow(position, reason, cut_raw(text) if isinstance(text, str) else shown(text))
-    return row_beside_text(segment, position, text, values, columns)
+    return row_beside_text(row_range, position, text, values, columns)
 
 
 def row_beside_text(
-    segment: Segment,
+    row_range: RowRange,
     position: int,
     text: str,
     values: Mapping[str, Any],
@@ -119,7 +119,7 @@ def row_beside_text(
     """A row whose text, or windows, were checked before; id, labels and kept columns are here."""
     identifier = values.get(columns.id)
     if identifier is None or identifier == "" or identifier != identifier:  # NaN is not itself.
-        name = default_id(segment, position)
+        name = default_id(row_range, position)
     elif isinstance(identifier, str | int | float | decimal.Decimal | uuid.UUID):
         name = str(identifier)
     else:
@@ -197,9 +197,9 @@ def as_text(value: Any) -> str:
     return "" if value is None else json.dumps(value, ensure_ascii=False)
 
 
-def default_id(segment: Segment, position: int) -> str:
+def default_id(row_range: RowRange, position: int) -> str:
     """What a row without an id is called."""
-    return f"{segment.source}:{position}"
+    return f"{row_range.source}:{position}"
 
 
 def cut_raw(raw: str) -> str:

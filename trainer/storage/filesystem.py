@@ -293,12 +293,12 @@ def write_atomically(path: str, content: str | bytes) -> None:
 _FIELD = "sha256"
 
 
-def seal(values: dict[str, Any]) -> dict[str, Any]:
+def add_checksum(values: dict[str, Any]) -> dict[str, Any]:
     """JSON values with the SHA-256 of what they say, whatever their layout in a file."""
     return values | {_FIELD: _digest(values)}
 
 
-def unseal(values: dict[str, Any]) -> dict[str, Any]:
+def verify_checksum(values: dict[str, Any]) -> dict[str, Any]:
     """What was sealed.
 
     Raises:

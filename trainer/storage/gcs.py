@@ -307,7 +307,7 @@ def upload(
         source = io.BytesIO(source)
     from google.api_core.exceptions import NotFound, PreconditionFailed
 
-    checksum, size = _sum_up(source)
+    checksum, size = _checksum_and_size(source)
     blob = blob_of(url)
     token = uuid.uuid4().hex
     blob.metadata = {_TOKEN: token}
@@ -393,13 +393,13 @@ def delete(url: str, if_generation: int | None = None) -> None:
         raise Taken(url) from None
 
 
-def together(urls: Sequence[str]) -> list[bytes | None]:
+def read_objects(urls: Sequence[str]) -> list[bytes | None]:
     """Contents of small objects, many asked for at once; None for one that is not there."""
     with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
         return list(pool.map(read_object, urls))
 
 
-def _sum_up(file: BinaryIO) -> tuple[str, int]:
+def _checksum_and_size(file: BinaryIO) -> tuple[str, int]:
     """CRC-32C (hex) and size of an open file."""
     import google_crc32c
 

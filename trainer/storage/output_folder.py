@@ -22,7 +22,7 @@ ASIDE = ".tmp"
 _OURS_ASIDE = re.compile(r"(plan\.json|_SUCCESS|part-\d+-of-\d+\.[\w.]+)" + re.escape(ASIDE))
 
 
-class Found(NamedTuple):
+class FileInfo(NamedTuple):
     """A file that is there: bytes, and its CRC-32C (hex) where it costs nothing to know."""
 
     bytes: int
@@ -34,7 +34,7 @@ class PartFile(Protocol):
 
     file: BinaryIO
 
-    def name_part(self) -> Found:
+    def name_part(self) -> FileInfo:
         """Gives what was written its name; the size and the CRC-32C of it.
 
         Raises:
@@ -60,13 +60,13 @@ class OutputFolder(Protocol):
     def make(self, folders: Sequence[str]) -> None:
         """Makes it and the folders in it, where there are none."""
 
-    def find(self, folder: str) -> dict[str, Found]:
+    def find(self, folder: str) -> dict[str, FileInfo]:
         """The files directly in one of its folders ("" for itself), by name."""
 
     def read(self, names: Sequence[str]) -> list[bytes | None]:
         """Contents of small files, None for one that is not there."""
 
-    def sum_up(self, name: str) -> Found | None:
+    def sum_up(self, name: str) -> FileInfo | None:
         """Size and CRC-32C of a file, None if it is not there."""
 
     def replace(self, name: str, content: str) -> None:
@@ -124,7 +124,7 @@ class LocalFolder:
         for folder in ("", *folders):
             os.makedirs(self.path(folder), exist_ok=True)
 
-    def find(self, folder: str) -> dict[str, Found]:
+    def find(self, folder: str) -> dict[str, FileInfo]:
         """Sizes only."""
         try:
             entries = list(os.scandir(self.path(folder)))
@@ -133,7 +133,7 @@ class LocalFolder:
         found = {}
         for entry in entries:
             if entry.is_file() and not entry.name.endswith(ASIDE):
-                found[entry.name] = Found(entry.stat().st_size, None)
+                found[entry.name] = FileInfo(entry.stat().st_size, None)
         return found
 
     def read(self, names: Sequence[str]) -> list[bytes | None]:
@@ -147,11 +147,11 @@ class LocalFolder:
         except FileNotFoundError:
             return None
 
-    def sum_up(self, name: str) -> Found | None:
+    def sum_up(self, name: str) -> FileInfo | None:
         """Reads it."""
         path = self.path(name)
         try:
-            return Found(os.path.getsize(path), checksum(path))
+            return FileInfo(os.path.getsize(path), checksum(path))
         except FileNotFoundError:
             return None
 
@@ -246,9 +246,9 @@ class _LocalPart:
         # For whoever clears up; to keep writers apart the manifest's lock is enough.
         fcntl.flock(self.file, fcntl.LOCK_EX)
 
-    def name_part(self) -> Found:
+    def name_part(self) -> FileInfo:
         _sync(self.file)
-        found = Found(os.path.getsize(self._path + ASIDE), checksum(self._path + ASIDE))
+        found = FileInfo(os.path.getsize(self._path + ASIDE), checksum(self._path + ASIDE))
         os.replace(self._path + ASIDE, self._path)
         self.file.close()
         return found
@@ -281,22 +281,22 @@ class StoreFolder:
     def make(self, folders: Sequence[str]) -> None:
         """Nothing: folders are parts of names."""
 
-    def find(self, folder: str) -> dict[str, Found]:
+    def find(self, folder: str) -> dict[str, FileInfo]:
         """Sizes and checksums from the list."""
         prefix = self._url(f"{folder}/" if folder else "")
         return {
-            item.url.removeprefix(prefix): Found(item.bytes, item.checksum)
+            item.url.removeprefix(prefix): FileInfo(item.bytes, item.checksum)
             for item in gcs.list_objects(prefix, below=False)
         }
 
     def read(self, names: Sequence[str]) -> list[bytes | None]:
         """Many at once."""
-        return gcs.together([self._url(name) for name in names])
+        return gcs.read_objects([self._url(name) for name in names])
 
-    def sum_up(self, name: str) -> Found | None:
+    def sum_up(self, name: str) -> FileInfo | None:
         """From the object's metadata."""
         stored = gcs.find_object(self._url(name))
-        return None if stored is None else Found(stored.bytes, stored.checksum)
+        return None if stored is None else FileInfo(stored.bytes, stored.checksum)
 
     def replace(self, name: str, content: str) -> None:
         """One upload."""
@@ -336,11 +336,11 @@ class _StorePart:
         self._generation = 0 if left is None else left.generation
         self.file: BinaryIO = cast(BinaryIO, tempfile.TemporaryFile())  # noqa: SIM115
 
-    def name_part(self) -> Found:
+    def name_part(self) -> FileInfo:
         stored = self._upload(self._name, self.file, self._generation)
         self._generation = stored.generation
         self.file.close()
-        return Found(stored.bytes, stored.checksum)
+        return FileInfo(stored.bytes, stored.checksum)
 
     def name_manifest(self, content: bytes) -> None:
         # Another writer that took our part for one that was left behind has replaced it by now.

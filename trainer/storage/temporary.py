@@ -25,7 +25,7 @@ _sharing = threading.Lock()
 
 
 @contextlib.contextmanager
-def scratch_folder(parent: str | None = None) -> Iterator[str]:
+def temporary_folder(parent: str | None = None) -> Iterator[str]:
     """A new empty folder, removed in the end.
 
     Args:
@@ -54,7 +54,7 @@ def own_temporary_files() -> Iterator[None]:
     global _num_sharing
     with _sharing:
         if not _num_sharing:
-            folder = _shared.enter_context(scratch_folder())
+            folder = _shared.enter_context(temporary_folder())
             _shared.callback(setattr, tempfile, "tempdir", tempfile.tempdir)
             tempfile.tempdir = folder
         _num_sharing += 1

@@ -349,8 +349,8 @@ def rebalancing_weights(labels: tf.Tensor, label_counts: Sequence[int]) -> tf.Te
     """
     counts = np.maximum(np.asarray(label_counts, np.float64), 1)
     rarity = tf.constant(1 / counts, tf.float32)
-    together = tf.linalg.matvec(labels, rarity)[:, None]
-    alone = tf.where(together > 0, rarity / tf.where(together > 0, together, 1.0), math.inf)
+    joint = tf.linalg.matvec(labels, rarity)[:, None]
+    alone = tf.where(joint > 0, rarity / tf.where(joint > 0, joint, 1.0), math.inf)
     return _REBALANCE_ALPHA + tf.sigmoid(_REBALANCE_BETA * (alone - _REBALANCE_MU))
 
 

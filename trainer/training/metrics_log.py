@@ -23,7 +23,7 @@ _QUEUE, _REMOTE_QUEUE = 10, 1_000_000
 _logger = logging.getLogger(__name__)
 
 
-class Journal:
+class MetricsLog:
     """The record of a run; on resume it is cut to the step that was restored."""
 
     def __init__(

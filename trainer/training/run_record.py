@@ -9,7 +9,7 @@ from typing import Any
 from trainer.config import ModelConfig, PackingConfig, TrainConfig, from_dict
 from trainer.errors import UserError
 from trainer.storage import filesystem
-from trainer.storage.filesystem import seal, unseal, write_atomically
+from trainer.storage.filesystem import add_checksum, verify_checksum, write_atomically
 from trainer.training.checkpoint_folder import CHECKPOINT_FOLDER, CheckpointFolder
 
 CONFIG_FILE = "config.json"
@@ -60,7 +60,7 @@ class RunRecord:
 
     def save(self, model_dir: str) -> None:
         """Writes config.json into `model_dir`, atomically, with a checksum of its content."""
-        values = seal(dataclasses.asdict(self))
+        values = add_checksum(dataclasses.asdict(self))
         write_atomically(os.path.join(model_dir, CONFIG_FILE), json.dumps(values, indent=1) + "\n")
 
 
@@ -72,7 +72,7 @@ def load_record(model_dir: str) -> RunRecord:
     """
     path = os.path.join(model_dir, CONFIG_FILE)
     try:
-        return from_dict(RunRecord, unseal(json.loads(filesystem.read_text(path))))
+        return from_dict(RunRecord, verify_checksum(json.loads(filesystem.read_text(path))))
     except FileNotFoundError:
         raise UserError(
             f"{model_dir}: no {CONFIG_FILE}; expected the --model_dir of a `multihot train`"

@@ -32,7 +32,7 @@ _SHOWN_METRICS = ("mean_average_precision", "micro_average_precision", "micro_f1
 
 
 @dataclass(frozen=True)
-class Selection:
+class BestCheckpoint:
     """What picks the best checkpoint and ends a run early, in variables a checkpoint keeps.
 
     Attributes:
@@ -47,7 +47,7 @@ class Selection:
     pending: tf.Variable
 
     @classmethod
-    def fresh(cls) -> "Selection":
+    def fresh(cls) -> "BestCheckpoint":
         """Of a run that has not been evaluated yet."""
         count = [tf.Variable(0, dtype=tf.int64, trainable=False) for _ in range(3)]
         return cls(tf.Variable(-math.inf, dtype=tf.float64, trainable=False), *count)

@@ -50,7 +50,7 @@ _LATEST = ("learning_rate", "grad_norm", "loss_scale")
 MicroBatches = dict[str, tf.Tensor]
 
 
-class Progress:
+class TrainProgress:
     """How far a run is, in variables of the host that a checkpoint keeps.
 
     Attributes:
@@ -78,7 +78,7 @@ class Progress:
 
 
 def read_position(variable: tf.Variable) -> Position:
-    """A position of `Progress` on the host."""
+    """A position of `TrainProgress` on the host."""
     return Position(*(int(value) for value in variable.numpy()))
 
 
@@ -130,7 +130,7 @@ class TrainStep:
         self._has_dropout = any(rates)
         self.compute = tf.function(self._accumulate, jit_compile=jit_compile, autograph=False)
         self.update = tf.function(self._apply, jit_compile=jit_compile, autograph=False)
-        self.progress = Progress()
+        self.progress = TrainProgress()
         # Any thread may set it.
         self.stop_requested = tf.Variable(False, trainable=False)
 
@@ -194,7 +194,7 @@ class TrainStep:
         """One replica's part of a step; all replicas return the same, but for `position`.
 
         Args:
-          batches: this replica's share, as `deal_steps` gives it.
+          batches: this replica's share, as `shard_steps` gives it.
           steps, consumed: int64 scalars, steps taken and documents consumed before this one.
           stop: float32 scalar, 1 if this host asks for a stop.
 
@@ -240,7 +240,7 @@ class TrainStep:
         many bad steps in a row.
 
         Args:
-          iterator: over `deal_steps`, distributed by the strategy.
+          iterator: over `shard_steps`, distributed by the strategy.
           max_steps: int64 scalar tensor, so that other values do not trace again.
           until: int64 scalar tensor.
 

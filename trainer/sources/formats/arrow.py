@@ -10,7 +10,7 @@ from trainer.sources.formats.base import cut_rows
 from trainer.sources.formats.columnar import check_schema, rows_of_batches, true_columns
 from trainer.sources.formats.lines import damaged
 from trainer.sources.input_files import open_file
-from trainer.sources.rows import BadRow, Columns, Row, Segment
+from trainer.sources.rows import BadRow, Columns, Row, RowRange
 
 ENTERS = False
 _MAGIC = b"ARROW1"
@@ -99,31 +99,31 @@ def true_or_false(name: str) -> tuple[str, ...]:
         return true_columns(schema)
 
 
-def plan_segments(name: str, source: str, rows_per_part: int) -> list[Segment]:
-    """Cuts a file into segments; it is read once to count its rows."""
+def plan_row_ranges(name: str, source: str, rows_per_part: int) -> list[RowRange]:
+    """Cuts a file into ranges; it is read once to count its rows."""
     with _opened(name) as (_, batches):
         num_rows = sum(batch.num_rows for batch in batches)
     return cut_rows(name, source, num_rows, rows_per_part)
 
 
-def read_rows(segment: Segment, columns: Columns) -> Iterator[Row | BadRow]:
-    """The rows of a segment."""
-    with _opened(segment.path) as (schema, batches):
-        check_schema(segment.path, schema, columns)
+def read_rows(row_range: RowRange, columns: Columns) -> Iterator[Row | BadRow]:
+    """The rows of a range."""
+    with _opened(row_range.path) as (schema, batches):
+        check_schema(row_range.path, schema, columns)
         names = [name for name in columns.all if name in schema.names]
-        numbered = _numbered(batches, segment, names)
-        yield from rows_of_batches(segment, numbered, schema, columns)
+        numbered = _numbered(batches, row_range, names)
+        yield from rows_of_batches(row_range, numbered, schema, columns)
 
 
 def _numbered(
-    batches: Iterator[Any], segment: Segment, names: Sequence[str]
+    batches: Iterator[Any], row_range: RowRange, names: Sequence[str]
 ) -> Iterator[tuple[int, Any]]:
-    """(number of its first row, batch), as far as the segment goes, its columns checked."""
+    """(number of its first row, batch), as far as the range goes, its columns checked."""
     first = 0
     for batch in batches:
-        if segment.end is not None and first >= segment.end:
+        if row_range.end is not None and first >= row_range.end:
             return
-        if first + batch.num_rows > segment.start:
+        if first + batch.num_rows > row_range.start:
             for name in names:
                 _check_offsets(batch.column(name))
             yield first, batch

@@ -9,7 +9,7 @@ from typing import Protocol, cast
 
 from trainer.errors import UserError
 from trainer.sources.input_files import format_of
-from trainer.sources.rows import BadRow, Columns, Row, Segment
+from trainer.sources.rows import BadRow, Columns, Row, RowRange
 
 
 class Format(Protocol):
@@ -30,11 +30,11 @@ class Format(Protocol):
           UserError: naming the column, what was found, and the flag.
         """
 
-    def plan_segments(self, name: str, source: str, rows_per_part: int) -> list[Segment]:
-        """Cuts a file into segments of `rows_per_part` rows, the last one shorter."""
+    def plan_row_ranges(self, name: str, source: str, rows_per_part: int) -> list[RowRange]:
+        """Cuts a file into ranges of `rows_per_part` rows, the last one shorter."""
 
-    def read_rows(self, segment: Segment, columns: Columns) -> Iterator[Row | BadRow]:
-        """The rows of a segment, in order."""
+    def read_rows(self, row_range: RowRange, columns: Columns) -> Iterator[Row | BadRow]:
+        """The rows of a range, in order."""
 
 
 _MODULES = {
@@ -50,10 +50,10 @@ def format_module(name: str) -> Format:
     return cast(Format, importlib.import_module(f"trainer.sources.formats.{_MODULES[kind]}"))
 
 
-def cut_rows(name: str, source: str, num_rows: int, rows_per_part: int) -> list[Segment]:
+def cut_rows(name: str, source: str, num_rows: int, rows_per_part: int) -> list[RowRange]:
     """Segments of a file that is cut by row numbers."""
     return [
-        Segment(
+        RowRange(
             name, start, min(start + rows_per_part, num_rows), start,
             min(rows_per_part, num_rows - start), source,
         )

@@ -5,7 +5,7 @@ from collections.abc import Callable, Iterator
 from typing import Any
 
 from trainer.sources.formats.base import require_columns, wrong_type
-from trainer.sources.rows import BadRow, Columns, Row, Segment, Unreadable, row_of_values
+from trainer.sources.rows import BadRow, Columns, Row, RowRange, Unreadable, row_of_values
 
 BATCH_ROWS = 512
 
@@ -78,31 +78,33 @@ def true_columns(schema: Any) -> tuple[str, ...]:
 
 
 def rows_of_batches(
-    segment: Segment,
+    row_range: RowRange,
     batches: Iterator[tuple[int, Any]],
     schema: Any,
     columns: Columns,
 ) -> Iterator[Row | BadRow]:
-    """The rows of a segment.
+    """The rows of a range.
 
     Args:
-      segment: cut by row numbers.
-      batches: (number of its first row, `pyarrow.RecordBatch`); they may begin before the segment
+      row_range: cut by row numbers.
+      batches: (number of its first row, `pyarrow.RecordBatch`); they may begin before the range
         and end behind it.
       schema: of the batches.
       columns: what to read of them.
     """
     readers = {name: _label_names(schema, name) for name in columns.labels}
     for first, batch in batches:
-        begin = max(segment.start - first, 0)
-        end = batch.num_rows if segment.end is None else min(segment.end - first, batch.num_rows)
+        begin = max(row_range.start - first, 0)
+        end = (
+            batch.num_rows if row_range.end is None else min(row_range.end - first, batch.num_rows)
+        )
         for start in range(begin, max(begin, end), BATCH_ROWS):
             part = batch.slice(start, min(BATCH_ROWS, end - start))
             names = [name for name in columns.all if name in schema.names]
             values = [_values(part.column(name), readers.get(name)) for name in names]
             for position, row in enumerate(zip(*values, strict=True), first + start):
                 named = dict(zip(names, row, strict=True))
-                yield row_of_values(segment, position, named, columns)
+                yield row_of_values(row_range, position, named, columns)
 
 
 def _values(column: Any, read: Callable[[Any], Any] | None) -> list[Any]:

@@ -21,7 +21,7 @@ from trainer.sources.formats.lines import (
     without_mark,
 )
 from trainer.sources.input_files import format_of, location, open_decompressed
-from trainer.sources.rows import BadRow, Columns, Row, Segment, cut_raw, row_of_values
+from trainer.sources.rows import BadRow, Columns, Row, RowRange, cut_raw, row_of_values
 
 ENTERS = False
 _NO_FIELD_LIMIT = 2**31 - 1  # Lines and records are bounded here instead.
@@ -197,8 +197,8 @@ def check_columns(name: str, columns: Columns) -> None:
             )
 
 
-def plan_segments(name: str, source: str, rows_per_part: int) -> list[Segment]:
-    """Cuts a table into segments; it is read once, so that row numbers are exact."""
+def plan_row_ranges(name: str, source: str, rows_per_part: int) -> list[RowRange]:
+    """Cuts a table into ranges; it is read once, so that row numbers are exact."""
     num_rows = sum(1 for _ in _numbered(name))
     return cut_rows(name, source, num_rows, rows_per_part)
 
@@ -214,19 +214,19 @@ def _numbered(name: str) -> Iterator[tuple[int, list[str] | tuple[str, str] | Lo
         raise damaged(name, f"row {max(position, 0)}", error) from None
 
 
-def read_rows(segment: Segment, columns: Columns) -> Iterator[Row | BadRow]:
-    """The rows of a segment.
+def read_rows(row_range: RowRange, columns: Columns) -> Iterator[Row | BadRow]:
+    """The rows of a range.
 
     Raises:
       UserError: if the file is damaged, cut short, or lacks a column.
     """
-    check_columns(segment.path, columns)
-    header = column_names(segment.path)
+    check_columns(row_range.path, columns)
+    header = column_names(row_range.path)
     places = [(column, header.index(column)) for column in columns.all if column in header]
-    for position, record in _numbered(segment.path):
-        if position < segment.start:
+    for position, record in _numbered(row_range.path):
+        if position < row_range.start:
             continue
-        if segment.end is not None and position >= segment.end:
+        if row_range.end is not None and position >= row_range.end:
             break
         if isinstance(record, LongLine):
             yield too_long(position, record)
@@ -235,4 +235,4 @@ def read_rows(segment: Segment, columns: Columns) -> Iterator[Row | BadRow]:
             yield BadRow(position, reason, cut_raw(line[:2000]))
         else:
             values = {column: record[place] for column, place in places}
-            yield row_of_values(segment, position, values, columns)
+            yield row_of_values(row_range, position, values, columns)

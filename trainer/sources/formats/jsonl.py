@@ -9,7 +9,7 @@ from trainer.errors import UserError
 from trainer.sources.formats.base import cut_rows, require_columns, wrong_type
 from trainer.sources.formats.lines import count_lines, first_lines, plan_lines, rows_of_lines
 from trainer.sources.input_files import is_divisible, location
-from trainer.sources.rows import BadRow, Columns, Row, Segment, cut_raw, row_of_values
+from trainer.sources.rows import BadRow, Columns, Row, RowRange, cut_raw, row_of_values
 
 ENTERS = False
 _ROWS_TO_CHECK = 100
@@ -93,26 +93,26 @@ def _is_fraction(value: Any) -> bool:
     return isinstance(value, float) and not value.is_integer()
 
 
-def plan_segments(name: str, source: str, rows_per_part: int) -> list[Segment]:
-    """Cuts a file into segments."""
+def plan_row_ranges(name: str, source: str, rows_per_part: int) -> list[RowRange]:
+    """Cuts a file into ranges."""
     if is_divisible(name):
         return plan_lines(name, source, rows_per_part)
     return cut_rows(name, source, count_lines(name), rows_per_part)
 
 
-def read_rows(segment: Segment, columns: Columns) -> Iterator[Row | BadRow]:
-    """The rows of a segment."""
-    return rows_of_lines(segment, functools.partial(_row_of_line, segment, columns))
+def read_rows(row_range: RowRange, columns: Columns) -> Iterator[Row | BadRow]:
+    """The rows of a range."""
+    return rows_of_lines(row_range, functools.partial(_row_of_line, row_range, columns))
 
 
-def _row_of_line(segment: Segment, columns: Columns, position: int, line: bytes) -> Row | BadRow:
+def _row_of_line(row_range: RowRange, columns: Columns, position: int, line: bytes) -> Row | BadRow:
     value = load_json(line)
     if isinstance(value, ValueError):
         return BadRow(position, f"not JSON: {value}", _shown(line))
     if not isinstance(value, dict):
         reason = f"expected a JSON object, found {type(value).__name__}"
         return BadRow(position, reason, _shown(line))
-    row = row_of_values(segment, position, value, columns)
+    row = row_of_values(row_range, position, value, columns)
     return row._replace(raw=_shown(line)) if isinstance(row, BadRow) and not row.raw else row
 
 

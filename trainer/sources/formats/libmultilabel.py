@@ -5,11 +5,11 @@ from collections.abc import Iterator
 from typing import Any
 
 from trainer.errors import UserError
-from trainer.sources.formats.jsonl import plan_segments
+from trainer.sources.formats.jsonl import plan_row_ranges
 from trainer.sources.formats.lines import first_lines, rows_of_lines
-from trainer.sources.rows import BadRow, Columns, Row, Segment, cut_raw, row_of_values
+from trainer.sources.rows import BadRow, Columns, Row, RowRange, cut_raw, row_of_values
 
-__all__ = ["ENTERS", "check_columns", "column_names", "plan_segments", "read_rows"]
+__all__ = ["ENTERS", "check_columns", "column_names", "plan_row_ranges", "read_rows"]
 
 ENTERS = False
 _LINES_TO_CHECK = 20
@@ -39,12 +39,12 @@ def check_columns(name: str, columns: Columns) -> None:
         )
 
 
-def read_rows(segment: Segment, columns: Columns) -> Iterator[Row | BadRow]:
-    """The rows of a segment."""
-    return rows_of_lines(segment, functools.partial(_row_of_line, segment, columns))
+def read_rows(row_range: RowRange, columns: Columns) -> Iterator[Row | BadRow]:
+    """The rows of a range."""
+    return rows_of_lines(row_range, functools.partial(_row_of_line, row_range, columns))
 
 
-def _row_of_line(segment: Segment, columns: Columns, position: int, line: bytes) -> Row | BadRow:
+def _row_of_line(row_range: RowRange, columns: Columns, position: int, line: bytes) -> Row | BadRow:
     try:
         fields = line.decode("utf-8").rstrip("\r\n").split("\t", 2)
     except UnicodeDecodeError as error:
@@ -55,4 +55,4 @@ def _row_of_line(segment: Segment, columns: Columns, position: int, line: bytes)
     identifier, labels, text = fields
     values: dict[str, Any] = {columns.id: identifier, columns.text: text}
     values |= {column: labels.split() for column in columns.labels}
-    return row_of_values(segment, position, values, columns)
+    return row_of_values(row_range, position, values, columns)

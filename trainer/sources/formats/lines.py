@@ -5,7 +5,7 @@ from typing import Any, NamedTuple
 
 from trainer.errors import UserError
 from trainer.sources.input_files import format_of, is_divisible, open_decompressed, open_file
-from trainer.sources.rows import BadRow, Row, Segment, cut_raw
+from trainer.sources.rows import BadRow, Row, RowRange, cut_raw
 
 # A longer line is no document: it is passed over without ever being held.
 MAX_LINE_BYTES = 32 << 20
@@ -45,26 +45,26 @@ def too_long(position: int, line: LongLine) -> BadRow:
     return BadRow(position, reason, cut_raw(line.beginning.decode("utf-8", "replace")))
 
 
-def numbered_lines(segment: Segment) -> Iterator[tuple[int, bytes | LongLine]]:
-    """(row number, line) of a segment of a file of lines.
+def numbered_lines(row_range: RowRange) -> Iterator[tuple[int, bytes | LongLine]]:
+    """(row number, line) of a range of a file of lines.
 
     Raises:
       UserError: if the file is damaged, cut short, or not in an encoding like UTF-8.
     """
-    lines = _plain_lines if is_divisible(segment.path) else _compressed_lines
-    for position, line in lines(segment):
+    lines = _plain_lines if is_divisible(row_range.path) else _compressed_lines
+    for position, line in lines(row_range):
         if position == 0 and isinstance(line, bytes):
-            line = without_mark(segment.path, line)
+            line = without_mark(row_range.path, line)
         yield position, line
 
 
-def _plain_lines(segment: Segment) -> Iterator[tuple[int, bytes | LongLine]]:
-    offset = segment.start
-    with open_file(segment.path) as file:
+def _plain_lines(row_range: RowRange) -> Iterator[tuple[int, bytes | LongLine]]:
+    offset = row_range.start
+    with open_file(row_range.path) as file:
         file.seek(offset)
-        lines = bounded_lines(file, _limit(segment.path))
-        for position, line in enumerate(lines, segment.first_row):
-            if segment.end is not None and offset >= segment.end:
+        lines = bounded_lines(file, _limit(row_range.path))
+        for position, line in enumerate(lines, row_range.first_row):
+            if row_range.end is not None and offset >= row_range.end:
                 break
             offset += line.num_bytes if isinstance(line, LongLine) else len(line)
             yield position, line
@@ -74,17 +74,17 @@ def _limit(name: str) -> int:
     return _MAX_COPY_BYTES if format_of(name)[0] == "rows" else MAX_LINE_BYTES
 
 
-def _compressed_lines(segment: Segment) -> Iterator[tuple[int, bytes | LongLine]]:
+def _compressed_lines(row_range: RowRange) -> Iterator[tuple[int, bytes | LongLine]]:
     position = 0
     try:
-        with open_decompressed(segment.path) as file:
+        with open_decompressed(row_range.path) as file:
             for position, line in enumerate(bounded_lines(file)):
-                if segment.end is not None and position >= segment.end:
+                if row_range.end is not None and position >= row_range.end:
                     break
-                if position >= segment.start:
+                if position >= row_range.start:
                     yield position, line
     except OSError as error:
-        raise damaged(segment.path, f"row {position}", error) from None
+        raise damaged(row_range.path, f"row {position}", error) from None
 
 
 def damaged(name: str, where: str, error: Exception) -> UserError:
@@ -108,20 +108,20 @@ def without_mark(name: str, line: bytes) -> bytes:
     return line.removeprefix(_BYTE_ORDER_MARK)
 
 
-def plan_lines(name: str, source: str, rows_per_part: int) -> list[Segment]:
+def plan_lines(name: str, source: str, rows_per_part: int) -> list[RowRange]:
     """Cuts a plain file of lines by bytes; it is read once, so that row numbers are exact."""
-    segments = []
+    row_ranges = []
     start = offset = row = first_row = 0
     with open_file(name) as file:
         for line in bounded_lines(file, _limit(name)):
             offset += line.num_bytes if isinstance(line, LongLine) else len(line)
             row += 1
             if row - first_row == rows_per_part:
-                segments.append(Segment(name, start, offset, first_row, row - first_row, source))
+                row_ranges.append(RowRange(name, start, offset, first_row, row - first_row, source))
                 start, first_row = offset, row
     if row > first_row:
-        segments.append(Segment(name, start, offset, first_row, row - first_row, source))
-    return segments
+        row_ranges.append(RowRange(name, start, offset, first_row, row - first_row, source))
+    return row_ranges
 
 
 def count_lines(name: str) -> int:
@@ -137,15 +137,15 @@ def count_lines(name: str) -> int:
 
 
 def rows_of_lines(
-    segment: Segment, read_line: Callable[[int, bytes], Row | BadRow]
+    row_range: RowRange, read_line: Callable[[int, bytes], Row | BadRow]
 ) -> Iterator[Row | BadRow]:
-    """The rows of a segment; blank lines are passed over.
+    """The rows of a range; blank lines are passed over.
 
     Args:
-      segment: of a file of lines.
+      row_range: of a file of lines.
       read_line: a row from its number and line.
     """
-    for position, line in numbered_lines(segment):
+    for position, line in numbered_lines(row_range):
         if isinstance(line, LongLine):
             yield too_long(position, line)
         elif line and not line.isspace():
@@ -154,7 +154,7 @@ def rows_of_lines(
 
 def first_lines(name: str) -> Iterator[tuple[int, bytes]]:
     """(row number, line) of a file from its beginning, blank and overlong ones left out."""
-    whole = Segment(name, 0, None, 0, 0, "")
+    whole = RowRange(name, 0, None, 0, 0, "")
     for position, line in numbered_lines(whole):
         if isinstance(line, bytes) and line and not line.isspace():
             yield position, line

@@ -9,7 +9,7 @@ from trainer.sources.formats.base import cut_rows
 from trainer.sources.formats.columnar import BATCH_ROWS, check_schema, rows_of_batches, true_columns
 from trainer.sources.formats.lines import damaged
 from trainer.sources.input_files import open_file
-from trainer.sources.rows import BadRow, Columns, Row, Segment
+from trainer.sources.rows import BadRow, Columns, Row, RowRange
 
 ENTERS = True
 _BUFFER_BYTES = 1 << 20
@@ -57,31 +57,31 @@ def true_or_false(name: str) -> tuple[str, ...]:
         return true_columns(file.schema_arrow)
 
 
-def plan_segments(name: str, source: str, rows_per_part: int) -> list[Segment]:
-    """Cuts a file into segments, by the number of rows that it says it has."""
+def plan_row_ranges(name: str, source: str, rows_per_part: int) -> list[RowRange]:
+    """Cuts a file into ranges, by the number of rows that it says it has."""
     with _opened(name) as file:
         return cut_rows(name, source, file.metadata.num_rows, rows_per_part)
 
 
-def read_rows(segment: Segment, columns: Columns) -> Iterator[Row | BadRow]:
-    """The rows of a segment."""
-    with _opened(segment.path) as file:
+def read_rows(row_range: RowRange, columns: Columns) -> Iterator[Row | BadRow]:
+    """The rows of a range."""
+    with _opened(row_range.path) as file:
         schema = file.schema_arrow
-        check_schema(segment.path, schema, columns)
-        yield from rows_of_batches(segment, _batches(file, segment, columns), schema, columns)
+        check_schema(row_range.path, schema, columns)
+        yield from rows_of_batches(row_range, _batches(file, row_range, columns), schema, columns)
 
 
-def _batches(file: Any, segment: Segment, columns: Columns) -> Iterator[tuple[int, Any]]:
-    """The batches of the row groups that a segment touches."""
+def _batches(file: Any, row_range: RowRange, columns: Columns) -> Iterator[tuple[int, Any]]:
+    """The batches of the row groups that a range touches."""
     names = [name for name in columns.all if name in file.schema_arrow.names]
     first = 0
     for group in range(file.metadata.num_row_groups):
         end = first + file.metadata.row_group(group).num_rows
-        if end > segment.start and (segment.end is None or first < segment.end):
+        if end > row_range.start and (row_range.end is None or first < row_range.end):
             row = first
             for batch in file.iter_batches(BATCH_ROWS, [group], names, use_threads=False):
                 yield row, batch
                 row += batch.num_rows
-                if segment.end is not None and row >= segment.end:
+                if row_range.end is not None and row >= row_range.end:
                     return
         first = end

@@ -10,7 +10,7 @@ from collections.abc import Iterator
 from typing import Any
 
 from trainer.sources.formats.lines import plan_lines, rows_of_lines
-from trainer.sources.rows import BadRow, Columns, LabelIds, Row, Segment
+from trainer.sources.rows import BadRow, Columns, LabelIds, Row, RowRange
 
 ENTERS = False
 _LABEL_IDS = "label_ids"
@@ -41,17 +41,17 @@ def check_columns(name: str, columns: Columns) -> None:
     """The columns were checked where the rows came from."""
 
 
-def plan_segments(name: str, source: str, rows_per_part: int) -> list[Segment]:
-    """Cuts a copy into segments."""
+def plan_row_ranges(name: str, source: str, rows_per_part: int) -> list[RowRange]:
+    """Cuts a copy into ranges."""
     return plan_lines(name, source, rows_per_part)
 
 
-def read_rows(segment: Segment, columns: Columns) -> Iterator[Row | BadRow]:
-    """The rows of a segment, with the positions that they had in the first place."""
-    return rows_of_lines(segment, functools.partial(_decode_row, segment))
+def read_rows(row_range: RowRange, columns: Columns) -> Iterator[Row | BadRow]:
+    """The rows of a range, with the positions that they had in the first place."""
+    return rows_of_lines(row_range, functools.partial(_decode_row, row_range))
 
 
-def _decode_row(segment: Segment, position: int, line: bytes) -> Row | BadRow:
+def _decode_row(row_range: RowRange, position: int, line: bytes) -> Row | BadRow:
     values = json.loads(line.decode("utf-8", "surrogatepass"))
     if len(values) == len(BadRow._fields):
         return BadRow(*values)

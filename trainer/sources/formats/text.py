@@ -4,11 +4,11 @@ import functools
 from collections.abc import Iterator
 
 from trainer.errors import UserError
-from trainer.sources.formats.jsonl import plan_segments
+from trainer.sources.formats.jsonl import plan_row_ranges
 from trainer.sources.formats.lines import first_lines, rows_of_lines
-from trainer.sources.rows import BadRow, Columns, Row, Segment, cut_raw, default_id
+from trainer.sources.rows import BadRow, Columns, Row, RowRange, cut_raw, default_id
 
-__all__ = ["ENTERS", "check_columns", "column_names", "plan_segments", "read_rows"]
+__all__ = ["ENTERS", "check_columns", "column_names", "plan_row_ranges", "read_rows"]
 
 ENTERS = False
 
@@ -29,12 +29,12 @@ def check_columns(name: str, columns: Columns) -> None:
     next(first_lines(name), None)
 
 
-def read_rows(segment: Segment, columns: Columns) -> Iterator[Row | BadRow]:
-    """The rows of a segment."""
-    return rows_of_lines(segment, functools.partial(_row_of_line, segment, columns))
+def read_rows(row_range: RowRange, columns: Columns) -> Iterator[Row | BadRow]:
+    """The rows of a range."""
+    return rows_of_lines(row_range, functools.partial(_row_of_line, row_range, columns))
 
 
-def _row_of_line(segment: Segment, columns: Columns, position: int, line: bytes) -> Row | BadRow:
+def _row_of_line(row_range: RowRange, columns: Columns, position: int, line: bytes) -> Row | BadRow:
     try:
         text = line.decode("utf-8").rstrip("\r\n")
     except UnicodeDecodeError as error:
@@ -42,4 +42,4 @@ def _row_of_line(segment: Segment, columns: Columns, position: int, line: bytes)
     if not text or text.isspace():  # Of characters that bytes do not know for spaces.
         return BadRow(position, "no text: it is empty", cut_raw(repr(text)))
     kept = (None,) * len(columns.kept)
-    return Row(position, default_id(segment, position), text, None, kept)
+    return Row(position, default_id(row_range, position), text, None, kept)

@@ -11,7 +11,7 @@ from typing import Any, NamedTuple
 
 from trainer.errors import UserError
 from trainer.sources.formats.base import cut_rows, require_columns, wrong_type
-from trainer.sources.rows import BadRow, Columns, Row, Segment, Unreadable, row_of_values
+from trainer.sources.rows import BadRow, Columns, Row, RowRange, Unreadable, row_of_values
 
 ENTERS = False
 _NAME = re.compile(
@@ -178,8 +178,8 @@ def _dataset(name: str) -> Any:
         ) from None
 
 
-def plan_segments(name: str, source: str, rows_per_part: int) -> list[Segment]:
-    """Cuts a split into segments; its rows are counted where it does not know their number."""
+def plan_row_ranges(name: str, source: str, rows_per_part: int) -> list[RowRange]:
+    """Cuts a split into ranges; its rows are counted where it does not know their number."""
     dataset = _dataset(name)
     num_rows = int(dataset.cardinality())
     if num_rows < 0:
@@ -187,24 +187,24 @@ def plan_segments(name: str, source: str, rows_per_part: int) -> list[Segment]:
     return cut_rows(name, source, num_rows, rows_per_part)
 
 
-def read_rows(segment: Segment, columns: Columns) -> Iterator[Row | BadRow]:
-    """The rows of a segment."""
+def read_rows(row_range: RowRange, columns: Columns) -> Iterator[Row | BadRow]:
+    """The rows of a range."""
     import tensorflow as tf
 
-    features = _features(segment.path)
-    dataset = _dataset(segment.path).skip(segment.start)
-    if segment.end is not None:
-        dataset = dataset.take(segment.end - segment.start)
+    features = _features(row_range.path)
+    dataset = _dataset(row_range.path).skip(row_range.start)
+    if row_range.end is not None:
+        dataset = dataset.take(row_range.end - row_range.start)
     wanted = [column for column in columns.all if column in features]
     classes = {column: _class_of(features[column]) for column in wanted}
-    position = segment.start
+    position = row_range.start
     try:
-        for position, example in enumerate(_library().as_numpy(dataset), segment.start):
+        for position, example in enumerate(_library().as_numpy(dataset), row_range.start):
             values = {column: _plain(example[column], classes[column]) for column in wanted}
-            yield row_of_values(segment, position, values, columns)
+            yield row_of_values(row_range, position, values, columns)
     except tf.errors.OpError as error:
         raise UserError(
-            f"{segment.path}: damaged after row {position} ({_first_line(error)}); prepare the "
+            f"{row_range.path}: damaged after row {position} ({_first_line(error)}); prepare the "
             "data set again"
         ) from None
 

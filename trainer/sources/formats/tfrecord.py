@@ -22,7 +22,7 @@ from trainer.sources.rows import (
     Columns,
     LabelIds,
     Row,
-    Segment,
+    RowRange,
     Unreadable,
     cut_raw,
     row_beside_text,
@@ -110,17 +110,17 @@ def check_columns(name: str, columns: Columns) -> None:
     require_columns(name, list(found), columns, optional=given)
 
 
-def plan_segments(name: str, source: str, rows_per_part: int) -> list[Segment]:
-    """Cuts a file into segments; it is read once, all checksums checked."""
+def plan_row_ranges(name: str, source: str, rows_per_part: int) -> list[RowRange]:
+    """Cuts a file into ranges; it is read once, all checksums checked."""
     return cut_rows(name, source, sum(1 for _ in _records(name)), rows_per_part)
 
 
-def read_rows(segment: Segment, columns: Columns) -> Iterator[Row | BadRow]:
-    """The rows of a segment; padding examples are passed over."""
-    for position, record in enumerate(_records(segment.path)):
-        if position < segment.start:
+def read_rows(row_range: RowRange, columns: Columns) -> Iterator[Row | BadRow]:
+    """The rows of a range; padding examples are passed over."""
+    for position, record in enumerate(_records(row_range.path)):
+        if position < row_range.start:
             continue
-        if segment.end is not None and position >= segment.end:
+        if row_range.end is not None and position >= row_range.end:
             break
         if isinstance(record, int):
             reason = f"{record:,} bytes long, expected at most {MAX_LINE_BYTES:,}"
@@ -128,7 +128,7 @@ def read_rows(segment: Segment, columns: Columns) -> Iterator[Row | BadRow]:
             continue
         try:
             features = parse_example(record)
-            row = _row(segment, position, features, columns)
+            row = _row(row_range, position, features, columns)
         except ValueError as error:
             yield BadRow(position, str(error), cut_raw(repr(record[:200])))
             continue
@@ -152,7 +152,7 @@ def _metadata_beside(name: str) -> Metadata | None:
 
 
 def _row(
-    segment: Segment,
+    row_range: RowRange,
     position: int,
     features: dict[str, list[Any]],
     columns: Columns,
@@ -163,7 +163,7 @@ def _row(
       ValueError: if its features do not fit together.
     """
     if "input_ids" not in features or columns.text in features:
-        return _row_of_text(segment, position, features, columns)
+        return _row_of_text(row_range, position, features, columns)
     for name in _NUMBERS:
         if not all(isinstance(value, int) for value in features.get(name, ())):
             raise ValueError(f"{name} holds other than integers")
@@ -171,7 +171,7 @@ def _row(
               if name in features}  # fmt: skip
     metadata = None
     if "window_lengths" in features:
-        metadata = _metadata_beside(segment.path)
+        metadata = _metadata_beside(row_range.path)
         windows = _own_windows(features)
         if metadata is not None and "slices" in features:
             slices = map(_decode, features["slices"])
@@ -182,16 +182,16 @@ def _row(
         windows = [_bert_window(features)]
     for column in columns.labels:
         values[column] = _labels(features, column, metadata)
-    return row_beside_text(segment, position, "", values, columns, windows)
+    return row_beside_text(row_range, position, "", values, columns, windows)
 
 
 def _row_of_text(
-    segment: Segment, position: int, features: dict[str, list[Any]], columns: Columns
+    row_range: RowRange, position: int, features: dict[str, list[Any]], columns: Columns
 ) -> Row | BadRow:
     values = {name: _single(features[name]) for name in columns.all if name in features}
     if len(columns.labels) == 1 and columns.labels[0] in features:
         values[columns.labels[0]] = [_decode(item) for item in features[columns.labels[0]]]
-    return row_of_values(segment, position, values, columns)
+    return row_of_values(row_range, position, values, columns)
 
 
 def _single(values: list[Any]) -> Any:
@@ -220,14 +220,14 @@ def _bert_window(features: dict[str, list[Any]]) -> list[int]:
     """BERT's ids without their padding."""
     ids = features["input_ids"]
     mask = features.get("input_mask", [1] * len(ids))
-    segments = features.get("segment_ids", [0] * len(ids))
-    if not len(mask) == len(ids) == len(segments):
+    row_ranges = features.get("segment_ids", [0] * len(ids))
+    if not len(mask) == len(ids) == len(row_ranges):
         raise ValueError(
-            f"{len(ids)} input_ids, {len(mask)} of input_mask and {len(segments)} segment_ids, "
+            f"{len(ids)} input_ids, {len(mask)} of input_mask and {len(row_ranges)} segment_ids, "
             "expected as many of each"
         )
     real = [place for place, is_real in enumerate(mask) if is_real]
-    if any(segments[place] for place in real):
+    if any(row_ranges[place] for place in real):
         raise ValueError("segment_ids of a pair of texts, expected single texts")
     return [ids[place] for place in real]
 

@@ -103,7 +103,7 @@ def test_labels_beyond_the_bound_get_their_frequency():
     random = np.random.default_rng(2)
     labels = random.random((200, 4)) < [0.5, 0.1, 0.4, 0.2]
     features = count_features().fit_transform(["aa bb", "aa cc"] * 100)
-    logits = fit_logits(features, labels, {"x": features}, most_labels=2)["x"]
+    logits = fit_logits(features, labels, {"x": features}, max_labels=2)["x"]
     counts = labels.sum(axis=0)
     for index in (1, 3):
         frequency = (counts[index] + 0.5) / 201

@@ -12,12 +12,12 @@ from preparing import ROWS, config, write_rows
 
 from trainer import prepare
 from trainer.errors import UserError
-from trainer.storage.temporary import lock_folder, own_temporary_files, scratch_folder
+from trainer.storage.temporary import lock_folder, own_temporary_files, temporary_folder
 
 HOLD = """
 import sys, time
-from trainer.storage.temporary import scratch_folder
-with scratch_folder(sys.argv[1]) as folder:
+from trainer.storage.temporary import temporary_folder
+with temporary_folder(sys.argv[1]) as folder:
     open(folder + "/file", "w").close()
     print(folder, flush=True)
     time.sleep(600)
@@ -40,7 +40,7 @@ def test_a_killed_process_s_folder_goes_when_the_next_comes_and_a_living_one_s_s
     killed.send_signal(signal.SIGKILL)
     killed.wait()
     assert (left / "file").exists() and (kept / "file").exists()
-    with scratch_folder(str(tmp_path)) as folder:
+    with temporary_folder(str(tmp_path)) as folder:
         assert sorted(path.name for path in tmp_path.iterdir()) == sorted(
             [kept.name, os.path.basename(folder), *somebodys]
         )

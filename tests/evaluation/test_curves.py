@@ -18,7 +18,7 @@ from trainer.evaluation.curves import (
     reliability,
 )
 from trainer.evaluation.metrics import calibration_error
-from trainer.evaluation.predictions import ScoredDocuments
+from trainer.evaluation.predictions import CalibratedPredictions
 
 
 def scored(documents, labels, seed, num_documents=None):
@@ -29,7 +29,7 @@ def scored(documents, labels, seed, num_documents=None):
     probabilities = np.round(1 / (1 + np.exp(-log_odds)), 3).astype(np.float32)
     truth = random.random((documents, labels)) < probabilities
     ids = [f"document {number}" for number in range(documents)]
-    return ScoredDocuments(
+    return CalibratedPredictions(
         ids, 2 * np.arange(documents), probabilities, np.sqrt(probabilities), truth,
         num_documents or documents,
     )  # fmt: skip
