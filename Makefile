@@ -139,10 +139,11 @@ test: install-dev minilm compiler ## run the tests (about 15 minutes on two quie
 test-long: install-dev minilm compiler ## run the long tests too
 	$(BIN)/python -m pytest $(ARGS)
 
-lint: install-dev ## check format, lint and types
+lint: install-dev ## check format, lint, types and the order of imports
 	$(BIN)/ruff format --check .
 	$(BIN)/ruff check .
 	$(BIN)/mypy
+	$(BIN)/lint-imports --no-cache
 
 format: install-dev ## format and fix what can be fixed
 	$(BIN)/ruff format .

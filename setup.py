@@ -55,6 +55,7 @@ EXTRAS = {
         "cryptography>=43,<51",
         "datasets>=4,<6",
         "hypothesis>=6.100,<7",
+        "import-linter>=2.7,<3",
         "mypy>=1.15,<3",
         "pytest>=8,<10",
         "pytest-xdist>=3.6,<4",
