@@ -9,10 +9,12 @@ import os
 import numpy as np
 
 from trainer import evaluate, prepare
-from trainer.config import EvaluateConfig, ModelConfig, PrepareConfig, TrainConfig
+from trainer.config import PrepareConfig
 from trainer.data.metadata import load_metadata
 from trainer.data.packing import choose_packing
 from trainer.model.model import build_model
+from trainer.model_config import ModelConfig
+from trainer.run_config import EvaluateConfig, TrainConfig
 from trainer.training.checkpoint import Checkpoints
 from trainer.training.run_record import RunRecord, start_record
 

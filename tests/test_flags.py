@@ -6,9 +6,11 @@ import json
 import pytest
 
 from trainer import config
-from trainer.cli import COMMANDS
+from trainer.cli import COMMANDS, config_of
 from trainer.errors import UserError
 from trainer.flags import define_flags, describe_flags, option_fields, parse_flags
+from trainer.model_config import OptimizerConfig, PackingConfig
+from trainer.run_config import ExportConfig, TrainConfig
 
 # The flags that each command cannot do without.
 REQUIRED = {
@@ -67,13 +69,13 @@ def required_arguments(command: str) -> list[str]:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_flag_has_help_and_the_config_s_default(command):
-    kind = COMMANDS[command]
+    kind = config_of(command)
     fields = list(option_fields(kind))
     help_text = describe_flags(kind)
     values = define_flags(kind)
     assert sorted(values) == sorted(item.name for item in fields)
     for item in fields:
-        assert len(item.metadata["help"]) >= 10, f"--{item.name} explains nothing"
+        assert len(item.metadata["option"].help) >= 10, f"--{item.name} explains nothing"
         assert f"--{item.name}=" in help_text or f"--[no]{item.name}" in help_text
         default = values[item.name].value
         assert (tuple(default) if isinstance(default, list) else default) == item.default
@@ -82,7 +84,7 @@ def test_every_flag_has_help_and_the_config_s_default(command):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_required_flags_alone_give_the_defaults(command):
-    assert parse_flags(COMMANDS[command], required_arguments(command)) == COMMANDS[command](
+    assert parse_flags(config_of(command), required_arguments(command)) == config_of(command)(
         **required(command)
     )
 
@@ -96,38 +98,44 @@ def test_each_missing_required_flag_is_named(command):
             if not argument.startswith(f"--{missing}=")
         ]
         with pytest.raises(UserError, match=f"--{missing} is required"):
-            parse_flags(COMMANDS[command], arguments)
+            parse_flags(config_of(command), arguments)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_json_round_trip(command):
-    original = COMMANDS[command](**required(command))
-    assert config.from_dict(COMMANDS[command], json.loads(config.to_json(original))) == original
+    original = config_of(command)(**required(command))
+    assert (
+        config.from_dict(config_of(command), json.loads(json.dumps(dataclasses.asdict(original))))
+        == original
+    )
 
 
 def test_json_round_trip_of_changed_and_nested_fields():
-    original = config.TrainConfig(
+    original = TrainConfig(
         data_dir="data",
         model_dir="run",
         row_groups="4x128,2x64",
         evaluate_every=0.5,
-        optimizer=config.OptimizerConfig(learning_rate=3e-4, schedule="cosine"),
+        optimizer=OptimizerConfig(learning_rate=3e-4, schedule="cosine"),
     )
-    values = json.loads(config.to_json(original))
+    values = json.loads(json.dumps(dataclasses.asdict(original)))
     assert values["optimizer"]["learning_rate"] == 3e-4
-    assert config.from_dict(config.TrainConfig, values) == original
-    packing = config.PackingConfig(row_groups=((4, 128), (2, 64)), max_documents=9, max_windows=9)
-    assert config.from_dict(config.PackingConfig, json.loads(config.to_json(packing))) == packing
+    assert config.from_dict(TrainConfig, values) == original
+    packing = PackingConfig(row_groups=((4, 128), (2, 64)), max_documents=9, max_windows=9)
+    assert (
+        config.from_dict(PackingConfig, json.loads(json.dumps(dataclasses.asdict(packing))))
+        == packing
+    )
     values["from_the_future"] = 1
     with pytest.raises(UserError, match="from_the_future"):
-        config.from_dict(config.TrainConfig, values)
+        config.from_dict(TrainConfig, values)
 
 
 def test_values_of_every_type_arrive_in_the_config():
     arguments = ["--hidden_size", "128", "--num_attention_heads=2", "--num_train_epochs=0.5"]
     arguments += ["--learning_rate=3e-4", "--head=mean", "--init_checkpoint=bert", "--patience=2"]
-    parsed = parse_flags(config.TrainConfig, required_arguments("train") + arguments)
-    assert parsed == config.TrainConfig(
+    parsed = parse_flags(TrainConfig, required_arguments("train") + arguments)
+    assert parsed == TrainConfig(
         data_dir="data",
         model_dir="run",
         hidden_size=128,
@@ -136,9 +144,9 @@ def test_values_of_every_type_arrive_in_the_config():
         head="mean",
         init_checkpoint="bert",
         patience=2,
-        optimizer=config.OptimizerConfig(learning_rate=3e-4),
+        optimizer=OptimizerConfig(learning_rate=3e-4),
     )
-    exported = parse_flags(config.ExportConfig, [*required_arguments("export"), "--uncalibrated"])
+    exported = parse_flags(ExportConfig, [*required_arguments("export"), "--uncalibrated"])
     assert exported.uncalibrated is True
     columns = parse_flags(
         config.PrepareConfig, [*required_arguments("prepare"), "--label_field=red,green"]
@@ -148,8 +156,8 @@ def test_values_of_every_type_arrive_in_the_config():
 
 def test_parsing_twice_keeps_nothing_of_the_first():
     required = required_arguments("train")
-    assert parse_flags(config.TrainConfig, [*required, "--patience=2"]).patience == 2
-    assert parse_flags(config.TrainConfig, required).patience == 0
+    assert parse_flags(TrainConfig, [*required, "--patience=2"]).patience == 2
+    assert parse_flags(TrainConfig, required).patience == 0
 
 
 @pytest.mark.parametrize(
@@ -189,13 +197,13 @@ def test_parsing_twice_keeps_nothing_of_the_first():
 )
 def test_a_bad_flag_is_one_line_that_names_it(command, argument, expected):
     with pytest.raises(UserError) as caught:
-        parse_flags(COMMANDS[command], [*required_arguments(command), argument])
+        parse_flags(config_of(command), [*required_arguments(command), argument])
     assert expected in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
 def test_a_command_s_flags_do_not_collide():
-    for kind in COMMANDS.values():
+    for kind in map(config_of, COMMANDS):
         names = [item.name for item in option_fields(kind)]
         assert len(names) == len(set(names))
         assert all(dataclasses.is_dataclass(item.type) is False for item in option_fields(kind))

@@ -20,12 +20,11 @@ import contextlib
 import difflib
 import importlib
 import os
+import pkgutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
-from launch import launch_config
-from launch.launch_config import PreflightConfig
 from trainer import config
 from trainer.errors import (
     DOES_NOT_FIT,
@@ -38,31 +37,23 @@ from trainer.errors import (
     end_process,
 )
 from trainer.flags import describe_flags, parse_flags
+from trainer.run_config import TrainConfig
 from trainer.storage import filesystem
 
+# The commands of `launch`: where each one's config and function are. They are strings because
+# `launch` imports `trainer`, and because a command's module is imported only when it runs.
+_LAUNCH_COMMANDS = {
+    "preflight": ("launch.preflight_config:PreflightConfig", "launch.preflight.command:run"),
+    "submit tpu": ("launch.launch_config:SubmitTpuConfig", "launch.submit_tpu:run"),
+    "submit vertex": ("launch.launch_config:SubmitVertexConfig", "launch.submit_vertex:run"),
+    "submit dataflow": ("launch.launch_config:SubmitDataflowConfig", "launch.submit_dataflow:run"),
+    "jobs list": ("launch.launch_config:JobsListConfig", "launch.jobs:list_jobs"),
+    "jobs status": ("launch.launch_config:JobsStatusConfig", "launch.jobs:show_status"),
+    "jobs logs": ("launch.launch_config:JobsLogsConfig", "launch.jobs:print_logs"),
+    "jobs cancel": ("launch.launch_config:JobsCancelConfig", "launch.jobs:cancel"),
+}
 # In the order in which a user meets them.
-COMMANDS: dict[str, type] = {
-    **config.COMMANDS,
-    "preflight": PreflightConfig,
-    "submit tpu": launch_config.SubmitTpuConfig,
-    "submit vertex": launch_config.SubmitVertexConfig,
-    "submit dataflow": launch_config.SubmitDataflowConfig,
-    "jobs list": launch_config.JobsListConfig,
-    "jobs status": launch_config.JobsStatusConfig,
-    "jobs logs": launch_config.JobsLogsConfig,
-    "jobs cancel": launch_config.JobsCancelConfig,
-}
-# Where a command's function is, if not `run` of trainer.<name>.
-_PLACES = {
-    "preflight": ("launch.preflight.command", "run"),
-    "submit tpu": ("launch.submit_tpu", "run"),
-    "submit vertex": ("launch.submit_vertex", "run"),
-    "submit dataflow": ("launch.submit_dataflow", "run"),
-    "jobs list": ("launch.jobs", "list_jobs"),
-    "jobs status": ("launch.jobs", "show_status"),
-    "jobs logs": ("launch.jobs", "print_logs"),
-    "jobs cancel": ("launch.jobs", "cancel"),
-}
+COMMANDS = (*config.COMMANDS, *_LAUNCH_COMMANDS)
 # Commands that take others behind `--`.
 _SUBMITTING = "submit "
 
@@ -80,9 +71,16 @@ _EXTRAS = {
 _GREETING = (b"All log messages before absl::InitializeLog()", b"oneDNN custom operations are on")
 
 
+def config_of(command: str) -> type:
+    """The config dataclass of one of `COMMANDS`."""
+    if command in config.COMMANDS:
+        return config.COMMANDS[command]
+    return pkgutil.resolve_name(_LAUNCH_COMMANDS[command][0])
+
+
 def summarize(command: str) -> str:
     """One line on a command: the first line of its config's docstring."""
-    return (COMMANDS[command].__doc__ or "").splitlines()[0].partition(": ")[2]
+    return (config_of(command).__doc__ or "").splitlines()[0].partition(": ")[2]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -129,7 +127,7 @@ def _run(command: str, arguments: Sequence[str], submitted: Sequence[str]) -> No
     # TensorFlow reads this when it is imported; a user who wants its chatter sets it.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     try:
-        parsed: Any = parse_flags(COMMANDS[command], arguments)
+        parsed: Any = parse_flags(config_of(command), arguments)
         if command == "train":
             _train(parsed, arguments)
         elif command.startswith(_SUBMITTING):
@@ -165,7 +163,7 @@ def _run(command: str, arguments: Sequence[str], submitted: Sequence[str]) -> No
         _fail(name, str(error), USER_FAULT)
 
 
-def _train(parsed: config.TrainConfig, arguments: Sequence[str]) -> None:
+def _train(parsed: TrainConfig, arguments: Sequence[str]) -> None:
     """Runs `train`, here or restarted in child processes."""
     if parsed.max_restarts:
         from trainer.runtime.interruption import supervise
@@ -181,9 +179,9 @@ def _train(parsed: config.TrainConfig, arguments: Sequence[str]) -> None:
 
 def _find(command: str) -> Callable[..., None]:
     """The function of a command, its module imported."""
-    module, name = _PLACES.get(command, (f"trainer.{command}", "run"))
+    _, place = _LAUNCH_COMMANDS.get(command, ("", f"trainer.{command}:run"))
     with _without_greeting():
-        return getattr(importlib.import_module(module), name)
+        return pkgutil.resolve_name(place)
 
 
 @contextlib.contextmanager
@@ -254,10 +252,10 @@ def _usage(command: str) -> str:
         [
             f"Usage: multihot {command} --flag=value ...{behind}",
             "",
-            f"{summarize(command)}",
+            summarize(command),
             "",
             "Flags:",
-            describe_flags(COMMANDS[command]),
+            describe_flags(config_of(command)),
         ]
     )
 

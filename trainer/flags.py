@@ -1,8 +1,8 @@
-"""Command-line flags to configs, and the help text of both: the only reader of flags.
+"""Command-line flags from config dataclasses: their definition, parsing, checks and help text.
 
-Each command has an absl `FlagValues` of its own, made from the fields of its config dataclass, so
-a flag, its help, its default and its check are written once, in `config.py`. A nested config
-(`TrainConfig.optimizer`) is flattened: its fields are flags beside the others.
+Each command has its own absl `FlagValues`, made from the fields of its config dataclass. So the
+dataclass alone states a flag's name, default, bounds and help. The fields of a nested config
+(`TrainConfig.optimizer`) are flags beside the others.
 """
 
 import dataclasses
@@ -12,8 +12,8 @@ import re
 import textwrap
 import types
 import typing
-from collections.abc import Iterator, Sequence
-from dataclasses import field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from absl import flags
@@ -21,32 +21,119 @@ from absl import flags
 from trainer.errors import UserError
 
 
-def option(default: Any, help: str, choices: tuple[str, ...] = (), required: bool = False) -> Any:
+@dataclass(frozen=True)
+class Option:
+    """What a config's field says of its flag. None passes every check but `required`.
+
+    Attributes:
+      help: what the flag does, with its unit; the help text adds the default.
+      choices: the allowed values, if the flag is an enumeration.
+      required: whether the command refuses to start without it.
+      at_least, above, at_most, below: bounds of a number.
+      unit: of the bounds, for the error text.
+      pattern: regular expression that the whole text matches.
+      expected: what the error text says, if the bounds and the unit do not say it.
+      check: called with the value; raises UserError if it refuses it.
+    """
+
+    help: str
+    choices: tuple[str, ...] = ()
+    required: bool = False
+    at_least: float | None = None
+    above: float | None = None
+    at_most: float | None = None
+    below: float | None = None
+    unit: str = ""
+    pattern: str | None = None
+    expected: str = ""
+    check: Callable[[Any], object] | None = None
+
+    def validate(self, name: str, value: Any) -> None:
+        """Raises a UserError unless `value` is allowed for the flag `name`."""
+        if self.required and value in (None, "", ()):
+            raise UserError(f"--{name} is required: {self.help}")
+        if value is None:
+            return
+        if self.choices:
+            check_flag(value in self.choices, name, value, f"one of {', '.join(self.choices)}")
+        if self.pattern is not None:
+            check_flag(bool(re.fullmatch(self.pattern, value)), name, value, self.expected)
+        check_flag(self._is_in_bounds(value), name, value, self.expected or self._describe_bounds())
+        if self.check is not None:
+            self.check(value)
+
+    def _is_in_bounds(self, value: Any) -> bool:
+        # Written so that NaN, which a config file can hold, is outside of every bound.
+        return (
+            (self.at_least is None or value >= self.at_least)
+            and (self.above is None or value > self.above)
+            and (self.at_most is None or value <= self.at_most)
+            and (self.below is None or value < self.below)
+        )
+
+    def _describe_bounds(self) -> str:
+        unit = f" {self.unit}" if self.unit else ""
+        if self.at_most is not None:
+            return f"{self.at_least} to {self.at_most}{unit}"
+        if self.above is not None:
+            return f"more than {self.above}{unit}"
+        return f"0 or more{unit}" if self.at_least == 0 else f"at least {self.at_least}{unit}"
+
+
+def option(default: Any, help: str, **rules: Any) -> Any:
     """A dataclass field that is also a command-line flag.
 
     Args:
-      default: value when the flag is absent; None means "decided by the command".
-      help: what the flag does, with its unit; the default is appended by `flags.py`.
-      choices: the allowed values, if the flag is an enumeration.
-      required: whether the command refuses to start without it.
+      default: value when the flag is absent; None means that the command decides.
+      help: what the flag does.
+      rules: the other attributes of `Option`.
     """
-    return field(default=default, metadata={"help": help, "choices": choices, "required": required})
+    return field(default=default, metadata={"option": Option(help, **rules)})
+
+
+def changed_option(base: type, name: str, default: Any = None, **changes: Any) -> Any:
+    """The option `name` of a base class for a subclass that changes some of it.
+
+    Args:
+      base: config dataclass that declares the option.
+      name: of the field.
+      default: None keeps that of the base class.
+      changes: attributes of `Option` that differ.
+    """
+    (item,) = (item for item in dataclasses.fields(base) if item.name == name)
+    changed = dataclasses.replace(item.metadata["option"], **changes)
+    return field(default=item.default if default is None else default, metadata={"option": changed})
+
+
+@dataclass(frozen=True)
+class CheckedConfig:
+    """Base of all configs: checks each option when a config is made.
+
+    A subclass adds checks across several fields in its own `__post_init__`.
+
+    Raises:
+      UserError: for the first value that its option does not allow.
+    """
+
+    def __post_init__(self) -> None:
+        for item in dataclasses.fields(self):
+            if "option" in item.metadata:
+                item.metadata["option"].validate(item.name, getattr(self, item.name))
 
 
 def check_flag(condition: bool, flag: str, found: Any, expected: str) -> None:
+    """Raises a UserError that names a flag, its value and what was expected."""
     if not condition:
         raise UserError(f"--{flag}={found}: expected {expected}")
 
 
-def check_choices(config: Any) -> None:
-    """Checks every enumeration field, and every required one, of a config."""
-    for item in dataclasses.fields(config):
-        value = getattr(config, item.name)
-        choices = item.metadata.get("choices", ())
-        if choices and value is not None and value not in choices:
-            raise UserError(f"--{item.name}={value}: expected one of {', '.join(choices)}")
-        if item.metadata.get("required") and value in (None, "", ()):
-            raise UserError(f"--{item.name} is required: {item.metadata['help']}")
+def parse_kind(text: str) -> tuple[str, float | None]:
+    """`kind:number` in two; None if there is no number, NaN if it is none."""
+    kind, _, number = text.partition(":")
+    try:
+        return kind, float(number) if number else None
+    except ValueError:
+        return kind, math.nan
 
 
 def is_unicode(text: str) -> bool:
@@ -105,7 +192,7 @@ def define_flags(kind: type) -> flags.FlagValues:
     for item in option_fields(kind):
         kind_of_value = value_type(item.type)
         default: Any = item.default
-        text = item.metadata["help"]
+        text = item.metadata["option"].help
         if kind_of_value in (int, float):
             flags.DEFINE(_Number(kind_of_value), item.name, default, text, flag_values=values)
         elif kind_of_value is bool:
@@ -160,16 +247,21 @@ def _build(kind: type[Config], values: flags.FlagValues) -> Config:
 
 
 def describe_flags(kind: type) -> str:
-    """The help text of a command's flags: name, kind of value, meaning, unit and default."""
-    return "\n".join(_describe(item) for item in option_fields(kind))
+    """The help text of a command's flags, the required ones first.
+
+    Each has its name, kind of value, meaning, unit and default.
+    """
+    fields = sorted(option_fields(kind), key=lambda item: not item.metadata["option"].required)
+    return "\n".join(map(_describe, fields))
 
 
 def _describe(item: dataclasses.Field) -> str:
     names = {int: "INTEGER", float: "NUMBER", str: "TEXT", tuple: "LIST"}
-    expected = "|".join(item.metadata["choices"]) or names.get(value_type(item.type))
+    found: Option = item.metadata["option"]
+    expected = "|".join(found.choices) or names.get(value_type(item.type))
     heading = f"  --{item.name}={expected}" if expected else f"  --[no]{item.name}"
-    text = item.metadata["help"]
-    if item.metadata["required"]:
+    text = found.help
+    if found.required:
         text += " Required."
     elif item.default is not None:
         default = ",".join(item.default) if isinstance(item.default, tuple) else item.default
