@@ -5,29 +5,20 @@ Nothing heavy is imported here, because `multihot --help` reads this file.
 
 import re
 from dataclasses import dataclass
-from typing import Any, ClassVar
+from typing import ClassVar
 
 from launch.job import bucket_name, check_name
 from trainer.errors import UserError
 from trainer.flags import CheckedConfig, changed_option, check_flag, option
 
-_PROJECT: dict[str, Any] = {
+_PROJECT = {
     # An id, or the number that a project has beside it.
     "pattern": r"[a-z][-a-z0-9.:]{4,60}[a-z0-9]|\d{6,20}",
     "expected": "a project's id, as `gcloud projects list` shows it",
 }
-_ZONE: dict[str, Any] = {
-    "pattern": r"[a-z]+-[a-z]+\d+-[a-z]",
-    "expected": "a zone such as us-central1-a",
-}
-_REGION: dict[str, Any] = {
-    "pattern": r"[a-z]+-[a-z]+\d+",
-    "expected": "a region such as us-central1",
-}
-_RESOURCE: dict[str, Any] = {
-    "pattern": r"[\w.@:/-]+",
-    "expected": "letters, digits and - _ . @ : /",
-}
+_ZONE = {"pattern": r"[a-z]+-[a-z]+\d+-[a-z]", "expected": "a zone such as us-central1-a"}
+_REGION = {"pattern": r"[a-z]+-[a-z]+\d+", "expected": "a region such as us-central1"}
+_RESOURCE = {"pattern": r"[\w.@:/-]+", "expected": "letters, digits and - _ . @ : /"}
 
 
 def parse_labels(labels: tuple[str, ...]) -> dict[str, str]:
@@ -166,10 +157,9 @@ class SubmitTpuConfig(WaitingSubmitConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_flag(
+        self.expect(
             self.reservation is None or self.provisioning == "reserved",
             "reservation",
-            self.reservation,
             "--provisioning=reserved beside it",
         )
 

@@ -6,7 +6,7 @@ Nothing heavy is imported here, because `multihot --help` reads this file.
 from dataclasses import dataclass
 
 from trainer.errors import UserError
-from trainer.flags import changed_option, check_flag, option
+from trainer.flags import changed_option, option
 from trainer.model_config import EncoderConfig
 from trainer.run_config import TrainStepConfig
 
@@ -111,10 +111,9 @@ class PreflightConfig(TrainStepConfig):
             value = getattr(self, name)
             if value is not None and self.data_dir is not None:
                 raise UserError(f"--{name}={value}: --data_dir says that; leave one of them out")
-        check_flag(
+        self.expect(
             bool(self.steps) and set(self.steps) <= set(STEPS),
             "steps",
-            ",".join(self.steps),
             "train, score, or train,score",
         )
         if self.find_batch and self.row_groups is not None:

@@ -2,16 +2,18 @@
 
 import dataclasses
 import json
+import math
 
 import pytest
 
 from trainer import config
 from trainer.cli import COMMANDS, config_of
 from trainer.errors import UserError
-from trainer.flags import define_flags, describe_flags, option_fields, parse_flags
+from trainer.flags import Option, define_flags, describe_flags, option_fields, parse_flags
 from trainer.model_config import OptimizerConfig, PackingConfig
 from trainer.run_config import ExportConfig, TrainConfig
 
+SUBMIT = {"project": "my-project", "bucket": "jobs-of-mine", "name": "first"}
 # The flags that each command cannot do without.
 REQUIRED = {
     "sample": {"output": "out.jsonl"},
@@ -22,26 +24,9 @@ REQUIRED = {
     "export": {"model_dir": "run", "export_dir": "model"},
     "score": {"model": "model", "input": ("a.jsonl",), "output_dir": "scores"},
     "preflight": {"target": "v5e:4x4"},
-    "submit tpu": {
-        "project": "my-project",
-        "zone": "us-central1-a",
-        "bucket": "jobs-of-mine",
-        "accelerator": "v5e:2x2",
-        "name": "first",
-    },
-    "submit vertex": {
-        "project": "my-project",
-        "region": "us-central1",
-        "bucket": "jobs-of-mine",
-        "accelerator": "l4:2",
-        "name": "first",
-    },
-    "submit dataflow": {
-        "project": "my-project",
-        "region": "us-central1",
-        "bucket": "jobs-of-mine",
-        "name": "first",
-    },
+    "submit tpu": SUBMIT | {"zone": "us-central1-a", "accelerator": "v5e:2x2"},
+    "submit vertex": SUBMIT | {"region": "us-central1", "accelerator": "l4:2"},
+    "submit dataflow": SUBMIT | {"region": "us-central1"},
     "jobs list": {"project": "my-project"},
     "jobs status": {"project": "my-project", "name": "first"},
     "jobs logs": {"name": "first"},
@@ -58,6 +43,10 @@ ALTERNATIVES = {
 
 def required(command: str) -> dict:
     return REQUIRED[command] | ALTERNATIVES.get(command, {})
+
+
+def through_json(values) -> dict:
+    return json.loads(json.dumps(dataclasses.asdict(values)))
 
 
 def required_arguments(command: str) -> list[str]:
@@ -104,10 +93,7 @@ def test_each_missing_required_flag_is_named(command):
 @pytest.mark.parametrize("command", COMMANDS)
 def test_json_round_trip(command):
     original = config_of(command)(**required(command))
-    assert (
-        config.from_dict(config_of(command), json.loads(json.dumps(dataclasses.asdict(original))))
-        == original
-    )
+    assert config.from_dict(config_of(command), through_json(original)) == original
 
 
 def test_json_round_trip_of_changed_and_nested_fields():
@@ -118,14 +104,11 @@ def test_json_round_trip_of_changed_and_nested_fields():
         evaluate_every=0.5,
         optimizer=OptimizerConfig(learning_rate=3e-4, schedule="cosine"),
     )
-    values = json.loads(json.dumps(dataclasses.asdict(original)))
+    values = through_json(original)
     assert values["optimizer"]["learning_rate"] == 3e-4
     assert config.from_dict(TrainConfig, values) == original
     packing = PackingConfig(row_groups=((4, 128), (2, 64)), max_documents=9, max_windows=9)
-    assert (
-        config.from_dict(PackingConfig, json.loads(json.dumps(dataclasses.asdict(packing))))
-        == packing
-    )
+    assert config.from_dict(PackingConfig, through_json(packing)) == packing
     values["from_the_future"] = 1
     with pytest.raises(UserError, match="from_the_future"):
         config.from_dict(TrainConfig, values)
@@ -155,9 +138,9 @@ def test_values_of_every_type_arrive_in_the_config():
 
 
 def test_parsing_twice_keeps_nothing_of_the_first():
-    required = required_arguments("train")
-    assert parse_flags(TrainConfig, [*required, "--patience=2"]).patience == 2
-    assert parse_flags(TrainConfig, required).patience == 0
+    arguments = required_arguments("train")
+    assert parse_flags(TrainConfig, [*arguments, "--patience=2"]).patience == 2
+    assert parse_flags(TrainConfig, arguments).patience == 0
 
 
 @pytest.mark.parametrize(
@@ -200,6 +183,25 @@ def test_a_bad_flag_is_one_line_that_names_it(command, argument, expected):
         parse_flags(config_of(command), [*required_arguments(command), argument])
     assert expected in str(caught.value)
     assert "\n" not in str(caught.value)
+
+
+@pytest.mark.parametrize(
+    ("rules", "refused", "expected"),
+    [
+        ({"at_least": 0, "unit": "steps"}, -1, "0 or more steps"),
+        ({"at_least": 2, "unit": "steps"}, 1, "at least 2 steps"),
+        ({"above": 0, "unit": "epochs"}, 0.0, "more than 0 epochs"),
+        ({"at_least": 1, "at_most": 9}, 10, "1 to 9"),
+        ({"at_least": 0, "below": 1, "expected": "a rate in [0, 1)"}, 1.0, "a rate in [0, 1)"),
+        ({"at_least": 1}, math.nan, "at least 1"),
+        ({"pattern": "[a-z]+", "expected": "letters"}, "ab1", "letters"),
+    ],
+)
+def test_bounds_say_what_they_expect(rules, refused, expected):
+    with pytest.raises(UserError) as caught:
+        Option("Help.", **rules).validate("flag", refused)
+    assert str(caught.value) == f"--flag={refused}: expected {expected}"
+    Option("Help.", **rules).validate("flag", None)
 
 
 def test_a_command_s_flags_do_not_collide():

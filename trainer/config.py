@@ -116,10 +116,9 @@ class InputConfig(CheckedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_flag(
+        self.expect(
             not self.beam_options or self.runner != LOCAL_RUNNER,
             "beam_options",
-            ",".join(self.beam_options),
             "none with --runner=local; name a Beam runner",
         )
 
@@ -232,22 +231,19 @@ class PrepareConfig(InputConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_flag(
+        self.expect(
             0 <= self.window_stride <= self.max_seq_length - 2,
             "window_stride",
-            self.window_stride,
             f"0 to {self.max_seq_length - 2} tokens: --max_seq_length less [CLS] and [SEP]",
         )
-        check_flag(
+        self.expect(
             self.window_stride == 0 or self.max_windows > 1,
             "window_stride",
-            self.window_stride,
             "--max_windows of 2 or more beside it: one window has no next one",
         )
-        check_flag(
+        self.expect(
             "" not in self.keep_columns and len(set(self.keep_columns)) == len(self.keep_columns),
             "keep_columns",
-            ",".join(self.keep_columns),
             "names of columns, each once",
         )
 
@@ -343,18 +339,16 @@ class ScoreConfig(DeviceConfig, InputConfig):
         super().__post_init__()
         self._check_worker()
         for name in ("precision", "tokens_per_batch"):
-            found, default = getattr(self, name), getattr(ScoreConfig, name)
-            check_flag(
-                self.runner == LOCAL_RUNNER or found in (default, "float32"),
+            allowed = (getattr(ScoreConfig, name), "float32")
+            self.expect(
+                self.runner == LOCAL_RUNNER or getattr(self, name) in allowed,
                 name,
-                found,
                 f"none with --runner={self.runner}, which runs the SavedModel as it was exported",
             )
-        check_flag(
+        self.expect(
             not {"", "id", "labels", "scores"}.intersection(self.keep_columns)
             and len(set(self.keep_columns)) == len(self.keep_columns),
             "keep_columns",
-            ",".join(self.keep_columns),
             "names of columns, each once, none of them id, labels or scores",
         )
         for name in ("text_field", "id_field", "keep_columns"):
@@ -368,11 +362,10 @@ class ScoreConfig(DeviceConfig, InputConfig):
             missing = "worker_index" if index is None else "num_workers"
             raise UserError(f"--{missing}: expected too, beside the other of the two")
         if index is not None and count is not None:
-            check_flag(0 <= index < count, "worker_index", index, f"0 to {count - 1}, of {count}")
-        check_flag(
+            self.expect(0 <= index < count, "worker_index", f"0 to {count - 1}, of {count}")
+        self.expect(
             self.runner == LOCAL_RUNNER or count is None,
             "num_workers",
-            count,
             f"none with --runner={self.runner}, which has workers of its own",
         )
 

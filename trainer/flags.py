@@ -8,6 +8,7 @@ dataclass alone states a flag's name, default, bounds and help. The fields of a 
 import dataclasses
 import difflib
 import math
+import operator
 import re
 import textwrap
 import types
@@ -19,6 +20,13 @@ from typing import Any, TypeVar
 from absl import flags
 
 from trainer.errors import UserError
+
+_COMPARISONS = {
+    "at_least": operator.ge,
+    "above": operator.gt,
+    "at_most": operator.le,
+    "below": operator.lt,
+}
 
 
 @dataclass(frozen=True)
@@ -52,27 +60,29 @@ class Option:
         """Raises a UserError unless `value` is allowed for the flag `name`."""
         if self.required and value in (None, "", ()):
             raise UserError(f"--{name} is required: {self.help}")
-        if value is None:
-            return
-        if self.choices:
-            check_flag(value in self.choices, name, value, f"one of {', '.join(self.choices)}")
-        if self.pattern is not None:
-            check_flag(bool(re.fullmatch(self.pattern, value)), name, value, self.expected)
-        check_flag(self._is_in_bounds(value), name, value, self.expected or self._describe_bounds())
-        if self.check is not None:
-            self.check(value)
+        if value is not None:
+            check_flag(self._allows(value), name, value, self._describe_allowed())
+            if self.check is not None:
+                self.check(value)
 
-    def _is_in_bounds(self, value: Any) -> bool:
-        # Written so that NaN, which a config file can hold, is outside of every bound.
-        return (
-            (self.at_least is None or value >= self.at_least)
-            and (self.above is None or value > self.above)
-            and (self.at_most is None or value <= self.at_most)
-            and (self.below is None or value < self.below)
+    def _allows(self, value: Any) -> bool:
+        if self.choices:
+            return value in self.choices
+        if self.pattern is not None:
+            return re.fullmatch(self.pattern, value) is not None
+        # NaN, which a config file can hold, compares false and so is out of every bound.
+        return all(
+            compare(value, getattr(self, name))
+            for name, compare in _COMPARISONS.items()
+            if getattr(self, name) is not None
         )
 
-    def _describe_bounds(self) -> str:
+    def _describe_allowed(self) -> str:
         unit = f" {self.unit}" if self.unit else ""
+        if self.choices:
+            return f"one of {', '.join(self.choices)}"
+        if self.expected:
+            return self.expected
         if self.at_most is not None:
             return f"{self.at_least} to {self.at_most}{unit}"
         if self.above is not None:
@@ -81,44 +91,40 @@ class Option:
 
 
 def option(default: Any, help: str, **rules: Any) -> Any:
-    """A dataclass field that is also a command-line flag.
+    """A dataclass field that is also a command-line flag. `rules` are attributes of `Option`.
 
-    Args:
-      default: value when the flag is absent; None means that the command decides.
-      help: what the flag does.
-      rules: the other attributes of `Option`.
+    The default None means that the command decides.
     """
     return field(default=default, metadata={"option": Option(help, **rules)})
 
 
-def changed_option(base: type, name: str, default: Any = None, **changes: Any) -> Any:
-    """The option `name` of a base class for a subclass that changes some of it.
+def changed_option(base: Any, name: str, default: Any = None, **changes: Any) -> Any:
+    """The option `name` of a base class with other attributes of `Option`, for a subclass.
 
-    Args:
-      base: config dataclass that declares the option.
-      name: of the field.
-      default: None keeps that of the base class.
-      changes: attributes of `Option` that differ.
+    The default None keeps that of the base class.
     """
-    (item,) = (item for item in dataclasses.fields(base) if item.name == name)
+    item = base.__dataclass_fields__[name]
     changed = dataclasses.replace(item.metadata["option"], **changes)
     return field(default=item.default if default is None else default, metadata={"option": changed})
 
 
 @dataclass(frozen=True)
 class CheckedConfig:
-    """Base of all configs: checks each option when a config is made.
+    """Base of all configs: raises a UserError when it is made with a value that is not allowed.
 
-    A subclass adds checks across several fields in its own `__post_init__`.
-
-    Raises:
-      UserError: for the first value that its option does not allow.
+    A subclass checks what depends on several fields in its own `__post_init__`.
     """
 
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):
             if "option" in item.metadata:
                 item.metadata["option"].validate(item.name, getattr(self, item.name))
+
+    def expect(self, condition: bool, name: str, expected: str) -> None:
+        """Raises a UserError that names the flag `name` and its value, unless `condition` holds."""
+        value = getattr(self, name)
+        found = ",".join(value) if isinstance(value, tuple) else value
+        check_flag(condition, name, found, expected)
 
 
 def check_flag(condition: bool, flag: str, found: Any, expected: str) -> None:
@@ -128,7 +134,7 @@ def check_flag(condition: bool, flag: str, found: Any, expected: str) -> None:
 
 
 def parse_kind(text: str) -> tuple[str, float | None]:
-    """`kind:number` in two; None if there is no number, NaN if it is none."""
+    """`kind:number` as (kind, number): None without a number, NaN if it is not a number."""
     kind, _, number = text.partition(":")
     try:
         return kind, float(number) if number else None
@@ -137,7 +143,7 @@ def parse_kind(text: str) -> tuple[str, float | None]:
 
 
 def is_unicode(text: str) -> bool:
-    """Whether a text can be written as UTF-8: halves of surrogate pairs cannot."""
+    """Whether a text can be written as UTF-8; a lone half of a surrogate pair cannot."""
     if text.isascii():
         return True
     try:
@@ -168,7 +174,10 @@ def option_fields(kind: type) -> Iterator[dataclasses.Field]:
 
 
 class _Number(flags.ArgumentParser):
-    """Parses an integer or a finite number; absl's own take nan, and quote Python's words."""
+    """Parses an integer or a finite number.
+
+    absl's own parsers accept NaN, and their error texts quote Python's.
+    """
 
     def __init__(self, kind: type[int] | type[float]) -> None:
         super().__init__()
@@ -224,7 +233,7 @@ def parse_flags(kind: type[Config], arguments: Sequence[str]) -> Config:
         raise UserError(f"--{error.flagname}: no such flag; {hint}") from None
     except flags.IllegalFlagValueError as error:
         message = str(error).removeprefix("flag ")
-        # absl's sentence on booleans is a tuple that was meant for a logger.
+        # absl's text for booleans is the repr of a tuple of logging arguments.
         raise UserError(re.sub(r"\('Non-boolean .*", "expected true or false", message)) from None
     except flags.Error as error:
         raise UserError(str(error)) from None

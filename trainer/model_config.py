@@ -5,7 +5,6 @@ Nothing heavy is imported here, because `multihot --help` reads this file.
 
 import functools
 from dataclasses import dataclass
-from typing import Any
 
 from trainer.errors import UserError
 from trainer.flags import CheckedConfig, check_flag, option
@@ -13,17 +12,13 @@ from trainer.flags import CheckedConfig, check_flag, option
 HEADS = ("cls", "mean", "label_attention")
 WINDOW_POOLINGS = ("max", "mean", "attention")
 LOSSES = (
-    "weighted_bce",
-    "focal",
-    "asymmetric",
-    "class_balanced",
-    "distribution_balanced",
+    "weighted_bce", "focal", "asymmetric", "class_balanced", "distribution_balanced",
     "logit_adjusted",
-)
+)  # fmt: skip
 
-_DROPOUT_RATE: dict[str, Any] = {"at_least": 0, "below": 1, "expected": "a rate in [0, 1)"}
-_BELOW_1: dict[str, Any] = {"at_least": 0, "below": 1, "expected": "a number in [0, 1)"}
-_NOT_NEGATIVE: dict[str, Any] = {"at_least": 0, "expected": "a number not below 0"}
+_DROPOUT_RATE = {"at_least": 0, "below": 1, "expected": "a rate in [0, 1)"}
+_BELOW_1 = {"at_least": 0, "below": 1, "expected": "a number in [0, 1)"}
+_NOT_NEGATIVE = {"at_least": 0, "expected": "a number not below 0"}
 
 
 @functools.cache
@@ -81,10 +76,9 @@ class EncoderConfig(CheckedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        check_flag(
+        self.expect(
             self.hidden_size % self.num_attention_heads == 0,
             "hidden_size",
-            self.hidden_size,
             f"a multiple of --num_attention_heads={self.num_attention_heads}",
         )
 
@@ -104,7 +98,7 @@ class ModelConfig(EncoderConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         for name in ("vocab_size", "num_labels", "max_position_embeddings"):
-            check_flag(getattr(self, name) >= 1, name, getattr(self, name), "at least 1")
+            self.expect(getattr(self, name) >= 1, name, "at least 1")
 
 
 @dataclass(frozen=True)

@@ -11,6 +11,9 @@ from trainer.model_config import EncoderConfig, LossConfig, OptimizerConfig, par
 
 DEFAULT_SEED = 17
 STRATEGIES = ("auto", "tpu", "mirrored", "multi_worker", "one_device", "cpu")
+BEST_METRICS = (
+    "mean_average_precision", "micro_average_precision", "micro_f1", "macro_f1", "loss",
+)  # fmt: skip
 
 
 @dataclass(frozen=True, kw_only=True)
@@ -129,13 +132,7 @@ class TrainConfig(TrainStepConfig, DeviceConfig, RunConfig):
     best_metric: str = option(
         "mean_average_precision",
         "Metric that picks the best checkpoint.",
-        choices=(
-            "mean_average_precision",
-            "micro_average_precision",
-            "micro_f1",
-            "macro_f1",
-            "loss",
-        ),
+        choices=BEST_METRICS,
     )
     patience: int = option(
         0,
