@@ -54,7 +54,8 @@ def make_run(data_dir, model_dir, seed=4):
     """A run whose best checkpoint is an untrained model with large weights in the head."""
     metadata = load_metadata(data_dir)
     sizes = ModelConfig(
-        metadata.vocab_size, NUM_LABELS, 16, 1, 2, 32,
+        metadata.vocab_size, NUM_LABELS,
+        hidden_size=16, num_layers=1, num_attention_heads=2, intermediate_size=32,
         max_position_embeddings=metadata.max_seq_length,
     )  # fmt: skip
     split = metadata.split("train")
