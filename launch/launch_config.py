@@ -46,7 +46,7 @@ def parse_labels(labels: tuple[str, ...]) -> dict[str, str]:
 
 @dataclass(frozen=True)
 class SubmitConfig(CheckedConfig):
-    """What every `submit` command is told."""
+    """The flags that all `submit` commands share."""
 
     project: str = option("", "Google Cloud project that pays.", required=True, **_PROJECT)
     bucket: str = option(
@@ -75,7 +75,7 @@ class SubmitConfig(CheckedConfig):
 
 @dataclass(frozen=True)
 class WaitingSubmitConfig(SubmitConfig):
-    """What the `submit` commands are told that can wait for the job's end."""
+    """The flags of the `submit` commands that can wait for the job's end."""
 
     max_hours: float = option(
         24.0,
@@ -252,7 +252,7 @@ class SubmitDataflowConfig(SubmitConfig):
 
 @dataclass(frozen=True)
 class JobsConfig(CheckedConfig):
-    """Where every `jobs` command looks for jobs; it needs at least one of `PLACES`."""
+    """Where a `jobs` command looks for jobs: at least one of `PLACES` has to be given."""
 
     PLACES: ClassVar[tuple[str, ...]] = ("zone", "region", "bucket")
 

@@ -31,17 +31,17 @@ _COMPARISONS = {
 
 @dataclass(frozen=True)
 class Option:
-    """What a config's field says of its flag. None passes every check but `required`.
+    """The help text and the checks of a flag. The value None passes all checks but `required`.
 
     Attributes:
       help: what the flag does, with its unit; the help text adds the default.
       choices: the allowed values, if the flag is an enumeration.
-      required: whether the command refuses to start without it.
+      required: whether the command refuses to start without a value.
       at_least, above, at_most, below: bounds of a number.
-      unit: of the bounds, for the error text.
-      pattern: regular expression that the whole text matches.
-      expected: what the error text says, if the bounds and the unit do not say it.
-      check: called with the value; raises UserError if it refuses it.
+      unit: the unit of the bounds in the error text.
+      pattern: regular expression that has to match the whole text.
+      expected: the error text after "expected"; default: made from the bounds and the unit.
+      check: function of the value that raises UserError for one that is not allowed.
     """
 
     help: str

@@ -18,7 +18,7 @@ BEST_METRICS = (
 
 @dataclass(frozen=True, kw_only=True)
 class TrainStepConfig(EncoderConfig):
-    """What `train` and `preflight` are told of the training step."""
+    """The flags of the training step, which `train` and `preflight` share."""
 
     init_checkpoint: str | None = option(
         None, "Folder or hub id of a pretrained BERT; default: from scratch."
@@ -44,7 +44,7 @@ class TrainStepConfig(EncoderConfig):
 
 @dataclass(frozen=True)
 class DeviceConfig(CheckedConfig):
-    """Which devices `train` and `score` take."""
+    """The flags of the devices that `train` and `score` run on."""
 
     strategy: str = option(
         "auto",
