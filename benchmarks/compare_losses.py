@@ -20,10 +20,10 @@ import numpy as np
 from compare_trainer import FIRST_SEED, load_results, open_folder, predict, result_path
 from corpus import find_checkpoint, load_documents, make_corpus, run_multihot, write_json
 
-from trainer.config import LossConfig
 from trainer.evaluation.calibration import fit_calibration, sigmoid
 from trainer.evaluation.metrics import compute_metrics
 from trainer.evaluation.thresholds import ThresholdTarget, fit_thresholds
+from trainer.model_config import LossConfig
 from trainer.training.losses import has_exact_correction, positive_weights
 
 CANDIDATES = {

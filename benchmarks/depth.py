@@ -11,10 +11,10 @@ import sys
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 from launch.accelerators import GIB, parse_target
-from launch.launch_config import PreflightConfig
 from launch.preflight.command import report_step
 from launch.preflight.job_shape import choose_shape, read_metadata
 from launch.preflight.roofline import StepCost
+from launch.preflight_config import PreflightConfig
 from trainer.flags import parse_flags
 
 _TOLERANCE = 0.05

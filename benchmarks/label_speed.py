@@ -14,10 +14,10 @@ import time
 import numpy as np
 import tensorflow as tf
 
-from trainer.config import LossConfig, ModelConfig, OptimizerConfig, PackingConfig
 from trainer.data.input_pipeline import spread_labels
 from trainer.data.packing import choose_packing, pack
 from trainer.model.model import build_model
+from trainer.model_config import LossConfig, ModelConfig, OptimizerConfig, PackingConfig
 from trainer.training.losses import make_loss
 from trainer.training.optimizer import AdamW
 from trainer.training.step import TrainStep

@@ -15,9 +15,9 @@ import subprocess
 import sys
 import time
 
-from trainer.config import PackingConfig
 from trainer.data.metadata import Metadata, Shard, Split, load_metadata
 from trainer.data.records import encode_record, frame_records
+from trainer.model_config import PackingConfig
 from trainer.storage.filesystem import checksum
 
 LENGTH = 10

@@ -11,7 +11,7 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 from launch.accelerators import GIB, default_topology, parse_target
 from launch.preflight.compilation import compile_programs
 from launch.preflight.lowering import lower_steps
-from trainer.config import ModelConfig, OptimizerConfig, PackingConfig, parse_row_groups
+from trainer.model_config import ModelConfig, OptimizerConfig, PackingConfig, parse_row_groups
 
 # BERT-base's vocabulary and width.
 _VOCAB_SIZE, _HIDDEN_SIZE, _HEADS, _INTERMEDIATE_SIZE = 30522, 768, 12, 3072

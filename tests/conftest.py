@@ -66,7 +66,8 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
 def model(corpus: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A small model folder, trained on `corpus` and calibrated."""
     from trainer import evaluate, export, train
-    from trainer.config import EvaluateConfig, ExportConfig, OptimizerConfig, TrainConfig
+    from trainer.model_config import OptimizerConfig
+    from trainer.run_config import EvaluateConfig, ExportConfig, TrainConfig
 
     folder = tmp_path_factory.mktemp("model")
     run, exported = str(folder / "run"), str(folder / "model")

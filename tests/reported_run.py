@@ -9,10 +9,12 @@ import os
 import numpy as np
 
 from trainer import evaluate, prepare
-from trainer.config import EvaluateConfig, ModelConfig, PrepareConfig, TrainConfig
+from trainer.config import PrepareConfig
 from trainer.data.metadata import load_metadata
 from trainer.data.packing import choose_packing
 from trainer.model.model import build_model
+from trainer.model_config import ModelConfig
+from trainer.run_config import EvaluateConfig, TrainConfig
 from trainer.training.checkpoint import Checkpoints
 from trainer.training.run_record import RunRecord, start_record
 
@@ -52,7 +54,8 @@ def make_run(data_dir, model_dir, seed=4):
     """A run whose best checkpoint is an untrained model with large weights in the head."""
     metadata = load_metadata(data_dir)
     sizes = ModelConfig(
-        metadata.vocab_size, NUM_LABELS, 16, 1, 2, 32,
+        metadata.vocab_size, NUM_LABELS,
+        hidden_size=16, num_layers=1, num_attention_heads=2, intermediate_size=32,
         max_position_embeddings=metadata.max_seq_length,
     )  # fmt: skip
     split = metadata.split("train")

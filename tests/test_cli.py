@@ -101,11 +101,12 @@ def test_a_mistake_found_after_tensorflow_is_imported_is_one_line_too(tmp_path):
     )
 
 
-def test_what_an_import_prints_is_passed_on_but_for_the_greeting(tmp_path):
+def test_what_an_import_prints_is_passed_on_but_for_the_startup_lines(tmp_path):
     script = (
         "import os, sys; os.environ['TF_CPP_MIN_LOG_LEVEL'] = '2'; from trainer import cli\n"
-        "with cli._without_greeting():\n"
-        "    print('a warning', file=sys.stderr); os.write(2, b'port.cc: ' + cli._GREETING[1])\n"
+        "with cli._without_startup_lines():\n"
+        "    print('a warning', file=sys.stderr)\n"
+        "    os.write(2, b'port.cc: ' + cli._STARTUP_LINES[1])\n"
     )
     done = subprocess.run([sys.executable, "-c", script], capture_output=True, text=True)
     assert (done.returncode, done.stdout, done.stderr) == (0, "", "a warning\n")

@@ -11,13 +11,14 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from trainer.config import ModelConfig, TrainConfig
 from trainer.data.input_pipeline import open_stream, read_micro_batches
 from trainer.data.metadata import Metadata, Shard, Split, load_metadata
 from trainer.data.packing import choose_packing
 from trainer.data.records import encode_record
 from trainer.errors import UserError
 from trainer.model.model import build_model
+from trainer.model_config import ModelConfig
+from trainer.run_config import TrainConfig
 from trainer.storage.filesystem import checksum
 from trainer.training.checkpoint import Checkpoints, fingerprint_weights, load_best
 from trainer.training.run_record import RunRecord, load_record, start_record
@@ -56,7 +57,15 @@ def original(tmp_path_factory):
     os.mkdir(data_dir)
     split = write_split(data_dir, 120, 3)
     Metadata(LABELS, 16, 64, "t" * 64, {"train": split}, {}, {}).save(data_dir)
-    sizes = ModelConfig(64, len(LABELS), 8, 1, 2, 16, max_position_embeddings=16)
+    sizes = ModelConfig(
+        64,
+        len(LABELS),
+        hidden_size=8,
+        num_layers=1,
+        num_attention_heads=2,
+        intermediate_size=16,
+        max_position_embeddings=16,
+    )
     record = RunRecord(
         TrainConfig(data_dir=data_dir, model_dir=model_dir), sizes,
         choose_packing(split.length_histogram, 64), LABELS, (1.5, 1.0), (1.0, 1.0),

@@ -9,7 +9,6 @@ import pytest
 import tensorflow as tf
 from sklearn import metrics as peer
 
-from trainer.config import EvaluateConfig, ModelConfig, TrainConfig
 from trainer.data.metadata import Metadata, Shard, Split, load_metadata
 from trainer.data.packing import choose_packing
 from trainer.data.records import encode_record
@@ -18,6 +17,8 @@ from trainer.evaluate import run, trivial_metrics
 from trainer.evaluation.calibration import Calibration, sigmoid
 from trainer.model.model import build_model
 from trainer.model.predictor import Predictor
+from trainer.model_config import ModelConfig
+from trainer.run_config import EvaluateConfig, TrainConfig
 from trainer.storage.filesystem import checksum
 from trainer.training.checkpoint import Checkpoints, load_best
 from trainer.training.run_record import RunRecord, start_record
@@ -66,7 +67,15 @@ def folders(tmp_path_factory):
         "empty": dataclasses.replace(write_split(data_dir, "empty", 1, 16, 3), documents=0),
     }
     Metadata(LABELS, MAX_LENGTH, VOCABULARY, "t" * 64, splits, {}, {}, ("source",)).save(data_dir)
-    sizes = ModelConfig(VOCABULARY, len(LABELS), 16, 1, 2, 32, max_position_embeddings=MAX_LENGTH)
+    sizes = ModelConfig(
+        VOCABULARY,
+        len(LABELS),
+        hidden_size=16,
+        num_layers=1,
+        num_attention_heads=2,
+        intermediate_size=32,
+        max_position_embeddings=MAX_LENGTH,
+    )
     packing = choose_packing(splits["train"].length_histogram, 256)
     record = RunRecord(
         TrainConfig(data_dir=data_dir, model_dir=model_dir), sizes, packing, LABELS, WEIGHTS,

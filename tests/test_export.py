@@ -12,12 +12,13 @@ import torch
 import transformers
 
 from trainer import evaluate, export, train
-from trainer.config import EvaluateConfig, ExportConfig, ModelConfig, OptimizerConfig, TrainConfig
 from trainer.data.metadata import load_metadata
 from trainer.data.packing import pack
 from trainer.errors import UserError
 from trainer.model.model_folder import load_model_folder
 from trainer.model.predictor import Predictor
+from trainer.model_config import ModelConfig, OptimizerConfig
+from trainer.run_config import EvaluateConfig, ExportConfig, TrainConfig
 from trainer.training.checkpoint import load_best
 
 

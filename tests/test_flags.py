@@ -2,14 +2,18 @@
 
 import dataclasses
 import json
+import math
 
 import pytest
 
 from trainer import config
-from trainer.cli import COMMANDS
+from trainer.cli import COMMANDS, config_of
 from trainer.errors import UserError
-from trainer.flags import define_flags, describe_flags, option_fields, parse_flags
+from trainer.flags import Option, define_flags, describe_flags, option_fields, parse_flags
+from trainer.model_config import OptimizerConfig, PackingConfig
+from trainer.run_config import ExportConfig, TrainConfig
 
+SUBMIT = {"project": "my-project", "bucket": "jobs-of-mine", "name": "first"}
 # The flags that each command cannot do without.
 REQUIRED = {
     "sample": {"output": "out.jsonl"},
@@ -20,26 +24,9 @@ REQUIRED = {
     "export": {"model_dir": "run", "export_dir": "model"},
     "score": {"model": "model", "input": ("a.jsonl",), "output_dir": "scores"},
     "preflight": {"target": "v5e:4x4"},
-    "submit tpu": {
-        "project": "my-project",
-        "zone": "us-central1-a",
-        "bucket": "jobs-of-mine",
-        "accelerator": "v5e:2x2",
-        "name": "first",
-    },
-    "submit vertex": {
-        "project": "my-project",
-        "region": "us-central1",
-        "bucket": "jobs-of-mine",
-        "accelerator": "l4:2",
-        "name": "first",
-    },
-    "submit dataflow": {
-        "project": "my-project",
-        "region": "us-central1",
-        "bucket": "jobs-of-mine",
-        "name": "first",
-    },
+    "submit tpu": SUBMIT | {"zone": "us-central1-a", "accelerator": "v5e:2x2"},
+    "submit vertex": SUBMIT | {"region": "us-central1", "accelerator": "l4:2"},
+    "submit dataflow": SUBMIT | {"region": "us-central1"},
     "jobs list": {"project": "my-project"},
     "jobs status": {"project": "my-project", "name": "first"},
     "jobs logs": {"name": "first"},
@@ -58,6 +45,10 @@ def required(command: str) -> dict:
     return REQUIRED[command] | ALTERNATIVES.get(command, {})
 
 
+def through_json(values) -> dict:
+    return json.loads(json.dumps(dataclasses.asdict(values)))
+
+
 def required_arguments(command: str) -> list[str]:
     return [
         f"--{name}={','.join(value) if isinstance(value, tuple) else value}"
@@ -67,13 +58,13 @@ def required_arguments(command: str) -> list[str]:
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_every_flag_has_help_and_the_config_s_default(command):
-    kind = COMMANDS[command]
+    kind = config_of(command)
     fields = list(option_fields(kind))
     help_text = describe_flags(kind)
     values = define_flags(kind)
     assert sorted(values) == sorted(item.name for item in fields)
     for item in fields:
-        assert len(item.metadata["help"]) >= 10, f"--{item.name} explains nothing"
+        assert len(item.metadata["option"].help) >= 10, f"--{item.name} explains nothing"
         assert f"--{item.name}=" in help_text or f"--[no]{item.name}" in help_text
         default = values[item.name].value
         assert (tuple(default) if isinstance(default, list) else default) == item.default
@@ -82,7 +73,7 @@ def test_every_flag_has_help_and_the_config_s_default(command):
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_required_flags_alone_give_the_defaults(command):
-    assert parse_flags(COMMANDS[command], required_arguments(command)) == COMMANDS[command](
+    assert parse_flags(config_of(command), required_arguments(command)) == config_of(command)(
         **required(command)
     )
 
@@ -96,38 +87,38 @@ def test_each_missing_required_flag_is_named(command):
             if not argument.startswith(f"--{missing}=")
         ]
         with pytest.raises(UserError, match=f"--{missing} is required"):
-            parse_flags(COMMANDS[command], arguments)
+            parse_flags(config_of(command), arguments)
 
 
 @pytest.mark.parametrize("command", COMMANDS)
 def test_json_round_trip(command):
-    original = COMMANDS[command](**required(command))
-    assert config.from_dict(COMMANDS[command], json.loads(config.to_json(original))) == original
+    original = config_of(command)(**required(command))
+    assert config.from_dict(config_of(command), through_json(original)) == original
 
 
 def test_json_round_trip_of_changed_and_nested_fields():
-    original = config.TrainConfig(
+    original = TrainConfig(
         data_dir="data",
         model_dir="run",
         row_groups="4x128,2x64",
         evaluate_every=0.5,
-        optimizer=config.OptimizerConfig(learning_rate=3e-4, schedule="cosine"),
+        optimizer=OptimizerConfig(learning_rate=3e-4, schedule="cosine"),
     )
-    values = json.loads(config.to_json(original))
+    values = through_json(original)
     assert values["optimizer"]["learning_rate"] == 3e-4
-    assert config.from_dict(config.TrainConfig, values) == original
-    packing = config.PackingConfig(row_groups=((4, 128), (2, 64)), max_documents=9, max_windows=9)
-    assert config.from_dict(config.PackingConfig, json.loads(config.to_json(packing))) == packing
+    assert config.from_dict(TrainConfig, values) == original
+    packing = PackingConfig(row_groups=((4, 128), (2, 64)), max_documents=9, max_windows=9)
+    assert config.from_dict(PackingConfig, through_json(packing)) == packing
     values["from_the_future"] = 1
     with pytest.raises(UserError, match="from_the_future"):
-        config.from_dict(config.TrainConfig, values)
+        config.from_dict(TrainConfig, values)
 
 
 def test_values_of_every_type_arrive_in_the_config():
     arguments = ["--hidden_size", "128", "--num_attention_heads=2", "--num_train_epochs=0.5"]
     arguments += ["--learning_rate=3e-4", "--head=mean", "--init_checkpoint=bert", "--patience=2"]
-    parsed = parse_flags(config.TrainConfig, required_arguments("train") + arguments)
-    assert parsed == config.TrainConfig(
+    parsed = parse_flags(TrainConfig, required_arguments("train") + arguments)
+    assert parsed == TrainConfig(
         data_dir="data",
         model_dir="run",
         hidden_size=128,
@@ -136,9 +127,9 @@ def test_values_of_every_type_arrive_in_the_config():
         head="mean",
         init_checkpoint="bert",
         patience=2,
-        optimizer=config.OptimizerConfig(learning_rate=3e-4),
+        optimizer=OptimizerConfig(learning_rate=3e-4),
     )
-    exported = parse_flags(config.ExportConfig, [*required_arguments("export"), "--uncalibrated"])
+    exported = parse_flags(ExportConfig, [*required_arguments("export"), "--uncalibrated"])
     assert exported.uncalibrated is True
     columns = parse_flags(
         config.PrepareConfig, [*required_arguments("prepare"), "--label_field=red,green"]
@@ -147,9 +138,9 @@ def test_values_of_every_type_arrive_in_the_config():
 
 
 def test_parsing_twice_keeps_nothing_of_the_first():
-    required = required_arguments("train")
-    assert parse_flags(config.TrainConfig, [*required, "--patience=2"]).patience == 2
-    assert parse_flags(config.TrainConfig, required).patience == 0
+    arguments = required_arguments("train")
+    assert parse_flags(TrainConfig, [*arguments, "--patience=2"]).patience == 2
+    assert parse_flags(TrainConfig, arguments).patience == 0
 
 
 @pytest.mark.parametrize(
@@ -189,13 +180,32 @@ def test_parsing_twice_keeps_nothing_of_the_first():
 )
 def test_a_bad_flag_is_one_line_that_names_it(command, argument, expected):
     with pytest.raises(UserError) as caught:
-        parse_flags(COMMANDS[command], [*required_arguments(command), argument])
+        parse_flags(config_of(command), [*required_arguments(command), argument])
     assert expected in str(caught.value)
     assert "\n" not in str(caught.value)
 
 
+@pytest.mark.parametrize(
+    ("rules", "refused", "expected"),
+    [
+        ({"at_least": 0, "unit": "steps"}, -1, "0 or more steps"),
+        ({"at_least": 2, "unit": "steps"}, 1, "at least 2 steps"),
+        ({"above": 0, "unit": "epochs"}, 0.0, "more than 0 epochs"),
+        ({"at_least": 1, "at_most": 9}, 10, "1 to 9"),
+        ({"at_least": 0, "below": 1, "expected": "a rate in [0, 1)"}, 1.0, "a rate in [0, 1)"),
+        ({"at_least": 1}, math.nan, "at least 1"),
+        ({"pattern": "[a-z]+", "expected": "letters"}, "ab1", "letters"),
+    ],
+)
+def test_bounds_say_what_they_expect(rules, refused, expected):
+    with pytest.raises(UserError) as caught:
+        Option("Help.", **rules).validate("flag", refused)
+    assert str(caught.value) == f"--flag={refused}: expected {expected}"
+    Option("Help.", **rules).validate("flag", None)
+
+
 def test_a_command_s_flags_do_not_collide():
-    for kind in COMMANDS.values():
+    for kind in map(config_of, COMMANDS):
         names = [item.name for item in option_fields(kind)]
         assert len(names) == len(set(names))
         assert all(dataclasses.is_dataclass(item.type) is False for item in option_fields(kind))

@@ -10,8 +10,8 @@ import pytest
 import tensorflow as tf
 from keras.src.trainers.data_adapters.data_adapter_utils import class_weight_to_sample_weights
 
-from trainer.config import LossConfig, ModelConfig
 from trainer.model.model import build_model
+from trainer.model_config import LossConfig, ModelConfig
 from trainer.training.losses import label_weights, make_loss, positive_weights
 
 ROOT = pathlib.Path(__file__).parent.parent

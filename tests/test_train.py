@@ -18,10 +18,11 @@ import pytest
 import tensorflow as tf
 
 from trainer import train
-from trainer.config import OptimizerConfig, TrainConfig
 from trainer.data.input_pipeline import open_stream, read_micro_batches
 from trainer.data.metadata import load_metadata
 from trainer.errors import RUN_AGAIN, UserError
+from trainer.model_config import OptimizerConfig
+from trainer.run_config import TrainConfig
 from trainer.train import BAD_STEPS_FILE
 from trainer.training.checkpoint import load_best
 from trainer.training.checkpoint_folder import CheckpointFolder

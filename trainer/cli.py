@@ -1,72 +1,52 @@
 """`multihot COMMAND --flag=value …`: finds the command's module, imports it, and runs it.
 
-A command's name is one word or two (`submit tpu`). What follows a `--` is not for the command
-itself but for what it submits.
-
-Imports nothing heavy itself, so that help answers at once. Exit codes:
+A command's name is one word or two (`submit tpu`). `submit` takes the commands to submit after a
+`--`. This file imports nothing heavy, so that help answers at once. Exit codes:
 
   0    done
   2    something that the user can fix, in one line on standard error
   3    a step needs more memory than its accelerator has (`preflight`)
   75   stopped, nothing lost: run the same command again (EX_TEMPFAIL of sysexits.h). `train` ends
-       so after SIGTERM, a first SIGINT, a notice of the machine's end, or the loss of a worker,
-       and every command when a store does not answer
+       so after SIGTERM, a first SIGINT, a notice that its machine is taken away, or the loss of a
+       worker; every command does when a store does not answer
   130  interrupted: by SIGINT, in `train` by a second one
 
-Anything else is a fault of ours and shows its traceback.
+Any other exception is a fault of ours and shows its traceback.
 """
 
 import contextlib
 import difflib
 import importlib
 import os
+import pkgutil
 import sys
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
-from launch import launch_config
-from launch.launch_config import PreflightConfig
 from trainer import config
-from trainer.errors import (
-    DOES_NOT_FIT,
-    INTERRUPTED,
-    RUN_AGAIN,
-    USER_FAULT,
-    DoesNotFit,
-    RunAgain,
-    UserError,
-    end_process,
-)
+from trainer.errors import INTERRUPTED, USER_FAULT, DoesNotFit, RunAgain, UserError, end_process
 from trainer.flags import describe_flags, parse_flags
+from trainer.run_config import TrainConfig
 from trainer.storage import filesystem
 
+# The commands of `launch`: where each one's config and function are. They are strings because
+# `launch` imports `trainer`, and because a command's module is imported only when it runs.
+_LAUNCH_COMMANDS = {
+    "preflight": ("launch.preflight_config:PreflightConfig", "launch.preflight.command:run"),
+    "submit tpu": ("launch.launch_config:SubmitTpuConfig", "launch.submit_tpu:run"),
+    "submit vertex": ("launch.launch_config:SubmitVertexConfig", "launch.submit_vertex:run"),
+    "submit dataflow": ("launch.launch_config:SubmitDataflowConfig", "launch.submit_dataflow:run"),
+    "jobs list": ("launch.launch_config:JobsListConfig", "launch.jobs:list_jobs"),
+    "jobs status": ("launch.launch_config:JobsStatusConfig", "launch.jobs:show_status"),
+    "jobs logs": ("launch.launch_config:JobsLogsConfig", "launch.jobs:print_logs"),
+    "jobs cancel": ("launch.launch_config:JobsCancelConfig", "launch.jobs:cancel"),
+}
 # In the order in which a user meets them.
-COMMANDS: dict[str, type] = {
-    **config.COMMANDS,
-    "preflight": PreflightConfig,
-    "submit tpu": launch_config.SubmitTpuConfig,
-    "submit vertex": launch_config.SubmitVertexConfig,
-    "submit dataflow": launch_config.SubmitDataflowConfig,
-    "jobs list": launch_config.JobsListConfig,
-    "jobs status": launch_config.JobsStatusConfig,
-    "jobs logs": launch_config.JobsLogsConfig,
-    "jobs cancel": launch_config.JobsCancelConfig,
-}
-# Where a command's function is, if not `run` of trainer.<name>.
-_PLACES = {
-    "preflight": ("launch.preflight.command", "run"),
-    "submit tpu": ("launch.submit_tpu", "run"),
-    "submit vertex": ("launch.submit_vertex", "run"),
-    "submit dataflow": ("launch.submit_dataflow", "run"),
-    "jobs list": ("launch.jobs", "list_jobs"),
-    "jobs status": ("launch.jobs", "show_status"),
-    "jobs logs": ("launch.jobs", "print_logs"),
-    "jobs cancel": ("launch.jobs", "cancel"),
-}
-# Commands that take others behind `--`.
+COMMANDS = (*config.COMMANDS, *_LAUNCH_COMMANDS)
+# How the names of commands begin that take others after `--`.
 _SUBMITTING = "submit "
 
-# What to say where a package that an extra brings is not installed.
+# The error line for each package that an extra installs.
 _EXTRAS = {
     "tensorflow": "TensorFlow is not installed; install one of multihot[cpu], multihot[gpu], "
     "multihot[tpu] with pip",
@@ -77,12 +57,22 @@ _EXTRAS = {
     "google.cloud.aiplatform_v1": "Google's client for Vertex AI is not installed; install "
     "multihot[cloud] with pip",
 }
-_GREETING = (b"All log messages before absl::InitializeLog()", b"oneDNN custom operations are on")
+_STARTUP_LINES = (
+    b"All log messages before absl::InitializeLog()",
+    b"oneDNN custom operations are on",
+)
+
+
+def config_of(command: str) -> type:
+    """The config dataclass of one of `COMMANDS`."""
+    if command in config.COMMANDS:
+        return config.COMMANDS[command]
+    return pkgutil.resolve_name(_LAUNCH_COMMANDS[command][0])
 
 
 def summarize(command: str) -> str:
     """One line on a command: the first line of its config's docstring."""
-    return (COMMANDS[command].__doc__ or "").splitlines()[0].partition(": ")[2]
+    return (config_of(command).__doc__ or "").splitlines()[0].partition(": ")[2]
 
 
 def main(argv: Sequence[str] | None = None) -> None:
@@ -126,46 +116,30 @@ def _split(arguments: list[str]) -> tuple[str, list[str], list[str]]:
 
 def _run(command: str, arguments: Sequence[str], submitted: Sequence[str]) -> None:
     name = f"multihot {command}"
-    # TensorFlow reads this when it is imported; a user who wants its chatter sets it.
+    # TensorFlow reads this when it is imported; a user who wants its log lines sets it.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
     try:
-        parsed: Any = parse_flags(COMMANDS[command], arguments)
+        parsed: Any = parse_flags(config_of(command), arguments)
         if command == "train":
             _train(parsed, arguments)
         elif command.startswith(_SUBMITTING):
             _find(command)(parsed, submitted)
         else:
             _find(command)(parsed)
-    except UserError as error:
-        _fail(name, str(error), USER_FAULT)
-    except DoesNotFit as error:
-        _fail(name, str(error), DOES_NOT_FIT)
-    except RunAgain as error:
-        if command != "train":
-            _fail(name, str(error), RUN_AGAIN)
-        # Without TensorFlow's own farewell, in which it calls workers that may be gone.
-        sys.stdout.flush()
-        end_process(str(error), RUN_AGAIN)
     except KeyboardInterrupt:
         _fail(name, "interrupted", INTERRUPTED)
-    except ModuleNotFoundError as error:
-        if error.name not in _EXTRAS:
-            raise
-        _fail(name, _EXTRAS[error.name], USER_FAULT)
-    except OSError as error:
-        _fail(name, _describe_os_error(error), USER_FAULT)
     except Exception as error:
-        of_store = filesystem.explain(error)
-        if isinstance(of_store, RunAgain):
-            _fail(name, str(of_store), RUN_AGAIN)
-        if of_store is not None:
-            _fail(name, _describe_os_error(of_store), USER_FAULT)
-        if not _is_file_system_error(error):
+        ending = _explain(error)
+        if ending is None:
             raise
-        _fail(name, str(error), USER_FAULT)
+        if command == "train" and isinstance(error, RunAgain):
+            # TensorFlow's own shutdown would call workers that may be gone.
+            sys.stdout.flush()
+            end_process(*ending)
+        _fail(name, *ending)
 
 
-def _train(parsed: config.TrainConfig, arguments: Sequence[str]) -> None:
+def _train(parsed: TrainConfig, arguments: Sequence[str]) -> None:
     """Runs `train`, here or restarted in child processes."""
     if parsed.max_restarts:
         from trainer.runtime.interruption import supervise
@@ -181,17 +155,17 @@ def _train(parsed: config.TrainConfig, arguments: Sequence[str]) -> None:
 
 def _find(command: str) -> Callable[..., None]:
     """The function of a command, its module imported."""
-    module, name = _PLACES.get(command, (f"trainer.{command}", "run"))
-    with _without_greeting():
-        return getattr(importlib.import_module(module), name)
+    _, place = _LAUNCH_COMMANDS.get(command, ("", f"trainer.{command}:run"))
+    with _without_startup_lines():
+        return pkgutil.resolve_name(place)
 
 
 @contextlib.contextmanager
-def _without_greeting() -> Iterator[None]:
-    """Keeps TensorFlow's greeting off standard error while it is imported.
+def _without_startup_lines() -> Iterator[None]:
+    """Keeps TensorFlow's startup messages off standard error while it is imported.
 
-    TensorFlow 2.21 prints it before it reads the level that is meant to hide it, so what is printed
-    meanwhile is held back and all other lines are passed on.
+    TensorFlow 2.21 prints them before it reads the log level that should hide them. So standard
+    error goes to a file meanwhile, and all other lines are passed on afterwards.
     """
     if os.environ["TF_CPP_MIN_LOG_LEVEL"] == "0":
         yield
@@ -209,16 +183,25 @@ def _without_greeting() -> Iterator[None]:
             os.close(standard_error)
             held.seek(0)
             for line in held:
-                if not any(words in line for words in _GREETING):
+                if not any(words in line for words in _STARTUP_LINES):
                     os.write(2, line)
 
 
-def _describe_os_error(error: OSError) -> str:
-    """What went wrong with which file: permission, read-only, no space, not a folder."""
-    if error.strerror is None:
-        return str(error)
-    place = f"{error.filename}: " if error.filename is not None else ""
-    return f"{place}{error.strerror.lower()}"
+def _explain(error: Exception) -> tuple[str, int] | None:
+    """The error line and the exit code for what a user can act on; None for a fault of ours."""
+    if isinstance(error, UserError | DoesNotFit | RunAgain):
+        return str(error), error.exit_code
+    if isinstance(error, ModuleNotFoundError) and error.name in _EXTRAS:
+        return _EXTRAS[error.name], USER_FAULT
+    if isinstance(error, OSError):
+        if error.strerror is None:
+            return str(error), USER_FAULT
+        place = f"{error.filename}: " if error.filename is not None else ""
+        return f"{place}{error.strerror.lower()}", USER_FAULT
+    store_error = filesystem.explain(error)
+    if store_error is not None:
+        return _explain(store_error)
+    return (str(error), USER_FAULT) if _is_file_system_error(error) else None
 
 
 def _is_file_system_error(error: Exception) -> bool:
@@ -254,10 +237,10 @@ def _usage(command: str) -> str:
         [
             f"Usage: multihot {command} --flag=value ...{behind}",
             "",
-            f"{summarize(command)}",
+            summarize(command),
             "",
             "Flags:",
-            describe_flags(COMMANDS[command]),
+            describe_flags(config_of(command)),
         ]
     )
 

@@ -1,4 +1,4 @@
-"""How a command ends otherwise than well, and the exit codes that say so."""
+"""The errors that end a command, and the exit codes."""
 
 import os
 from typing import NoReturn
@@ -15,6 +15,8 @@ class UserError(ValueError):
     The message says what happened, where, what was expected and what to do.
     """
 
+    exit_code = USER_FAULT
+
 
 class DoesNotFit(Exception):
     """A step needs more memory than its accelerator has: one line, exit code 3, no traceback.
@@ -22,20 +24,24 @@ class DoesNotFit(Exception):
     The message says what it needs, what there is and what to do.
     """
 
+    exit_code = DOES_NOT_FIT
+
 
 class RunAgain(Exception):
     """The run stopped through no fault of its own: one line, exit code 75, no traceback.
 
-    A machine that is taken away, a worker that was lost: the same command goes on from the last
+    A machine was taken away, or a worker was lost. The same command resumes from the last
     checkpoint. The message says what happened and what to do.
     """
 
+    exit_code = RUN_AGAIN
+
 
 def end_process(message: str, code: int, standard_error: int = 2) -> NoReturn:
-    """Prints an error line of `train` and ends this process at once, from whichever thread calls.
+    """Prints an error line of `train` and ends this process at once. Any thread may call it.
 
-    For threads that watch a main thread which may be inside TensorFlow and never return: nothing
-    is cleaned up, which is as safe as a SIGKILL because nothing is written under a final name.
+    It is for threads that watch a main thread which may never return from TensorFlow. Nothing is
+    cleaned up. That is as safe as a SIGKILL, because unfinished files have no final name.
 
     Args:
       message: becomes one line.

@@ -17,7 +17,6 @@ from typing import Any
 
 import numpy as np
 
-from trainer.config import EvaluateConfig
 from trainer.data.metadata import Metadata, load_metadata, naming_damaged_shards, split_fingerprint
 from trainer.data.packing import add_histograms, choose_packing, min_tokens
 from trainer.errors import UserError
@@ -59,6 +58,7 @@ from trainer.evaluation.results import (
 )
 from trainer.evaluation.thresholds import ThresholdTarget, fit_binned_thresholds, fit_thresholds
 from trainer.model.predictor import Predictor
+from trainer.run_config import EvaluateConfig
 from trainer.storage import filesystem
 from trainer.training.checkpoint import LoadedRun, load_best
 from trainer.training.run_record import RunRecord
@@ -178,7 +178,7 @@ def cutting(config: EvaluateConfig) -> dict[str, Any]:
     """The options of `fit_thresholds`."""
     return {
         "min_support": config.min_support,
-        "target": ThresholdTarget(*config.threshold_target()),
+        "target": ThresholdTarget(*config.threshold_target),
         "is_global": config.thresholds == "global",
     }
 

@@ -18,7 +18,7 @@ import transformers
 from safetensors.numpy import save_file
 
 import trainer
-from trainer.config import ExportConfig, PackingConfig, absolute
+from trainer.config import absolute
 from trainer.data.metadata import TOKENIZER_FOLDER, Metadata, load_metadata
 from trainer.data.packing import choose_packing, min_tokens, with_slots_for_scoring
 from trainer.data.tokenizer import Tokenizer, load_tokenizer
@@ -33,6 +33,8 @@ from trainer.model.model_folder import (
     digest_saved_model,
 )
 from trainer.model.pretrained import WEIGHTS_FILE, from_variables
+from trainer.model_config import PackingConfig
+from trainer.run_config import ExportConfig
 from trainer.storage import filesystem
 from trainer.storage.gcs import Taken, list_objects, read_object, upload, upload_files
 from trainer.storage.temporary import temporary_folder

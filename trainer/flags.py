@@ -1,56 +1,149 @@
-"""Command-line flags to configs, and the help text of both: the only reader of flags.
+"""Command-line flags from config dataclasses: their definition, parsing, checks and help text.
 
-Each command has an absl `FlagValues` of its own, made from the fields of its config dataclass, so
-a flag, its help, its default and its check are written once, in `config.py`. A nested config
-(`TrainConfig.optimizer`) is flattened: its fields are flags beside the others.
+Each command has its own absl `FlagValues`, made from the fields of its config dataclass. So the
+dataclass alone states a flag's name, default, bounds and help. The fields of a nested config
+(`TrainConfig.optimizer`) are flags beside the others.
 """
 
 import dataclasses
 import difflib
 import math
+import operator
 import re
 import textwrap
 import types
 import typing
-from collections.abc import Iterator, Sequence
-from dataclasses import field
+from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, field
 from typing import Any, TypeVar
 
 from absl import flags
 
 from trainer.errors import UserError
 
+_COMPARISONS = {
+    "at_least": operator.ge,
+    "above": operator.gt,
+    "at_most": operator.le,
+    "below": operator.lt,
+}
 
-def option(default: Any, help: str, choices: tuple[str, ...] = (), required: bool = False) -> Any:
-    """A dataclass field that is also a command-line flag.
 
-    Args:
-      default: value when the flag is absent; None means "decided by the command".
-      help: what the flag does, with its unit; the default is appended by `flags.py`.
+@dataclass(frozen=True)
+class Option:
+    """The help text and the checks of a flag. The value None passes all checks but `required`.
+
+    Attributes:
+      help: what the flag does, with its unit; the help text adds the default.
       choices: the allowed values, if the flag is an enumeration.
-      required: whether the command refuses to start without it.
+      required: whether the command refuses to start without a value.
+      at_least, above, at_most, below: bounds of a number.
+      unit: the unit of the bounds in the error text.
+      pattern: regular expression that has to match the whole text.
+      expected: the error text after "expected"; default: made from the bounds and the unit.
+      check: function of the value that raises UserError for one that is not allowed.
     """
-    return field(default=default, metadata={"help": help, "choices": choices, "required": required})
+
+    help: str
+    choices: tuple[str, ...] = ()
+    required: bool = False
+    at_least: float | None = None
+    above: float | None = None
+    at_most: float | None = None
+    below: float | None = None
+    unit: str = ""
+    pattern: str | None = None
+    expected: str = ""
+    check: Callable[[Any], object] | None = None
+
+    def validate(self, name: str, value: Any) -> None:
+        """Raises a UserError unless `value` is allowed for the flag `name`."""
+        if self.required and value in (None, "", ()):
+            raise UserError(f"--{name} is required: {self.help}")
+        if value is not None:
+            check_flag(self._allows(value), name, value, self._describe_allowed())
+            if self.check is not None:
+                self.check(value)
+
+    def _allows(self, value: Any) -> bool:
+        if self.choices:
+            return value in self.choices
+        if self.pattern is not None:
+            return re.fullmatch(self.pattern, value) is not None
+        # NaN, which a config file can hold, compares false and so is out of every bound.
+        return all(
+            compare(value, getattr(self, name))
+            for name, compare in _COMPARISONS.items()
+            if getattr(self, name) is not None
+        )
+
+    def _describe_allowed(self) -> str:
+        unit = f" {self.unit}" if self.unit else ""
+        if self.choices:
+            return f"one of {', '.join(self.choices)}"
+        if self.expected:
+            return self.expected
+        if self.at_most is not None:
+            return f"{self.at_least} to {self.at_most}{unit}"
+        if self.above is not None:
+            return f"more than {self.above}{unit}"
+        return f"0 or more{unit}" if self.at_least == 0 else f"at least {self.at_least}{unit}"
+
+
+def option(default: Any, help: str, **rules: Any) -> Any:
+    """A dataclass field that is also a command-line flag. `rules` are attributes of `Option`.
+
+    The default None means that the command decides.
+    """
+    return field(default=default, metadata={"option": Option(help, **rules)})
+
+
+def changed_option(base: Any, name: str, default: Any = None, **changes: Any) -> Any:
+    """The option `name` of a base class with other attributes of `Option`, for a subclass.
+
+    The default None keeps that of the base class.
+    """
+    item = base.__dataclass_fields__[name]
+    changed = dataclasses.replace(item.metadata["option"], **changes)
+    return field(default=item.default if default is None else default, metadata={"option": changed})
+
+
+@dataclass(frozen=True)
+class CheckedConfig:
+    """Base of all configs: raises a UserError when it is made with a value that is not allowed.
+
+    A subclass checks what depends on several fields in its own `__post_init__`.
+    """
+
+    def __post_init__(self) -> None:
+        for item in dataclasses.fields(self):
+            if "option" in item.metadata:
+                item.metadata["option"].validate(item.name, getattr(self, item.name))
+
+    def expect(self, condition: bool, name: str, expected: str) -> None:
+        """Raises a UserError that names the flag `name` and its value, unless `condition` holds."""
+        value = getattr(self, name)
+        found = ",".join(value) if isinstance(value, tuple) else value
+        check_flag(condition, name, found, expected)
 
 
 def check_flag(condition: bool, flag: str, found: Any, expected: str) -> None:
+    """Raises a UserError that names a flag, its value and what was expected."""
     if not condition:
         raise UserError(f"--{flag}={found}: expected {expected}")
 
 
-def check_choices(config: Any) -> None:
-    """Checks every enumeration field, and every required one, of a config."""
-    for item in dataclasses.fields(config):
-        value = getattr(config, item.name)
-        choices = item.metadata.get("choices", ())
-        if choices and value is not None and value not in choices:
-            raise UserError(f"--{item.name}={value}: expected one of {', '.join(choices)}")
-        if item.metadata.get("required") and value in (None, "", ()):
-            raise UserError(f"--{item.name} is required: {item.metadata['help']}")
+def parse_kind(text: str) -> tuple[str, float | None]:
+    """`kind:number` as (kind, number): None without a number, NaN if it is not a number."""
+    kind, _, number = text.partition(":")
+    try:
+        return kind, float(number) if number else None
+    except ValueError:
+        return kind, math.nan
 
 
 def is_unicode(text: str) -> bool:
-    """Whether a text can be written as UTF-8: halves of surrogate pairs cannot."""
+    """Whether a text can be written as UTF-8; a lone half of a surrogate pair cannot."""
     if text.isascii():
         return True
     try:
@@ -81,7 +174,10 @@ def option_fields(kind: type) -> Iterator[dataclasses.Field]:
 
 
 class _Number(flags.ArgumentParser):
-    """Parses an integer or a finite number; absl's own take nan, and quote Python's words."""
+    """Parses an integer or a finite number.
+
+    absl's own parsers accept NaN, and their error texts quote Python's.
+    """
 
     def __init__(self, kind: type[int] | type[float]) -> None:
         super().__init__()
@@ -105,7 +201,7 @@ def define_flags(kind: type) -> flags.FlagValues:
     for item in option_fields(kind):
         kind_of_value = value_type(item.type)
         default: Any = item.default
-        text = item.metadata["help"]
+        text = item.metadata["option"].help
         if kind_of_value in (int, float):
             flags.DEFINE(_Number(kind_of_value), item.name, default, text, flag_values=values)
         elif kind_of_value is bool:
@@ -137,7 +233,7 @@ def parse_flags(kind: type[Config], arguments: Sequence[str]) -> Config:
         raise UserError(f"--{error.flagname}: no such flag; {hint}") from None
     except flags.IllegalFlagValueError as error:
         message = str(error).removeprefix("flag ")
-        # absl's sentence on booleans is a tuple that was meant for a logger.
+        # absl's text for booleans is the repr of a tuple of logging arguments.
         raise UserError(re.sub(r"\('Non-boolean .*", "expected true or false", message)) from None
     except flags.Error as error:
         raise UserError(str(error)) from None
@@ -160,16 +256,21 @@ def _build(kind: type[Config], values: flags.FlagValues) -> Config:
 
 
 def describe_flags(kind: type) -> str:
-    """The help text of a command's flags: name, kind of value, meaning, unit and default."""
-    return "\n".join(_describe(item) for item in option_fields(kind))
+    """The help text of a command's flags, the required ones first.
+
+    Each has its name, kind of value, meaning, unit and default.
+    """
+    fields = sorted(option_fields(kind), key=lambda item: not item.metadata["option"].required)
+    return "\n".join(map(_describe, fields))
 
 
 def _describe(item: dataclasses.Field) -> str:
     names = {int: "INTEGER", float: "NUMBER", str: "TEXT", tuple: "LIST"}
-    expected = "|".join(item.metadata["choices"]) or names.get(value_type(item.type))
+    found: Option = item.metadata["option"]
+    expected = "|".join(found.choices) or names.get(value_type(item.type))
     heading = f"  --{item.name}={expected}" if expected else f"  --[no]{item.name}"
-    text = item.metadata["help"]
-    if item.metadata["required"]:
+    text = found.help
+    if found.required:
         text += " Required."
     elif item.default is not None:
         default = ",".join(item.default) if isinstance(item.default, tuple) else item.default

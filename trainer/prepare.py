@@ -101,7 +101,7 @@ def _prepare(
                 print(f"{shown_dir}: prepared by this command already; nothing to do")
                 return Timing(0.0, 0.0, 0.0, 0.0, 0, 0)
             _check_previous(config, previous)
-        check_vacant(config.data_dir, config.split_shares(), is_new=previous is None)
+        check_vacant(config.data_dir, config.split_shares, is_new=previous is None)
         inputs = gather_inputs(config, work_dir)
         config_as_given, config = config, choose_label_columns(config, inputs.files)
         limits = choose_token_limits(config, previous, inputs.files)
@@ -167,7 +167,7 @@ def _is_done(config: PrepareConfig, previous: Metadata) -> bool:
 
 def _check_previous(config: PrepareConfig, previous: Metadata) -> None:
     """Refuses what cannot be added to the folder."""
-    names = list(config.split_shares())
+    names = list(config.split_shares)
     present = ", ".join(previous.splits)
     if len(names) > 1 or names[0] in previous.splits:
         raise UserError(
@@ -228,7 +228,7 @@ def _choose_tokenizer(
                     "restore that tokenizer, or name another --data_dir"
                 )
     elif config.tokenizer == "train":
-        names = list(config.split_shares())
+        names = list(config.split_shares)
         split = names.index("train") if "train" in names else 0
         texts = VocabularyTexts(corpus, work_dir, split)
         tokenizer = train_tokenizer(texts, config.vocab_size)
@@ -246,7 +246,7 @@ def _plan_writing(
     config: PrepareConfig, previous: Metadata | None, corpus: Corpus, work_dir: str
 ) -> WritePlan:
     """Decides the number of shards, from a generous estimate of two characters a token."""
-    names = tuple(config.split_shares())
+    names = tuple(config.split_shares)
     documents = corpus.count_documents(len(names))
     max_seq_length = _max_seq_length(config, previous)
     max_windows = config.max_windows if previous is None else previous.max_windows

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from trainer.config import EvaluateConfig, ReportConfig
 from trainer.data.documents import leading_places, read_documents
 from trainer.data.metadata import (
     METADATA_FILE,
@@ -28,6 +27,7 @@ from trainer.evaluation.results import CURVES_FILE, EVALUATION_FOLDER, METRICS_F
 from trainer.evaluation.thresholds import ThresholdTarget
 from trainer.reporting.baseline import measure_baseline
 from trainer.reporting.page import MAX_CHARACTERS, Material, render
+from trainer.run_config import ReportConfig, parse_threshold_for
 from trainer.storage import filesystem
 from trainer.storage.filesystem import write_atomically
 from trainer.training.checkpoint import load_best
@@ -150,11 +150,10 @@ def _find_baseline(
         read_documents(data_dir, metadata, name, leading_places(metadata.split(name), most))
         for name, most in zip(names, (config.baseline_documents, held_out, held_out), strict=True)
     ]
-    asked = EvaluateConfig(config.model_dir, data_dir, threshold_for=metrics["threshold_for"])
     baseline = {"settings": settings} | measure_baseline(
         *documents,
         min_support=metrics["min_support"],
-        target=ThresholdTarget(*asked.threshold_target()),
+        target=ThresholdTarget(*parse_threshold_for(metrics["threshold_for"])),
         is_global=metrics["threshold_scope"] == "global",
     )
     write_atomically(path, json.dumps(_without_nan(baseline), indent=1) + "\n")

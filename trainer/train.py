@@ -12,7 +12,7 @@ from typing import Any, NoReturn
 
 import tensorflow as tf
 
-from trainer.config import TrainConfig, absolute, parse_row_groups
+from trainer.config import absolute
 from trainer.data.input_pipeline import (
     HostShard,
     Stream,
@@ -24,6 +24,7 @@ from trainer.data.metadata import load_metadata, naming_damaged_shards
 from trainer.data.packing import add_histograms, choose_packing
 from trainer.errors import RunAgain, UserError
 from trainer.model.predictor import StoppedError
+from trainer.run_config import TrainConfig
 from trainer.runtime.devices import (
     choose_precision,
     is_chief,
@@ -121,10 +122,10 @@ def run(config: TrainConfig, interruption: Interruption | None = None) -> None:
     metadata = load_metadata(config.data_dir)
     check_tokenizer(config.data_dir, metadata)
     split = metadata.split("train")
-    groups = parse_row_groups(config.row_groups) if config.row_groups else None
     windows = [split.window_histogram, metadata.split(config.eval_split).window_histogram]
     packing = choose_packing(
-        split.length_histogram, config.tokens_per_replica, groups, metadata.max_seq_length,
+        split.length_histogram, config.tokens_per_replica, config.chosen_row_groups,
+        metadata.max_seq_length,
         split.window_histogram, len(add_histograms(windows)) - 1,
     )  # fmt: skip
     stream = open_stream(config.data_dir, metadata, "train", packing)

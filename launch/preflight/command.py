@@ -12,7 +12,6 @@ import time
 from pathlib import Path
 
 from launch.accelerators import Target, parse_target
-from launch.launch_config import PreflightConfig
 from launch.preflight.compilation import (
     DEFAULT_PYTHON,
     check_compiler,
@@ -32,6 +31,7 @@ from launch.preflight.job_shape import (
 from launch.preflight.lowering import lower_steps
 from launch.preflight.roofline import StepCost, StepReport, extend, measure
 from launch.preflight.verdict import describe_job, describe_largest, describe_step
+from launch.preflight_config import PreflightConfig
 from trainer.data.packing import min_tokens
 from trainer.errors import DoesNotFit
 from trainer.storage.filesystem import write_atomically

@@ -10,12 +10,12 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from launch.launch_config import PreflightConfig
-from trainer.config import ModelConfig, PackingConfig, parse_row_groups
+from launch.preflight_config import PreflightConfig
 from trainer.data.metadata import Metadata, Split, load_metadata
 from trainer.data.packing import add_histograms, choose_packing, choose_score_packing
 from trainer.errors import UserError
 from trainer.model.pretrained import model_config, resolve_checkpoint
+from trainer.model_config import ModelConfig, PackingConfig
 from trainer.storage import filesystem
 
 # Spread of the logarithms of assumed lengths; most corpora of texts lie between 0.5 and 1.
@@ -69,10 +69,10 @@ def choose_shape(config: PreflightConfig, metadata: Metadata) -> JobShape:
         that cannot hold the longest document.
     """
     split = metadata.split("train")
-    groups = parse_row_groups(config.row_groups) if config.row_groups else None
     histograms = [item.window_histogram for item in metadata.splits.values()]
     packing = choose_packing(
-        split.length_histogram, config.tokens_per_replica, groups, metadata.max_seq_length,
+        split.length_histogram, config.tokens_per_replica, config.chosen_row_groups,
+        metadata.max_seq_length,
         split.window_histogram, len(add_histograms(histograms)) - 1,
     )  # fmt: skip
     lengths = np.zeros(metadata.max_seq_length + 1, np.int64)

@@ -8,11 +8,11 @@ import tensorflow as tf
 from tensorflow.compiler.tf2xla.ops import gen_xla_ops
 from tensorflow.python.distribute import one_device_strategy
 
-from trainer.config import LossConfig, ModelConfig, OptimizerConfig, PackingConfig
 from trainer.data.input_pipeline import no_labels
 from trainer.data.packing import empty_micro_batch
 from trainer.model.model import Model, build_model
 from trainer.model.predictor import Predictor
+from trainer.model_config import LossConfig, ModelConfig, OptimizerConfig, PackingConfig
 from trainer.training.losses import Loss, make_loss
 from trainer.training.optimizer import AdamW
 from trainer.training.step import TrainStep

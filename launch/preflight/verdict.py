@@ -8,9 +8,9 @@ from collections.abc import Iterator, Sequence
 from typing import TYPE_CHECKING
 
 from launch.accelerators import GIB, Target
-from launch.launch_config import PreflightConfig
 from launch.preflight.job_shape import FILL, QUANTUM, JobShape, Largest, num_parameters
 from launch.preflight.roofline import StepCost
+from launch.preflight_config import PreflightConfig
 
 if TYPE_CHECKING:
     from launch.preflight.roofline import StepReport

@@ -4,10 +4,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from trainer.config import LossConfig, ModelConfig, OptimizerConfig, PackingConfig
 from trainer.data.input_pipeline import dense_labels, no_labels, spread_labels
 from trainer.data.packing import pack
 from trainer.model.model import build_model
+from trainer.model_config import LossConfig, ModelConfig, OptimizerConfig, PackingConfig
 from trainer.training.losses import make_loss
 from trainer.training.optimizer import AdamW
 from trainer.training.step import TrainStep

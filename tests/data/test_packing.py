@@ -8,9 +8,9 @@ import tensorflow as tf
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.config import PackingConfig, parse_row_groups
 from trainer.data.packing import choose_packing, empty_micro_batch, pack
 from trainer.errors import UserError
+from trainer.model_config import PackingConfig, parse_row_groups
 
 SMALL = PackingConfig(((4, 8), (2, 16)), 6, 6)
 

@@ -68,7 +68,7 @@ def test_other_commands_parse():
     others = [words[1:] for words in COMMANDS if words[0] == "multihot" and words[1] != "submit"]
     assert len(others) == 3
     for words in others:
-        parse_flags(cli.COMMANDS[" ".join(words[:2])], words[2:])
+        parse_flags(cli.config_of(" ".join(words[:2])), words[2:])
 
 
 def test_targets_and_variables_are_the_makefiles():

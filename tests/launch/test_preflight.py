@@ -11,7 +11,6 @@ import pytest
 import tensorflow as tf
 
 from launch.accelerators import parse_target
-from launch.launch_config import PreflightConfig
 from launch.preflight.command import find_batch, report_step
 from launch.preflight.compilation import DEFAULT_PYTHON, compile_programs
 from launch.preflight.job_shape import (
@@ -24,13 +23,14 @@ from launch.preflight.job_shape import (
 from launch.preflight.lowering import lower, lower_steps
 from launch.preflight.roofline import StepCost
 from launch.preflight.verdict import split_memory
+from launch.preflight_config import PreflightConfig
 from trainer import cli
-from trainer.config import ModelConfig, OptimizerConfig, PackingConfig
 from trainer.data.metadata import load_metadata
 from trainer.data.packing import choose_packing
 from trainer.errors import DoesNotFit, UserError
 from trainer.flags import parse_flags
 from trainer.model.model import build_model
+from trainer.model_config import ModelConfig, OptimizerConfig, PackingConfig
 
 needs_compiler = pytest.mark.skipif(
     not DEFAULT_PYTHON.exists(), reason="the compiler for TPUs is missing; run `make compiler`"

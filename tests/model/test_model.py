@@ -8,10 +8,10 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from trainer.config import WINDOW_POOLINGS, ModelConfig, PackingConfig
 from trainer.data.packing import pack
 from trainer.model.heads import HEADS, WindowPooling
 from trainer.model.model import build_model, pad_batch
+from trainer.model_config import WINDOW_POOLINGS, ModelConfig, PackingConfig
 
 PACKING = PackingConfig(((4, 16), (2, 32)), 12, 12)
 HEADS_AND_POOLINGS = [("cls", "max"), ("cls", "attention"), ("mean", "mean"),

@@ -11,12 +11,12 @@ import torch
 import transformers
 from safetensors.numpy import load_file, save_file
 
-from trainer.config import PackingConfig
 from trainer.data.packing import pack
 from trainer.data.tokenizer import load_tokenizer
 from trainer.errors import UserError
 from trainer.model.model import build_model
 from trainer.model.pretrained import from_variables, load_pretrained, model_config, read_tensors
+from trainer.model_config import PackingConfig
 from trainer.training.losses import weighted_bce
 
 NUM_LABELS = 20

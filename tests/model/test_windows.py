@@ -8,8 +8,10 @@ import numpy as np
 import pytest
 
 from trainer import export, prepare, score, train
-from trainer.config import ExportConfig, OptimizerConfig, PrepareConfig, ScoreConfig, TrainConfig
+from trainer.config import PrepareConfig, ScoreConfig
 from trainer.model.model_folder import load_model_folder
+from trainer.model_config import OptimizerConfig
+from trainer.run_config import ExportConfig, TrainConfig
 
 LABELS = ("red", "green", "blue", "grey")
 FILLERS = [f"{first}{second}" for first in "bdfgklmnprst" for second in ("a", "e", "i", "o", "u")]

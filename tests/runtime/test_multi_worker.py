@@ -17,7 +17,8 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from trainer.config import OptimizerConfig, TrainConfig
+from trainer.model_config import OptimizerConfig
+from trainer.run_config import TrainConfig
 
 # The promise, for every way in which a run can lose a worker.
 MOST_SECONDS = 60

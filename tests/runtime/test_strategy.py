@@ -8,8 +8,8 @@ import types
 import pytest
 import tensorflow as tf
 
-from trainer.config import TrainConfig
 from trainer.errors import UserError
+from trainer.run_config import TrainConfig
 from trainer.runtime.devices import (
     choose_precision,
     choose_scoring_precision,
@@ -25,7 +25,7 @@ from trainer.runtime.devices import (
 
 MIRRORED = """
 import tensorflow as tf
-from trainer.config import TrainConfig
+from trainer.run_config import TrainConfig
 from trainer.runtime.devices import make_strategy
 config = TrainConfig(data_dir="d", model_dir="m", strategy="mirrored", cpu_replicas=3)
 make_strategy(config)

@@ -7,8 +7,8 @@ import types
 import pytest
 import tensorflow as tf
 
-from trainer.config import TrainConfig
 from trainer.errors import RunAgain, UserError
+from trainer.run_config import TrainConfig
 from trainer.runtime import devices
 from trainer.runtime.devices import (
     choose_precision,

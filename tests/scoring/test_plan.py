@@ -6,8 +6,8 @@ import json
 
 import pytest
 
-from trainer.config import PackingConfig
 from trainer.errors import UserError
+from trainer.model_config import PackingConfig
 from trainer.scoring.plan import Plan, check_plan, describe_inputs, load_plan, plan_parts, save_plan
 from trainer.sources.reader import read_row_range
 from trainer.sources.rows import Columns

@@ -8,10 +8,11 @@ import pytest
 import tensorflow as tf
 
 from trainer import score
-from trainer.config import PackingConfig, ScoreConfig
+from trainer.config import ScoreConfig
 from trainer.data.packing import choose_packing
 from trainer.data.tokenizer import TokenLimits
 from trainer.model.model_folder import load_model_folder
+from trainer.model_config import PackingConfig
 from trainer.scoring import batches as blocks_module
 from trainer.scoring.batches import BatchPacker, RawBatch, tokenize
 from trainer.scoring.pipeline import Compilations, scored_blocks

@@ -9,9 +9,10 @@ from fake_gcs import random_faults
 from preparing import config, write_rows
 
 from trainer import export, prepare, score
-from trainer.config import ExportConfig, ScoreConfig
+from trainer.config import ScoreConfig
 from trainer.errors import RunAgain, UserError
 from trainer.model.model_folder import load_model_folder
+from trainer.run_config import ExportConfig
 from trainer.storage import gcs, gcs_client
 from trainer.storage.output_folder import open_output
 

@@ -9,8 +9,8 @@ import tensorflow as tf
 import torch
 from sklearn.utils.class_weight import compute_class_weight
 
-from trainer.config import LOSSES, LossConfig
 from trainer.errors import UserError
+from trainer.model_config import LOSSES, LossConfig
 from trainer.training.losses import (
     has_exact_correction,
     initial_bias,

@@ -7,7 +7,7 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from trainer.config import OptimizerConfig
+from trainer.model_config import OptimizerConfig
 from trainer.training.optimizer import AdamW
 
 NAMES = [

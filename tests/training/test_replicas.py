@@ -7,12 +7,12 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from trainer.config import ModelConfig
 from trainer.data.input_pipeline import HostShard, open_stream, read_micro_batches, shard_steps
 from trainer.data.metadata import load_metadata
 from trainer.data.packing import choose_packing
 from trainer.model.model import build_model
 from trainer.model.predictor import Predictor
+from trainer.model_config import ModelConfig
 from trainer.training.losses import weighted_bce
 from trainer.training.step import GROWTH_STEPS, INITIAL_SCALE, LossScale, TrainStep
 
@@ -171,7 +171,7 @@ def test_a_requested_stop_ends_the_loop_after_the_step_under_way(stream):
 
 
 def test_float16_rescales_after_an_overflow_and_goes_on(stream):
-    from trainer.config import OptimizerConfig
+    from trainer.model_config import OptimizerConfig
     from trainer.training.optimizer import AdamW
 
     strategy = one_device()

@@ -7,11 +7,12 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from trainer.config import ModelConfig, OptimizerConfig, TrainConfig
 from trainer.data.metadata import load_metadata
 from trainer.data.packing import choose_packing
 from trainer.model.model import build_model
 from trainer.model.predictor import Predictor
+from trainer.model_config import ModelConfig, OptimizerConfig
+from trainer.run_config import TrainConfig
 from trainer.training.losses import weighted_bce
 from trainer.training.optimizer import AdamW
 from trainer.training.run_record import RunRecord
@@ -25,7 +26,15 @@ def evaluation(corpus):
     metadata = load_metadata(corpus)
     packing = choose_packing(metadata.split("test").length_histogram, 2048)
     num_labels = len(metadata.labels)
-    sizes = ModelConfig(1024, num_labels, 32, 1, 2, 64, max_position_embeddings=128)
+    sizes = ModelConfig(
+        1024,
+        num_labels,
+        hidden_size=32,
+        num_layers=1,
+        num_attention_heads=2,
+        intermediate_size=64,
+        max_position_embeddings=128,
+    )
     model = build_model(sizes, seed=1)
     model.head.classifier.kernel.assign(model.head.classifier.kernel * 200.0)
     variables = model.named_variables()

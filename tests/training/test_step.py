@@ -6,12 +6,12 @@ import numpy as np
 import pytest
 import tensorflow as tf
 
-from trainer.config import ModelConfig, OptimizerConfig
 from trainer.data.input_pipeline import HostShard, open_stream, read_micro_batches, shard_steps
 from trainer.data.metadata import load_metadata
 from trainer.data.packing import choose_packing, empty_micro_batch
 from trainer.model.model import build_model
 from trainer.model.predictor import Predictor
+from trainer.model_config import ModelConfig, OptimizerConfig
 from trainer.training.losses import weighted_bce
 from trainer.training.optimizer import AdamW
 from trainer.training.step import TrainStep, read_position

@@ -15,7 +15,7 @@ from typing import NamedTuple
 
 import tensorflow as tf
 
-from trainer.config import PackingConfig
+from trainer.model_config import PackingConfig
 
 
 class Windows(NamedTuple):

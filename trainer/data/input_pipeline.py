@@ -17,11 +17,11 @@ from dataclasses import dataclass
 
 import tensorflow as tf
 
-from trainer.config import PackingConfig
 from trainer.data.metadata import Metadata, verify_shards
 from trainer.data.packing import BLOCK_MICRO_BATCHES, empty_micro_batch, pack
 from trainer.data.records import parse_records
 from trainer.errors import UserError
+from trainer.model_config import PackingConfig
 
 # Up to so many labels, multi-hot costs no more than the tokens do.
 MOST_DENSE_LABELS = 256

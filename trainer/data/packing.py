@@ -14,9 +14,9 @@ from collections.abc import Sequence
 import numpy as np
 import tensorflow as tf
 
-from trainer.config import PackingConfig
 from trainer.data.bin_packing import Windows, deal_rows, place_windows, row_capacities
 from trainer.errors import UserError
+from trainer.model_config import PackingConfig
 
 # Documents are packed in blocks of about this many micro-batches: enough that the one that is only
 # partly full costs less than one percent, few enough that a block is small in memory.

@@ -22,9 +22,9 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from trainer.config import ModelConfig
 from trainer.errors import UserError
 from trainer.model.dropout import Dropout
+from trainer.model_config import ModelConfig
 
 
 def sum_by_segment(values: tf.Tensor, segment: tf.Tensor, num_segments: int) -> tf.Tensor:

@@ -9,9 +9,9 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from trainer.config import ModelConfig
 from trainer.model.dropout import Dropout
 from trainer.model.encoder import Dense, mean_by_segment, softmax_by_segment, sum_by_segment
+from trainer.model_config import ModelConfig
 
 
 def _token_document(segment_ids: tf.Tensor, window_document: tf.Tensor) -> tf.Tensor:

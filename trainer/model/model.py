@@ -5,10 +5,10 @@ from typing import Any
 import keras
 import tensorflow as tf
 
-from trainer.config import ModelConfig
 from trainer.model.dropout import Dropout
 from trainer.model.encoder import Encoder, RowGroups, seeded_weights
 from trainer.model.heads import HEADS
+from trainer.model_config import ModelConfig
 
 # What a model takes of a micro-batch.
 INPUTS = ("input_ids", "position_ids", "segment_ids", "window_starts", "window_document")

@@ -12,7 +12,7 @@ from typing import Any
 import numpy as np
 from safetensors.numpy import load_file
 
-from trainer.config import PackingConfig, from_dict
+from trainer.config import from_dict
 from trainer.data.tokenizer import Tokenizer, TokenLimits, load_tokenizer
 from trainer.errors import UserError
 from trainer.model.model import Model, build_model
@@ -23,6 +23,7 @@ from trainer.model.pretrained import (
     read_tensors,
     to_variables,
 )
+from trainer.model_config import PackingConfig
 from trainer.storage import filesystem
 from trainer.storage.gcs import download_folder
 from trainer.storage.temporary import temporary_folder

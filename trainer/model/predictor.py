@@ -5,7 +5,6 @@ from collections.abc import Iterator, Sequence
 import numpy as np
 import tensorflow as tf
 
-from trainer.config import PackingConfig
 from trainer.data.input_pipeline import (
     dense_labels,
     open_stream,
@@ -16,6 +15,7 @@ from trainer.data.metadata import Metadata
 from trainer.data.packing import empty_micro_batch
 from trainer.evaluation.predictions import Predictions, concatenate
 from trainer.model.model import INPUTS, Model
+from trainer.model_config import PackingConfig
 
 MicroBatches = dict[str, tf.Tensor]
 # Cells of documents x labels that a block of predictions has room for (float32, 64 MiB), and its

@@ -7,8 +7,8 @@ from collections.abc import Iterator
 
 import numpy as np
 
-from trainer.config import ModelConfig
 from trainer.errors import UserError
+from trainer.model_config import ModelConfig
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"

@@ -127,7 +127,7 @@ def read_corpus(
     )
     row_index = RowIndex(work_dir, num_rows)
     rejected_path = os.path.join(
-        config.data_dir, REJECTED_FOLDER, "-".join(config.split_shares()) + ".jsonl"
+        config.data_dir, REJECTED_FOLDER, "-".join(config.split_shares) + ".jsonl"
     )
     max_rejected_rows = allowed_rejections(config.max_rejected, num_rows)
     num_rejected = _scan(plan, row_ranges, row_index, rejected_path, max_rejected_rows, pool)
@@ -138,7 +138,7 @@ def read_corpus(
     label_map = np.array([places.get(name, -1) for name in row_index.names], np.int64)
     label_counts = np.zeros(len(labels), np.int64)
     label_counts[label_map[label_map >= 0]] = np.array(row_index.label_counts)[label_map >= 0]
-    splits = row_index.assign_splits(list(config.split_shares().values()), label_map, label_counts)
+    splits = row_index.assign_splits(list(config.split_shares.values()), label_map, label_counts)
     corpus = Corpus(row_ranges, row_index, labels, label_map, dropped, splits, num_rejected)
     _check_splits(config, corpus)
     return corpus
@@ -235,7 +235,7 @@ def _check_kept(
 
 
 def _check_splits(config: PrepareConfig, corpus: Corpus) -> None:
-    shares = config.split_shares()
+    shares = config.split_shares
     documents = corpus.count_documents(len(shares))
     for name, count in zip(shares, documents.tolist(), strict=True):
         if count == 0:

@@ -13,8 +13,9 @@ from importlib import metadata
 import tensorflow as tf
 from tensorflow.python.client.device_lib import list_local_devices
 
-from trainer.config import ScoreConfig, TrainConfig
+from trainer.config import ScoreConfig
 from trainer.errors import RUN_AGAIN, RunAgain, UserError
+from trainer.run_config import TrainConfig
 from trainer.runtime.cluster import (
     Cluster,
     ExitTimer,

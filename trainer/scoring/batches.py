@@ -11,10 +11,10 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from trainer.config import PackingConfig
 from trainer.data.packing import pack
 from trainer.data.tokenizer import TokenLimits, check_windows
 from trainer.errors import UserError
+from trainer.model_config import PackingConfig
 from trainer.scoring.plan import Part
 from trainer.sources.reader import read_row_ranges
 from trainer.sources.rows import BadRow, Columns, Row, as_text

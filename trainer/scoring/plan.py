@@ -12,8 +12,9 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-from trainer.config import PackingConfig, from_dict
+from trainer.config import from_dict
 from trainer.errors import RunAgain, UserError
+from trainer.model_config import PackingConfig
 from trainer.sources.input_files import absolute_name, source_names
 from trainer.sources.listing import for_each_file
 from trainer.sources.reader import fingerprints, num_bytes, plan_row_ranges

@@ -15,9 +15,9 @@ from dataclasses import dataclass
 import numpy as np
 import tensorflow as tf
 
-from trainer.config import PackingConfig
 from trainer.errors import UserError
 from trainer.model.model import Model, build_model
+from trainer.model_config import PackingConfig
 from trainer.storage import filesystem
 from trainer.training.checkpoint_folder import (
     BEST_FOLDER,

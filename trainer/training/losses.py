@@ -16,8 +16,8 @@ from functools import partial
 import numpy as np
 import tensorflow as tf
 
-from trainer.config import LossConfig
 from trainer.errors import UserError
+from trainer.model_config import LossConfig
 
 POSITIVE_WEIGHT_KINDS = ("none", "balanced", "balanced_classes", "sqrt", "effective")
 # Cui et al. 2019, section 5: past about 1 / (1 - beta) documents a label counts as well covered.

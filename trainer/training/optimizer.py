@@ -13,7 +13,7 @@ from collections.abc import Sequence
 import numpy as np
 import tensorflow as tf
 
-from trainer.config import OptimizerConfig
+from trainer.model_config import OptimizerConfig
 
 # An average over fewer steps than its horizon would be mostly the initial weights; as in
 # tf.train.ExponentialMovingAverage(num_updates), its decay rises as (1 + t) / (10 + t).

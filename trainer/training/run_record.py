@@ -6,8 +6,10 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from trainer.config import ModelConfig, PackingConfig, TrainConfig, from_dict
+from trainer.config import from_dict
 from trainer.errors import UserError
+from trainer.model_config import ModelConfig, PackingConfig
+from trainer.run_config import TrainConfig
 from trainer.storage import filesystem
 from trainer.storage.filesystem import add_checksum, verify_checksum, write_atomically
 from trainer.training.checkpoint_folder import CHECKPOINT_FOLDER, CheckpointFolder

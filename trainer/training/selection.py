@@ -11,7 +11,6 @@ from dataclasses import dataclass
 import numpy as np
 import tensorflow as tf
 
-from trainer.config import TrainConfig
 from trainer.data.metadata import Metadata
 from trainer.evaluation.calibration import exact_correction
 from trainer.evaluation.measurement import (
@@ -23,6 +22,7 @@ from trainer.evaluation.measurement import (
 )
 from trainer.evaluation.metrics import warn_if_constant
 from trainer.model.predictor import Predictor
+from trainer.run_config import TrainConfig
 from trainer.training.run_record import RunRecord
 from trainer.training.step import TrainStep
 

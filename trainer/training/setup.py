@@ -12,13 +12,14 @@ import numpy as np
 import tensorflow as tf
 
 import trainer
-from trainer.config import ModelConfig, PackingConfig, TrainConfig
 from trainer.data.input_pipeline import count_documents
 from trainer.data.metadata import TOKENIZER_FOLDER, Metadata
 from trainer.data.tokenizer import load_tokenizer
 from trainer.errors import UserError
 from trainer.model.model import Model, build_model
 from trainer.model.pretrained import load_pretrained, model_config, resolve_checkpoint
+from trainer.model_config import ModelConfig, PackingConfig
+from trainer.run_config import TrainConfig
 from trainer.storage import filesystem
 from trainer.training.losses import (
     has_exact_correction,

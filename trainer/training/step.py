@@ -8,10 +8,10 @@ became common after it: halved after a step that overflows, doubled after many t
 
 import tensorflow as tf
 
-from trainer.config import PackingConfig
 from trainer.data.input_pipeline import LABEL_KEYS, Position, dense_labels
 from trainer.model.dropout import Dropout, step_key
 from trainer.model.model import INPUTS, Model
+from trainer.model_config import PackingConfig
 from trainer.training.losses import Loss
 from trainer.training.optimizer import AdamW
 

@@ -1,0 +1,221 @@
+"""The settings of a model and of its training step: encoder, micro-batch, optimizer and loss.
+
+Nothing heavy is imported here, because `multihot --help` reads this file.
+"""
+
+import functools
+from dataclasses import dataclass
+
+from trainer.errors import UserError
+from trainer.flags import CheckedConfig, check_flag, option
+
+HEADS = ("cls", "mean", "label_attention")
+WINDOW_POOLINGS = ("max", "mean", "attention")
+LOSSES = (
+    "weighted_bce", "focal", "asymmetric", "class_balanced", "distribution_balanced",
+    "logit_adjusted",
+)  # fmt: skip
+
+_DROPOUT_RATE = {"at_least": 0, "below": 1, "expected": "a rate in [0, 1)"}
+_BELOW_1 = {"at_least": 0, "below": 1, "expected": "a number in [0, 1)"}
+_NOT_NEGATIVE = {"at_least": 0, "expected": "a number not below 0"}
+
+
+@functools.cache
+def parse_row_groups(text: str) -> tuple[tuple[int, int], ...]:
+    """`48x128,16x256` to ((48, 128), (16, 256)).
+
+    Raises:
+      UserError: if the text is anything else.
+    """
+    try:
+        groups = tuple(
+            (int(rows), int(length))
+            for rows, length in (item.split("x") for item in text.split(","))
+        )
+    except ValueError:
+        raise UserError(
+            f"--row_groups={text}: expected ROWSxLENGTH,..., as 48x128,16x256"
+        ) from None
+    check_flag(
+        all(rows > 0 and length > 0 for rows, length in groups),
+        "row_groups",
+        text,
+        "positive rows and lengths",
+    )
+    return groups
+
+
+@dataclass(frozen=True, kw_only=True)
+class EncoderConfig(CheckedConfig):
+    """The sizes of an encoder and its head that a user chooses."""
+
+    hidden_size: int = option(256, "Width of an encoder from scratch.", at_least=1)
+    num_layers: int = option(4, "Layers of an encoder from scratch.", at_least=1)
+    num_attention_heads: int = option(4, "Attention heads of an encoder from scratch.", at_least=1)
+    intermediate_size: int = option(
+        1024, "Feed-forward width of an encoder from scratch.", at_least=1
+    )
+    hidden_dropout: float = option(0.1, "Dropout rate of hidden states.", **_DROPOUT_RATE)
+    attention_dropout: float = option(
+        0.1, "Dropout rate of attention probabilities.", **_DROPOUT_RATE
+    )
+    head: str = option(
+        "cls",
+        "What stands for a document: BERT's pooler over [CLS], the mean of "
+        "its tokens, or one attention a label.",
+        choices=HEADS,
+    )
+    window_pooling: str = option(
+        "max",
+        "How the vectors of a document's windows become one: their maximum, their mean, or their "
+        "mean weighted by a learned attention. --head=label_attention sees all windows at once and "
+        "needs none; for documents of one window it changes nothing.",
+        choices=WINDOW_POOLINGS,
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        self.expect(
+            self.hidden_size % self.num_attention_heads == 0,
+            "hidden_size",
+            f"a multiple of --num_attention_heads={self.num_attention_heads}",
+        )
+
+
+@dataclass(frozen=True)
+class ModelConfig(EncoderConfig):
+    """The sizes of a BERT encoder and its head, in Hugging Face's terms."""
+
+    vocab_size: int
+    num_labels: int
+    max_position_embeddings: int = 512
+    type_vocab_size: int = 2
+    hidden_act: str = "gelu"
+    layer_norm_eps: float = 1e-12
+    initializer_range: float = 0.02
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        for name in ("vocab_size", "num_labels", "max_position_embeddings"):
+            self.expect(getattr(self, name) >= 1, name, "at least 1")
+
+
+@dataclass(frozen=True)
+class PackingConfig:
+    """The static shape of a micro-batch.
+
+    `row_groups` is ((rows, length), ...): T = sum of rows x length tokens. `max_documents` is D
+    and `max_windows` W, the slots for documents and for their windows.
+    """
+
+    row_groups: tuple[tuple[int, int], ...]
+    max_documents: int
+    max_windows: int
+
+    def __post_init__(self) -> None:
+        check_flag(
+            len(self.row_groups) > 0
+            and all(rows > 0 and length > 0 for rows, length in self.row_groups),
+            "row_groups",
+            self.row_groups,
+            "one or more ROWSxLENGTH, both positive",
+        )
+        check_flag(
+            0 < self.max_documents <= self.max_windows,
+            "max_documents",
+            self.max_documents,
+            f"between 1 and the {self.max_windows} window slots",
+        )
+
+    @property
+    def num_tokens(self) -> int:
+        """T, the tokens of a micro-batch, padding included."""
+        return sum(rows * length for rows, length in self.row_groups)
+
+    @property
+    def max_length(self) -> int:
+        """Tokens of the longest row."""
+        return max(length for _, length in self.row_groups)
+
+
+@dataclass(frozen=True)
+class OptimizerConfig(CheckedConfig):
+    """AdamW, its schedule and its moving average. Durations are counted in documents."""
+
+    learning_rate: float = option(1e-4, "Peak learning rate.", above=0, expected="a positive rate")
+    warmup: float = option(
+        0.1, "Share of all documents over which the rate rises linearly.", **_BELOW_1
+    )
+    schedule: str = option(
+        "linear", "How the rate falls after warmup.", choices=("linear", "cosine", "constant")
+    )
+    weight_decay: float = option(
+        0.01, "Decoupled decay; none on biases and LayerNorm.", **_NOT_NEGATIVE
+    )
+    adam_beta1: float = option(0.9, "Decay of the first moment.", **_BELOW_1)
+    adam_beta2: float = option(0.999, "Decay of the second moment.", **_BELOW_1)
+    adam_epsilon: float = option(
+        1e-8, "Added to the root of the second moment.", above=0, expected="a positive number"
+    )
+    clip_norm: float = option(
+        1.0, "Largest global gradient norm, after aggregation; 0 = none.", **_NOT_NEGATIVE
+    )
+    layerwise_lr_decay: float = option(
+        1.0,
+        "Factor on the rate from each layer to the one below it; 1 = the same for all.",
+        above=0,
+        at_most=1,
+        expected="a factor in (0, 1]",
+    )
+    head_lr_multiplier: float = option(
+        1.0, "Factor on the rate of the head.", above=0, expected="a positive factor"
+    )
+    ema_decay: float = option(
+        0.0,
+        "Decay a step of the weights' moving average, used for evaluation; 0 = off.",
+        **_BELOW_1,
+    )
+
+
+@dataclass(frozen=True)
+class LossConfig(CheckedConfig):
+    """The loss and its constants."""
+
+    loss: str = option(
+        "weighted_bce",
+        "weighted_bce: sigmoid cross-entropy; the start, and the one whose probabilities can be "
+        "corrected exactly. focal (Lin et al. 2017): worth trying where most documents are easy "
+        "and drown the hard ones. asymmetric (Ridnik et al. 2021): where each document has few of "
+        "many labels, or positives are missing from the labels. class_balanced (Cui et al. 2019): "
+        "where rare labels matter as much as common ones. distribution_balanced (Wu et al. 2020, "
+        "Huang et al. 2021): where rare labels come together with common ones. logit_adjusted "
+        "(Menon et al. 2020): where labels will be about equally frequent in use.",
+        choices=LOSSES,
+    )
+    focal_gamma: float = option(
+        2.0,
+        "How much focal and distribution_balanced play down easy documents; 0 = not.",
+        **_NOT_NEGATIVE,
+    )
+    asymmetric_gamma_positive: float = option(
+        0.0, "The same of asymmetric's positives.", **_NOT_NEGATIVE
+    )
+    asymmetric_gamma_negative: float = option(4.0, "The same of asymmetric's negatives.")
+    asymmetric_margin: float = option(
+        0.05, "Probability below which asymmetric leaves negatives alone.", **_BELOW_1
+    )
+    logit_adjustment: float = option(
+        1.0,
+        "Share of the labels' log-odds that logit_adjusted adds to the logits.",
+        **_NOT_NEGATIVE,
+    )
+    label_smoothing: float = option(
+        0.0, "Share of each label's target that is spread evenly over yes and no.", **_BELOW_1
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        gamma = self.asymmetric_gamma_negative
+        # Between 0 and 1 the gradient at the margin would be infinite.
+        check_flag(gamma == 0 or gamma >= 1, "asymmetric_gamma_negative", gamma, "0, or 1 or more")
