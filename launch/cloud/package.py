@@ -173,7 +173,7 @@ def _collect_installed() -> tuple[str, bytes]:
     record = next(
         (name.replace("/METADATA", "/RECORD") for name in files if name.endswith("/METADATA")), None
     )
-    if record is None or "launch/package.py" not in files:
+    if record is None or "launch/cloud/package.py" not in files:
         raise UserError(
             "this installation of Multihot lacks its files; install it from a clone: pip install ."
         )
