@@ -18,7 +18,6 @@ from launch.cloud.tpu_slices import BUCKET, Phase, QueuedResources, describe
 from launch.job import FOLDER, JOB_LABEL, Job, bucket_name
 from launch.launch_config import JobsCancelConfig, JobsListConfig, JobsLogsConfig, JobsStatusConfig
 from launch.machine.reports import Ending, State
-from launch.submit_vertex import API
 from trainer.errors import UserError
 from trainer.storage import gcs
 
@@ -189,11 +188,11 @@ def _find_slices(project: str, zone: str) -> Iterator[FoundJob]:
 
 def _find_custom_jobs(project: str, region: str) -> list[FoundJob]:
     place = Place(
-        api=API,
+        api=vertex_jobs.API,
         project=project,
         location=region,
         what="the custom jobs",
-        role="roles/aiplatform.user",
+        role=vertex_jobs.ROLE,
         service_account=None,
         find_locations="cloud.google.com/vertex-ai/docs/general/locations",
         remove=f"multihot jobs cancel --project={project} --region={region} --all",

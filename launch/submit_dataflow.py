@@ -27,7 +27,6 @@ from trainer.flags import parse_flags
 
 RUNNER = "DataflowRunner"
 ENDPOINT_VARIABLE = "MULTIHOT_DATAFLOW_ENDPOINT"
-_API = "dataflow.googleapis.com"
 ENVIRONMENT = "beam"
 
 
@@ -133,13 +132,11 @@ def beam_options(config: SubmitDataflowConfig, wheel: str, requirements: str) ->
 def place_of(config: SubmitDataflowConfig) -> Place:
     """What Dataflow is asked for, for sentences about it."""
     where = f"--project={config.project} --region={config.region}"
-    return Place(
-        api=_API,
-        project=config.project,
-        location=config.region,
+    return Place.of(
+        config,
+        "dataflow.googleapis.com",
+        "roles/dataflow.developer",
         what=f"the Dataflow job {config.name}",
-        role="roles/dataflow.developer",
-        service_account=config.service_account,
         find_locations=f"gcloud compute machine-types list --project={config.project} "
         f"--filter=name={config.machine_type}",
         remove=f"gcloud dataflow jobs list {where} --status=active, then gcloud dataflow jobs "

@@ -121,8 +121,8 @@ def tpu(monkeypatch: pytest.MonkeyPatch, cloud: FakeStorage) -> Iterator["FakeTp
     import fake_tpu
     from submitting import BUCKET, PACKAGE
 
-    from launch import submit_tpu
-    from launch.cloud import package, tpu_slices
+    from launch import submit
+    from launch.cloud import calls, package, tpu_slices
     from launch.job import StoredFile
 
     cloud.buckets[BUCKET] = {}
@@ -131,9 +131,9 @@ def tpu(monkeypatch: pytest.MonkeyPatch, cloud: FakeStorage) -> Iterator["FakeTp
     stored = [StoredFile(name, len(data), "5" * 64) for name, data in PACKAGE.items()]
     made = package.Package(*stored, PACKAGE)
     monkeypatch.setattr(package, "build", lambda environment: made)
-    monkeypatch.setattr(tpu_slices, "_FIRST_PAUSE_SECONDS", 0.01)
-    monkeypatch.setattr(tpu_slices, "_LONGEST_PAUSE_SECONDS", 0.02)
-    monkeypatch.setattr(submit_tpu, "_POLL_SECONDS", 0.01)
+    monkeypatch.setattr(calls, "FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(calls, "MAX_PAUSE_SECONDS", 0.02)
+    monkeypatch.setattr(submit, "_POLL_SECONDS", 0.01)
     with fake_tpu.serve(fake) as address:
         monkeypatch.setenv(tpu_slices.ENDPOINT_VARIABLE, address)
         yield fake

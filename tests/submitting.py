@@ -9,7 +9,7 @@ from fake_gcs import FakeStorage
 from fake_tpu import FakeTpu
 from google.cloud.tpu_v2 import types
 
-from launch import submit_tpu
+from launch import submit
 from launch.job import Job
 from trainer import cli
 
@@ -74,7 +74,7 @@ def interrupt_next_sleep(monkeypatch: pytest.MonkeyPatch) -> None:
     """A Ctrl-C comes while the command waits between two looks."""
 
     def interrupt(_: float) -> None:
-        monkeypatch.setattr(submit_tpu, "time", time)
+        monkeypatch.setattr(submit, "time", time)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(submit_tpu, "time", SimpleNamespace(sleep=interrupt))
+    monkeypatch.setattr(submit, "time", SimpleNamespace(sleep=interrupt))

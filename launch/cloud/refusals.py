@@ -4,6 +4,7 @@ import contextlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from trainer.errors import RunAgain, UserError
 
@@ -33,6 +34,18 @@ class Place:
     service_account: str | None
     find_locations: str
     remove: str
+
+    @classmethod
+    def of(cls, config: Any, api: str, role: str, **words: str) -> "Place":
+        """A place of a regional service, from a command's flags; words: the other attributes."""
+        return cls(
+            api=api,
+            role=role,
+            project=config.project,
+            location=config.region,
+            service_account=config.service_account,
+            **words,
+        )
 
 
 @contextlib.contextmanager

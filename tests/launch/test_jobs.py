@@ -2,6 +2,7 @@
 
 import json
 import time
+from types import SimpleNamespace
 
 import fake_tpu
 import fake_vertex
@@ -11,7 +12,7 @@ from fake_tpu import FakeTpu
 from fake_vertex import FakeVertex, Fault
 
 from launch import jobs
-from launch.cloud import package, tpu_slices, vertex_jobs
+from launch.cloud import calls, package, tpu_slices, vertex_jobs
 from launch.cloud.package import Package
 from launch.job import Job, StoredFile
 from launch.machine.reports import Ending, State
@@ -30,9 +31,8 @@ def cloud(cloud, monkeypatch):
     cloud.locations["my-bucket"] = "US-CENTRAL1"
     stored = [StoredFile(name, len(data), "5" * 64) for name, data in CONTENTS.items()]
     monkeypatch.setattr(package, "build", lambda environment: Package(*stored, CONTENTS))
-    for module in (tpu_slices, vertex_jobs):
-        monkeypatch.setattr(module, "_FIRST_PAUSE_SECONDS", 0.01)
-        monkeypatch.setattr(module, "_LONGEST_PAUSE_SECONDS", 0.02)
+    monkeypatch.setattr(calls, "FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(calls, "MAX_PAUSE_SECONDS", 0.02)
     monkeypatch.setattr(jobs, "_POLL_SECONDS", 0.01)
     return cloud
 
@@ -158,7 +158,8 @@ def test_logs_find_the_bucket_by_themselves_and_follow_to_the_end(
     job = read_record(cloud)
     report(cloud, job, 1, logs=["one\n"])
     steps = iter([lambda: report(cloud, job, 1, logs=["one\n", "two\n"], exit_code=0)])
-    monkeypatch.setattr(jobs.time, "sleep", lambda _: next(steps)())
+    # Not `time.sleep` itself: Google's clients sleep too where an answer is late.
+    monkeypatch.setattr(jobs, "time", SimpleNamespace(sleep=lambda _: next(steps)()))
     capsys.readouterr()
     place = "--zone=us-central1-a" if kind == "tpu" else "--region=us-central1"
     flags = ["--project=my-project", place, "--name=first", "--host=1", "--follow"]

@@ -8,19 +8,17 @@ import subprocess
 import sys
 import time
 
-import fake_gcs
 import fake_vertex
 import grpc
 import pytest
 from fake_vertex import FakeVertex, Fault, faults
 
-from launch import submit_vertex
-from launch.cloud import vertex_jobs
+from launch import submit, submit_vertex
+from launch.cloud import calls, vertex_jobs
 from launch.job import Job
 from launch.launch_config import SubmitVertexConfig
 from launch.machine.reports import Ending, State
 from trainer.errors import RunAgain, UserError
-from trainer.storage import gcs_client
 
 TRAIN = ("train", "--data_dir=gs://my-bucket/data", "--model_dir=gs://my-bucket/run")
 FLAGS = {
@@ -37,28 +35,20 @@ def make_config(**changes):
 
 
 @pytest.fixture
-def storage(tmp_path, monkeypatch):
-    """A bucket in europe-west4."""
-    storage = fake_gcs.FakeStorage(
-        {"my-bucket": {}, "far-bucket": {}},
-        locations={"my-bucket": "EUROPE-WEST4", "far-bucket": "US-EAST1"},
-    )
-    folder = tmp_path / "certificates"
-    folder.mkdir()
-    with fake_gcs.serve(storage, str(folder)) as environment:
-        monkeypatch.setenv("STORAGE_EMULATOR_HOST", environment["STORAGE_EMULATOR_HOST"])
-        gcs_client._make_client.cache_clear()
-        yield storage
-        gcs_client._make_client.cache_clear()
+def storage(cloud):
+    """A bucket in europe-west4, and one elsewhere."""
+    cloud.buckets = {"my-bucket": {}, "far-bucket": {}}
+    cloud.locations = {"my-bucket": "EUROPE-WEST4", "far-bucket": "US-EAST1"}
+    return cloud
 
 
 @pytest.fixture
 def vertex(monkeypatch):
     """The job service, which moves on as fast as it is asked."""
     vertex = FakeVertex()
-    for name in ("_FIRST_PAUSE_SECONDS", "_LONGEST_PAUSE_SECONDS"):
-        monkeypatch.setattr(vertex_jobs, name, 0.01)
-    monkeypatch.setattr(submit_vertex, "_POLL_SECONDS", 0.01)
+    for name in ("FIRST_PAUSE_SECONDS", "MAX_PAUSE_SECONDS"):
+        monkeypatch.setattr(calls, name, 0.01)
+    monkeypatch.setattr(submit, "_POLL_SECONDS", 0.01)
     with fake_vertex.serve(vertex) as address:
         monkeypatch.setenv(vertex_jobs.ENDPOINT_VARIABLE, address)
         yield vertex
@@ -337,7 +327,7 @@ def test_an_interruption_while_the_answer_is_out_finds_the_job(storage, vertex, 
         vertex.plan = faults(
             "CreateCustomJob", Fault(grpc.StatusCode.UNAVAILABLE, fake_vertex.LOST)
         )
-        monkeypatch.setattr(submit_vertex, "ask_to_leave", lambda name, answer=answer: answer)
+        monkeypatch.setattr(submit, "ask_to_leave", lambda name, answer=answer: answer)
         name = "left" if answer else "ended"
         with pytest.raises(KeyboardInterrupt):
             submit_vertex.run(make_config(name=name), TRAIN)

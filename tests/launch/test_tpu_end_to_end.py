@@ -16,7 +16,7 @@ from booting import BUCKET, JOB, Host, make_host
 from fake_tpu import FakeTpu
 from google.cloud.tpu_v2 import types
 
-from launch import submit_tpu
+from launch import submit
 from launch.cloud import tpu_slices
 from launch.job import Job
 from trainer import cli
@@ -76,7 +76,7 @@ class Slices:
 def test_a_run_that_is_taken_away_resumes_on_the_next_slice(
     tmp_path: Path, corpus: str, monkeypatch, capsys
 ):
-    monkeypatch.setattr(submit_tpu, "_POLL_SECONDS", 0.5)
+    monkeypatch.setattr(submit, "_POLL_SECONDS", 0.5)
     tpu = FakeTpu(states=[("PROVISIONING", "ACTIVE")])
     train = ["train", "--data_dir=gs://data/d", "--model_dir=gs://data/m", "--hidden_size=16"]
     train += ["--num_layers=1", "--num_attention_heads=2", "--intermediate_size=32"]

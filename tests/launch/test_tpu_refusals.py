@@ -136,8 +136,7 @@ def test_two_submissions_of_one_name(tpu, capsys):
 
 def test_two_submissions_at_the_same_moment(tpu, capsys, monkeypatch):
     """Neither sees the other's slice before it asks for its own: the service decides."""
-    absent = tpu_slices.ResourceState(tpu_slices.Phase.ABSENT)
-    monkeypatch.setattr(submit_tpu, "_make_room", lambda *_: absent)
+    monkeypatch.setattr(submit_tpu.TpuSubmission, "make_room", lambda self: None)
     assert run(with_flags("--no_wait")) == 0
     assert run(with_flags("--no_wait")) == 2
     check_refusal(capsys, "first exists already; take another --name")

@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ import pytest
 from launch import submit_tpu
 from launch.accelerators import find_slice, tpu_slices
 from launch.cloud import package
+from launch.cloud.calls import to_dict
 from launch.cloud.package import Package
-from launch.cloud.tpu_slices import make_create_request, to_dict
-from launch.job import StoredFile
+from launch.cloud.tpu_slices import make_create_request
+from launch.job import Job, StoredFile
 from launch.launch_config import SubmitTpuConfig
 from trainer import cli
 
@@ -58,9 +60,14 @@ def make_config(**changes: Any) -> SubmitTpuConfig:
     return SubmitTpuConfig(**values | changes)
 
 
+def make_job(config: SubmitTpuConfig) -> Job:
+    (job,) = submit_tpu.make_jobs(config, COMMANDS, PACKAGE)
+    return replace(job, submission="20240501t000000-a")
+
+
 def make_request(config: SubmitTpuConfig, attempt: int = 0) -> dict[str, Any]:
     """A request as JSON, the texts that every one has replaced by their files' names."""
-    (job,) = submit_tpu.make_jobs(config, COMMANDS, PACKAGE, submission="20240501t000000-a")
+    job = make_job(config)
     request = to_dict(
         make_create_request(
             config, find_slice(config.accelerator), job, attempt=attempt, request_id="an-id"
@@ -109,7 +116,7 @@ def test_every_slice_of_the_table_is_asked_for_as_its_golden_file_has_it():
 def test_a_restart_asks_for_the_same_with_its_number_and_what_is_left_of_the_time():
     config = make_config()
     first = make_request(config)
-    (job,) = submit_tpu.make_jobs(config, COMMANDS, PACKAGE, submission="20240501t000000-a")
+    job = make_job(config)
     again = to_dict(make_create_request(config, find_slice("v5e:2x2"), job, 2, 100, "an-id"))
     one, two = (
         item["queuedResource"]["tpu"]["nodeSpec"][0]["node"].pop("metadata")

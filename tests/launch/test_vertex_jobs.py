@@ -9,7 +9,7 @@ import pytest
 from fake_vertex import LOST, FakeVertex, Fault, faults, serve
 
 from launch.accelerators import find_vertex_machine, vertex_machines
-from launch.cloud import vertex_jobs
+from launch.cloud import calls, vertex_jobs
 from launch.job import Job, StoredFile
 from launch.launch_config import SubmitVertexConfig
 from trainer.errors import RunAgain, UserError
@@ -47,7 +47,7 @@ def build(config, commands=COMMANDS):
 def shown(request):
     """A request as JSON; the text of bootstrap.py, which every container gets, by its name."""
     text = vertex_jobs._BOOTSTRAP.read_text(encoding="utf-8")
-    request = vertex_jobs.to_dict(request)
+    request = calls.to_dict(request)
     for pool in request["customJob"]["jobSpec"]["workerPoolSpecs"]:
         command = pool["containerSpec"]["command"]
         assert command[2] == text
@@ -115,8 +115,8 @@ def test_what_a_user_wrote_is_data_in_one_variable():
 @pytest.fixture
 def connect(monkeypatch):
     """No long pauses; and what serves a fake to `make_client`."""
-    monkeypatch.setattr(vertex_jobs, "_FIRST_PAUSE_SECONDS", 0.01)
-    monkeypatch.setattr(vertex_jobs, "_LONGEST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(calls, "FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(calls, "MAX_PAUSE_SECONDS", 0.01)
 
     @contextmanager
     def open_client(vertex):
