@@ -71,8 +71,8 @@ def test_an_unknown_slice_is_answered_with_those_of_its_kind():
         find_slice("v5e-16")
     with pytest.raises(UserError, match=r"--accelerator=v5litepod-3: .* v5litepod-4 \(v5e:2x2\)"):
         find_slice("v5litepod-3")
-    with pytest.raises(UserError, match=r"--target=h100: .* of v4, v5e, v5p, v6e"):
-        find_slice("h100", "target")
+    with pytest.raises(UserError, match=r"--accelerator=h100: .* of v4, v5e, v5p, v6e"):
+        find_slice("h100")
 
 
 def test_what_is_not_proven_warns():
