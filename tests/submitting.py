@@ -10,7 +10,8 @@ from fake_tpu import FakeTpu
 from google.cloud.tpu_v2 import types
 
 from launch import submit
-from launch.job import Job
+from launch.cloud import package
+from launch.job import Job, StoredFile
 from trainer import cli
 
 BUCKET = "jobs-of-mine"
@@ -25,6 +26,13 @@ FLAGS = [
 TRAIN = ["train", "--data_dir=gs://data/d", "--model_dir=gs://data/m"]
 SUBMIT = ["submit", "tpu", *FLAGS, "--", *TRAIN]
 PACKAGE = {"0123/multihot-0.1.0-py3-none-any.whl": b"wheel", "4567/tpu.txt": b"locked"}
+
+
+def use_small_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Submissions bring `PACKAGE`, which takes no time to build."""
+    stored = [StoredFile(name, len(data), "5" * 64) for name, data in PACKAGE.items()]
+    made = package.Package(*stored, PACKAGE)
+    monkeypatch.setattr(package, "build", lambda environment: made)
 
 
 class Slices:

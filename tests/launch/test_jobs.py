@@ -8,20 +8,18 @@ import fake_tpu
 import fake_vertex
 import grpc
 import pytest
+import submitting
 from fake_tpu import FakeTpu
 from fake_vertex import FakeVertex, Fault
 
 from launch import jobs
-from launch.cloud import calls, package, tpu_slices, vertex_jobs
-from launch.cloud.package import Package
-from launch.job import Job, StoredFile
+from launch.cloud import calls, tpu_slices, vertex_jobs
+from launch.job import Job
 from launch.machine.reports import Ending, State
-from trainer import cli
 
 TRAIN = ["--", "train", "--data_dir=gs://my-bucket/d", "--model_dir=gs://my-bucket/m"]
 WHERE = ["--project=my-project", "--zone=us-central1-a", "--region=us-central1"]
 NAMED = [*WHERE, "--name=first"]
-CONTENTS = {"0123/multihot-0.1.0-py3-none-any.whl": b"wheel", "4567/tpu.txt": b"locked"}
 
 
 @pytest.fixture
@@ -29,8 +27,7 @@ def cloud(cloud, monkeypatch):
     """A bucket, and a package that costs nothing to build."""
     cloud.buckets["my-bucket"] = {}
     cloud.locations["my-bucket"] = "US-CENTRAL1"
-    stored = [StoredFile(name, len(data), "5" * 64) for name, data in CONTENTS.items()]
-    monkeypatch.setattr(package, "build", lambda environment: Package(*stored, CONTENTS))
+    submitting.use_small_package(monkeypatch)
     monkeypatch.setattr(calls, "FIRST_PAUSE_SECONDS", 0.01)
     monkeypatch.setattr(calls, "MAX_PAUSE_SECONDS", 0.02)
     monkeypatch.setattr(jobs, "_POLL_SECONDS", 0.01)
@@ -54,12 +51,7 @@ def vertex(cloud, monkeypatch):
 
 
 def run(*arguments):
-    """Exit code of a command."""
-    try:
-        cli.main(list(arguments))
-    except SystemExit as error:
-        return int(error.code or 0)
-    return 0
+    return submitting.run(list(arguments))
 
 
 def submit(kind, name="first", **flags):

@@ -58,6 +58,11 @@ def read_job(storage):
     return Job.from_json(storage.buckets["my-bucket"]["multihot/my-job/job.json"].data)
 
 
+def put(storage, name, record):
+    """What the chief writes to the job's folder."""
+    storage.put("my-bucket", f"multihot/my-job/{name}", json.dumps(vars(record)).encode())
+
+
 def test_from_the_command_to_the_end_of_the_job(storage, vertex, capsys):
     submit_vertex.run(make_config(num_machines=3), TRAIN)
     (request,) = vertex.created
@@ -105,9 +110,7 @@ def test_what_the_chief_does_is_said(storage, vertex, capsys):
     def work(_):
         job = read_job(storage)
         state = State(job.submission, 0, 0, "running train (1 of 1)", "step 7", time.time())
-        storage.put(
-            "my-bucket", "multihot/my-job/state/host-0.json", json.dumps(vars(state)).encode()
-        )
+        put(storage, "state/host-0.json", state)
 
     vertex.on_get = work
     submit_vertex.run(make_config(), TRAIN)
@@ -129,8 +132,7 @@ def test_a_job_that_fails_says_with_what_and_where_to_look(storage, vertex):
     def end(_):
         job = read_job(storage)
         ending = Ending(job.submission, 0, 0, 2, "multihot train: error: --data_dir: not there")
-        data = json.dumps(vars(ending)).encode()
-        storage.put("my-bucket", "multihot/my-job/exit_code/host-0", data)
+        put(storage, "exit_code/host-0", ending)
 
     vertex.on_get = end
     with pytest.raises(UserError) as error:
@@ -150,8 +152,7 @@ def test_a_job_that_was_stopped_may_be_run_again(storage, vertex):
 
     def end(_):
         job = read_job(storage)
-        data = json.dumps(vars(Ending(job.submission, 0, 0, 75, "lost worker 2"))).encode()
-        storage.put("my-bucket", "multihot/my-job/exit_code/host-0", data)
+        put(storage, "exit_code/host-0", Ending(job.submission, 0, 0, 75, "lost worker 2"))
 
     vertex.on_get = end
     with pytest.raises(RunAgain, match="exit code 75: lost worker 2; run the same command again"):
@@ -167,52 +168,29 @@ def test_a_job_that_is_out_of_sight_goes_on(storage, vertex, monkeypatch):
     assert [job.state.name for job in vertex.jobs.values()] == ["JOB_STATE_QUEUED"]
 
 
-def fault(code, message):
-    return Fault(getattr(grpc.StatusCode, code), message)
-
-
 @pytest.mark.parametrize(
-    ("answer", "messages"),
+    ("code", "answer", "messages"),
     [
-        (
-            fault(
-                "PERMISSION_DENIED",
-                "Permission 'aiplatform.customJobs.create' denied on resource",
-            ),
-            ["permission denied", "--role=roles/aiplatform.user"],
-        ),
-        (
-            fault("PERMISSION_DENIED", "You do not have permission to act as service account x"),
-            ["--role=roles/iam.serviceAccountUser"],
-        ),
-        (
-            fault(
-                "PERMISSION_DENIED",
-                "Vertex AI API has not been used in project my-project before or it is disabled.",
-            ),
-            ["gcloud services enable aiplatform.googleapis.com --project=my-project"],
-        ),
-        (
-            fault(
-                "RESOURCE_EXHAUSTED",
-                "The following quota metrics exceed quota limits: "
-                "aiplatform.googleapis.com/custom_model_training_nvidia_l4_gpus",
-            ),
-            ["quota of my-project in europe-west4", "custom_model_training_nvidia_l4_gpus"],
-        ),
-        (
-            fault("INVALID_ARGUMENT", "Machine type g2-standard-12 is not supported in region"),
-            ["europe-west4 does not offer it", "gcloud compute accelerator-types list"],
-        ),
-        (
-            fault("NOT_FOUND", "The service account does not exist"),
-            ["gcloud iam service-accounts list --project=my-project"],
-        ),
-        (fault("UNAUTHENTICATED", "bad token"), ["gcloud auth application-default login"]),
+        ("PERMISSION_DENIED", "Permission 'aiplatform.customJobs.create' denied on resource",
+         ["permission denied", "--role=roles/aiplatform.user"]),
+        ("PERMISSION_DENIED", "You do not have permission to act as service account x",
+         ["--role=roles/iam.serviceAccountUser"]),
+        ("PERMISSION_DENIED",
+         "Vertex AI API has not been used in project my-project before or it is disabled.",
+         ["gcloud services enable aiplatform.googleapis.com --project=my-project"]),
+        ("RESOURCE_EXHAUSTED",
+         "The following quota metrics exceed quota limits: "
+         "aiplatform.googleapis.com/custom_model_training_nvidia_l4_gpus",
+         ["quota of my-project in europe-west4", "custom_model_training_nvidia_l4_gpus"]),
+        ("INVALID_ARGUMENT", "Machine type g2-standard-12 is not supported in region",
+         ["europe-west4 does not offer it", "gcloud compute accelerator-types list"]),
+        ("NOT_FOUND", "The service account does not exist",
+         ["gcloud iam service-accounts list --project=my-project"]),
+        ("UNAUTHENTICATED", "bad token", ["gcloud auth application-default login"]),
     ],
-)
-def test_refusals_are_one_line_with_what_mends_them(storage, vertex, answer, messages):
-    vertex.plan = faults("CreateCustomJob", answer)
+)  # fmt: skip
+def test_refusals_are_one_line_with_what_mends_them(storage, vertex, code, answer, messages):
+    vertex.plan = faults("CreateCustomJob", Fault(getattr(grpc.StatusCode, code), answer))
     with pytest.raises(UserError) as error:
         submit_vertex.run(make_config(), TRAIN)
     line = str(error.value)
@@ -222,8 +200,8 @@ def test_refusals_are_one_line_with_what_mends_them(storage, vertex, answer, mes
 
 def test_a_region_that_is_none_is_named(storage, vertex):
     """As gRPC says it of a name that no server has."""
-    answer = fault(
-        "UNAVAILABLE",
+    answer = Fault(
+        grpc.StatusCode.UNAVAILABLE,
         "errors resolving mars-north1-aiplatform.googleapis.com:443: [field:hostname lookup "
         "error:address lookup failed: Domain name not found]",
     )
@@ -288,21 +266,14 @@ def test_of_two_submissions_at_one_moment_the_first_is_left(storage, vertex):
         ({"bucket": "no-bucket"}, TRAIN, "there is no such bucket; create it: gcloud storage"),
         ({"accelerator": "h200"}, TRAIN, "--accelerator=h200: no such machine"),
         ({"accelerator": "h100:1"}, TRAIN, "expected --provisioning=spot or --provisioning=flex"),
-        (
-            {"accelerator": "v5e", "num_machines": 2},
-            TRAIN,
-            "--num_machines=2: expected 1 with TPUs",
-        ),
-        (
-            {"num_machines": 2},
-            ("report", "--model_dir=gs://my-bucket/run"),
-            "--num_machines=2: expected 1, because none",
-        ),
+        ({"accelerator": "v5e", "num_machines": 2}, TRAIN,
+         "--num_machines=2: expected 1 with TPUs"),
+        ({"num_machines": 2}, ("report", TRAIN[2]), "--num_machines=2: expected 1, because none"),
         ({}, (), "expected a command behind `--`"),
         ({}, ("trian",), "did you mean train"),
         ({}, ("train", "--data_dir=data", TRAIN[2]), "lies on this machine"),
     ],
-)
+)  # fmt: skip
 def test_what_is_wrong_is_said_before_anything_is_sent(storage, vertex, changes, commands, message):
     with pytest.raises(UserError, match=message):
         submit_vertex.run(make_config(**changes), commands)

@@ -19,49 +19,33 @@ from submitting import (
 from launch import submit_tpu
 from launch.cloud import tpu_slices
 
+CODES = grpc.StatusCode
 REFUSALS = [
-    (
-        Fault(grpc.StatusCode.PERMISSION_DENIED, "Cloud TPU API is disabled", "SERVICE_DISABLED"),
-        "gcloud services enable tpu.googleapis.com --project=my-project",
-    ),
-    (
-        Fault(grpc.StatusCode.PERMISSION_DENIED, "Cloud TPU API has not been used in project 1"),
-        "gcloud services enable tpu.googleapis.com --project=my-project",
-    ),
-    (
-        Fault(grpc.StatusCode.PERMISSION_DENIED, "Permission 'tpu.nodes.create' denied"),
-        "add-iam-policy-binding my-project --member=user:YOU --role=roles/tpu.admin",
-    ),
-    (
-        Fault(grpc.StatusCode.PERMISSION_DENIED, "iam.serviceAccounts.actAs is required"),
-        "--role=roles/iam.serviceAccountUser",
-    ),
-    (Fault(grpc.StatusCode.UNAUTHENTICATED, "no"), "gcloud auth application-default login"),
-    (
-        Fault(grpc.StatusCode.RESOURCE_EXHAUSTED, "Quota limit 'TPUV5sPreemptible' exceeded"),
-        "gcloud beta quotas preferences create --service=tpu.googleapis.com",
-    ),
-    (
-        Fault(grpc.StatusCode.ALREADY_EXISTS, "Resource already exists"),
-        "gcloud compute tpus queued-resources delete first --force --zone=us-central1-a",
-    ),
-    (
-        Fault(grpc.StatusCode.NOT_FOUND, "Location us-central1-a is not found"),
-        "gcloud compute tpus locations list --project=my-project",
-    ),
-    (
-        Fault(grpc.StatusCode.INVALID_ARGUMENT, "acceleratorType v5litepod-4 is not in the zone"),
-        "gcloud compute tpus accelerator-types list --zone=us-central1-a",
-    ),
-    (
-        Fault(grpc.StatusCode.INVALID_ARGUMENT, "network 'n' was not found"),
-        "gcloud compute networks subnets list --project=my-project",
-    ),
-    (
-        Fault(grpc.StatusCode.NOT_FOUND, "Reservation r does not exist"),
-        "gcloud compute reservations list --project=my-project",
-    ),
-]
+    (Fault(code, message, reason), expected)
+    for code, message, reason, expected in (
+        (CODES.PERMISSION_DENIED, "Cloud TPU API is disabled", "SERVICE_DISABLED",
+         "gcloud services enable tpu.googleapis.com --project=my-project"),
+        (CODES.PERMISSION_DENIED, "Cloud TPU API has not been used in project 1", "",
+         "gcloud services enable tpu.googleapis.com --project=my-project"),
+        (CODES.PERMISSION_DENIED, "Permission 'tpu.nodes.create' denied", "",
+         "add-iam-policy-binding my-project --member=user:YOU --role=roles/tpu.admin"),
+        (CODES.PERMISSION_DENIED, "iam.serviceAccounts.actAs is required", "",
+         "--role=roles/iam.serviceAccountUser"),
+        (CODES.UNAUTHENTICATED, "no", "", "gcloud auth application-default login"),
+        (CODES.RESOURCE_EXHAUSTED, "Quota limit 'TPUV5sPreemptible' exceeded", "",
+         "gcloud beta quotas preferences create --service=tpu.googleapis.com"),
+        (CODES.ALREADY_EXISTS, "Resource already exists", "",
+         "gcloud compute tpus queued-resources delete first --force --zone=us-central1-a"),
+        (CODES.NOT_FOUND, "Location us-central1-a is not found", "",
+         "gcloud compute tpus locations list --project=my-project"),
+        (CODES.INVALID_ARGUMENT, "acceleratorType v5litepod-4 is not in the zone", "",
+         "gcloud compute tpus accelerator-types list --zone=us-central1-a"),
+        (CODES.INVALID_ARGUMENT, "network 'n' was not found", "",
+         "gcloud compute networks subnets list --project=my-project"),
+        (CODES.NOT_FOUND, "Reservation r does not exist", "",
+         "gcloud compute reservations list --project=my-project"),
+    )
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("fault", "expected"), REFUSALS)
