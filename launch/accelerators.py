@@ -1,20 +1,17 @@
 """The accelerators that a job can run on, read from accelerators.json: a table, not code.
 
-For a TPU kind the table holds figures of one chip: `hbm_bytes` (the memory that libtpu's compiler
-lets a program use, not the data sheet's figure; null where it is not known), `bf16_flops` (peak a
-second), `hbm_bandwidth` (bytes a second), `clock` (cycles a second), `ici_links` and
-`ici_link_bandwidth` (links to neighbouring chips; bytes a second of one link in one direction). The
+For each TPU kind the table has the fields of `TpuKind`, the images of its slices' hosts, with a
+warning where TensorFlow is not known to work, Vertex AI's machine types, and the slices that Cloud
+TPU offers. Peaks, bandwidths and slices are those of Google's documentation
+(cloud.google.com/tpu/docs/v4, v5e, v5p, v6e). `hbm_bytes` was read from the compiler's error for
+programs that do not fit ("exceeds available HBM (15.75G)"); it is not the data sheet's figure. The
 clock is the peak divided by what the chip's matrix units do in a cycle (v5e: 4 units of 128 x 128);
-for v6e it assumes 4 units of 256 x 256, which Google does not document. Then come the runtime
-images of slices of one host and of several, each with a warning where TensorFlow is not known to
-work; Vertex AI's machine types; and the slices that Cloud TPU offers. Peaks, bandwidths and slices
-are those of Google's documentation (cloud.google.com/tpu/docs/v4, v5e, v5p, v6e). `hbm_bytes` was
-read from the compiler's error for programs that do not fit ("exceeds available HBM (15.75G)").
+for v6e it assumes 4 units of 256 x 256, which Google does not document.
 
-For a GPU kind it holds Vertex AI's name, memory in bytes, peak in the narrow type that training
-uses (`flops`, `flops_type`), memory bandwidth, the machine type for each number of GPUs, and the
-numbers that exist as spot machines only. For machines without accelerators, which prepare data as
-fast as others and cost less, it holds the machine type for each number of virtual CPUs.
+For each GPU kind the table has Vertex AI's name, memory in bytes, the peak in the narrow type that
+training uses (`flops`, `flops_type`), the machine type for each number of GPUs, and the numbers
+that exist as spot machines only. For machines without accelerators, which prepare data as fast as
+others and cost less, it has the machine type for each number of virtual CPUs.
 
 A `Target` is a slice that `preflight` compiles for: its chips, their memory and their links.
 """

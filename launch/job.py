@@ -75,10 +75,6 @@ class Job:
         """URL of the job's folder."""
         return f"gs://{self.bucket}/{FOLDER}/{self.name}"
 
-    def labels(self) -> dict[str, str]:
-        """The labels of the job's resources."""
-        return marks(self.group)
-
     def to_json(self) -> str:
         """The record as indented JSON."""
         return json.dumps(dataclasses.asdict(self), indent=2, sort_keys=True) + "\n"
@@ -109,7 +105,7 @@ def new_submission() -> str:
     return f"{now:%Y%m%dt%H%M%S}-{uuid.uuid4().hex[:8]}"
 
 
-def marks(group: str) -> dict[str, str]:
+def labels_of(group: str) -> dict[str, str]:
     """The labels that mark the resources of a job of that name as ours."""
     return {
         JOB_LABEL: group,

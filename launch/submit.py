@@ -13,7 +13,7 @@ from typing import Any
 
 from launch.cloud import package as packages
 from launch.cloud.follow import Outcome, ask_to_leave, check_bucket, say
-from launch.cloud.package import Package, upload_request
+from launch.cloud.package import Package
 from launch.job import Job, bucket_name, new_submission
 from launch.launch_config import SubmitTpuConfig, SubmitVertexConfig
 from trainer.config import COMMANDS
@@ -184,15 +184,17 @@ class Submission(abc.ABC):
 
     def list_requests(self) -> list[dict[str, Any]]:
         """All requests in the order in which they are sent, as JSON."""
-        requests = [
-            upload_request(f"{job.folder}/package/{item.name}", if_generation=0, sha256=item.sha256)
+        insert = {"service": "storage.googleapis.com", "method": "Insert"}
+        requests: list[dict[str, Any]] = [
+            insert
+            | {"object": f"{job.folder}/package/{item.name}"}
+            | {"if_generation": 0, "sha256": item.sha256}
             for job in self.jobs
             for item in (self.package.wheel, self.package.requirements)
         ]
         for job in self.jobs:
-            record = json.loads(job.to_json())
-            requests.append(self.request_of(job))
-            requests.append(upload_request(f"{job.folder}/job.json", content=record))
+            record = {"object": f"{job.folder}/job.json", "content": json.loads(job.to_json())}
+            requests += [self.request_of(job), insert | record]
         return requests
 
     def jobs_command(self, action: str, *flags: str) -> str:

@@ -18,7 +18,7 @@ from pathlib import Path
 
 from launch.cloud import package
 from launch.cloud.refusals import Place, explained
-from launch.job import FOLDER, bucket_name, marks
+from launch.job import FOLDER, bucket_name, labels_of
 from launch.launch_config import SubmitDataflowConfig, parse_labels
 from launch.submit import parse_commands
 from trainer.config import LOCAL_RUNNER, ScoreConfig
@@ -105,7 +105,7 @@ def beam_options(config: SubmitDataflowConfig, wheel: str, requirements: str) ->
         f"--max_num_workers={config.max_workers}",
         f"--worker_machine_type={config.machine_type}",
     ]
-    labels = marks(config.name) | parse_labels(config.labels)
+    labels = labels_of(config.name) | parse_labels(config.labels)
     options += [f"--labels={key}={value}" for key, value in labels.items()]
     if config.sdk_container_image:
         options.append(f"--sdk_container_image={config.sdk_container_image}")

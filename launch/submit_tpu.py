@@ -3,6 +3,7 @@
 import sys
 from collections.abc import Sequence
 from dataclasses import replace
+from functools import partial
 from typing import Any
 
 from launch.accelerators import TpuSlice, find_slice
@@ -106,13 +107,10 @@ class TpuSubmission(Submission):
     def connect(self) -> None:
         config = self.config
         self._resources = QueuedResources(config.project, config.zone, config.service_account)
-        self._watches = [self._watch(job) for job in self.jobs]
-
-    def _watch(self, job: Job) -> SliceWatch:
-        def make_request(attempt: int, seconds_left: int) -> Any:
-            return make_create_request(self.config, self._slice, job, attempt, seconds_left)
-
-        return SliceWatch(self._resources, job, make_request, self.config.follow)
+        self._watches = []
+        for job in self.jobs:
+            make_request = partial(make_create_request, config, self._slice, job)
+            self._watches.append(SliceWatch(self._resources, job, make_request, config.follow))
 
     def make_room(self) -> None:
         """Deletes slices of the jobs' names that were taken away or failed, or waits for their end.

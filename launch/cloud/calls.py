@@ -31,6 +31,11 @@ def make_client(kind: Any, endpoint_variable: str, **options: Any) -> Any:
     return kind(transport=transport(channel=grpc.insecure_channel(endpoint)))
 
 
+def parent(project: str, location: str) -> str:
+    """The parent of a project's resources in a zone or region."""
+    return f"projects/{project}/locations/{location}"
+
+
 def pauses(first: float | None = None, seconds: float = math.inf) -> Iterator[float]:
     """Seconds to wait before each further attempt: twice as long each time, up to a maximum.
 

@@ -19,7 +19,6 @@ import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from launch.job import Job, StoredFile
 from trainer.errors import UserError
@@ -76,11 +75,6 @@ def upload(job: Job, package: Package) -> None:
         except gcs.Taken:
             # Usually the same file, as its name has the SHA-256, but somebody may have replaced it.
             gcs.upload(url, data)
-
-
-def upload_request(url: str, **details: Any) -> dict[str, Any]:
-    """An upload as `--dry_run` shows it: the object, and details such as its content."""
-    return {"service": "storage.googleapis.com", "method": "Insert", "object": url} | details
 
 
 def read_requirements(environment: str) -> bytes:

@@ -40,7 +40,7 @@ class SliceWatch:
           follow: whether to show the job's output.
         """
         self.job = job
-        self.attempt = 0
+        self._attempt = 0
         self.is_requested = False
         self._resources = resources
         self._make_request = make_request
@@ -54,7 +54,7 @@ class SliceWatch:
     def create(self) -> None:
         """Requests the slice; raises as `QueuedResources.create`."""
         self.is_requested = True
-        self._resources.create(self._make_request(self.attempt, self._seconds_left()))
+        self._resources.create(self._make_request(self._attempt, self._seconds_left()))
         self._phase = None
 
     def step(self) -> Outcome | None:
@@ -127,16 +127,18 @@ class SliceWatch:
 
     def _restart(self) -> Outcome | None:
         """Creates the slice again, at most `max_restarts` times."""
-        if self.attempt == self.job.max_restarts:
+        if self._attempt == self.job.max_restarts:
             self._resources.delete(self.job.name)
             message = (
-                f"{self.job.name}: its slice was taken away {self.attempt + 1} times, more often "
+                f"{self.job.name}: its slice was taken away {self._attempt + 1} times, more often "
                 f"than --max_restarts={self.job.max_restarts} allows; run the same command again "
                 "to resume"
             )
             return Outcome(RUN_AGAIN, message, RunAgain(message))
-        self.attempt += 1
-        say(f"{self.job.name} is created again (restart {self.attempt} of {self.job.max_restarts})")
+        self._attempt += 1
+        say(
+            f"{self.job.name} is created again (restart {self._attempt} of {self.job.max_restarts})"
+        )
         self._is_to_create = True
         self._create_again()
         return None

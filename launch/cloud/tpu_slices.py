@@ -21,7 +21,7 @@ from typing import Any
 from launch.accelerators import TpuSlice
 from launch.cloud import calls
 from launch.cloud.refusals import Place, explain_status, explained
-from launch.job import FOLDER, JOB_LABEL, Job
+from launch.job import FOLDER, JOB_LABEL, Job, labels_of
 from launch.launch_config import SubmitTpuConfig, parse_labels
 from trainer.errors import RunAgain, UserError
 
@@ -39,7 +39,7 @@ _DELETE_SECONDS = 900.0
 
 def resource_name(config: SubmitTpuConfig, name: str) -> str:
     """Full name of a job's queued resource."""
-    return f"projects/{config.project}/locations/{config.zone}/queuedResources/{name}"
+    return f"{calls.parent(config.project, config.zone)}/queuedResources/{name}"
 
 
 def make_create_request(
@@ -48,7 +48,6 @@ def make_create_request(
     job: Job,
     attempt: int = 0,
     seconds_left: int | None = None,
-    request_id: str | None = None,
 ) -> Any:
     """The CreateQueuedResourceRequest of a job.
 
@@ -58,11 +57,10 @@ def make_create_request(
       job: the slice's record.
       attempt: how often the slice was taken away before.
       seconds_left: of the job's `max_seconds`; default: all of them.
-      request_id: by which the service recognises a repeated request; default: a new one.
     """
     import google.cloud.tpu_v2 as tpu_v2
 
-    parent = f"projects/{config.project}/locations/{config.zone}"
+    parent = calls.parent(config.project, config.zone)
     node = _make_node(config, slice_of_chips, job)
     node.metadata = make_metadata(job, attempt, seconds_left)
     resource = tpu_v2.QueuedResource(
@@ -73,14 +71,14 @@ def make_create_request(
     if config.provisioning == "reserved":
         resource.guaranteed = tpu_v2.QueuedResource.Guaranteed()
     if config.reservation:
-        is_full = "/" in config.reservation
-        prefix = "" if is_full else f"{parent}/reservations/"
+        prefix = "" if "/" in config.reservation else f"{parent}/reservations/"
         resource.reservation_name = prefix + config.reservation
     return tpu_v2.CreateQueuedResourceRequest(
         parent=parent,
         queued_resource_id=job.name,
         queued_resource=resource,
-        request_id=request_id or str(uuid.uuid4()),
+        # By which the service recognises a request that is repeated.
+        request_id=str(uuid.uuid4()),
     )
 
 
@@ -103,7 +101,7 @@ def _make_node(config: SubmitTpuConfig, slice_of_chips: TpuSlice, job: Job) -> A
         scheduling_config=tpu_v2.SchedulingConfig(
             spot=config.provisioning == "spot", reserved=config.provisioning == "reserved"
         ),
-        labels=parse_labels(config.labels) | job.labels(),
+        labels=parse_labels(config.labels) | labels_of(job.group),
     )
 
 
@@ -193,7 +191,7 @@ class QueuedResources:
         """
         import google.cloud.tpu_v2 as tpu_v2
 
-        self.parent = f"projects/{project}/locations/{zone}"
+        self._parent = calls.parent(project, zone)
         self._project, self._zone = project, zone
         self._service_account = service_account
         with explained(self.place("Cloud TPU")):
@@ -242,7 +240,7 @@ class QueuedResources:
         with explained(self.place(name)):
             try:
                 resource = self._client.get_queued_resource(
-                    name=f"{self.parent}/queuedResources/{name}", **_options()
+                    name=f"{self._parent}/queuedResources/{name}", **_options()
                 )
             except NotFound:
                 return ResourceState(Phase.ABSENT)
@@ -258,7 +256,7 @@ class QueuedResources:
 
         lost = (Node.State.PREEMPTED, Node.State.TERMINATED, Node.State.STOPPED)
         try:
-            node = self._client.get_node(name=f"{self.parent}/nodes/{name}", **_options())
+            node = self._client.get_node(name=f"{self._parent}/nodes/{name}", **_options())
         except NotFound:
             return False
         return node.state in lost
@@ -266,7 +264,7 @@ class QueuedResources:
     def list_ours(self) -> Iterator[Any]:
         """The queued resources whose labels mark them as Multihot's."""
         with explained(self.place("the queued resources")):
-            pages = self._client.list_queued_resources(parent=self.parent, **_options())
+            pages = self._client.list_queued_resources(parent=self._parent, **_options())
             for resource in pages:
                 if describe(resource).job:
                     yield resource
@@ -288,7 +286,7 @@ class QueuedResources:
         """
         from google.api_core import exceptions
 
-        request = {"name": f"{self.parent}/queuedResources/{name}", "force": True}
+        request = {"name": f"{self._parent}/queuedResources/{name}", "force": True}
         deadline = time.monotonic() + _DELETE_SECONDS
         with explained(self.place(name)):
             for pause in calls.pauses():

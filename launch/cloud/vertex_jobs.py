@@ -18,7 +18,7 @@ from typing import Any, TypeVar
 
 from launch.accelerators import VertexMachine
 from launch.cloud import calls
-from launch.job import JOB_LABEL, Job
+from launch.job import JOB_LABEL, Job, labels_of
 from launch.launch_config import SubmitVertexConfig, parse_labels
 from trainer.errors import RunAgain, UserError
 
@@ -43,11 +43,6 @@ _DRIVER = "/usr/local/nvidia/lib64:/usr/local/nvidia/lib"
 _DEADLINE_SECONDS = 180.0
 
 Answer = TypeVar("Answer")
-
-
-def parent(project: str, region: str) -> str:
-    """The parent resource of a project's custom jobs in a region."""
-    return f"projects/{project}/locations/{region}"
 
 
 def build_request(config: SubmitVertexConfig, machine: VertexMachine, job: Job) -> Any:
@@ -78,11 +73,13 @@ def build_request(config: SubmitVertexConfig, machine: VertexMachine, job: Job) 
         base_output_directory=types.GcsDestination(output_uri_prefix=job.folder),
     )
     return types.CreateCustomJobRequest(
-        parent=parent(config.project, config.region),
+        parent=calls.parent(config.project, config.region),
         custom_job=types.CustomJob(
             display_name=job.name,
             job_spec=spec,
-            labels=job.labels() | {_SUBMISSION_LABEL: job.submission} | parse_labels(config.labels),
+            labels=labels_of(job.group)
+            | {_SUBMISSION_LABEL: job.submission}
+            | parse_labels(config.labels),
         ),
     )
 
@@ -182,7 +179,7 @@ def find(client: Any, project: str, region: str, name: str | None = None) -> lis
       RunAgain: if the service does not answer.
     """
     condition = f"labels.{JOB_LABEL}={name}" if name else f"labels.{JOB_LABEL}:*"
-    jobs = _list(client, parent(project, region), condition)
+    jobs = _list(client, calls.parent(project, region), condition)
     return sorted(jobs, key=lambda job: job.create_time, reverse=True)
 
 

@@ -4,16 +4,14 @@ import json
 import time
 from types import SimpleNamespace
 
-import fake_tpu
 import fake_vertex
 import grpc
 import pytest
 import submitting
-from fake_tpu import FakeTpu
 from fake_vertex import FakeVertex, Fault
 
 from launch import jobs
-from launch.cloud import calls, tpu_slices, vertex_jobs
+from launch.cloud import vertex_jobs
 from launch.job import Job
 from launch.machine.reports import Ending, State
 
@@ -24,26 +22,14 @@ NAMED = [*WHERE, "--name=first"]
 
 @pytest.fixture
 def cloud(cloud, monkeypatch):
-    """A bucket, and a package that costs nothing to build."""
     cloud.buckets["my-bucket"] = {}
     cloud.locations["my-bucket"] = "US-CENTRAL1"
-    submitting.use_small_package(monkeypatch)
-    monkeypatch.setattr(calls, "FIRST_PAUSE_SECONDS", 0.01)
-    monkeypatch.setattr(calls, "MAX_PAUSE_SECONDS", 0.02)
     monkeypatch.setattr(jobs, "_POLL_SECONDS", 0.01)
     return cloud
 
 
 @pytest.fixture
-def tpu(cloud, monkeypatch):
-    fake = FakeTpu()
-    with fake_tpu.serve(fake) as address:
-        monkeypatch.setenv(tpu_slices.ENDPOINT_VARIABLE, address)
-        yield fake
-
-
-@pytest.fixture
-def vertex(cloud, monkeypatch):
+def vertex(tpu, monkeypatch):
     fake = FakeVertex(states=("RUNNING",) * 1000)
     with fake_vertex.serve(fake) as address:
         monkeypatch.setenv(vertex_jobs.ENDPOINT_VARIABLE, address)

@@ -68,11 +68,10 @@ def make_job(config: SubmitTpuConfig) -> Job:
 def make_request(config: SubmitTpuConfig, attempt: int = 0) -> dict[str, Any]:
     """A request as JSON, the texts that every one has replaced by their files' names."""
     job = make_job(config)
-    request = to_dict(
-        make_create_request(
-            config, find_slice(config.accelerator), job, attempt=attempt, request_id="an-id"
-        )
-    )
+    slice_of_chips = find_slice(config.accelerator)
+    request = to_dict(make_create_request(config, slice_of_chips, job, attempt))
+    assert len(request["requestId"]) == 36
+    request["requestId"] = "an-id"
     metadata = request["queuedResource"]["tpu"]["nodeSpec"][0]["node"]["metadata"]
     for name, file in (("startup-script", "startup.sh"), ("multihot-bootstrap", "bootstrap.py")):
         assert metadata[name] == (Path(package.__file__).parents[1] / "machine" / file).read_text()
@@ -117,7 +116,8 @@ def test_a_restart_asks_for_the_same_with_its_number_and_what_is_left_of_the_tim
     config = make_config()
     first = make_request(config)
     job = make_job(config)
-    again = to_dict(make_create_request(config, find_slice("v5e:2x2"), job, 2, 100, "an-id"))
+    again = to_dict(make_create_request(config, find_slice("v5e:2x2"), job, 2, 100))
+    again["requestId"] = "an-id"
     one, two = (
         item["queuedResource"]["tpu"]["nodeSpec"][0]["node"].pop("metadata")
         for item in (first, again)
