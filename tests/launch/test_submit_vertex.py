@@ -1,4 +1,4 @@
-"""`submit vertex` as its user meets it: Google's clients against local fakes of both services."""
+"""`submit vertex` with Google's clients against local fakes of Vertex AI and Cloud Storage."""
 
 import json
 import os
@@ -44,7 +44,7 @@ def storage(cloud):
 
 @pytest.fixture
 def vertex(monkeypatch):
-    """The job service, which moves on as fast as it is asked."""
+    """Vertex AI, whose jobs reach their next state each time that they are read."""
     vertex = FakeVertex()
     for name in ("FIRST_PAUSE_SECONDS", "MAX_PAUSE_SECONDS"):
         monkeypatch.setattr(calls, name, 0.01)
@@ -199,7 +199,7 @@ def test_refusals_are_one_line_with_what_mends_them(storage, vertex, code, answe
 
 
 def test_a_region_that_is_none_is_named(storage, vertex):
-    """As gRPC says it of a name that no server has."""
+    """gRPC's answer for a name that does not resolve."""
     answer = Fault(
         grpc.StatusCode.UNAVAILABLE,
         "errors resolving mars-north1-aiplatform.googleapis.com:443: [field:hostname lookup "
@@ -242,7 +242,7 @@ def test_a_name_is_taken_until_its_job_has_ended(storage, vertex):
 
 
 def test_of_two_submissions_at_one_moment_the_first_is_left(storage, vertex):
-    """The other one's job appears between our look and our own."""
+    """The other job appears after the name was found free."""
     create = vertex.create
 
     def create_after_another(request):
@@ -287,7 +287,7 @@ def test_what_is_not_proven_warns(storage, vertex, capsys):
 
 
 def test_an_interruption_while_the_answer_is_out_finds_the_job(storage, vertex, monkeypatch):
-    """Nobody is there to be asked, so the job is left; it was made, though no answer came."""
+    """The job exists although its answer was lost; it is left running, or cancelled."""
     vertex.plan = faults("CreateCustomJob", Fault(grpc.StatusCode.UNAVAILABLE, fake_vertex.LOST))
 
     def interrupt(_):
@@ -308,7 +308,7 @@ def test_an_interruption_while_the_answer_is_out_finds_the_job(storage, vertex, 
 
 
 def test_ctrl_c_asks_and_cancels_a_job_that_is_pending(storage, vertex):
-    """The whole command in a process of its own, on a terminal."""
+    """The whole command in its own process, on a terminal."""
     vertex.states = ("PENDING",) * 1000
     flags = [f"--{name}={value}" for name, value in FLAGS.items()]
     ours, theirs = pty.openpty()
@@ -340,7 +340,7 @@ def test_ctrl_c_asks_and_cancels_a_job_that_is_pending(storage, vertex):
 
 
 def test_a_dry_run_prints_the_requests_and_touches_nothing(tmp_path):
-    """No server, no credentials, no network: a proxy that nobody serves would be asked."""
+    """Without credentials; any connection would go to a proxy that does not exist, and fail."""
     flags = [f"--{name}={value}" for name, value in FLAGS.items()]
     command = [sys.executable, "-m", "trainer.cli", "submit", "vertex", *flags, "--dry_run"]
     nowhere = dict.fromkeys(("HTTPS_PROXY", "https_proxy", "HTTP_PROXY"), "http://127.0.0.1:9")

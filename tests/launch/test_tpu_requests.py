@@ -66,7 +66,7 @@ def make_job(config: SubmitTpuConfig) -> Job:
 
 
 def make_request(config: SubmitTpuConfig, attempt: int = 0) -> dict[str, Any]:
-    """A request as JSON, the texts that every one has replaced by their files' names."""
+    """A request as JSON, with the texts of the scripts replaced by their files' names."""
     job = make_job(config)
     slice_of_chips = find_slice(config.accelerator)
     request = to_dict(make_create_request(config, slice_of_chips, job, attempt))
@@ -95,7 +95,7 @@ def test_a_request_is_exactly_that_of_its_golden_file(name):
 
 
 def test_every_slice_of_the_table_is_asked_for_as_its_golden_file_has_it():
-    """What differs from slice to slice; all else is that of the single host."""
+    """Type and runtime of each slice; the rest equals the request of the single host."""
     common = make_request(make_config())
     found = {}
     for item in tpu_slices():
@@ -130,7 +130,7 @@ def test_a_restart_asks_for_the_same_with_its_number_and_what_is_left_of_the_tim
 
 
 def test_a_dry_run_shows_all_requests_and_sends_none(capsys, monkeypatch, tmp_path):
-    """Without credentials, and without a connection: sockets cannot be made."""
+    """Without credentials; a socket would fail the test."""
     import socket
 
     def refuse(*_: object, **__: object) -> None:
