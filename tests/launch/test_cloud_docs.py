@@ -24,7 +24,7 @@ VARIABLES = {
 
 
 def read_commands():
-    """The commands of all blocks, continued lines together, variables put in, as words."""
+    """The commands of all Bash blocks as words, with variables replaced."""
     blocks = re.findall(r"^```bash\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
     lines = "".join(blocks).replace("\\\n", " ").splitlines()
     for name, value in VARIABLES.items():

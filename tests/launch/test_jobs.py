@@ -41,7 +41,7 @@ def run(*arguments):
 
 
 def submit(kind, name="first", **flags):
-    """Submits a job that nobody waits for."""
+    """Submits a job without waiting for it."""
     own = {"tpu": ["--zone=us-central1-a", "--accelerator=v5e"]}
     own["vertex"] = ["--region=us-central1", "--accelerator=l4:2"]
     more = [f"--{flag}={value}" for flag, value in flags.items()]
@@ -54,7 +54,7 @@ def read_record(cloud, name="first"):
 
 
 def report(cloud, job, host=0, line="", exit_code=None, logs=()):
-    """What a machine leaves in the bucket."""
+    """Writes what a machine reports to the bucket."""
     place = f"multihot/{job.name}"
     state = State(job.submission, 0, host, "running train (1 of 1)", line, time.time())
     cloud.put("my-bucket", f"{place}/state/host-{host}.json", json.dumps(vars(state)).encode())

@@ -38,7 +38,7 @@ ADDRESSES = ["10.0.0.2", "10.0.0.3"]
 
 
 class Processes:
-    """Replaces the processes that a node starts; records their commands, returns the given codes."""
+    """Replaces the processes that a node starts: records their commands, returns given codes."""
 
     def __init__(self, *codes: int) -> None:
         self.codes = list(codes)

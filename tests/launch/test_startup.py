@@ -16,7 +16,7 @@ from launch.machine.reports import Ending, State
 
 
 def test_a_job_runs_in_a_clean_folder_and_the_slice_is_deleted(tmp_path):
-    """Two commands: the second reads the first one's local file, whose name a shell would expand."""
+    """The second command reads the first one's file, whose name a shell would expand."""
     odd = "a $(touch pwned)\"; touch 'pwned' `touch pwned` & #.jsonl"
     commands = (
         ("sample", f"--output={odd}", "--num_documents=120"),

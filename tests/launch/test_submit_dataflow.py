@@ -1,4 +1,4 @@
-"""Dataflow: Beam's own runner against a local fake, which takes the job and runs nothing."""
+"""`submit dataflow`: Beam's own runner against a local fake, which accepts a job and runs nothing."""
 
 import json
 import os

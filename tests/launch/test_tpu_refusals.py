@@ -1,4 +1,4 @@
-"""What `submit tpu` says when it is refused: one line, with the command that mends it."""
+"""The errors of `submit tpu`: one line each, with the command that helps."""
 
 import fake_tpu
 import grpc
@@ -119,7 +119,7 @@ def test_two_submissions_of_one_name(tpu, capsys):
 
 
 def test_two_submissions_at_the_same_moment(tpu, capsys, monkeypatch):
-    """Neither sees the other's slice before it asks for its own: the service decides."""
+    """Both find the name free; the service accepts the first."""
     monkeypatch.setattr(submit_tpu.TpuSubmission, "make_room", lambda self: None)
     assert run(with_flags("--no_wait")) == 0
     assert run(with_flags("--no_wait")) == 2

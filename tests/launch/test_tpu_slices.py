@@ -1,4 +1,4 @@
-"""`submit tpu` interrupted, and of several slices."""
+"""Ctrl-C during `submit tpu`, and several slices."""
 
 import sys
 
@@ -39,7 +39,7 @@ def test_ctrl_c_without_a_terminal_leaves_it_running(tpu, monkeypatch):
 
 
 def test_ctrl_c_while_the_slice_is_being_created(tpu, capsys, monkeypatch):
-    """The request has gone out, its operation is not done, and deleting is refused at first."""
+    """The creation is not done yet, and the first deletions are refused."""
     tpu.operation_polls = 1000
     tpu.refused_deletes = 3
     tpu.states = [("CREATING",)]
@@ -57,7 +57,7 @@ def test_ctrl_c_while_the_slice_is_being_created(tpu, capsys, monkeypatch):
 
 
 def test_ctrl_c_ends_the_slices_that_are_there_and_waits_for_no_others(tpu, monkeypatch, capsys):
-    """One of three has ended, two are active: each is asked for once more, none is waited for."""
+    """One slice of three has ended; the other two are deleted at once."""
     monkeypatch.setattr(slice_watch, "pauses", lambda first: iter([0.0]))
     monkeypatch.setattr(submit, "ask_to_leave", lambda name: False)
     interrupt_next_sleep(monkeypatch)
