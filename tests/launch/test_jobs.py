@@ -8,7 +8,8 @@ import fake_vertex
 import grpc
 import pytest
 import submitting
-from fake_vertex import FakeVertex, Fault
+from fake_grpc import Fault
+from fake_vertex import FakeVertex
 
 from launch import jobs
 from launch.cloud import vertex_jobs

@@ -1,4 +1,4 @@
-"""`submit dataflow`: Beam's own runner against a local fake, which accepts a job and runs nothing."""
+"""`submit dataflow`: Beam's own runner against a local fake that accepts jobs and runs nothing."""
 
 import json
 import os

@@ -5,7 +5,7 @@ import json
 import fake_tpu
 import grpc
 import pytest
-from fake_tpu import LOST, Fault
+from fake_grpc import LOST, Fault
 from submitting import (
     BUCKET,
     NAME,

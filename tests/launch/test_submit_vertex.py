@@ -11,7 +11,8 @@ import time
 import fake_vertex
 import grpc
 import pytest
-from fake_vertex import FakeVertex, Fault, faults
+from fake_grpc import LOST, Fault, faults
+from fake_vertex import FakeVertex
 
 from launch import submit, submit_vertex
 from launch.cloud import calls, vertex_jobs
@@ -221,7 +222,7 @@ def test_nobody_signed_in_is_said(storage, monkeypatch, tmp_path):
 
 
 def test_an_answer_that_was_lost_makes_no_second_job(storage, vertex):
-    lost = Fault(grpc.StatusCode.UNAVAILABLE, fake_vertex.LOST)
+    lost = Fault(grpc.StatusCode.UNAVAILABLE, LOST)
     vertex.plan = faults("CreateCustomJob", Fault(grpc.StatusCode.UNAVAILABLE, "away"), lost)
     submit_vertex.run(make_config(), TRAIN)
     assert len(vertex.jobs) == 1 and vertex.requests.count("CreateCustomJob") == 2
@@ -288,16 +289,14 @@ def test_what_is_not_proven_warns(storage, vertex, capsys):
 
 def test_an_interruption_while_the_answer_is_out_finds_the_job(storage, vertex, monkeypatch):
     """The job exists although its answer was lost; it is left running, or cancelled."""
-    vertex.plan = faults("CreateCustomJob", Fault(grpc.StatusCode.UNAVAILABLE, fake_vertex.LOST))
+    vertex.plan = faults("CreateCustomJob", Fault(grpc.StatusCode.UNAVAILABLE, LOST))
 
     def interrupt(_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(vertex_jobs.time, "sleep", interrupt)
     for answer, states in ((True, ["QUEUED"]), (False, ["QUEUED", "CANCELLING"])):
-        vertex.plan = faults(
-            "CreateCustomJob", Fault(grpc.StatusCode.UNAVAILABLE, fake_vertex.LOST)
-        )
+        vertex.plan = faults("CreateCustomJob", Fault(grpc.StatusCode.UNAVAILABLE, LOST))
         monkeypatch.setattr(submit, "ask_to_leave", lambda name, answer=answer: answer)
         name = "left" if answer else "ended"
         with pytest.raises(KeyboardInterrupt):

@@ -3,7 +3,7 @@
 import fake_tpu
 import grpc
 import pytest
-from fake_tpu import Fault
+from fake_grpc import Fault
 from google.cloud.tpu_v2 import types
 from submitting import (
     BUCKET,

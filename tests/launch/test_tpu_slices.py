@@ -5,7 +5,7 @@ import sys
 import fake_tpu
 import grpc
 import pytest
-from fake_tpu import Fault
+from fake_grpc import Fault
 from submitting import (
     FLAGS,
     SUBMIT,

@@ -6,7 +6,8 @@ from pathlib import Path
 
 import grpc
 import pytest
-from fake_vertex import LOST, FakeVertex, Fault, faults, serve
+from fake_grpc import LOST, Fault, faults
+from fake_vertex import FakeVertex, serve
 
 from launch.accelerators import find_vertex_machine, vertex_machines
 from launch.cloud import calls, vertex_jobs
