@@ -55,7 +55,7 @@ def list_jobs(config: JobsListConfig) -> None:
     """Prints a table of the jobs; raises as `find`."""
     rows = [
         (item.name, item.place, item.accelerator, item.state, _date(item.created))
-        for item in find(config.project, config.zone, config.region)
+        for item in find(config)
     ]
     if config.bucket:
         known = {row[0] for row in rows}
@@ -72,15 +72,15 @@ def list_jobs(config: JobsListConfig) -> None:
 
 def show_status(config: JobsStatusConfig) -> None:
     """Prints the state of a job and of its machines; raises as `find`, UserError without one."""
-    found = _newest(find(config.project, config.zone, config.region, config.name))
+    found = _newest(find(config))
     for item in found:
         print(
             f"{item.name}: {item.state} in {item.place}, on {item.accelerator}, since "
             f"{_date(item.created)}"
         )
     buckets = {item.name: item.bucket for item in found}
-    if config.bucket:
-        buckets = buckets or {config.name: bucket_name(config.bucket)}
+    if config.bucket and not found:
+        buckets = {config.name: bucket_name(config.bucket)}
     records = [job for name, bucket in buckets.items() if (job := read_job(bucket, name))]
     if not found and not records:
         raise UserError(_no_job(config))
@@ -114,7 +114,7 @@ def print_logs(config: JobsLogsConfig) -> None:
 
 def cancel(config: JobsCancelConfig) -> None:
     """Ends jobs, and waits until their slices are deleted; raises as `find`."""
-    found = find(config.project, config.zone, config.region, config.name)
+    found = find(config)
     if not found and config.name:
         raise UserError(_no_job(config))
     alive = [item for item in found if item.is_alive]
@@ -125,18 +125,19 @@ def cancel(config: JobsCancelConfig) -> None:
         print("nothing to end; nothing is left running")
 
 
-def find(
-    project: str, zone: str | None, region: str | None, group: str | None = None
-) -> list[FoundJob]:
-    """Our slices of a zone and custom jobs of a region, or those of one name, the newest first.
+def find(config: Any) -> list[FoundJob]:
+    """Our slices of `config.zone` and custom jobs of `config.region`, the newest first.
+
+    If the command has a flag --name, those of that name.
 
     Raises:
       UserError: if a service refuses the call.
       RunAgain: if a service does not answer.
     """
-    found = list(_find_slices(project, zone)) if zone else []
-    if region:
-        found += _find_custom_jobs(project, region)
+    found = list(_find_slices(config.project, config.zone)) if config.zone else []
+    if config.region:
+        found += _find_custom_jobs(config.project, config.region)
+    group = getattr(config, "name", None)
     chosen = [item for item in found if group is None or item.group == group]
     return sorted(chosen, key=lambda item: _date(item.created), reverse=True)
 
@@ -236,8 +237,7 @@ def _read_jobs(bucket: str) -> list[Job]:
 
 
 def _find_bucket(config: JobsLogsConfig) -> str:
-    assert config.project is not None
-    for item in find(config.project, config.zone, config.region, config.name):
+    for item in find(config):
         return item.bucket
     raise UserError(_no_job(config))
 

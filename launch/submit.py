@@ -176,7 +176,7 @@ class Submission(abc.ABC):
 
     @abc.abstractmethod
     def advise(self) -> str:
-        """What to do about a job that nobody waits for."""
+        """How to look at a job that was left running, and how to end it."""
 
     @abc.abstractmethod
     def name_logs(self) -> str:
@@ -237,7 +237,7 @@ def submit(submission: Submission) -> None:
     """Submits jobs, waits for them if that is wanted, and reports how they ended.
 
     Raises:
-      UserError: for what the user can mend, here or in the job, and for a job that failed.
+      UserError: for what the user can correct, here or in the job, and for a job that failed.
       RunAgain: if the job was lost, or a service does not answer.
       KeyboardInterrupt: after a Ctrl-C, once the jobs are cancelled or left running on purpose.
     """

@@ -38,7 +38,7 @@ def run(config: SubmitDataflowConfig, arguments: Sequence[str]) -> None:
       arguments: what follows `--`: `score` and its flags.
 
     Raises:
-      UserError: for what the user can mend.
+      UserError: for what the user can correct.
       RunAgain: if a service does not answer.
     """
     score_config = _parse_score(arguments)

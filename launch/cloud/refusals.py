@@ -64,7 +64,7 @@ def explain(error: Exception, place: Place) -> UserError | RunAgain:
     """The error for the user that an exception of Google's clients stands for.
 
     Returns:
-      A UserError for what the user can mend; RunAgain for a service that does not answer.
+      A UserError for what the user can correct; RunAgain for a service that does not answer.
     """
     from google.api_core import exceptions
     from google.auth.exceptions import DefaultCredentialsError, GoogleAuthError, RefreshError

@@ -37,8 +37,8 @@ _SUBMISSION_LABEL = "multihot-submission"
 _WORK_DIR = "/tmp/multihot"
 _STRATEGIES = {"on_demand": "STANDARD", "spot": "SPOT", "flex_start": "FLEX_START"}
 _BOOTSTRAP = Path(__file__).parents[1] / "machine" / "bootstrap.py"
-# Where Vertex AI's machines have NVIDIA's driver, which no package brings. CUDA itself is installed
-# as packages, whether the image has it or not.
+# Where Vertex AI's machines have NVIDIA's driver, which no package contains. CUDA itself is
+# installed as packages, whether the image has it or not.
 _DRIVER = "/usr/local/nvidia/lib64:/usr/local/nvidia/lib"
 _DEADLINE_SECONDS = 180.0
 

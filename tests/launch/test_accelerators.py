@@ -103,7 +103,7 @@ def test_topologies_need_not_be_on_offer():
         ("l4:4", "g2-standard-48", "NVIDIA_L4", 4, None),
         ("a100", "a2-highgpu-1g", "NVIDIA_TESLA_A100", 1, None),
         ("a100-80gb:8", "a2-ultragpu-8g", "NVIDIA_A100_80GB", 8, None),
-        # Fewer than eight are only to be had as spot machines.
+        # Fewer than eight exist as spot machines only.
         ("h100", "a3-highgpu-8g", "NVIDIA_H100_80GB", 8, None),
         ("v5e", "ct5lp-hightpu-4t", None, 4, "2x2"),
         ("v5litepod-8", "ct5lp-hightpu-8t", None, 8, "2x4"),
