@@ -1,24 +1,22 @@
 """The accelerators that a job can run on, read from accelerators.json: a table, not code.
 
-Of a TPU kind the table holds, a chip: `hbm_bytes` (what libtpu's compiler lets a program take, not
-what the data sheet says; null where that is not known), `bf16_flops` (peak, a second),
-`hbm_bandwidth` (bytes a second), `clock` (cycles a second), `ici_links` and `ici_link_bandwidth`
-(links to neighbouring chips, and bytes a second of one of them in one direction). The clock is the
-peak divided by what the chip's matrix units do in a cycle (v5e: 4 units of 128 x 128); for v6e it
-takes 4 units of 256 x 256, which Google does not say. Then the runtime images of slices of one host
-and of several, each with a warning where TensorFlow is not known to work; the machine types that
-Vertex AI has; and the slices that Cloud TPU offers. Peaks, bandwidths and slices are those of
-Google's documentation (cloud.google.com/tpu/docs/v4, v5e, v5p, v6e); `hbm_bytes` were provoked by
-programs that do not fit ("exceeds available HBM (15.75G)").
+For each TPU kind the table has the fields of `TpuKind`, the images of its slices' hosts, with a
+warning where TensorFlow is not known to work, Vertex AI's machine types, and the slices that Cloud
+TPU offers. Peaks, bandwidths and slices are those of Google's documentation
+(cloud.google.com/tpu/docs/v4, v5e, v5p, v6e). `hbm_bytes` was read from the compiler's error for
+programs that do not fit ("exceeds available HBM (15.75G)"); it is not the data sheet's figure. The
+clock is the peak divided by what the chip's matrix units do in a cycle (v5e: 4 units of 128 x 128);
+for v6e it assumes 4 units of 256 x 256, which Google does not document.
 
-Of a GPU kind: the name that Vertex AI has for it, memory in bytes, peak in the narrow type that
-training takes (`flops`, `flops_type`), memory bandwidth, and the machine type for each number of
-GPUs, with those numbers that are only to be had as spot machines. Of machines without either, which
-prepare as fast as others and cost less, the machine type for each number of virtual CPUs.
+For each GPU kind the table has Vertex AI's name, memory in bytes, the peak in the narrow type that
+training uses (`flops`, `flops_type`), the machine type for each number of GPUs, and the numbers
+that exist as spot machines only. For machines without accelerators, which prepare data as fast as
+others and cost less, it has the machine type for each number of virtual CPUs.
 
-TPU slices that a job is compiled for: their chips, memory and links.
+A `Target` is a slice that `preflight` compiles for: its chips, their memory and their links.
 """
 
+import dataclasses
 import functools
 import json
 import math
@@ -30,27 +28,12 @@ from typing import Any
 
 from trainer.errors import UserError
 
-
-@dataclass(frozen=True)
-class Rates:
-    """What a chip of a slice can do.
-
-    Attributes:
-      flops: of matrix products in bfloat16, a second.
-      hbm: bytes a second between HBM and the chip.
-      links: bytes a second that a chip passes on in a sum over the slice.
-      replicas: chips that take part in a sum.
-      clock: cycles a second.
-    """
-
-    flops: float
-    hbm: float
-    links: float
-    replicas: int
-    clock: float
-
-
+GIB = 1 << 30
 _TABLE = Path(__file__).with_name("accelerators.json")
+# Chips along a dimension of a two-dimensional torus from which on its ends are linked too.
+_FULL_RING = 16
+# A three-dimensional torus is made of cubes with so many chips along each edge.
+_CUBE = 4
 
 
 @dataclass(frozen=True)
@@ -86,10 +69,10 @@ class TpuSlice:
       kind: of its chips.
       name: Cloud TPU's accelerator type, such as `v5litepod-16`, which counts chips for v5e and
         v6e and cores, two a chip, for v4 and v5p.
-      topology: chips a dimension, such as `4x4`.
-      chips, hosts: how many there are.
+      topology: chips along each dimension, such as `4x4`.
+      chips, hosts: their numbers.
       runtime_image: of its hosts.
-      warning: why TensorFlow may not work there; None where nothing speaks against it.
+      warning: why TensorFlow may not work there; None if no reason is known.
     """
 
     kind: TpuKind
@@ -108,23 +91,23 @@ class VertexMachine:
     Attributes:
       name: as the user writes it, such as `l4:2`, `v5e:2x2` or `cpu:16`.
       machine_type: Compute Engine's.
+      environment: which locked requirements run on it: `gpu`, `tpu` or `cpu`.
       accelerator_type: Vertex AI's name of the GPU; None for TPUs, which the machine type implies,
         and for machines without accelerators.
-      accelerators: how many GPUs or chips the machine has.
+      accelerators: number of GPUs or chips of the machine.
       tpu_topology: of the chips; None for others.
-      environment: which locked requirements run on it, `gpu`, `tpu` or `cpu`.
-      spot_only: whether it is only to be had as a spot machine.
-      warning: why TensorFlow may not work there; None where nothing speaks against it.
+      spot_only: whether it exists as a spot machine only.
+      warning: why TensorFlow may not work there; None if no reason is known.
     """
 
     name: str
     machine_type: str
-    accelerator_type: str | None
-    accelerators: int
-    tpu_topology: str | None
     environment: str
-    spot_only: bool
-    warning: str | None
+    accelerator_type: str | None = None
+    accelerators: int = 0
+    tpu_topology: str | None = None
+    spot_only: bool = False
+    warning: str | None = None
 
 
 @functools.cache
@@ -135,22 +118,9 @@ def _read_table() -> dict[str, Any]:
 @functools.cache
 def tpu_kinds() -> Mapping[str, TpuKind]:
     """All generations of TPUs by name."""
+    columns = [field.name for field in dataclasses.fields(TpuKind) if field.name != "name"]
     return {
-        name: TpuKind(
-            name,
-            *(
-                row[column]
-                for column in (
-                    "hbm_bytes",
-                    "bf16_flops",
-                    "hbm_bandwidth",
-                    "clock",
-                    "ici_links",
-                    "ici_link_bandwidth",
-                    "dimensions",
-                )
-            ),
-        )
+        name: TpuKind(name, **{column: row[column] for column in columns})
         for name, row in _read_table()["tpu"].items()
     }
 
@@ -158,34 +128,27 @@ def tpu_kinds() -> Mapping[str, TpuKind]:
 @functools.cache
 def tpu_slices() -> tuple[TpuSlice, ...]:
     """All slices, the small ones of each generation first."""
-    found = []
-    for kind, row in _read_table()["tpu"].items():
-        for item in row["slices"]:
-            software = row["one_host" if item["hosts"] == 1 else "several_hosts"]
-            found.append(
-                TpuSlice(
-                    tpu_kinds()[kind],
-                    item["name"],
-                    item["topology"],
-                    item["chips"],
-                    item["hosts"],
-                    software["runtime_image"],
-                    software["warning"],
-                )
-            )
-    return tuple(found)
+    return tuple(
+        TpuSlice(
+            kind=tpu_kinds()[kind],
+            **item,
+            **row["one_host" if item["hosts"] == 1 else "several_hosts"],
+        )
+        for kind, row in _read_table()["tpu"].items()
+        for item in row["slices"]
+    )
 
 
 def default_topology(kind: str) -> str:
-    """The smallest slice of a kind that has a host for itself, such as `v5e:2x2`."""
+    """The smallest slice of a kind that is a whole host, such as `v5e:2x2`."""
     return f"{kind}:{_read_table()['tpu'][kind]['default']}"
 
 
 def parse_topology(text: str) -> tuple[TpuKind, str] | None:
-    """`v5e:4x4` as the kind of its chips and its topology, offered by Cloud TPU or not.
+    """Splits `v5e:4x4` into the kind of its chips and its topology, offered by Cloud TPU or not.
 
     Returns:
-      None for a text that is none, or has another number of dimensions than the kind's torus.
+      None for other texts, and for another number of dimensions than that of the kind's torus.
     """
     match = re.fullmatch(r"(\w+):([1-9]\d*(?:x[1-9]\d*)+)", text)
     kind = tpu_kinds().get(match[1]) if match else None
@@ -194,15 +157,11 @@ def parse_topology(text: str) -> tuple[TpuKind, str] | None:
     return kind, match[2]
 
 
-def find_slice(text: str, flag: str = "accelerator") -> TpuSlice:
+def find_slice(text: str) -> TpuSlice:
     """The slice of that accelerator type (`v5litepod-4`), topology (`v5e:2x2`) or kind (`v5e`).
 
-    Args:
-      text: what the user wrote.
-      flag: that the user wrote it for.
-
     Raises:
-      UserError: if Cloud TPU offers none.
+      UserError: if Cloud TPU offers no such slice.
     """
     wanted = default_topology(text) if text in tpu_kinds() else text
     for item in tpu_slices():
@@ -215,68 +174,52 @@ def find_slice(text: str, flag: str = "accelerator") -> TpuSlice:
         ", ".join(f"{item.name} ({item.kind.name}:{item.topology})" for item in same_kind)
         or f"a type or topology such as v5litepod-4 or v5e:2x2, of {', '.join(tpu_kinds())}"
     )
-    raise UserError(f"--{flag}={text}: no such slice of Cloud TPU; expected {offered}")
+    raise UserError(f"--accelerator={text}: no such slice of Cloud TPU; expected {offered}")
 
 
 @functools.cache
 def vertex_machines() -> tuple[VertexMachine, ...]:
     """All machines that Vertex AI has and Multihot knows."""
-    found = []
-    for kind, row in _read_table()["gpu"].items():
-        for count, machine_type in row["machines"].items():
-            found.append(
-                VertexMachine(
-                    name=f"{kind}:{count}",
-                    machine_type=machine_type,
-                    accelerator_type=row["vertex_type"],
-                    accelerators=int(count),
-                    tpu_topology=None,
-                    environment="gpu",
-                    spot_only=int(count) in row["spot_only"],
-                    warning=row["warning"],
-                )
-            )
-    for kind, row in _read_table()["tpu"].items():
-        for topology, machine_type in row["vertex_machines"].items():
-            found.append(
-                VertexMachine(
-                    name=f"{kind}:{topology}",
-                    machine_type=machine_type,
-                    accelerator_type=None,
-                    accelerators=math.prod(map(int, topology.split("x"))),
-                    tpu_topology=topology,
-                    environment="tpu",
-                    spot_only=False,
-                    warning=row["vertex_warning"],
-                )
-            )
-    for count, machine_type in _read_table()["cpu"]["machines"].items():
-        found.append(
-            VertexMachine(
-                name=f"cpu:{count}",
-                machine_type=machine_type,
-                accelerator_type=None,
-                accelerators=0,
-                tpu_topology=None,
-                environment="cpu",
-                spot_only=False,
-                warning=None,
-            )
+    table = _read_table()
+    gpus = [
+        VertexMachine(
+            f"{kind}:{count}",
+            machine_type,
+            "gpu",
+            accelerator_type=row["vertex_type"],
+            accelerators=int(count),
+            spot_only=int(count) in row["spot_only"],
+            warning=row["warning"],
         )
-    return tuple(found)
+        for kind, row in table["gpu"].items()
+        for count, machine_type in row["machines"].items()
+    ]
+    tpus = [
+        VertexMachine(
+            f"{kind}:{topology}",
+            machine_type,
+            "tpu",
+            accelerators=math.prod(map(int, topology.split("x"))),
+            tpu_topology=topology,
+            warning=row["vertex_warning"],
+        )
+        for kind, row in table["tpu"].items()
+        for topology, machine_type in row["vertex_machines"].items()
+    ]
+    cpus = [
+        VertexMachine(f"cpu:{count}", machine_type, "cpu")
+        for count, machine_type in table["cpu"]["machines"].items()
+    ]
+    return (*gpus, *tpus, *cpus)
 
 
-def find_vertex_machine(text: str, flag: str = "accelerator") -> VertexMachine:
+def find_vertex_machine(text: str) -> VertexMachine:
     """The machine with those GPUs (`l4`, `l4:2`), TPU chips (`v5e:2x2`) or CPUs (`cpu:8`).
 
-    A kind alone stands for its smallest machine that is to be had at any time.
-
-    Args:
-      text: what the user wrote.
-      flag: that the user wrote it for.
+    A kind alone stands for its smallest machine that is not for spot only.
 
     Raises:
-      UserError: if Vertex AI has none.
+      UserError: if Vertex AI has no such machine.
     """
     machines = {item.name: item for item in vertex_machines()}
     cloud_tpu = {item.name: f"{item.kind.name}:{item.topology}" for item in tpu_slices()}
@@ -292,16 +235,28 @@ def find_vertex_machine(text: str, flag: str = "accelerator") -> VertexMachine:
     )
     hint = "; other slices are to be had by `multihot submit tpu`" if kind in tpu_kinds() else ""
     raise UserError(
-        f"--{flag}={text}: no such machine of Vertex AI that Multihot knows; expected one of "
+        f"--accelerator={text}: no such machine of Vertex AI that Multihot knows; expected one of "
         f"{', '.join(offered)}{hint}"
     )
 
 
-GIB = 1 << 30
-# Chips along a dimension at which the ends of a torus of two dimensions are linked too.
-_FULL_RING = 16
-# A torus of three dimensions is made of cubes of so many chips along each edge.
-_CUBE = 4
+@dataclass(frozen=True)
+class Rates:
+    """The rates of one chip of a slice, at most.
+
+    Attributes:
+      flops: of matrix products in bfloat16, a second.
+      hbm: bytes a second between HBM and the chip.
+      links: bytes a second that a chip passes on in an all-reduce over the slice.
+      replicas: chips that take part in an all-reduce.
+      clock: cycles a second.
+    """
+
+    flops: float
+    hbm: float
+    links: float
+    replicas: int
+    clock: float
 
 
 @dataclass(frozen=True)
@@ -320,18 +275,18 @@ class Target:
 
     @property
     def chips(self) -> int:
-        """How many there are, one replica on each."""
+        """Number of chips; each runs one replica."""
         return math.prod(self.sizes)
 
     @property
     def hbm_bytes(self) -> int:
-        """What a program can have of one chip's memory."""
+        """Bytes of one chip's memory that a program can use."""
         assert self.kind.hbm_bytes is not None
         return self.kind.hbm_bytes
 
     @property
     def rates(self) -> Rates:
-        """What one of the chips can do."""
+        """The rates of one of the chips."""
         return Rates(
             flops=self.kind.bf16_flops,
             hbm=self.kind.hbm_bandwidth,
@@ -341,10 +296,10 @@ class Target:
         )
 
     def _link_bandwidth(self) -> float:
-        """Bytes a second that a chip passes on in a sum over the slice.
+        """Bytes a second that a chip passes on in an all-reduce over the slice.
 
-        Each dimension sums a share of the data. A ring passes it on both ways; where the ends are
-        not linked, a chip at one of them has a single link along that dimension.
+        Each dimension reduces a share of the data. A ring passes it on in both directions. Where
+        the ends are not linked, the chips there have a single link along that dimension.
         """
         if len(self.sizes) == 2:
             rings = [size >= _FULL_RING for size in self.sizes]
@@ -357,10 +312,10 @@ class Target:
 
 
 def parse_target(text: str) -> Target:
-    """`v5e:2x2`, or `v5e` for the smallest slice of that kind that is one host.
+    """The slice of a text such as `v5e:2x2`, or `v5e` for the default slice of that kind.
 
     Raises:
-      UserError: if the text is anything else, or the compiler's memory for such chips is unknown.
+      UserError: for other texts, and for chips whose `hbm_bytes` is not known.
     """
     known = [name for name, kind in tpu_kinds().items() if kind.hbm_bytes is not None]
     found = parse_topology(default_topology(text) if text in known else text)

@@ -1,7 +1,7 @@
-"""`multihot jobs`: what `submit` has made, wherever it runs, found by the labels that mark it ours.
+"""`multihot jobs`: the jobs of `submit tpu` and `submit vertex`, found by the labels on them.
 
-Cloud TPU knows its slices as long as they exist, Vertex AI its jobs for months, and a job's folder
-in the bucket what its machines have printed and how they ended.
+Cloud TPU lists a slice as long as it exists, and Vertex AI a job for months. A job's folder in the
+bucket has what its machines printed and how they ended.
 """
 
 import time
@@ -18,7 +18,6 @@ from launch.cloud.tpu_slices import BUCKET, Phase, QueuedResources, describe
 from launch.job import FOLDER, JOB_LABEL, Job, bucket_name
 from launch.launch_config import JobsCancelConfig, JobsListConfig, JobsLogsConfig, JobsStatusConfig
 from launch.machine.reports import Ending, State
-from launch.submit_vertex import API
 from trainer.errors import UserError
 from trainer.storage import gcs
 
@@ -27,15 +26,15 @@ _POLL_SECONDS = 10.0
 
 @dataclass(frozen=True)
 class FoundJob:
-    """A slice or a custom job that is ours.
+    """A slice or a custom job that `submit` created.
 
     Attributes:
-      name: that its user gave it; of several slices of one job, its own.
-      group: that its user gave it.
-      place: where it is, for the user.
+      name: its own; differs from `group` for a job of several slices.
+      group: the job's name as the user gave it.
+      place: service and location, for the user.
       accelerator: what it runs on.
       state: in words.
-      alive: whether it costs, or is about to.
+      is_alive: whether it costs money or quota, or soon will.
       created: when.
       bucket: of its folder.
       end: ends it.
@@ -46,26 +45,22 @@ class FoundJob:
     place: str
     accelerator: str
     state: str
-    alive: bool
+    is_alive: bool
     created: datetime | None
     bucket: str
     end: Callable[[], None]
 
 
 def list_jobs(config: JobsListConfig) -> None:
-    """Prints a table of the jobs there are.
-
-    Raises:
-      UserError, RunAgain: if a service refuses to say, or does not answer.
-    """
+    """Prints a table of the jobs; raises as `find`."""
     rows = [
         (item.name, item.place, item.accelerator, item.state, _date(item.created))
-        for item in find(config.project, config.zone, config.region)
+        for item in find(config)
     ]
     if config.bucket:
         known = {row[0] for row in rows}
         rows += [
-            (job.name, job.folder, job.accelerator, _describe_end(job), _date_of(job))
+            (job.name, job.folder, job.accelerator, _describe_end(job), _submission_date(job))
             for job in _read_jobs(bucket_name(config.bucket))
             if job.name not in known
         ]
@@ -76,21 +71,16 @@ def list_jobs(config: JobsListConfig) -> None:
 
 
 def show_status(config: JobsStatusConfig) -> None:
-    """Prints what a job and its machines are doing, as far as anybody knows.
-
-    Raises:
-      UserError: if there is no such job, or a service refuses to say.
-      RunAgain: if a service does not answer.
-    """
-    found = _newest(find(config.project, config.zone, config.region, config.name))
+    """Prints the state of a job and of its machines; raises as `find`, UserError without one."""
+    found = _newest(find(config))
     for item in found:
         print(
             f"{item.name}: {item.state} in {item.place}, on {item.accelerator}, since "
             f"{_date(item.created)}"
         )
     buckets = {item.name: item.bucket for item in found}
-    if config.bucket:
-        buckets = buckets or {config.name: bucket_name(config.bucket)}
+    if config.bucket and not found:
+        buckets = {config.name: bucket_name(config.bucket)}
     records = [job for name, bucket in buckets.items() if (job := read_job(bucket, name))]
     if not found and not records:
         raise UserError(_no_job(config))
@@ -99,11 +89,9 @@ def show_status(config: JobsStatusConfig) -> None:
 
 
 def print_logs(config: JobsLogsConfig) -> None:
-    """Prints what a machine has printed, and what it still prints if that is wanted.
+    """Prints a machine's output; raises as `find`, UserError without such a job.
 
-    Raises:
-      UserError: if there is no such job, or a service refuses to say.
-      RunAgain: if a service does not answer.
+    With `config.follow` it prints until the machine has ended.
     """
     bucket = bucket_name(config.bucket) if config.bucket else _find_bucket(config)
     job = read_job(bucket, config.name)
@@ -113,7 +101,7 @@ def print_logs(config: JobsLogsConfig) -> None:
         )
     log = JobLog(job, config.host)
     while True:
-        # In this order, so that nothing of what it printed last is missed.
+        # The end is looked for first: a machine uploads its last output before it records its end.
         ended = config.host in read_records(job, Ending)
         print(log.read_new(), end="", flush=True)
         if ended or not config.follow:
@@ -125,16 +113,11 @@ def print_logs(config: JobsLogsConfig) -> None:
 
 
 def cancel(config: JobsCancelConfig) -> None:
-    """Ends jobs, and waits until slices are gone.
-
-    Raises:
-      UserError: if there is no such job, or a service refuses to end it.
-      RunAgain: if a service does not answer.
-    """
-    found = find(config.project, config.zone, config.region, config.name)
+    """Ends jobs, and waits until their slices are deleted; raises as `find`."""
+    found = find(config)
     if not found and config.name:
         raise UserError(_no_job(config))
-    alive = [item for item in found if item.alive]
+    alive = [item for item in found if item.is_alive]
     for item in alive:
         item.end()
         print(f"{item.name}: ended in {item.place}", flush=True)
@@ -142,26 +125,30 @@ def cancel(config: JobsCancelConfig) -> None:
         print("nothing to end; nothing is left running")
 
 
-def find(
-    project: str, zone: str | None, region: str | None, group: str | None = None
-) -> list[FoundJob]:
-    """Our slices of a zone and custom jobs of a region, or those of one name, the newest first.
+def find(config: Any) -> list[FoundJob]:
+    """Our slices of `config.zone` and custom jobs of `config.region`, the newest first.
+
+    If the command has a flag --name, those of that name.
 
     Raises:
-      UserError, RunAgain: if a service refuses to say, or does not answer.
+      UserError: if a service refuses the call.
+      RunAgain: if a service does not answer.
     """
-    found = list(_find_slices(project, zone)) if zone else []
-    if region:
-        found += _find_custom_jobs(project, region)
+    found = list(_find_slices(config.project, config.zone)) if config.zone else []
+    if config.region:
+        found += _find_custom_jobs(config.project, config.region)
+    group = getattr(config, "name", None)
     chosen = [item for item in found if group is None or item.group == group]
     return sorted(chosen, key=lambda item: _date(item.created), reverse=True)
 
 
 def read_job(bucket: str, name: str) -> Job | None:
-    """The record of a job, None if there is none.
+    """The record of a job; None if there is none.
 
     Raises:
-      OSError, UserError, RunAgain: if the store refuses, has something else, or does not answer.
+      OSError: if the store refuses.
+      UserError: if the record is of another version.
+      RunAgain: if the store does not answer.
     """
     text = gcs.read_object(f"gs://{bucket}/{FOLDER}/{name}/job.json")
     return None if text is None else Job.from_json(text)
@@ -179,8 +166,8 @@ def _find_slices(project: str, zone: str) -> Iterator[FoundJob]:
             place=f"Cloud TPU, {zone}",
             accelerator=node.accelerator_type,
             state=seen.phase.value,
-            # One that was taken away costs nothing, but holds quota and its name.
-            alive=seen.phase is not Phase.DELETING,
+            # A slice that was taken away costs nothing, but occupies quota and its name.
+            is_alive=seen.phase is not Phase.DELETING,
             created=resource.create_time,
             bucket=node.metadata.get(BUCKET, ""),
             end=partial(resources.delete, name),
@@ -189,11 +176,11 @@ def _find_slices(project: str, zone: str) -> Iterator[FoundJob]:
 
 def _find_custom_jobs(project: str, region: str) -> list[FoundJob]:
     place = Place(
-        api=API,
+        api=vertex_jobs.API,
         project=project,
         location=region,
         what="the custom jobs",
-        role="roles/aiplatform.user",
+        role=vertex_jobs.ROLE,
         service_account=None,
         find_locations="cloud.google.com/vertex-ai/docs/general/locations",
         remove=f"multihot jobs cancel --project={project} --region={region} --all",
@@ -218,7 +205,7 @@ def _read_custom_job(client: Any, region: str, place: Place, job: Any) -> FoundJ
         place=f"Vertex AI, {region}",
         accelerator=f"{machines} x {spec.machine_type}",
         state=vertex_jobs.describe(job),
-        alive=job.state.name not in vertex_jobs.ENDED,
+        is_alive=job.state.name not in vertex_jobs.ENDED,
         created=job.create_time,
         bucket=job.job_spec.base_output_directory.output_uri_prefix.split("/")[2],
         end=end,
@@ -226,7 +213,7 @@ def _read_custom_job(client: Any, region: str, place: Place, job: Any) -> FoundJ
 
 
 def _newest(found: list[FoundJob]) -> list[FoundJob]:
-    """Of jobs of one name only the newest: Vertex AI keeps those before it."""
+    """The newest job of each name; Vertex AI keeps earlier ones."""
     newest: dict[str, FoundJob] = {}
     for item in found:
         newest.setdefault(item.name, item)
@@ -234,7 +221,7 @@ def _newest(found: list[FoundJob]) -> list[FoundJob]:
 
 
 def _read_jobs(bucket: str) -> list[Job]:
-    """All records in a bucket that this version can read."""
+    """All job records in a bucket that this version can read."""
     urls = [
         item.url
         for item in gcs.list_objects(f"gs://{bucket}/{FOLDER}/")
@@ -245,13 +232,12 @@ def _read_jobs(bucket: str) -> list[Job]:
         try:
             jobs.append(Job.from_json(text or b""))
         except UserError:
-            continue  # Another version's.
+            continue  # Of another version.
     return jobs
 
 
 def _find_bucket(config: JobsLogsConfig) -> str:
-    assert config.project is not None
-    for item in find(config.project, config.zone, config.region, config.name):
+    for item in find(config):
         return item.bucket
     raise UserError(_no_job(config))
 
@@ -269,7 +255,7 @@ def _no_job(config: Any) -> str:
 
 
 def _show_machines(job: Job) -> None:
-    """Prints what each machine does, or how it ended."""
+    """Prints what each machine of a job does, or how it ended."""
     print(f"{job.name}: {' -- '.join(' '.join(command) for command in job.commands)}")
     print(f"{job.name}: {job.folder}/")
     states, endings = read_records(job, State), read_records(job, Ending)
@@ -295,8 +281,7 @@ def _date(moment: datetime | None) -> str:
     return f"{moment:%Y-%m-%d %H:%M}" if moment else ""
 
 
-def _date_of(job: Job) -> str:
-    """When a job was submitted, by its submission."""
+def _submission_date(job: Job) -> str:
     return _date(datetime.strptime(job.submission.partition("-")[0], "%Y%m%dt%H%M%S"))
 
 

@@ -1,16 +1,31 @@
-"""What `submit` is to run: Multihot commands behind `--`, checked before anything is sent."""
+"""What the three `submit` commands share: the commands behind `--`, and the course of a submission.
 
+`parse_commands` checks the commands behind `--` before anything is sent. `submit` does everything
+from there to the end of the job; what differs between Cloud TPU and Vertex AI is a `Submission`.
+"""
+
+import abc
 import difflib
+import json
+import time
 from collections.abc import Sequence
 from typing import Any
 
+from launch.cloud import package as packages
+from launch.cloud.follow import Outcome, ask_to_leave, check_bucket, say
+from launch.cloud.package import Package
+from launch.job import Job, bucket_name, new_submission
+from launch.launch_config import SubmitTpuConfig, SubmitVertexConfig
 from trainer.config import COMMANDS
-from trainer.errors import UserError
+from trainer.errors import RUN_AGAIN, RunAgain, UserError
 from trainer.flags import parse_flags
+from trainer.storage import gcs
 
 Commands = tuple[tuple[str, ...], ...]
 
-# What each command writes, and the flags of what it reads. (`sample` takes a local path only.)
+_POLL_SECONDS = 10.0
+# The flag of what each command writes, and the flags of what commands read. (`sample` writes to a
+# local path only.)
 _WRITTEN = {
     "sample": "output",
     "prepare": "data_dir",
@@ -21,12 +36,12 @@ _WRITTEN = {
     "score": "output_dir",
 }
 _READ = ("input", "labels", "data_dir", "model_dir", "model", "tfds_data_dir")
-# Neither files nor folders, though they stand where these could.
+# Inputs that are neither files nor folders.
 _NO_FILES = ("sample:", "tfds:")
 
 
-def split_commands(arguments: Sequence[str]) -> Commands:
-    """What follows the first `--`, split at each further one."""
+def _split(arguments: Sequence[str]) -> Commands:
+    """Splits what follows the first `--` of a command line at each further one."""
     commands: list[list[str]] = [[]]
     for argument in arguments:
         if argument == "--":
@@ -40,17 +55,17 @@ def parse_commands(arguments: Sequence[str]) -> Commands:
     """Checks commands that are to run on other machines.
 
     Args:
-      arguments: what follows the first `--` of `submit`: a command and its flags, and after each
-        further `--` one more.
+      arguments: what follows the first `--` of `submit`: a command and its flags, and another one
+        after each further `--`.
 
     Returns:
       The commands, each as (name, flag, ...).
 
     Raises:
-      UserError: if one is no command or its flags do not parse, if it reads what lies on this
-        machine only, or if what it writes would be lost with the machine that it runs on.
+      UserError: if a command is unknown, its flags do not parse, it reads a local file, or its
+        output would be lost with the machine that it runs on.
     """
-    commands = split_commands(arguments)
+    commands = _split(arguments)
     local: dict[str, str] = {}
     for command in commands:
         if not command:
@@ -77,13 +92,13 @@ def parse_commands(arguments: Sequence[str]) -> Commands:
 
 
 def _check_places(name: str, config: Any, local: dict[str, str]) -> None:
-    """Checks what one command reads and writes.
+    """Checks the places that one command reads and writes.
 
     Args:
       name: of the command.
       config: its flags.
-      local: what commands before it wrote to local paths that nobody has read yet, by path; is
-        brought up to date.
+      local: the local paths that commands before it wrote and none has read yet, with the command
+        that wrote each; updated.
     """
     written = _WRITTEN[name]
     for flag in _READ:
@@ -109,3 +124,166 @@ def _check_places(name: str, config: Any, local: dict[str, str]) -> None:
             "them; expected gs://BUCKET/FOLDER"
         )
     local[target] = name
+
+
+class Submission(abc.ABC):
+    """The steps of a submission that differ between Cloud TPU and Vertex AI."""
+
+    def __init__(
+        self,
+        config: SubmitTpuConfig | SubmitVertexConfig,
+        region: str,
+        jobs: Sequence[Job],
+        package: Package,
+    ) -> None:
+        """Sends nothing yet.
+
+        Args:
+          config: the command's flags.
+          region: where the jobs run, and their bucket has to lie.
+          jobs: the records of what is submitted.
+          package: what the jobs' machines install.
+        """
+        self.config, self.region, self.jobs, self.package = config, region, jobs, package
+
+    @abc.abstractmethod
+    def request_of(self, job: Job) -> dict[str, Any]:
+        """The request that creates a job's machines, as JSON."""
+
+    @abc.abstractmethod
+    def connect(self) -> None:
+        """Creates the service's client."""
+
+    @abc.abstractmethod
+    def make_room(self) -> None:
+        """Removes what is left of earlier jobs of that name; raises UserError if one runs."""
+
+    @abc.abstractmethod
+    def create(self) -> None:
+        """Creates the jobs and writes their records."""
+
+    @abc.abstractmethod
+    def step(self) -> Outcome | None:
+        """Looks at the jobs once and prints what is new; how they ended, once all have."""
+
+    @abc.abstractmethod
+    def find_created(self) -> Sequence[Job]:
+        """The jobs that may exist, including one whose creation was not answered yet."""
+
+    @abc.abstractmethod
+    def cancel(self) -> str:
+        """Ends what `find_created` has found; says what becomes of the machines."""
+
+    @abc.abstractmethod
+    def advise(self) -> str:
+        """How to look at a job that was left running, and how to end it."""
+
+    @abc.abstractmethod
+    def name_logs(self) -> str:
+        """Where to find what a failed job has printed."""
+
+    def list_requests(self) -> list[dict[str, Any]]:
+        """All requests in the order in which they are sent, as JSON."""
+        insert = {"service": "storage.googleapis.com", "method": "Insert"}
+        requests: list[dict[str, Any]] = [
+            insert
+            | {"object": f"{job.folder}/package/{item.name}"}
+            | {"if_generation": 0, "sha256": item.sha256}
+            for job in self.jobs
+            for item in (self.package.wheel, self.package.requirements)
+        ]
+        for job in self.jobs:
+            record = {"object": f"{job.folder}/job.json", "content": json.loads(job.to_json())}
+            requests += [self.request_of(job), insert | record]
+        return requests
+
+    def jobs_command(self, action: str, *flags: str) -> str:
+        """A `multihot jobs` command about this submission."""
+        place = "zone" if isinstance(self.config, SubmitTpuConfig) else "region"
+        where = [f"--project={self.config.project}", f"--{place}={getattr(self.config, place)}"]
+        return " ".join([f"multihot jobs {action}", *where, *flags, f"--name={self.config.name}"])
+
+
+def make_job(
+    config: SubmitTpuConfig | SubmitVertexConfig,
+    commands: Commands,
+    package: Package,
+    environment: str,
+    accelerator: str,
+) -> Job:
+    """The record of a submission whose machines delete nothing; see `Job` for the arguments."""
+    return Job(
+        name=config.name,
+        group=config.name,
+        submission=new_submission(),
+        bucket=bucket_name(config.bucket),
+        commands=commands,
+        environment=environment,
+        accelerator=accelerator,
+        resource="",
+        wheel=package.wheel,
+        requirements=package.requirements,
+        max_restarts=config.max_restarts,
+        max_seconds=max(60, round(config.max_hours * 3600)),
+    )
+
+
+def write_record(job: Job) -> None:
+    """Writes a job's record to its folder, where `multihot jobs` finds it."""
+    gcs.upload(f"{job.folder}/job.json", job.to_json().encode())
+
+
+def submit(submission: Submission) -> None:
+    """Submits jobs, waits for them if that is wanted, and reports how they ended.
+
+    Raises:
+      UserError: for what the user can correct, here or in the job, and for a job that failed.
+      RunAgain: if the job was lost, or a service does not answer.
+      KeyboardInterrupt: after a Ctrl-C, once the jobs are cancelled or left running on purpose.
+    """
+    config = submission.config
+    if config.dry_run:
+        print(json.dumps(submission.list_requests(), indent=2))
+        return
+    submission.connect()
+    check_bucket(bucket_name(config.bucket), config.project, submission.region)
+    submission.make_room()
+    for job in submission.jobs:
+        packages.upload(job, submission.package)
+    try:
+        submission.create()
+        if not config.waits:
+            say(submission.advise())
+            return
+        while (outcome := submission.step()) is None:
+            time.sleep(_POLL_SECONDS)
+    except KeyboardInterrupt:
+        _stop(submission)
+        raise
+    _report(submission, outcome)
+
+
+def _stop(submission: Submission) -> None:
+    """Asks after a Ctrl-C whether to leave the jobs running, and cancels them if not."""
+    name = submission.config.name
+    created = submission.find_created()
+    if not created:
+        say(f"{name}: not made; nothing is left running")
+    elif ask_to_leave(name):
+        for job in created:
+            write_record(job)
+        say(f"{name}: left running. {submission.advise()}")
+    else:
+        say(f"{name}: cancelled; {submission.cancel()}")
+
+
+def _report(submission: Submission, outcome: Outcome) -> None:
+    """Says how the jobs ended, and raises the error that ends the process as they did."""
+    if outcome.exit_code == 0:
+        say(f"{submission.config.name}: done; nothing is left running")
+    elif outcome.error is not None:
+        raise outcome.error
+    elif outcome.exit_code == RUN_AGAIN:
+        raise RunAgain(f"{outcome.message}; run the same command again to resume")
+    else:
+        raise UserError(f"{outcome.message}; {submission.name_logs()}")

@@ -1,11 +1,11 @@
 """`multihot submit dataflow`: `score` as a Beam pipeline that Dataflow runs.
 
-It is `multihot score --runner=DataflowRunner` with Beam's options filled in: this command plans,
-starts the job, waits for it, and checks and seals the output folder. Workers get the project's
-wheel and the locked requirements through the bucket, and install them when they start. A run that
-was interrupted cancels its job; the same command does what is missing.
+It is `multihot score --runner=DataflowRunner` with Beam's options filled in: this command plans
+the work, starts the job, waits for it, and checks and completes the output folder. Workers download
+the project's wheel and the locked requirements from the bucket and install them when they start. An
+interrupted run cancels its job; the same command then scores what is missing.
 
-MULTIHOT_DATAFLOW_ENDPOINT names another server, spoken to without credentials.
+MULTIHOT_DATAFLOW_ENDPOINT names another server, called without credentials.
 """
 
 import json
@@ -18,49 +18,49 @@ from pathlib import Path
 
 from launch.cloud import package
 from launch.cloud.refusals import Place, explained
-from launch.job import FOLDER, bucket_name, marks
+from launch.job import FOLDER, bucket_name, labels_of
 from launch.launch_config import SubmitDataflowConfig, parse_labels
 from launch.submit import parse_commands
 from trainer.config import LOCAL_RUNNER, ScoreConfig
 from trainer.errors import UserError
 from trainer.flags import parse_flags
 
-RUNNER = "DataflowRunner"
+_RUNNER = "DataflowRunner"
+_ENVIRONMENT = "beam"
 ENDPOINT_VARIABLE = "MULTIHOT_DATAFLOW_ENDPOINT"
-_API = "dataflow.googleapis.com"
-ENVIRONMENT = "beam"
 
 
 def run(config: SubmitDataflowConfig, arguments: Sequence[str]) -> None:
-    """Scores a corpus by Dataflow.
+    """Scores a corpus with Dataflow.
 
     Args:
       config: the command's flags.
       arguments: what follows `--`: `score` and its flags.
 
     Raises:
-      UserError: for what the user can mend.
-      RunAgain: if Google does not answer.
+      UserError: for what the user can correct.
+      RunAgain: if a service does not answer.
     """
-    wanted = _parse_score(arguments)
+    score_config = _parse_score(arguments)
     if config.dry_run:
         wheel, _ = package.build_wheel()
-        options = beam_options(config, wheel, f"{ENVIRONMENT}.txt")
-        request = {"runner": RUNNER, "beam_options": options, "command": list(arguments)}
+        options = beam_options(config, wheel, f"{_ENVIRONMENT}.txt")
+        request = {"runner": _RUNNER, "beam_options": options, "command": list(arguments)}
         print(json.dumps(request, indent=2))
         return
     from trainer import score
 
     with _write_package() as (wheel, requirements), explained(place_of(config)):
         options = beam_options(config, wheel, requirements) + _find_server()
-        score.run(replace(wanted, runner=RUNNER, beam_options=tuple(options)))
+        score.run(replace(score_config, runner=_RUNNER, beam_options=tuple(options)))
 
 
 def _find_server() -> list[str]:
-    """Options that say which server is asked, and as whom.
+    """Options that name the server and the credentials.
 
     Raises:
-      DefaultCredentialsError: if nobody is signed in; Beam would go on anonymously, and be refused.
+      DefaultCredentialsError: if nobody is signed in; Beam would call the service anonymously, and
+        be refused.
     """
     endpoint = os.environ.get(ENDPOINT_VARIABLE)
     if endpoint:
@@ -72,24 +72,20 @@ def _find_server() -> list[str]:
 
 
 def _parse_score(arguments: Sequence[str]) -> ScoreConfig:
-    """The flags of the one command behind `--`.
-
-    Raises:
-      UserError: if it is another one, or leaves Dataflow nothing to decide.
-    """
+    """The flags of the one command behind `--`; UserError for others than a plain `score`."""
     (name, *flags), *more = parse_commands(arguments)
     if name != "score" or more:
         raise UserError(
             f"-- {name}: Dataflow runs `score` alone; submit the others with `multihot submit "
             "vertex --accelerator=cpu`, where one machine prepares at full speed"
         )
-    wanted = parse_flags(ScoreConfig, flags)
-    if wanted.runner != LOCAL_RUNNER or wanted.num_workers is not None:
+    config = parse_flags(ScoreConfig, flags)
+    if config.runner != LOCAL_RUNNER or config.num_workers is not None:
         raise UserError(
             "-- score: expected no --runner, --beam_options or --num_workers, which `submit "
             "dataflow` decides"
         )
-    return wanted
+    return config
 
 
 def beam_options(config: SubmitDataflowConfig, wheel: str, requirements: str) -> list[str]:
@@ -97,7 +93,7 @@ def beam_options(config: SubmitDataflowConfig, wheel: str, requirements: str) ->
 
     Args:
       config: the command's flags.
-      wheel, requirements: local paths of what the workers install.
+      wheel, requirements: local paths of the files that the workers install.
     """
     folder = f"gs://{bucket_name(config.bucket)}/{FOLDER}/{config.name}"
     options = [
@@ -109,13 +105,13 @@ def beam_options(config: SubmitDataflowConfig, wheel: str, requirements: str) ->
         f"--max_num_workers={config.max_workers}",
         f"--worker_machine_type={config.machine_type}",
     ]
-    labels = marks(config.name) | parse_labels(config.labels)
+    labels = labels_of(config.name) | parse_labels(config.labels)
     options += [f"--labels={key}={value}" for key, value in labels.items()]
     if config.sdk_container_image:
         options.append(f"--sdk_container_image={config.sdk_container_image}")
     else:
-        # Workers fetch the locked packages themselves, with their hashes, instead of all that this
-        # machine would have to download and upload first.
+        # Workers download the locked packages themselves. With a cache, Beam would download all of
+        # them to this machine and upload them to the bucket first.
         options += [
             f"--extra_package={wheel}",
             f"--requirements_file={requirements}",
@@ -131,15 +127,13 @@ def beam_options(config: SubmitDataflowConfig, wheel: str, requirements: str) ->
 
 
 def place_of(config: SubmitDataflowConfig) -> Place:
-    """What Dataflow is asked for, for sentences about it."""
+    """What error messages about the Dataflow job say."""
     where = f"--project={config.project} --region={config.region}"
-    return Place(
-        api=_API,
-        project=config.project,
-        location=config.region,
+    return Place.of(
+        config,
+        "dataflow.googleapis.com",
+        "roles/dataflow.developer",
         what=f"the Dataflow job {config.name}",
-        role="roles/dataflow.developer",
-        service_account=config.service_account,
         find_locations=f"gcloud compute machine-types list --project={config.project} "
         f"--filter=name={config.machine_type}",
         remove=f"gcloud dataflow jobs list {where} --status=active, then gcloud dataflow jobs "
@@ -149,9 +143,9 @@ def place_of(config: SubmitDataflowConfig) -> Place:
 
 @contextmanager
 def _write_package() -> Iterator[tuple[str, str]]:
-    """Paths of the wheel and the requirements, as long as the job is being started."""
+    """Local paths of the wheel and the requirements, which exist while the job is started."""
     with tempfile.TemporaryDirectory() as folder:
-        built = package.build(ENVIRONMENT)
+        built = package.build(_ENVIRONMENT)
         paths = []
         for item in (built.wheel, built.requirements):
             path = Path(folder, Path(item.name).name)

@@ -120,21 +120,18 @@ def cloud(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeStora
 def tpu(monkeypatch: pytest.MonkeyPatch, cloud: FakeStorage) -> Iterator["FakeTpu"]:
     """Cloud TPU without faults, a bucket for jobs beside it, and no time lost on waiting."""
     import fake_tpu
-    from submitting import BUCKET, PACKAGE
+    from submitting import BUCKET, use_small_package
 
-    from launch import submit_tpu
-    from launch.cloud import package, tpu_slices
-    from launch.job import StoredFile
+    from launch import submit
+    from launch.cloud import calls, tpu_slices
 
     cloud.buckets[BUCKET] = {}
     cloud.locations[BUCKET] = "US-CENTRAL1"
     fake = fake_tpu.FakeTpu()
-    stored = [StoredFile(name, len(data), "5" * 64) for name, data in PACKAGE.items()]
-    made = package.Package(*stored, PACKAGE)
-    monkeypatch.setattr(package, "build", lambda environment: made)
-    monkeypatch.setattr(tpu_slices, "_FIRST_PAUSE_SECONDS", 0.01)
-    monkeypatch.setattr(tpu_slices, "_LONGEST_PAUSE_SECONDS", 0.02)
-    monkeypatch.setattr(submit_tpu, "_POLL_SECONDS", 0.01)
+    use_small_package(monkeypatch)
+    monkeypatch.setattr(calls, "FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(calls, "MAX_PAUSE_SECONDS", 0.02)
+    monkeypatch.setattr(submit, "_POLL_SECONDS", 0.01)
     with fake_tpu.serve(fake) as address:
         monkeypatch.setenv(tpu_slices.ENDPOINT_VARIABLE, address)
         yield fake

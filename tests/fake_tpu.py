@@ -8,34 +8,20 @@ of errors, not Google's servers.
 import json
 import threading
 from collections.abc import Callable, Iterator
-from concurrent import futures
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
+import fake_grpc
 import grpc
+from fake_grpc import Fault
 from google.cloud.tpu_v2 import types
-from google.longrunning import operations_pb2, operations_pb2_grpc
-from google.protobuf import any_pb2, empty_pb2
-from google.rpc import error_details_pb2, status_pb2
-from grpc_status import rpc_status
+from google.longrunning import operations_pb2
+from google.protobuf import empty_pb2
+from google.rpc import status_pb2
 
-_SERVICE = "google.cloud.tpu.v2.Tpu"
 _PAGE = 2  # Small, so that lists take several pages.
-LOST = "lost"  # The request is done, but its answer is lost: UNAVAILABLE.
 HAPPY = ("WAITING_FOR_RESOURCES", "PROVISIONING", "ACTIVE")
-
-
-@dataclass
-class Fault:
-    """What a request is answered instead; done all the same if its message is LOST.
-
-    Attributes:
-      reason: of an ErrorInfo that comes with it; "" for none.
-    """
-
-    code: grpc.StatusCode
-    message: str
-    reason: str = ""
 
 
 @dataclass
@@ -72,15 +58,13 @@ class FakeTpu:
         self._left: dict[str, list[str]] = {}
         self._by_request_id: dict[str, operations_pb2.Operation] = {}
 
-    def create(
-        self, request: types.CreateQueuedResourceRequest, context: grpc.ServicerContext
-    ) -> operations_pb2.Operation:
+    def create(self, request: types.CreateQueuedResourceRequest) -> operations_pb2.Operation:
         """Makes a queued resource; a request that comes twice gets the same operation."""
         if request.request_id in self._by_request_id:
             return self._by_request_id[request.request_id]
         name = f"{request.parent}/queuedResources/{request.queued_resource_id}"
         if name in self.resources:
-            context.abort(grpc.StatusCode.ALREADY_EXISTS, f"Resource '{name}' already exists")
+            raise Fault(grpc.StatusCode.ALREADY_EXISTS, f"Resource '{name}' already exists")
         states = self.states[min(len(self.created), len(self.states) - 1)]
         self.created.append(request)
         if self.create_error is None:
@@ -91,11 +75,9 @@ class FakeTpu:
         self._by_request_id[request.request_id] = operation
         return operation
 
-    def get(
-        self, request: types.GetQueuedResourceRequest, context: grpc.ServicerContext
-    ) -> types.QueuedResource:
+    def get(self, request: types.GetQueuedResourceRequest) -> types.QueuedResource:
         """Reads a queued resource, which is one state further the next time."""
-        resource = self._find(request.name, context)
+        resource = self._find(request.name)
         answer = types.QueuedResource(resource)
         if len(self._left[request.name]) > 1:
             self._left[request.name].pop(0)
@@ -104,16 +86,14 @@ class FakeTpu:
             self.on_active(answer)
         return answer
 
-    def get_node(self, request: types.GetNodeRequest, context: grpc.ServicerContext) -> types.Node:
+    def get_node(self, request: types.GetNodeRequest) -> types.Node:
         """Reads the node of an active resource."""
         name = request.name.replace("/nodes/", "/queuedResources/")
-        node = types.Node(self._find(name, context).tpu.node_spec[0].node)
+        node = types.Node(self._find(name).tpu.node_spec[0].node)
         node.state = types.Node.State[self.node_state]
         return node
 
-    def list(
-        self, request: types.ListQueuedResourcesRequest, context: grpc.ServicerContext
-    ) -> types.ListQueuedResourcesResponse:
+    def list(self, request: types.ListQueuedResourcesRequest) -> types.ListQueuedResourcesResponse:
         """Lists queued resources in pages."""
         names = [name for name in sorted(self.resources) if name > request.page_token]
         names = [name for name in names if name.startswith(request.parent + "/")]
@@ -123,16 +103,14 @@ class FakeTpu:
             next_page_token=page[-1] if len(names) > len(page) else "",
         )
 
-    def delete(
-        self, request: types.DeleteQueuedResourceRequest, context: grpc.ServicerContext
-    ) -> operations_pb2.Operation:
+    def delete(self, request: types.DeleteQueuedResourceRequest) -> operations_pb2.Operation:
         """Deletes a queued resource with its node."""
-        self._find(request.name, context)
+        self._find(request.name)
         if self.refused_deletes:
             self.refused_deletes -= 1
-            context.abort(grpc.StatusCode.FAILED_PRECONDITION, "is being created")
+            raise Fault(grpc.StatusCode.FAILED_PRECONDITION, "is being created")
         if not request.force:
-            context.abort(grpc.StatusCode.FAILED_PRECONDITION, "has nodes")
+            raise Fault(grpc.StatusCode.FAILED_PRECONDITION, "has nodes")
         self.remove(request.name)
         return self._operate(None, None)
 
@@ -143,7 +121,7 @@ class FakeTpu:
             self.resources.pop(name, None)
 
     def get_operation(
-        self, request: operations_pb2.GetOperationRequest, context: grpc.ServicerContext
+        self, request: operations_pb2.GetOperationRequest
     ) -> operations_pb2.Operation:
         """Looks at a long-running operation, which is done after a few looks."""
         left, operation = self.operations[request.name]
@@ -164,9 +142,9 @@ class FakeTpu:
         self.operations[name] = (self.operation_polls, done)
         return operations_pb2.Operation(name=name)
 
-    def _find(self, name: str, context: grpc.ServicerContext) -> types.QueuedResource:
+    def _find(self, name: str) -> types.QueuedResource:
         if name not in self.resources:
-            context.abort(grpc.StatusCode.NOT_FOUND, f"Resource '{name}' was not found")
+            raise Fault(grpc.StatusCode.NOT_FOUND, f"Resource '{name}' was not found")
         return self.resources[name]
 
     def _set_state(self, name: str) -> None:
@@ -179,16 +157,6 @@ class FakeTpu:
             self.resources[name].state.failed_data = {
                 "error": {"code": code.value[0], "message": message}
             }
-
-
-def _abort(fault: Fault, context: grpc.ServicerContext) -> None:
-    """Answers with an error, as Google's services do: with its reason in the details."""
-    status = status_pb2.Status(code=fault.code.value[0], message=fault.message)
-    if fault.reason:
-        detail = any_pb2.Any()
-        detail.Pack(error_details_pb2.ErrorInfo(reason=fault.reason, domain="googleapis.com"))
-        status.details.append(detail)
-    context.abort_with_status(rpc_status.to_status(status))
 
 
 def metadata_of(request: types.CreateQueuedResourceRequest) -> dict[str, str]:
@@ -204,62 +172,17 @@ def record_of(request: types.CreateQueuedResourceRequest) -> dict:
 @contextmanager
 def serve(fake: FakeTpu) -> Iterator[str]:
     """Serves it; gives its address."""
-
-    def handler(name: str, function: Callable, request: type, response: type | None) -> object:
-        def answer(message: object, context: grpc.ServicerContext) -> object:
-            with fake.lock:
-                fake.requests.append(name)
-                fault = fake.plan(name)
-                if fault is not None and fault.message != LOST:
-                    _abort(fault, context)
-                result = function(message, context)
-                if fault is not None:
-                    context.abort(fault.code, fault.message)
-                return result
-
-        return grpc.unary_unary_rpc_method_handler(
-            answer,
-            request_deserializer=request.deserialize,
-            response_serializer=response.serialize
-            if response
-            else operations_pb2.Operation.SerializeToString,
-        )
-
-    methods = {
-        name: handler(name, *rest)
-        for name, *rest in (
-            ("CreateQueuedResource", fake.create, types.CreateQueuedResourceRequest, None),
-            (
-                "GetQueuedResource",
-                fake.get,
-                types.GetQueuedResourceRequest,
-                types.QueuedResource,
-            ),
-            (
-                "ListQueuedResources",
-                fake.list,
-                types.ListQueuedResourcesRequest,
-                types.ListQueuedResourcesResponse,
-            ),
-            ("DeleteQueuedResource", fake.delete, types.DeleteQueuedResourceRequest, None),
-            ("GetNode", fake.get_node, types.GetNodeRequest, types.Node),
-        )
+    methods: dict[str, tuple[str, Any]] = {
+        "CreateQueuedResource": ("create", types.CreateQueuedResourceRequest),
+        "GetQueuedResource": ("get", types.GetQueuedResourceRequest),
+        "ListQueuedResources": ("list", types.ListQueuedResourcesRequest),
+        "DeleteQueuedResource": ("delete", types.DeleteQueuedResourceRequest),
+        "GetNode": ("get_node", types.GetNodeRequest),
     }
-
-    class Operations(operations_pb2_grpc.OperationsServicer):
-        def GetOperation(
-            self, request: operations_pb2.GetOperationRequest, context: grpc.ServicerContext
-        ) -> operations_pb2.Operation:
-            with fake.lock:
-                fake.requests.append("GetOperation")
-                return fake.get_operation(request, context)
-
-    server = grpc.server(futures.ThreadPoolExecutor(4))
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(_SERVICE, methods),))
-    operations_pb2_grpc.add_OperationsServicer_to_server(Operations(), server)
-    port = server.add_insecure_port("127.0.0.1:0")
-    server.start()
-    try:
-        yield f"127.0.0.1:{port}"
-    finally:
-        server.stop(None).wait()
+    operations = {"GetOperation": ("get_operation", operations_pb2.GetOperationRequest)}
+    services = {
+        "google.cloud.tpu.v2.Tpu": methods,
+        "google.longrunning.Operations": operations,
+    }
+    with fake_grpc.serve(fake, services) as address:
+        yield address

@@ -8,26 +8,18 @@ import datetime
 import re
 import threading
 from collections.abc import Callable, Iterator
-from concurrent import futures
 from contextlib import contextmanager
 from dataclasses import dataclass, field
+from typing import Any
 
+import fake_grpc
 import grpc
+from fake_grpc import Fault
 from google.cloud.aiplatform_v1 import types
 from google.protobuf import empty_pb2
 
-_SERVICE = "google.cloud.aiplatform.v1.JobService"
 _PAGE = 2  # Small, so that lists take several pages.
-LOST = "lost"  # The request is done, but its answer is lost: UNAVAILABLE.
 HAPPY = ("QUEUED", "PENDING", "RUNNING", "SUCCEEDED")
-
-
-@dataclass
-class Fault:
-    """What a request is answered instead; done all the same if its message is LOST."""
-
-    code: grpc.StatusCode
-    message: str
 
 
 @dataclass
@@ -97,14 +89,14 @@ class FakeVertex:
         """Begins a job's end."""
         job = self._find(request.name)
         if not self._left[request.name] and job.state.name != "JOB_STATE_CANCELLING":
-            raise Refused(grpc.StatusCode.FAILED_PRECONDITION, f"{job.state.name}: has ended")
+            raise Fault(grpc.StatusCode.FAILED_PRECONDITION, f"{job.state.name}: has ended")
         job.state = types.JobState.JOB_STATE_CANCELLING
         self._left[request.name] = ["CANCELLED"]
         return empty_pb2.Empty()
 
     def _find(self, name: str) -> types.CustomJob:
         if name not in self.jobs:
-            raise Refused(grpc.StatusCode.NOT_FOUND, f"The CustomJob {name} does not exist.")
+            raise Fault(grpc.StatusCode.NOT_FOUND, f"The CustomJob {name} does not exist.")
         return self.jobs[name]
 
     def _move_on(self, job: types.CustomJob) -> None:
@@ -114,66 +106,14 @@ class FakeVertex:
                 job.error = {"code": 9, "message": self.error}
 
 
-class Refused(Exception):
-    """A request that is answered with an error."""
-
-    def __init__(self, code: grpc.StatusCode, message: str) -> None:
-        super().__init__(message)
-        self.code = code
-
-
-def faults(method: str, *sequence: Fault | None) -> Callable[[str], Fault | None]:
-    """A plan in which the requests of a method meet these, one after the other, then none."""
-    left = list(sequence)
-
-    def plan(asked: str) -> Fault | None:
-        return left.pop(0) if asked == method and left else None
-
-    return plan
-
-
 @contextmanager
 def serve(vertex: FakeVertex) -> Iterator[str]:
     """Serves it; gives the address."""
-    methods = {
-        "CreateCustomJob": ("create", types.CreateCustomJobRequest, types.CustomJob),
-        "GetCustomJob": ("get", types.GetCustomJobRequest, types.CustomJob),
-        "ListCustomJobs": ("list", types.ListCustomJobsRequest, types.ListCustomJobsResponse),
-        "CancelCustomJob": ("cancel", types.CancelCustomJobRequest, empty_pb2.Empty),
+    methods: dict[str, tuple[str, Any]] = {
+        "CreateCustomJob": ("create", types.CreateCustomJobRequest),
+        "GetCustomJob": ("get", types.GetCustomJobRequest),
+        "ListCustomJobs": ("list", types.ListCustomJobsRequest),
+        "CancelCustomJob": ("cancel", types.CancelCustomJobRequest),
     }
-    handlers = {
-        name: grpc.unary_unary_rpc_method_handler(
-            _answer(vertex, name, function),
-            request_deserializer=request.deserialize,
-            response_serializer=(
-                answer.serialize if hasattr(answer, "serialize") else answer.SerializeToString
-            ),
-        )
-        for name, (function, request, answer) in methods.items()
-    }
-    server = grpc.server(futures.ThreadPoolExecutor(4))
-    server.add_generic_rpc_handlers((grpc.method_handlers_generic_handler(_SERVICE, handlers),))
-    port = server.add_insecure_port("127.0.0.1:0")
-    server.start()
-    try:
-        yield f"127.0.0.1:{port}"
-    finally:
-        server.stop(None).wait()
-
-
-def _answer(vertex: FakeVertex, name: str, function: str) -> Callable:
-    def answer(request: object, context: grpc.ServicerContext) -> object:
-        with vertex.lock:
-            vertex.requests.append(name)
-            fault = vertex.plan(name)
-            if fault is not None and fault.message != LOST:
-                context.abort(fault.code, fault.message)
-            try:
-                result = getattr(vertex, function)(request)
-            except Refused as refused:
-                context.abort(refused.code, str(refused))
-        if fault is not None:
-            context.abort(fault.code, "the answer was lost")
-        return result
-
-    return answer
+    with fake_grpc.serve(vertex, {"google.cloud.aiplatform.v1.JobService": methods}) as address:
+        yield address

@@ -9,8 +9,9 @@ from fake_gcs import FakeStorage
 from fake_tpu import FakeTpu
 from google.cloud.tpu_v2 import types
 
-from launch import submit_tpu
-from launch.job import Job
+from launch import submit
+from launch.cloud import package
+from launch.job import Job, StoredFile
 from trainer import cli
 
 BUCKET = "jobs-of-mine"
@@ -25,6 +26,13 @@ FLAGS = [
 TRAIN = ["train", "--data_dir=gs://data/d", "--model_dir=gs://data/m"]
 SUBMIT = ["submit", "tpu", *FLAGS, "--", *TRAIN]
 PACKAGE = {"0123/multihot-0.1.0-py3-none-any.whl": b"wheel", "4567/tpu.txt": b"locked"}
+
+
+def use_small_package(monkeypatch: pytest.MonkeyPatch) -> None:
+    """Submissions bring `PACKAGE`, which takes no time to build."""
+    stored = [StoredFile(name, len(data), "5" * 64) for name, data in PACKAGE.items()]
+    made = package.Package(*stored, PACKAGE)
+    monkeypatch.setattr(package, "build", lambda environment: made)
 
 
 class Slices:
@@ -74,7 +82,7 @@ def interrupt_next_sleep(monkeypatch: pytest.MonkeyPatch) -> None:
     """A Ctrl-C comes while the command waits between two looks."""
 
     def interrupt(_: float) -> None:
-        monkeypatch.setattr(submit_tpu, "time", time)
+        monkeypatch.setattr(submit, "time", time)
         raise KeyboardInterrupt
 
-    monkeypatch.setattr(submit_tpu, "time", SimpleNamespace(sleep=interrupt))
+    monkeypatch.setattr(submit, "time", SimpleNamespace(sleep=interrupt))

@@ -1,16 +1,14 @@
-"""What the user sees of a running job: its output and progress from the bucket; Ctrl-C.
-
-Whether a bucket suits a job: that it exists, and lies where the job runs.
-"""
+"""What a user sees of a running job, read from the bucket; whether the bucket suits the job."""
 
 import json
 import sys
 import time
+from dataclasses import dataclass, replace
 from typing import TypeVar
 
 from launch.job import Job
 from launch.machine.reports import Ending, State
-from trainer.errors import UserError
+from trainer.errors import RunAgain, UserError
 from trainer.storage import gcs
 
 # Multi-regions, and Google's own pairs of regions, by what the names of their regions begin with.
@@ -62,18 +60,35 @@ def check_bucket(bucket: str, project: str, region: str) -> None:
 
 
 Record = TypeVar("Record", State, Ending)
-# A machine that has not reported for so long is said to be silent.
+# A machine that has not reported for so long is called silent.
 _SILENT_SECONDS = 120.0
+# Between two lines on what a job does, where its output is not shown.
+_REPORT_SECONDS = 60.0
 _STARTUP = "-startup.log"
 _TAIL_LINES = 20
 
 
+@dataclass(frozen=True)
+class Outcome:
+    """How a job ended.
+
+    Attributes:
+      exit_code: of the command that ended last.
+      message: the last line that the command printed, or what else ended the job.
+      error: to raise instead of an error with that message.
+    """
+
+    exit_code: int
+    message: str
+    error: UserError | RunAgain | None = None
+
+
 def read_records(job: Job, kind: type[Record]) -> dict[int, Record]:
-    """What the job's machines have said last, by host; what other submissions left is left out.
+    """The last records of a submission's machines, by host.
 
     Args:
-      job: whose.
-      kind: `State` (what they do) or `Ending` (how they ended).
+      job: whose records; those of other submissions of the same name are left out.
+      kind: `State` (what a machine does) or `Ending` (how it ended).
 
     Raises:
       OSError, RunAgain: if the store refuses or does not answer.
@@ -85,7 +100,7 @@ def read_records(job: Job, kind: type[Record]) -> dict[int, Record]:
         try:
             record = kind(**json.loads(text or b""))
         except (ValueError, TypeError):
-            continue  # Another version's.
+            continue  # Of another version.
         if record.submission == job.submission:
             records[record.host] = record
     return records
@@ -100,7 +115,7 @@ class JobLog:
         self._seen: set[str] = set()
 
     def read_new(self) -> str:
-        """What has come since the last call, in order.
+        """The output since the last call, in order.
 
         Raises:
           OSError, RunAgain: if the store refuses or does not answer.
@@ -115,21 +130,69 @@ class JobLog:
         return b"".join(text or b"" for text in texts).decode("utf-8", "replace")
 
     def read_startup(self) -> str:
-        """The last lines of the newest log of the installation, which comes when a host ends."""
+        """The last lines of the newest log of startup.sh, which a host uploads when it ends."""
         urls = [item.url for item in gcs.list_objects(self._prefix) if item.url.endswith(_STARTUP)]
         text = (gcs.read_object(urls[-1]) or b"" if urls else b"").decode("utf-8", "replace")
         return "\n".join(text.splitlines()[-_TAIL_LINES:])
 
 
 def describe_state(state: State, now: float | None = None) -> str:
-    """A machine's state as a line: what it does, what it printed last, how long ago."""
+    """A machine's state as a line: what it does, and what its command printed last."""
     age = (time.time() if now is None else now) - state.time
     silent = f" (silent for {age:.0f} s)" if age > _SILENT_SECONDS else ""
     return f"{state.what}: {state.line}{silent}" if state.line else f"{state.what}{silent}"
 
 
+class Progress:
+    """Shows a job's output, or else a line on its first machine now and then."""
+
+    def __init__(
+        self, job: Job, follow: bool, start: str = "", max_characters: int | None = None
+    ) -> None:
+        """Prints nothing yet.
+
+        Args:
+          job: whose output.
+          follow: whether to show all that the job prints.
+          start: what the job does before its first machine has reported.
+          max_characters: of the command's last line that a line shows; None for all.
+        """
+        self._job = job
+        self._log = JobLog(job) if follow else None
+        self._line = start
+        self._max_characters = max_characters
+        self._shown = ""
+        self._looked: float | None = None
+
+    def show_output(self) -> None:
+        """Prints the output since the last call, if it is to be shown."""
+        if self._log is not None:
+            print(self._log.read_new(), end="", flush=True)
+
+    def show_state(self) -> None:
+        """Prints what the first machine does, if that is new and the output is not shown."""
+        now = time.monotonic()
+        if self._log is not None:
+            return
+        if self._looked is not None and now - self._looked < _REPORT_SECONDS:
+            return
+        self._looked = now
+        state = read_records(self._job, State).get(0)
+        if state is not None:
+            line = state.line[: self._max_characters]
+            self._line = describe_state(replace(state, line=line))
+        if self._line != self._shown:
+            self._shown = self._line
+            say(f"{self._job.name}: {self._line}")
+
+
+def say(line: str) -> None:
+    """Prints a line at once, also where the output is a pipe."""
+    print(line, flush=True)
+
+
 def ask_to_leave(name: str) -> bool:
-    """After a Ctrl-C: whether the job is to be left running; without a terminal, it is."""
+    """Asks after a Ctrl-C whether to leave the job running; without a terminal it is left."""
     if not sys.stdin.isatty():
         return True
     question = f"\n{name}: leave it running? [Y = leave it running, c = cancel and delete it] "

@@ -1,9 +1,9 @@
-"""What a job's machines install: the project's own wheel and the locked requirements beside it.
+"""What a job's machines install: the project's own wheel and the locked requirements.
 
 The wheel is built from the source that this command runs from, so that a job runs what its user
-sees; from an installed Multihot it is put together again from the installed files. Its bytes depend
-on the source alone, and their SHA-256 is its fingerprint: under it it lies in the job's folder, and
-with it the job's machines compare what they fetched.
+sees. An installed Multihot packs the wheel from the installed files. The wheel's bytes depend on
+the source alone. Their SHA-256 is part of its name in the job's folder, and the job's machines
+compare it with that of the file that they downloaded.
 """
 
 import base64
@@ -19,7 +19,6 @@ import tempfile
 import zipfile
 from dataclasses import dataclass
 from pathlib import Path
-from typing import Any
 
 from launch.job import Job, StoredFile
 from trainer.errors import UserError
@@ -28,9 +27,11 @@ from trainer.storage import gcs
 _ROOT = Path(__file__).parents[2]
 _SOURCES = ("setup.py", "pyproject.toml", "README.md", "LICENSE", "launch", "trainer")
 _REQUIREMENTS = "requirements"
-# The first time that a ZIP archive can hold.
+# 1980, the earliest time that a ZIP archive can hold.
 _EPOCH_SECONDS = "315532800"
 _EPOCH = (1980, 1, 1, 0, 0, 0)
+# What installers add to a wheel's files.
+_OF_INSTALLERS = ("RECORD", "INSTALLER", "REQUESTED", "direct_url.json", "uv_cache.json")
 _BUILD = """
 import sys
 from setuptools import build_meta
@@ -40,7 +41,7 @@ print(build_meta.build_wheel(sys.argv[1]))
 
 @dataclass(frozen=True)
 class Package:
-    """The files of a package by what the job's record says of them."""
+    """The files of a package: their entries in the job's record, and their bytes by name."""
 
     wheel: StoredFile
     requirements: StoredFile
@@ -48,11 +49,7 @@ class Package:
 
 
 def build(environment: str) -> Package:
-    """The package for machines of an environment: `tpu`, `gpu` or `cpu`.
-
-    Raises:
-      UserError: if it cannot be built here.
-    """
+    """The package for an environment of requirements/, such as `tpu`; raises as its parts."""
     name, wheel = build_wheel()
     requirements = read_requirements(environment)
     stored = [
@@ -65,7 +62,7 @@ def build(environment: str) -> Package:
 
 
 def upload(job: Job, package: Package) -> None:
-    """Brings a package to its place in a job's folder; what lies there already stays.
+    """Uploads a package to a job's folder.
 
     Raises:
       OSError: if the store refuses it.
@@ -76,21 +73,12 @@ def upload(job: Job, package: Package) -> None:
         try:
             gcs.upload(url, data, if_generation=0)
         except gcs.Taken:
-            # By its fingerprint the same file, unless somebody wrote another one over it.
+            # Usually the same file, as its name has the SHA-256, but somebody may have replaced it.
             gcs.upload(url, data)
 
 
-def upload_request(url: str, **details: Any) -> dict[str, Any]:
-    """An upload as `--dry_run` shows it: of which object, on which condition, with what in it."""
-    return {"service": "storage.googleapis.com", "method": "Insert", "object": url} | details
-
-
 def read_requirements(environment: str) -> bytes:
-    """The locked requirements of an environment, every file with its hashes.
-
-    Raises:
-      UserError: if this installation lacks them.
-    """
+    """The locked requirements of an environment; UserError if this installation lacks them."""
     for folder in (_ROOT / _REQUIREMENTS, Path(__file__).parents[1] / _REQUIREMENTS):
         path = folder / f"{environment}.txt"
         if path.exists():
@@ -103,18 +91,14 @@ def read_requirements(environment: str) -> bytes:
 
 @functools.cache
 def build_wheel() -> tuple[str, bytes]:
-    """File name and bytes of the project's wheel.
-
-    Raises:
-      UserError: if it cannot be built here.
-    """
+    """File name and bytes of the project's wheel; UserError if it cannot be built here."""
     if (_ROOT / "setup.py").exists():
         return _build_from_source()
     return _collect_installed()
 
 
 def _build_from_source() -> tuple[str, bytes]:
-    """The wheel of a clone, built from a copy, so that nothing is left in the clone."""
+    """The wheel of a clone; built from a copy, so that the clone stays as it is."""
     with tempfile.TemporaryDirectory() as folder:
         source, target = Path(folder) / "source", Path(folder) / "wheel"
         target.mkdir()
@@ -145,13 +129,13 @@ def _build_from_source() -> tuple[str, bytes]:
 
 
 def _normalize(wheel: bytes) -> bytes:
-    """A wheel with its files in order and without rights, which depend on the clone's."""
+    """A wheel without what depends on the clone: the order and permissions of its files."""
     with zipfile.ZipFile(io.BytesIO(wheel)) as archive:
         return _pack({name: archive.read(name) for name in archive.namelist()})
 
 
 def _pack(files: dict[str, bytes]) -> bytes:
-    """A ZIP archive whose bytes depend on the files alone; RECORD comes last, as wheels have it."""
+    """A ZIP archive whose bytes depend on the files alone; RECORD is last, as in all wheels."""
     stream = io.BytesIO()
     with zipfile.ZipFile(stream, "w") as archive:
         for name in sorted(files, key=lambda name: (name.endswith("/RECORD"), name)):
@@ -163,7 +147,7 @@ def _pack(files: dict[str, bytes]) -> bytes:
 
 
 def _collect_installed() -> tuple[str, bytes]:
-    """The wheel that this installation came from, as far as an installation keeps it."""
+    """The wheel that this installation came from, packed from the installed files."""
     distribution = importlib.metadata.distribution("multihot")
     files = {}
     for path in distribution.files or ():
@@ -173,7 +157,7 @@ def _collect_installed() -> tuple[str, bytes]:
     record = next(
         (name.replace("/METADATA", "/RECORD") for name in files if name.endswith("/METADATA")), None
     )
-    if record is None or "launch/package.py" not in files:
+    if record is None or "launch/cloud/package.py" not in files:
         raise UserError(
             "this installation of Multihot lacks its files; install it from a clone: pip install ."
         )
@@ -183,7 +167,3 @@ def _collect_installed() -> tuple[str, bytes]:
         lines.append(f"{name},sha256={digest},{len(data)}")
     files[record] = "\n".join([*lines, f"{record},,", ""]).encode()
     return f"multihot-{distribution.version}-py3-none-any.whl", _pack(files)
-
-
-# What an installer adds to a wheel's files.
-_OF_INSTALLERS = ("RECORD", "INSTALLER", "REQUESTED", "direct_url.json", "uv_cache.json")

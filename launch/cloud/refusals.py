@@ -1,9 +1,10 @@
-"""What Google Cloud's answers mean to the user: one line each, with the command that mends it."""
+"""Explains Google Cloud's errors to the user: one line each, with the command that helps."""
 
 import contextlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
+from typing import Any
 
 from trainer.errors import RunAgain, UserError
 
@@ -12,16 +13,16 @@ SIGN_IN = "gcloud auth application-default login"
 
 @dataclass(frozen=True)
 class Place:
-    """What was asked of whom, for the sentences about it.
+    """What was requested of which service, for error messages.
 
     Attributes:
       api: host of the service, such as `tpu.googleapis.com`.
       project: that pays.
       location: zone or region.
-      what: is created or asked for, for the user: `the queued resource NAME`.
-      role: that its caller needs, such as `roles/tpu.admin`.
+      what: the user's words for what was requested, such as `the custom job NAME`.
+      role: that the caller needs, such as `roles/tpu.admin`.
       service_account: that the job runs as; None for the project's default.
-      find_locations: command that lists where the accelerator is to be had.
+      find_locations: command that lists the locations of the accelerator.
       remove: command that removes what has the same name.
     """
 
@@ -34,15 +35,22 @@ class Place:
     find_locations: str
     remove: str
 
+    @classmethod
+    def of(cls, config: Any, api: str, role: str, **words: str) -> "Place":
+        """A place of a regional service, from a command's flags; words: the other attributes."""
+        return cls(
+            api=api,
+            role=role,
+            project=config.project,
+            location=config.region,
+            service_account=config.service_account,
+            **words,
+        )
+
 
 @contextlib.contextmanager
 def explained(place: Place) -> Iterator[None]:
-    """Puts what Google's clients raise into words.
-
-    Raises:
-      UserError: for what the user can mend.
-      RunAgain: for a service that does not answer.
-    """
+    """Turns the exceptions of Google's clients into those of `explain`."""
     from google.api_core.exceptions import GoogleAPICallError, RetryError
     from google.auth.exceptions import GoogleAuthError
 
@@ -53,7 +61,11 @@ def explained(place: Place) -> Iterator[None]:
 
 
 def explain(error: Exception, place: Place) -> UserError | RunAgain:
-    """What an exception of Google's clients means to the user."""
+    """The error for the user that an exception of Google's clients stands for.
+
+    Returns:
+      A UserError for what the user can correct; RunAgain for a service that does not answer.
+    """
     from google.api_core import exceptions
     from google.auth.exceptions import DefaultCredentialsError, GoogleAuthError, RefreshError
 
@@ -70,11 +82,14 @@ def explain(error: Exception, place: Place) -> UserError | RunAgain:
         (exceptions.Unauthorized, f"the credentials were refused; sign in: {SIGN_IN}"),
         (exceptions.Forbidden, _explain_refusal(error, message, place)),
         (exceptions.TooManyRequests, _explain_quota(message, place)),
-        (exceptions.Conflict, _explain_clash(place)),
+        (
+            exceptions.Conflict,
+            f"{place.what} exists already; take another --name, or remove it: {place.remove}",
+        ),
         (exceptions.NotFound, _explain_location(message, place)),
         (exceptions.BadRequest, _explain_location(message, place)),
     )
-    # Kinds of Conflict and BadRequest that are about the state of something.
+    # Subclasses of Conflict and BadRequest that are about a resource's state.
     of_state = isinstance(error, exceptions.Aborted | exceptions.FailedPrecondition)
     for kind, sentence in kinds:
         if isinstance(error, kind) and not of_state:
@@ -88,7 +103,7 @@ def explain(error: Exception, place: Place) -> UserError | RunAgain:
 
 
 def explain_status(code: int, message: str, place: Place) -> UserError | RunAgain:
-    """As `explain`, for an error that a resource carries: a gRPC status code and its message."""
+    """As `explain`, for the error in a resource's state: a gRPC status code and its message."""
     from google.api_core.exceptions import from_grpc_status
 
     return explain(from_grpc_status(code, message), place)
@@ -100,7 +115,7 @@ def shorten(text: str) -> str:
 
 
 def _explain_refusal(error: Exception, message: str, place: Place) -> str:
-    """The sentence on a 403: the service is off, an account may not be used, or a right lacks."""
+    """A 403: the service is disabled, an account may not be used, or a permission is missing."""
     reason = getattr(error, "reason", None) or ""
     if reason == "SERVICE_DISABLED" or re.search(
         r"has not been used in project|is disabled|SERVICE_DISABLED", message
@@ -123,40 +138,26 @@ def _explain_refusal(error: Exception, message: str, place: Place) -> str:
 
 
 def _explain_quota(message: str, place: Place) -> str:
+    dimension = "zone" if re.search(r"-[a-z]$", place.location) else "region"
     return (
         f"{place.what}: the quota of {place.project} in {place.location} does not allow it "
         f"({message}); see what there is: gcloud beta quotas info list --service={place.api} "
         f"--project={place.project}, then ask for more: gcloud beta quotas preferences create "
         f"--service={place.api} --project={place.project} --quota-id=ID --preferred-value=N "
-        f"--dimensions={_dimension(place.location)}={place.location}"
+        f"--dimensions={dimension}={place.location}"
     )
 
 
-def _dimension(location: str) -> str:
-    return "zone" if re.search(r"-[a-z]$", location) else "region"
-
-
-def _explain_clash(place: Place) -> str:
-    return f"{place.what} exists already; take another --name, or remove it: {place.remove}"
-
-
 def _explain_location(message: str, place: Place) -> str:
-    """The sentence on 400 and 404, whose usual reason is a place without the accelerator."""
-    if re.search(r"reservation", message, re.IGNORECASE):
-        return (
-            f"{place.what}: {message}; list reservations: gcloud compute reservations list "
-            f"--project={place.project}"
-        )
-    if re.search(r"network", message, re.IGNORECASE):
-        return (
-            f"{place.what}: {message}; list networks: gcloud compute networks subnets list "
-            f"--project={place.project}"
-        )
-    if re.search(r"service ?account", message, re.IGNORECASE):
-        return (
-            f"{place.what}: {message}; list accounts: gcloud iam service-accounts list "
-            f"--project={place.project}"
-        )
+    """A 400 or 404, whose usual reason is a location without the accelerator."""
+    lists = {
+        "reservation": "reservations: gcloud compute reservations list",
+        "network": "networks: gcloud compute networks subnets list",
+        "service ?account": "accounts: gcloud iam service-accounts list",
+    }
+    for pattern, command in lists.items():
+        if re.search(pattern, message, re.IGNORECASE):
+            return f"{place.what}: {message}; list {command} --project={place.project}"
     return (
         f"{place.what}: {place.location} does not offer it ({message}); list what is offered: "
         f"{place.find_locations}"

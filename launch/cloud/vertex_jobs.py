@@ -1,55 +1,48 @@
-"""Custom jobs of Vertex AI: their requests, and making, finding and ending them.
+"""Custom jobs of Vertex AI: the requests that create them; creating, finding and cancelling them.
 
-Worker pool 0 is the chief, one machine; pool 1 are the others. Vertex AI tells each who it is by
-TF_CONFIG. A machine's container is a plain one with Python: what it runs is `bootstrap.py`, given
-to Python as text, which installs the job's wheel and its locked dependencies and then runs the
-job's commands, all of which is told to it as JSON in one variable. No shell is involved.
+Worker pool 0 is the chief, one machine; pool 1 holds the other machines. Vertex AI tells each
+machine its place by TF_CONFIG. The machines' container is any image with Python. It runs
+launch/machine/bootstrap.py, which is passed to Python as text, installs the job's wheel and its
+locked dependencies, and then runs the job's commands. The job's record comes as JSON in one
+variable of the environment. No shell is involved.
 
-Imports Google's client only where it is used; the requests themselves are its messages.
-MULTIHOT_VERTEX_ENDPOINT names another server, spoken to in the clear and without credentials.
+MULTIHOT_VERTEX_ENDPOINT names another server, called without encryption and without credentials.
 """
 
-import json
-import os
 import re
 import sys
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable
 from pathlib import Path
 from typing import Any, TypeVar
 
 from launch.accelerators import VertexMachine
-from launch.job import JOB_LABEL, Job
+from launch.cloud import calls
+from launch.job import JOB_LABEL, Job, labels_of
 from launch.launch_config import SubmitVertexConfig, parse_labels
 from trainer.errors import RunAgain, UserError
 
+API = "aiplatform.googleapis.com"
+ROLE = "roles/aiplatform.user"
 ENDPOINT_VARIABLE = "MULTIHOT_VERTEX_ENDPOINT"
-SUBMISSION_LABEL = "multihot-submission"
-WORK_DIR = "/tmp/multihot"
+SUCCEEDED = "JOB_STATE_SUCCEEDED"
 ENDED = (
-    "JOB_STATE_SUCCEEDED",
+    SUCCEEDED,
     "JOB_STATE_FAILED",
     "JOB_STATE_CANCELLED",
     "JOB_STATE_EXPIRED",
     "JOB_STATE_PARTIALLY_SUCCEEDED",
 )
-SUCCEEDED = "JOB_STATE_SUCCEEDED"
+_SUBMISSION_LABEL = "multihot-submission"
+_WORK_DIR = "/tmp/multihot"
 _STRATEGIES = {"on_demand": "STANDARD", "spot": "SPOT", "flex_start": "FLEX_START"}
 _BOOTSTRAP = Path(__file__).parents[1] / "machine" / "bootstrap.py"
-# Where Vertex AI's machines have NVIDIA's driver, which no package brings. CUDA itself comes as
-# packages, whatever the image has of it.
+# Where Vertex AI's machines have NVIDIA's driver, which no package contains. CUDA itself is
+# installed as packages, whether the image has it or not.
 _DRIVER = "/usr/local/nvidia/lib64:/usr/local/nvidia/lib"
-_REQUEST_SECONDS = 60.0
 _DEADLINE_SECONDS = 180.0
-_FIRST_PAUSE_SECONDS = 1.0
-_LONGEST_PAUSE_SECONDS = 20.0
 
 Answer = TypeVar("Answer")
-
-
-def parent(project: str, region: str) -> str:
-    """What Vertex AI calls a project's resources in a region."""
-    return f"projects/{project}/locations/{region}"
 
 
 def build_request(config: SubmitVertexConfig, machine: VertexMachine, job: Job) -> Any:
@@ -57,8 +50,8 @@ def build_request(config: SubmitVertexConfig, machine: VertexMachine, job: Job) 
 
     Args:
       config: the command's flags.
-      machine: that they name.
-      job: its record, which the machines get as it is.
+      machine: that `config.accelerator` names.
+      job: the job's record, which is passed to the machines.
     """
     from google.cloud.aiplatform_v1 import types
     from google.protobuf import duration_pb2
@@ -71,8 +64,8 @@ def build_request(config: SubmitVertexConfig, machine: VertexMachine, job: Job) 
         scheduling=types.Scheduling(
             timeout=duration_pb2.Duration(seconds=job.max_seconds),
             strategy=types.Scheduling.Strategy[_STRATEGIES[config.provisioning]],
-            # Workers that lose one of them stop by themselves and go on from the last checkpoint
-            # together; alone, the one that comes back would find nobody to join.
+            # When one machine is lost, the others stop and all resume from the last checkpoint
+            # together. A machine restarted alone would find no cluster to join.
             restart_job_on_worker_restart=config.num_machines > 1,
         ),
         service_account=config.service_account or "",
@@ -80,34 +73,22 @@ def build_request(config: SubmitVertexConfig, machine: VertexMachine, job: Job) 
         base_output_directory=types.GcsDestination(output_uri_prefix=job.folder),
     )
     return types.CreateCustomJobRequest(
-        parent=parent(config.project, config.region),
+        parent=calls.parent(config.project, config.region),
         custom_job=types.CustomJob(
             display_name=job.name,
             job_spec=spec,
-            labels=labels_of(job) | parse_labels(config.labels),
+            labels=labels_of(job.group)
+            | {_SUBMISSION_LABEL: job.submission}
+            | parse_labels(config.labels),
         ),
     )
-
-
-def to_dict(request: Any) -> dict[str, Any]:
-    """A request as the service's REST API would get it: fields that are not set left out."""
-    return json.loads(
-        type(request).to_json(
-            request, including_default_value_fields=False, use_integers_for_enums=False
-        )
-    )
-
-
-def labels_of(job: Job) -> dict[str, str]:
-    """The labels by which a custom job is known as ours, as whose, and from which submission."""
-    return job.labels() | {SUBMISSION_LABEL: job.submission}
 
 
 def _build_pool(config: SubmitVertexConfig, machine: VertexMachine, job: Job, replicas: int) -> Any:
     from google.cloud.aiplatform_v1 import types
 
     spec = types.MachineSpec(machine_type=machine.machine_type)
-    # In the values of variables, Vertex AI takes $(NAME) for another one's value.
+    # Vertex AI replaces $(NAME) in the value of a variable by another variable's value.
     record = job.to_json().replace("$", "\\u0024")
     environment = {"MULTIHOT_JOB": record, "PYTHONUNBUFFERED": "1"}
     if machine.accelerator_type:
@@ -127,7 +108,7 @@ def _build_pool(config: SubmitVertexConfig, machine: VertexMachine, job: Job, re
         container_spec=types.ContainerSpec(
             image_uri=config.container_image,
             command=["python3", "-c", _BOOTSTRAP.read_text(encoding="utf-8")],
-            args=["-", WORK_DIR],
+            args=["-", _WORK_DIR],
             env=[types.EnvVar(name=name, value=environment[name]) for name in sorted(environment)],
         ),
     )
@@ -137,58 +118,48 @@ def make_client(region: str) -> Any:
     """A client of a region's service, with the machine's default credentials."""
     from google.cloud.aiplatform_v1.services.job_service import JobServiceClient
 
-    endpoint = os.environ.get(ENDPOINT_VARIABLE)
-    if not endpoint:
-        address = f"{region}-aiplatform.googleapis.com"
-        return JobServiceClient(client_options={"api_endpoint": address})
-    import grpc
-    from google.cloud.aiplatform_v1.services.job_service.transports import JobServiceGrpcTransport
-
-    return JobServiceClient(
-        transport=JobServiceGrpcTransport(channel=grpc.insecure_channel(endpoint))
-    )
+    options = {"api_endpoint": f"{region}-{API}"}
+    return calls.make_client(JobServiceClient, ENDPOINT_VARIABLE, client_options=options)
 
 
 def create(client: Any, request: Any) -> Any:
-    """Makes a custom job, one and no more.
+    """Creates exactly one custom job.
 
-    Vertex AI has no way to say that a request is the same as one before. So where an answer was
-    lost, jobs with the label of this submission are looked for before it is sent again; and if
-    there are several in the end, all but the first are ended.
+    Vertex AI has no identity for a request by which it could recognise a repeated one. So after a
+    lost answer the jobs with the label of this submission are listed before the request is sent
+    again. If there are several jobs in the end, all but the first are cancelled.
 
     Raises:
-      GoogleAPICallError: if the service refuses it.
-      RunAgain: if it does not answer.
+      GoogleAPICallError: if the service refuses the request.
+      RunAgain: if the service does not answer.
     """
-    from google.api_core.exceptions import DeadlineExceeded, ServiceUnavailable
-
     lost = None
-    for pause in _pauses():
+    for pause in calls.pauses(seconds=_DEADLINE_SECONDS):
         try:
-            made = client.create_custom_job(request=request, timeout=_REQUEST_SECONDS)
-            return _end_others(client, request, made) if lost else made
-        except (ServiceUnavailable, DeadlineExceeded) as error:
+            made = client.create_custom_job(request=request, timeout=calls.CALL_SECONDS)
+            return _cancel_others(client, request, made) if lost else made
+        except calls.away() as error:
             _check_address(error)
             lost = error
             time.sleep(pause)
             if find_submission(client, request):
-                return _end_others(client, request)
-    raise RunAgain(f"Vertex AI does not answer ({lost}); run the same command again")
+                return _cancel_others(client, request)
+    raise _no_answer(lost)
 
 
 def find_submission(client: Any, request: Any) -> list[Any]:
-    """The jobs that a CreateCustomJobRequest has made, however often it arrived."""
-    submission = request.custom_job.labels[SUBMISSION_LABEL]
-    return _list(client, request.parent, f"labels.{SUBMISSION_LABEL}={submission}")
+    """The jobs that a CreateCustomJobRequest has created; more than one if it was repeated."""
+    submission = request.custom_job.labels[_SUBMISSION_LABEL]
+    return _list(client, request.parent, f"labels.{_SUBMISSION_LABEL}={submission}")
 
 
-def _end_others(client: Any, request: Any, made: Any = None) -> Any:
-    """The first of the jobs that a request has made, after the others have been ended.
+def _cancel_others(client: Any, request: Any, made: Any = None) -> Any:
+    """The first of the jobs that a request has created, after the others were cancelled.
 
     Args:
       client: of the service.
-      request: that made them.
-      made: one of them, should the list not have it yet.
+      request: that created them.
+      made: one of them; the list may not have it yet.
     """
     jobs = {job.name: job for job in find_submission(client, request)}
     if made is not None:
@@ -201,30 +172,27 @@ def _end_others(client: Any, request: Any, made: Any = None) -> Any:
 
 
 def find(client: Any, project: str, region: str, name: str | None = None) -> list[Any]:
-    """Our custom jobs of a region, or those of one name, the newest first.
+    """Multihot's custom jobs of a region, or those of one name, the newest first.
 
     Raises:
-      GoogleAPICallError: if the service refuses it.
-      RunAgain: if it does not answer.
+      GoogleAPICallError: if the service refuses the request.
+      RunAgain: if the service does not answer.
     """
     condition = f"labels.{JOB_LABEL}={name}" if name else f"labels.{JOB_LABEL}:*"
-    jobs = _list(client, parent(project, region), condition)
+    jobs = _list(client, calls.parent(project, region), condition)
     return sorted(jobs, key=lambda job: job.create_time, reverse=True)
 
 
 def _list(client: Any, place: str, condition: str) -> list[Any]:
     from google.cloud.aiplatform_v1 import types
 
-    def ask() -> list[Any]:
-        request = types.ListCustomJobsRequest(parent=place, filter=condition)
-        return list(client.list_custom_jobs(request=request, timeout=_REQUEST_SECONDS))
-
-    return with_retries(ask)
+    request = types.ListCustomJobsRequest(parent=place, filter=condition)
+    return _call(lambda: list(client.list_custom_jobs(request=request, timeout=calls.CALL_SECONDS)))
 
 
 def get(client: Any, name: str) -> Any:
-    """A custom job as it is now, by its full name."""
-    return with_retries(lambda: client.get_custom_job(name=name, timeout=_REQUEST_SECONDS))
+    """A custom job as it is now, by its full name; raises as `find`."""
+    return _call(lambda: client.get_custom_job(name=name, timeout=calls.CALL_SECONDS))
 
 
 def describe(job: Any) -> str:
@@ -233,40 +201,38 @@ def describe(job: Any) -> str:
 
 
 def cancel(client: Any, name: str) -> None:
-    """Asks for a custom job's end, which takes a moment; nothing if it has ended."""
+    """Requests a custom job's end, which takes a moment; a job that has ended stays as it is."""
     from google.api_core.exceptions import FailedPrecondition
 
     try:
-        with_retries(lambda: client.cancel_custom_job(name=name, timeout=_REQUEST_SECONDS))
+        _call(lambda: client.cancel_custom_job(name=name, timeout=calls.CALL_SECONDS))
     except FailedPrecondition:
         if get(client, name).state.name not in ENDED:
             raise
 
 
-def with_retries(ask: Callable[[], Answer]) -> Answer:
-    """What a request answers that may be repeated, after pauses while the service is away.
+def _call(ask: Callable[[], Answer]) -> Answer:
+    """The answer to an idempotent request, which is repeated while the service is away."""
+    from google.api_core.exceptions import RetryError
 
-    Raises:
-      GoogleAPICallError: if the service refuses it.
-      RunAgain: if it does not answer.
-    """
-    from google.api_core.exceptions import DeadlineExceeded, ServiceUnavailable
+    try:
+        return calls.retry(_DEADLINE_SECONDS, on_error=_check_address)(ask)()
+    except RetryError as error:
+        raise _no_answer(getattr(error.cause, "message", error)) from None
 
-    for pause in _pauses():
-        try:
-            return ask()
-        except (ServiceUnavailable, DeadlineExceeded) as error:
-            _check_address(error)
-            lost = error
-            time.sleep(pause)
-    raise RunAgain(f"Vertex AI does not answer ({lost.message}); run the same command again")
+
+def _no_answer(reason: object) -> RunAgain:
+    return RunAgain(f"Vertex AI does not answer ({reason}); run the same command again")
 
 
 def _check_address(error: Any) -> None:
-    """Tells a region that is none, whose server has no address, from a service that is away.
+    """Tells a region that does not exist from a service that is away.
+
+    Vertex AI has a server for each region, so that the name of an unknown region's does not
+    resolve, which gRPC reports as UNAVAILABLE.
 
     Raises:
-      UserError: if the server's name is not known.
+      UserError: if the server's name does not resolve.
     """
     unknown = re.search(r"(?:errors resolving|resolution failed for) (\S+)-aipl", error.message)
     if unknown:
@@ -274,12 +240,3 @@ def _check_address(error: Any) -> None:
             f"--region={unknown[1]}: Vertex AI has no server of that name, or this machine is not "
             "online; regions: cloud.google.com/vertex-ai/docs/general/locations"
         )
-
-
-def _pauses() -> Iterator[float]:
-    """Growing pauses in seconds, until the deadline."""
-    end = time.monotonic() + _DEADLINE_SECONDS
-    pause = _FIRST_PAUSE_SECONDS
-    while time.monotonic() < end:
-        yield pause
-        pause = min(2 * pause, _LONGEST_PAUSE_SECONDS)

@@ -1,12 +1,11 @@
-"""Installs a job's package on the machine that is to run it, and starts it there.
+"""Installs a job's package on the machine that is to run the job, and starts the job.
 
     python3 bootstrap.py JOB_FILE WORK_DIR [FLAGS OF launch.machine.node ...]
 
-JOB_FILE is a job's record (launch/job.py); `-` stands for the text in $MULTIHOT_JOB. This file
-stands alone: standard library, Python 3.8 or newer, nothing of Multihot's, which is not installed
-yet. What it fetches it fetches with the machine's own account, compares by SHA-256, and installs
-with hashes for all that comes from elsewhere. Run again in the same WORK_DIR, it takes what is
-there.
+JOB_FILE is a job's record (launch/job.py); `-` stands for the text in $MULTIHOT_JOB. This file uses
+only the standard library of Python 3.8 or newer, because Multihot is not installed yet. It
+downloads the package with the machine's own account, checks its SHA-256, and installs the
+dependencies by their hashes. A second run in the same WORK_DIR uses what the first one installed.
 
 GCE_METADATA_HOST and STORAGE_EMULATOR_HOST name other servers, and MULTIHOT_SITE_PACKAGES a folder
 of installed dependencies to use instead of installing them.
@@ -29,12 +28,12 @@ from typing import NoReturn
 PYTHONS = ("python3.11", "python3.12", "python3.13", "python3")
 ATTEMPTS = 6
 FIRST_PAUSE_SECONDS = 1.0
-# Where an image has no Python that is new enough, this brings one; hash of the wheel for Linux.
+# Installs Python where an image has none that is new enough; the hash is that of Linux's wheel.
 UV = "uv==0.13.9 --hash=sha256:d7f459fe4fd247d830351c75686d3996ace3c6f3f728eb0e85a30b7ada0cef19\n"
 
 
 def main(arguments: list[str]) -> None:
-    """Installs, then becomes `python -m launch.machine.node`."""
+    """Installs the package, then replaces this process by `python -m launch.machine.node`."""
     job_file, work = arguments[0], os.path.abspath(arguments[1])
     os.makedirs(work, exist_ok=True)
     if job_file == "-":
@@ -45,32 +44,32 @@ def main(arguments: list[str]) -> None:
         job = json.load(file)
     wheel, requirements = (fetch(job, job[name], work) for name in ("wheel", "requirements"))
     python = install(wheel, requirements, job["wheel"]["sha256"], work)
-    # From WORK_DIR, so that no other `launch` or `trainer` lies in the way.
+    # `-m` looks in the current folder first, which must have no other `launch` or `trainer`.
     os.chdir(work)
     os.execv(python, [python, "-m", "launch.machine.node", job_file, work, *arguments[2:]])
 
 
 def fetch(job: dict, item: dict, work: str) -> str:
-    """Path of a file of the job's package, its bytes compared with the record's SHA-256."""
+    """Downloads a file of the job's package and checks its SHA-256; returns its path."""
     path = os.path.join(work, os.path.basename(item["name"]))
-    if not (os.path.exists(path) and sum_up(path) == item["sha256"]):
+    if not (os.path.exists(path) and digest(path) == item["sha256"]):
         name = "multihot/{}/package/{}".format(job["name"], item["name"])
         download(job["bucket"], name, path + ".part")
-        found = sum_up(path + ".part")
+        found = digest(path + ".part")
         if found != item["sha256"]:
             end(f"gs://{job['bucket']}/{name}: SHA-256 {found}, expected {item['sha256']}")
         os.replace(path + ".part", path)
     return path
 
 
-def sum_up(path: str) -> str:
+def digest(path: str) -> str:
     """SHA-256 of a file in hexadecimal."""
     with open(path, "rb") as file:
         return hashlib.sha256(file.read()).hexdigest()
 
 
 def download(bucket: str, name: str, path: str) -> None:
-    """Copies an object to a file, asking again for as long as the store may still answer."""
+    """Downloads an object to a file; repeats the request while the store is away."""
     store = os.environ.get("STORAGE_EMULATOR_HOST", "https://storage.googleapis.com")
     url = "{}/storage/v1/b/{}/o/{}?alt=media".format(
         store, bucket, urllib.parse.quote(name, safe="")
@@ -83,7 +82,7 @@ def download(bucket: str, name: str, path: str) -> None:
                 if file.tell() != int(answer.headers["Content-Length"]):
                     raise ConnectionError(f"{file.tell()} bytes arrived")
             return
-        except OSError as error:  # URLError, HTTPError and timeouts are kinds of it.
+        except OSError as error:  # URLError, HTTPError and timeouts are subclasses of it.
             status = getattr(error, "code", None)
             final = status is not None and status < 500 and status not in (408, 429)
             if final or attempt == ATTEMPTS - 1:
@@ -102,14 +101,14 @@ def token() -> str:
         f"http://{host}/computeMetadata/v1/instance/service-accounts/default/token",
         headers={"Metadata-Flavor": "Google"},
     )
-    # The server answers directly; a proxy of the environment would not reach it.
+    # A proxy that the environment names would not reach the metadata server.
     opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
     with opener.open(request, timeout=10) as answer:
         return json.load(answer)["access_token"]
 
 
 def install(wheel: str, requirements: str, fingerprint: str, work: str) -> str:
-    """Python of an environment in `work` with the wheel and what it needs."""
+    """Installs the wheel and its dependencies into an environment in `work`; its Python."""
     environment = os.path.join(work, "environment")
     python = os.path.join(environment, "bin", "python")
     stamp = os.path.join(environment, fingerprint)
@@ -134,9 +133,9 @@ def install(wheel: str, requirements: str, fingerprint: str, work: str) -> str:
 
 
 def make_environment(environment: str, work: str, with_pip: bool) -> list[str]:
-    """Makes a virtual environment with a Python of 3.11 to 3.13; the command that installs there.
+    """Makes a virtual environment with Python 3.11 to 3.13; the command that installs into it.
 
-    Images differ in what they have: a Python, its venv module, and pip may each be missing.
+    An image may lack such a Python, its venv module or its pip.
     """
     python = os.path.join(environment, "bin", "python")
     check = "import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))"

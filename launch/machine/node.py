@@ -1,19 +1,18 @@
-"""Runs a job's commands on one of its machines, and tells the bucket about it.
+"""Runs a job's commands on one of its machines, and reports to the job's folder in the bucket.
 
     python -m launch.machine.node JOB_FILE WORK_DIR [--host=K] [--attempt=A] [--endpoints=…]
 
-The commands run one after the other, each in a process of its own; one that ends with exit code 75
-("run again") is started again, up to the job's --max_restarts, and those that were done before the
-machine was taken away are not run again. What they print goes to
-`logs/host-K/` in pieces, what this machine is doing to `state/host-K.json` every few seconds, and
-how it ended to `exit_code/host-K`.
+The commands run one after the other, each in its own process. A command that ends with exit code 75
+("run again") is restarted, up to the job's --max_restarts. Commands that were done before the
+machine was taken away are not run again. Their output goes to `logs/host-K/` in pieces, this
+machine's state to `state/host-K.json` every few seconds, and its end to `exit_code/host-K`.
 
-On a slice of several hosts the first one runs the commands, and its TensorFlow uses the chips of
-the others through a server that runs there (launch/tpu_runtime.py). Machines that TF_CONFIG names
-all run the commands that share work among them, `train` and `score`, and the first one the others.
+On a slice of several hosts the first host runs the commands. Its TensorFlow uses the chips of the
+others through a server that runs there (launch/machine/tpu_runtime.py). With TF_CONFIG, all
+machines run `train` and `score`, which share their work, and the first machine runs the rest.
 
-SIGTERM, with which a machine is taken away, is passed on to the command; exit code 75 then says
-that the job has not ended. Nothing here deletes anything.
+A machine that is taken away gets SIGTERM. This module passes it on to the command and ends with
+exit code 75, because the job has not ended. Nothing here deletes anything.
 """
 
 import argparse
@@ -24,9 +23,8 @@ import signal
 import subprocess
 import sys
 import time
-from collections.abc import Sequence
+from collections.abc import Iterator, Sequence
 from pathlib import Path
-from typing import Any
 
 from launch.job import SHARED, Job
 from launch.machine.reports import Reporter
@@ -44,7 +42,7 @@ class Node:
     """One machine of a job."""
 
     def __init__(self, job: Job, work: Path, host: int, attempt: int, addresses: Sequence[str]):
-        """See `main`; addresses: of the slice's hosts in order, none if they do not matter."""
+        """See `main`; addresses: of the slice's hosts in order, none for other machines."""
         self.job = job
         self.work = work
         self.host = host
@@ -54,40 +52,44 @@ class Node:
         self._child: subprocess.Popen[bytes] | None = None
 
     def stop(self, *_: object) -> None:
-        """Asks the command to end; what SIGTERM calls."""
+        """Ends the command; the handler of SIGTERM."""
         self.stopping = True
         if self._child is not None:
             self._child.terminate()
 
     def run(self) -> int:
-        """Runs what this machine is to run; the exit code."""
-        is_server = len(self.addresses) > 1 and self.host > 0
-        code = 0
-        if is_server:
+        """Runs this machine's part of the job; returns the exit code."""
+        if len(self.addresses) <= 1:
+            code = self._run_commands()
+        elif self.host > 0:
             code = self._run_process(runtime_command(), "serving its chips to host 0")
         else:
-            num_done = self.reporter.read_num_done()
-            with self._serving():
-                code = self._await_servers()
-                for index, command in enumerate(self.job.commands):
-                    if index < num_done:
-                        self.reporter.say(f"{command[0]} was done before")
-                    elif code == 0 and self._is_mine(command):
-                        code = self._run_command(index, command)
-                        if code == 0 and self.host == 0:
-                            self.reporter.record_num_done(index + 1)
+            with _serve_chips(self.work / "runtime.log"):
+                code = self._await_servers() or self._run_commands()
         return RUN_AGAIN if self.stopping else code
+
+    def _run_commands(self) -> int:
+        """Runs the commands that are not done yet, up to the first that fails; its exit code."""
+        num_done = self.reporter.read_num_done()
+        for index, command in enumerate(self.job.commands):
+            if index < num_done:
+                self.reporter.say(f"{command[0]} was done before")
+            elif self._is_mine(command):
+                code = self._run_command(index, command)
+                if code != 0:
+                    return code
+                if self.host == 0:
+                    self.reporter.record_num_done(index + 1)
+        return 0
 
     def _is_mine(self, command: Sequence[str]) -> bool:
         return self.host == 0 or command[0] in SHARED
 
     def _await_servers(self) -> int:
-        """Waits until all hosts of a slice serve their chips; an exit code.
+        """Waits until all hosts of a slice serve their chips; returns an exit code.
 
-        They install as this one does, some a little later.
+        Each host installs the package on its own, some of them later than this one.
         """
-        if len(self.addresses) <= 1:
-            return 0
         hosts = tuple(f"{address}:{RUNTIME_PORT}" for address in self.addresses)
         cluster = Cluster(("this host", *hosts), 0, "the slice")
         self.reporter.begin(f"waiting for {len(hosts)} hosts to serve their chips")
@@ -99,14 +101,8 @@ class Node:
             self._sleep(_POLL_SECONDS)
         return 0
 
-    def _serving(self) -> contextlib.AbstractContextManager[Any]:
-        """The server of this host's own chips, while the commands run."""
-        if len(self.addresses) <= 1:
-            return contextlib.nullcontext()
-        return _Server(self.work / "runtime.log")
-
     def _run_command(self, index: int, command: tuple[str, ...]) -> int:
-        """Runs one command, and again while it asks for that."""
+        """Runs one command, and restarts it while it ends with exit code 75."""
         what = f"running {command[0]} ({index + 1} of {len(self.job.commands)})"
         arguments = [sys.executable, "-u", "-m", "trainer.cli", *self._complete(command)]
         for restart in range(self.job.max_restarts + 1):
@@ -123,7 +119,7 @@ class Node:
         raise AssertionError("the last restart returns")
 
     def _complete(self, command: tuple[str, ...]) -> tuple[str, ...]:
-        """A command with the addresses of the slice's hosts, where it takes the slice."""
+        """A command with --tpu for all hosts of the slice, if it can use them and has none."""
         if len(self.addresses) <= 1 or command[0] not in SHARED:
             return command
         if any(flag.lstrip("-").partition("=")[0] == "tpu" for flag in command[1:]):
@@ -132,19 +128,22 @@ class Node:
         return (*command, f"--tpu={hosts}")
 
     def _run_process(self, command: Sequence[str], what: str, shared: bool = True) -> int:
-        """Runs a process, its output passed on; its exit code, as shells say it.
+        """Runs a process and passes its output to the reporter.
 
         Args:
           command: the program and its arguments.
-          what: it does, for the user.
-          shared: whether it is to know of the other machines.
+          what: the process does, for the user.
+          shared: whether the process gets the variables that name the other machines.
+
+        Returns:
+          Its exit code; 128 plus the signal's number if a signal ended it, as in shells.
         """
         self.reporter.begin(what)
         variables = {
             name: value for name, value in os.environ.items() if shared or name not in _OF_CLUSTER
         }
         if len(self.addresses) > 1:
-            # The server has the chips; a command reaches them through it.
+            # Only one process can open the chips: the server, through which commands use them.
             variables["TPU_LOAD_LIBRARY"] = "1" if command == runtime_command() else "0"
         with subprocess.Popen(
             command,
@@ -170,23 +169,18 @@ class Node:
             time.sleep(_POLL_SECONDS)
 
 
-class _Server(contextlib.AbstractContextManager[None]):
-    """A context in which this host's chips are served; what that prints stays on this machine."""
-
-    def __init__(self, log: Path) -> None:
-        self._log = log
-
-    def __enter__(self) -> None:
-        """Starts the server."""
-        with self._log.open("ab") as file:
-            self._process = subprocess.Popen(
-                runtime_command(), stdin=subprocess.DEVNULL, stdout=file, stderr=file
-            )
-
-    def __exit__(self, *_: object) -> None:
-        """Ends it."""
-        self._process.kill()
-        self._process.wait()
+@contextlib.contextmanager
+def _serve_chips(log: Path) -> Iterator[None]:
+    """Serves this host's chips; the server's output stays on this machine."""
+    with log.open("ab") as file:
+        process = subprocess.Popen(
+            runtime_command(), stdin=subprocess.DEVNULL, stdout=file, stderr=file
+        )
+    try:
+        yield
+    finally:
+        process.kill()
+        process.wait()
 
 
 def runtime_command() -> list[str]:
@@ -195,15 +189,15 @@ def runtime_command() -> list[str]:
 
 
 def parse_endpoints(text: str) -> list[str]:
-    """The hosts' addresses of the metadata's `worker-network-endpoints`, in order.
+    """The hosts' addresses from the metadata's `worker-network-endpoints`, in order.
 
-    Each entry ends in an address, as `unknown:unknown:10.128.0.5` does.
+    Entries look like `unknown:unknown:10.128.0.5`.
     """
     return [item.rpartition(":")[2].strip() for item in text.split(",") if item.strip()]
 
 
 def read_index(environment: dict[str, str]) -> int:
-    """Which of a job's machines this is by TF_CONFIG, the chief being 0; 0 without one."""
+    """This machine's index by TF_CONFIG: 0 is the chief; 0 also without TF_CONFIG."""
     try:
         config = json.loads(environment.get("TF_CONFIG") or "{}")
         task = config.get("task", {})
@@ -214,7 +208,7 @@ def read_index(environment: dict[str, str]) -> int:
 
 
 def main(arguments: Sequence[str] | None = None) -> int:
-    """Runs a machine's part of a job; the exit code."""
+    """Runs a machine's part of a job; returns the exit code."""
     parser = argparse.ArgumentParser(prog="python -m launch.machine.node")
     parser.add_argument("job_file", type=Path)
     parser.add_argument("work_dir", type=Path)

@@ -1,11 +1,10 @@
-"""What a job's machines leave in the bucket about themselves, and how that is read again."""
+"""The output, state and end that a job's machines report to the job's folder in the bucket."""
 
 import json
 import threading
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
 
 from launch.job import Job
 from trainer.errors import RunAgain
@@ -13,7 +12,7 @@ from trainer.storage import gcs
 
 _INTERVAL_SECONDS = 10.0
 _PIECE_BYTES = 4 << 20
-# Beyond this, what a store that is away for long has not taken is dropped, the oldest first.
+# Output that waits for a store that is away; beyond this the oldest is dropped.
 _KEPT_BYTES = 64 << 20
 _LINE_CHARACTERS = 400
 _DONE = "state/done.json"
@@ -21,14 +20,14 @@ _DONE = "state/done.json"
 
 @dataclass(frozen=True)
 class State:
-    """What a machine is doing.
+    """What a machine does at one moment.
 
     Attributes:
       submission, attempt: which run of which submission it is part of.
       host: which machine.
-      what: it does, for the user.
-      line: that its command printed last, progress bars included.
-      time: seconds since 1970 at which this was so.
+      what: the machine does, for the user.
+      line: the last line of its command, progress bars included.
+      time: the moment, in seconds since 1970.
     """
 
     submission: str
@@ -41,7 +40,7 @@ class State:
 
 @dataclass(frozen=True)
 class Ending:
-    """How a machine ended: as `State`, its exit code, and who says so."""
+    """How a machine ended; the reason is the last line of its command, or startup.sh's words."""
 
     submission: str
     attempt: int
@@ -51,13 +50,13 @@ class Ending:
 
 
 class Reporter:
-    """Brings what a command prints to the bucket, in a thread, every few seconds.
+    """Uploads a command's output and the machine's state every few seconds, in a thread.
 
-    What a progress bar draws over becomes the state's line and does not go to the logs.
+    A state shows a progress bar as it is drawn. The logs have the final text of each line only.
     """
 
     def __init__(self, job: Job, host: int, attempt: int, interval: float = _INTERVAL_SECONDS):
-        """Args: job, host, attempt: whose output it is; interval: seconds between two looks."""
+        """Args: job, host, attempt: whose output; interval: seconds between two uploads."""
         self._job, self._host, self._attempt = job, host, attempt
         self._interval = interval
         self._what = "starting"
@@ -68,39 +67,32 @@ class Reporter:
         self._started = int(time.time())
         self._lock = threading.Lock()
         self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._ship_until_closed, daemon=True)
+        self._thread = threading.Thread(target=self._upload_until_closed, daemon=True)
 
     def __enter__(self) -> "Reporter":
-        """Starts the thread."""
         self._thread.start()
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Brings the rest."""
+    def __exit__(self, *_: object) -> None:
         self._closing.set()
         self._thread.join()
 
     def begin(self, what: str) -> None:
-        """Says what this machine does from now on."""
+        """Sets what this machine does from now on."""
         with self._lock:
             self._what = what
         self.say(what)
 
     def say(self, message: str) -> None:
-        """A line of our own between those of the command."""
+        """Adds a line of Multihot's own to the command's output."""
         self.take(f"multihot: host {self._host}: {message}\n".encode())
 
     def take(self, data: bytes) -> None:
-        """A piece of what the command prints, cut anywhere."""
+        """Adds a piece of the command's output, which may end within a line."""
         with self._lock:
             *lines, self._rest = (self._rest + data).split(b"\n")
             for line in lines:
-                # Only what stands at the end; a progress bar has drawn over the rest.
+                # The text after the last carriage return has overwritten the rest.
                 shown = line.rstrip(b"\r").rpartition(b"\r")[2]
                 self._pending += shown + b"\n"
                 self._line = _shorten(shown) or self._line
@@ -110,34 +102,34 @@ class Reporter:
             del self._pending[: max(0, len(self._pending) - _KEPT_BYTES)]
 
     def record_exit_code(self, code: int, copy: Path) -> None:
-        """Says how this machine ended, in the bucket and in a local file."""
+        """Writes how this machine ended to the bucket and to the file that startup.sh looks for."""
         ending = Ending(self._job.submission, self._attempt, self._host, code, self._line)
         text = json.dumps(asdict(ending)) + "\n"
         copy.write_text(text, encoding="utf-8")
         gcs.upload(f"{self._job.folder}/exit_code/host-{self._host}", text.encode())
 
     def record_num_done(self, count: int) -> None:
-        """Says how many of the job's commands are done, for the machine that comes after this."""
+        """Writes how many of the job's commands are done, for a machine that replaces this one."""
         record = {"submission": self._job.submission, "num_done": count}
         gcs.upload(f"{self._job.folder}/{_DONE}", json.dumps(record).encode())
 
     def read_num_done(self) -> int:
-        """How many of the job's commands were done before this machine came."""
+        """How many of the job's commands were done before this machine started."""
         text = gcs.read_object(f"{self._job.folder}/{_DONE}")
         record = json.loads(text) if text else {}
         return record["num_done"] if record.get("submission") == self._job.submission else 0
 
-    def _ship_until_closed(self) -> None:
+    def _upload_until_closed(self) -> None:
         while not self._closing.wait(self._interval):
-            self._ship()
+            self._upload()
         with self._lock:
             if self._rest:
                 self._pending += self._rest + b"\n"
                 self._rest = b""
-        self._ship()
+        self._upload()
 
-    def _ship(self) -> None:
-        """Brings what there is; what a store does not take stays for the next time."""
+    def _upload(self) -> None:
+        """Uploads the pending output and the state; what fails is repeated the next time."""
         piece = b""
         try:
             while True:
@@ -153,14 +145,8 @@ class Reporter:
                 gcs.upload(f"{self._job.folder}/logs/host-{self._host}/{name}", piece)
                 self._num_pieces += 1
             with self._lock:
-                state = State(
-                    self._job.submission,
-                    self._attempt,
-                    self._host,
-                    self._what,
-                    self._line,
-                    time.time(),
-                )
+                place = (self._job.submission, self._attempt, self._host)
+                state = State(*place, self._what, self._line, time.time())
             url = f"{self._job.folder}/state/host-{self._host}.json"
             gcs.upload(url, json.dumps(asdict(state)).encode())
         except (OSError, RunAgain) as error:

@@ -1,11 +1,11 @@
 #!/bin/bash
-# Runs a job of Multihot on a host of a Cloud TPU slice, and deletes the slice once it has ended.
+# Runs a job on a host of a Cloud TPU slice, and deletes the slice when the job has ended.
 #
-# The slice carries this text as its startup script, the same for every job: what to run comes from
-# the machine's metadata as data, and no part of it is ever read by a shell. A watchdog comes first:
-# it deletes the slice when its time is over, whatever became of everything else. A machine that is
-# being taken away (SIGTERM) deletes nothing, so that whoever waits for the job sees that; should
-# the machine start again, so does this script, and the time that is left stays what it was.
+# This text is the startup script of every slice. The job is data in the machine's metadata, and no
+# shell ever reads any part of it as code. The watchdog starts first: it deletes the slice when its
+# time is over, whatever happens to the rest. A machine that is taken away (SIGTERM) deletes
+# nothing, so that `submit` sees that it was taken away. If the machine starts again, so does this
+# script, with the old deadline.
 #
 # GCE_METADATA_HOST, STORAGE_EMULATOR_HOST and MULTIHOT_TPU_URL name other servers, MULTIHOT_WORK
 # another folder and MULTIHOT_SITE_PACKAGES installed dependencies to use: for tests.
@@ -41,7 +41,7 @@ call() {
     curl --silent --show-error --fail --max-time 120 --header @- "$@"
 }
 
-# FILE NAME: makes an object of a file in the job's folder
+# FILE NAME: uploads a file to the job's folder
 upload() {
   local name="$folder/$2"
   call --request POST --header 'Content-Type: application/octet-stream' --data-binary "@$1" \
@@ -52,7 +52,7 @@ delete_slice() {
   call --request DELETE "$tpu_api/v2/$resource?force=true" >/dev/null
 }
 
-# EXIT_CODE REASON: says in the bucket how this host ended, unless the job has said so itself
+# EXIT_CODE REASON: writes how this host ended to the bucket, unless the job has done so itself
 record_exit_code() {
   [[ -s $work/exit_code.json ]] ||
     printf '{"submission": "%s", "attempt": %d, "host": %d, "exit_code": %d, "reason": "%s"}\n' \
@@ -60,11 +60,11 @@ record_exit_code() {
   upload "$work/exit_code.json" "exit_code/host-$host"
 }
 
-# Sleeps until the time is over, and then deletes the slice over and over, until this machine is
-# gone with it.
+# Sleeps until the deadline, and then requests the deletion again and again until this machine is
+# deleted.
 watch() {
   trap '' HUP INT TERM
-  # The last process to be killed for want of memory.
+  # The kernel kills this process last when memory runs out.
   { echo -1000 >"/proc/$BASHPID/oom_score_adj"; } 2>/dev/null
   while (($(date +%s) < $(<"$work/deadline"))); do sleep "$((pause > 5 ? 5 : pause))"; done
   if [[ ! -e $work/ended ]]; then record_exit_code 124 "the time of --max_hours was over"; fi
@@ -81,7 +81,7 @@ finish() {
   touch "$work/ended"
   record_exit_code "$code" "the startup script ended"
   delete_slice
-  # If that was refused, the watchdog goes on asking.
+  # If that was refused, the watchdog repeats it.
   date +%s >"$work/deadline"
 }
 
@@ -92,7 +92,7 @@ stop() {
 }
 
 mkdir -p "$work"
-# Startup scripts may come without it, and what installs packages wants one.
+# Google's agent may start this script without HOME, which installers of packages need.
 export HOME="${HOME:-$work}"
 cd "$work" || exit 1
 exec >>"$work/startup.log" 2>&1
@@ -120,7 +120,7 @@ if ! call --retry 5 "$tpu_api/v2/$resource" >/dev/null; then
   exit 2
 fi
 endpoints="$(attribute worker-network-endpoints '')"
-# Images for slices of several hosts start a runtime of another TensorFlow, which holds the chips.
+# Images for slices of several hosts start a runtime of another TensorFlow, which opens the chips.
 if [[ $endpoints == *,* ]]; then systemctl stop tpu-runtime.service; fi
 
 printf '{"submission": "%s", "attempt": %d, "host": %d, "what": "%s", "line": "", "time": %d}\n' \

@@ -1,8 +1,8 @@
-"""Serves the TPU chips of one host of a slice to the TensorFlow of another (`python -m` this).
+"""Serves the TPU chips of one host of a slice to the TensorFlow of another (run with `python -m`).
 
-TensorFlow for TPUs brings that server as tensorflow.python.tools.grpc_tpu_worker, whose own entry
-point knows the kinds of chips by name and fails for those that came later. Newer libtpu finds the
-shape of the slice by itself, so that the rest of that entry point's settings is enough.
+TensorFlow for TPUs has that server in tensorflow.python.tools.grpc_tpu_worker. The entry point
+there has a table of the kinds of chips and fails for newer ones. Newer libtpu finds the shape of
+the slice by itself, so that this module sets the remaining variables only.
 """
 
 import os
@@ -13,7 +13,7 @@ MESH_PORT = 8476
 
 
 def read_metadata(path: str) -> str:
-    """What this machine's metadata has under a path."""
+    """The value of this machine's metadata under a path."""
     host = os.environ.get("GCE_METADATA_HOST", "metadata.google.internal")
     request = urllib.request.Request(
         f"http://{host}/{METADATA}/{path}", headers={"Metadata-Flavor": "Google"}
@@ -24,7 +24,7 @@ def read_metadata(path: str) -> str:
 
 
 def slice_variables() -> dict[str, str]:
-    """The variables by which libtpu finds this host's place in its slice."""
+    """The environment variables from which libtpu learns this host's place in its slice."""
     endpoints = read_metadata("attributes/worker-network-endpoints").split(",")
     first = endpoints[0].rpartition(":")[2].strip()
     return {
@@ -40,7 +40,7 @@ def slice_variables() -> dict[str, str]:
 def main() -> None:
     """Serves until the process is killed."""
     os.environ.update(slice_variables())
-    # Reads the variables when it is imported, and is part of TensorFlow for TPUs alone.
+    # Part of TensorFlow for TPUs only; reads the variables when it is imported.
     from tensorflow.python.tools import grpc_tpu_worker
 
     grpc_tpu_worker.main(None)

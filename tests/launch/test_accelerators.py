@@ -71,8 +71,8 @@ def test_an_unknown_slice_is_answered_with_those_of_its_kind():
         find_slice("v5e-16")
     with pytest.raises(UserError, match=r"--accelerator=v5litepod-3: .* v5litepod-4 \(v5e:2x2\)"):
         find_slice("v5litepod-3")
-    with pytest.raises(UserError, match=r"--target=h100: .* of v4, v5e, v5p, v6e"):
-        find_slice("h100", "target")
+    with pytest.raises(UserError, match=r"--accelerator=h100: .* of v4, v5e, v5p, v6e"):
+        find_slice("h100")
 
 
 def test_what_is_not_proven_warns():
@@ -103,7 +103,7 @@ def test_topologies_need_not_be_on_offer():
         ("l4:4", "g2-standard-48", "NVIDIA_L4", 4, None),
         ("a100", "a2-highgpu-1g", "NVIDIA_TESLA_A100", 1, None),
         ("a100-80gb:8", "a2-ultragpu-8g", "NVIDIA_A100_80GB", 8, None),
-        # Fewer than eight are only to be had as spot machines.
+        # Fewer than eight exist as spot machines only.
         ("h100", "a3-highgpu-8g", "NVIDIA_H100_80GB", 8, None),
         ("v5e", "ct5lp-hightpu-4t", None, 4, "2x2"),
         ("v5litepod-8", "ct5lp-hightpu-8t", None, 8, "2x4"),

@@ -6,11 +6,10 @@ import shlex
 from pathlib import Path
 
 import pytest
+from submitting import use_small_package
 
 from launch import accelerators
 from launch.cloud import package
-from launch.cloud.package import Package
-from launch.job import StoredFile
 from trainer import cli
 from trainer.flags import parse_flags
 
@@ -22,11 +21,10 @@ VARIABLES = {
     "BUCKET": "my-project-multihot",
     "ACCOUNT": "multihot@my-project.iam.gserviceaccount.com",
 }
-CONTENTS = {"0123/multihot-0.1.0-py3-none-any.whl": b"wheel", "4567/tpu.txt": b"locked"}
 
 
 def read_commands():
-    """The commands of all blocks, continued lines together, variables put in, as words."""
+    """The commands of all Bash blocks as words, with variables replaced."""
     blocks = re.findall(r"^```bash\n(.*?)^```", TEXT, re.MULTILINE | re.DOTALL)
     lines = "".join(blocks).replace("\\\n", " ").splitlines()
     for name, value in VARIABLES.items():
@@ -47,8 +45,7 @@ def test_every_command_is_of_a_known_tool():
     "words", [words for words in COMMANDS if words[:2] == ["multihot", "submit"]], ids=" ".join
 )
 def test_submissions_print_valid_requests(words, monkeypatch, capsys):
-    stored = [StoredFile(name, len(data), "5" * 64) for name, data in CONTENTS.items()]
-    monkeypatch.setattr(package, "build", lambda environment: Package(*stored, CONTENTS))
+    use_small_package(monkeypatch)
     monkeypatch.setattr(package, "build_wheel", lambda: ("the.whl", b""))
     pytest.importorskip("google.cloud.tpu_v2")
     end = words.index("--")

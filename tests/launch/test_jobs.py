@@ -2,51 +2,35 @@
 
 import json
 import time
+from types import SimpleNamespace
 
-import fake_tpu
 import fake_vertex
 import grpc
 import pytest
-from fake_tpu import FakeTpu
-from fake_vertex import FakeVertex, Fault
+import submitting
+from fake_grpc import Fault
+from fake_vertex import FakeVertex
 
 from launch import jobs
-from launch.cloud import package, tpu_slices, vertex_jobs
-from launch.cloud.package import Package
-from launch.job import Job, StoredFile
+from launch.cloud import vertex_jobs
+from launch.job import Job
 from launch.machine.reports import Ending, State
-from trainer import cli
 
 TRAIN = ["--", "train", "--data_dir=gs://my-bucket/d", "--model_dir=gs://my-bucket/m"]
 WHERE = ["--project=my-project", "--zone=us-central1-a", "--region=us-central1"]
 NAMED = [*WHERE, "--name=first"]
-CONTENTS = {"0123/multihot-0.1.0-py3-none-any.whl": b"wheel", "4567/tpu.txt": b"locked"}
 
 
 @pytest.fixture
 def cloud(cloud, monkeypatch):
-    """A bucket, and a package that costs nothing to build."""
     cloud.buckets["my-bucket"] = {}
     cloud.locations["my-bucket"] = "US-CENTRAL1"
-    stored = [StoredFile(name, len(data), "5" * 64) for name, data in CONTENTS.items()]
-    monkeypatch.setattr(package, "build", lambda environment: Package(*stored, CONTENTS))
-    for module in (tpu_slices, vertex_jobs):
-        monkeypatch.setattr(module, "_FIRST_PAUSE_SECONDS", 0.01)
-        monkeypatch.setattr(module, "_LONGEST_PAUSE_SECONDS", 0.02)
     monkeypatch.setattr(jobs, "_POLL_SECONDS", 0.01)
     return cloud
 
 
 @pytest.fixture
-def tpu(cloud, monkeypatch):
-    fake = FakeTpu()
-    with fake_tpu.serve(fake) as address:
-        monkeypatch.setenv(tpu_slices.ENDPOINT_VARIABLE, address)
-        yield fake
-
-
-@pytest.fixture
-def vertex(cloud, monkeypatch):
+def vertex(tpu, monkeypatch):
     fake = FakeVertex(states=("RUNNING",) * 1000)
     with fake_vertex.serve(fake) as address:
         monkeypatch.setenv(vertex_jobs.ENDPOINT_VARIABLE, address)
@@ -54,16 +38,11 @@ def vertex(cloud, monkeypatch):
 
 
 def run(*arguments):
-    """Exit code of a command."""
-    try:
-        cli.main(list(arguments))
-    except SystemExit as error:
-        return int(error.code or 0)
-    return 0
+    return submitting.run(list(arguments))
 
 
 def submit(kind, name="first", **flags):
-    """Submits a job that nobody waits for."""
+    """Submits a job without waiting for it."""
     own = {"tpu": ["--zone=us-central1-a", "--accelerator=v5e"]}
     own["vertex"] = ["--region=us-central1", "--accelerator=l4:2"]
     more = [f"--{flag}={value}" for flag, value in flags.items()]
@@ -76,7 +55,7 @@ def read_record(cloud, name="first"):
 
 
 def report(cloud, job, host=0, line="", exit_code=None, logs=()):
-    """What a machine leaves in the bucket."""
+    """Writes what a machine reports to the bucket."""
     place = f"multihot/{job.name}"
     state = State(job.submission, 0, host, "running train (1 of 1)", line, time.time())
     cloud.put("my-bucket", f"{place}/state/host-{host}.json", json.dumps(vars(state)).encode())
@@ -158,7 +137,8 @@ def test_logs_find_the_bucket_by_themselves_and_follow_to_the_end(
     job = read_record(cloud)
     report(cloud, job, 1, logs=["one\n"])
     steps = iter([lambda: report(cloud, job, 1, logs=["one\n", "two\n"], exit_code=0)])
-    monkeypatch.setattr(jobs.time, "sleep", lambda _: next(steps)())
+    # Not `time.sleep` itself: Google's clients sleep too where an answer is late.
+    monkeypatch.setattr(jobs, "time", SimpleNamespace(sleep=lambda _: next(steps)()))
     capsys.readouterr()
     place = "--zone=us-central1-a" if kind == "tpu" else "--region=us-central1"
     flags = ["--project=my-project", place, "--name=first", "--host=1", "--follow"]

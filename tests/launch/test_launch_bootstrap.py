@@ -1,4 +1,4 @@
-"""Installing a job's package: fetched by the machine's account, compared, in a Python that fits."""
+"""bootstrap.py: downloads the job's package, checks it, and installs it into a Python that fits."""
 
 import hashlib
 import json
@@ -68,7 +68,7 @@ def test_an_account_without_access_is_told_what_it_needs(store, tmp_path, capsys
 
 
 def test_an_image_without_a_new_python_gets_one(monkeypatch, tmp_path):
-    """Ubuntu 22.04 has Python 3.10 alone; uv comes by its hash and brings 3.11."""
+    """Ubuntu 22.04 has Python 3.10 only; uv, pinned by its hash, installs 3.11."""
     commands: list[list[str]] = []
     monkeypatch.setattr(bootstrap.shutil, "which", lambda name: None)
     monkeypatch.setattr(bootstrap, "run", commands.append)
@@ -103,7 +103,7 @@ def test_what_is_installed_is_pinned_by_hashes(monkeypatch, tmp_path):
 
 
 def test_the_record_may_come_by_a_variable(store, monkeypatch, tmp_path):
-    """A container has no metadata of its own: its job is in its environment."""
+    """A container has no metadata server; its job comes as a variable."""
     started: list[tuple] = []
     monkeypatch.setenv("MULTIHOT_JOB", json.dumps(JOB | {"wheel": ITEM, "requirements": ITEM}))
     monkeypatch.setattr(bootstrap, "install", lambda *_: "/environment/bin/python")

@@ -1,4 +1,4 @@
-"""What a job's machines run, and what they tell the bucket about it."""
+"""The commands that a job's machines run, and what the machines report to the bucket."""
 
 import dataclasses
 import json
@@ -38,19 +38,17 @@ ADDRESSES = ["10.0.0.2", "10.0.0.3"]
 
 
 class Processes:
-    """Stands for the processes that a node starts: what they were, and how they end."""
+    """Replaces the processes that a node starts: records their commands, returns given codes."""
 
     def __init__(self, *codes: int) -> None:
         self.codes = list(codes)
         self.started: list[list[str]] = []
 
     def run(self, command: list[str], what: str, shared: bool = True) -> int:
-        """As of a node: the exit code of a process."""
         self.started.append(list(command))
         return self.codes.pop(0)
 
     def names(self) -> list[str]:
-        """The commands among them."""
         return [item[item.index("trainer.cli") + 1] for item in self.started]
 
 
@@ -94,10 +92,7 @@ def test_the_machine_that_comes_after_goes_on_where_the_first_stopped(cloud, mon
 
 
 def test_the_first_host_of_a_pod_takes_the_chips_of_all(cloud, monkeypatch, tmp_path):
-    """Every host serves its chips; only the first runs commands, with the addresses of all.
-
-    It waits for the servers: of three looks, two miss a host.
-    """
+    """The first host alone runs commands, with the addresses of all; the third look finds both."""
     looks = [["10.0.0.3"], ["10.0.0.3"], []]
     monkeypatch.setattr(node.Cluster, "find_missing", lambda self: looks.pop(0))
     log = tmp_path / "served"
@@ -213,7 +208,7 @@ def test_a_store_that_is_away_loses_nothing(cloud, monkeypatch, capfd):
 
 
 def test_a_process_is_run_and_its_end_recorded(cloud, monkeypatch, tmp_path):
-    """The real thing: a command that fails, in a process of its own, from a file of the job."""
+    """A command that fails in a real process."""
     job = dataclasses.replace(
         JOB, environment="cpu", commands=(("sample", "--output=x.jsonl", "--num_documents=0"),)
     )
@@ -231,7 +226,7 @@ def test_a_process_is_run_and_its_end_recorded(cloud, monkeypatch, tmp_path):
 
 
 def test_a_machine_that_is_taken_away_passes_the_signal_on(cloud, monkeypatch, tmp_path):
-    """SIGTERM reaches the command, whose own exit code is 0; the job has not ended."""
+    """SIGTERM reaches the command, which ends with 0; the node ends with 75."""
     script = "import signal, sys; signal.signal(15, lambda *_: sys.exit(0)); print('up', flush=1)\n"
     script += "signal.pause()"
     stopping = Node(dataclasses.replace(JOB, max_restarts=0), tmp_path, 0, 0, ())
@@ -286,7 +281,7 @@ def test_the_runtime_of_a_pods_host_knows_its_place(monkeypatch):
 
 
 def test_job_records_need_no_installed_package():
-    """bootstrap.py runs before anything is installed: with the standard library alone."""
+    """bootstrap.py runs before anything is installed, with the standard library alone."""
     script = Path(node.__file__).with_name("bootstrap.py")
     done = subprocess.run(
         [sys.executable, "-I", "-S", str(script), "/none/job.json", "/none"],

@@ -1,4 +1,4 @@
-"""The package that a job's machines install: its bytes, its fingerprint, its way to the bucket."""
+"""The package that a job's machines install: its bytes, its SHA-256 and its upload."""
 
 import hashlib
 import io
@@ -83,7 +83,7 @@ def test_an_environment_without_a_lock_is_named():
 
 
 def test_an_installed_multihot_gives_its_wheel_too(wheel, tmp_path):
-    """Put together from what pip installed of it, it has the same files as the wheel before."""
+    """The wheel packed from installed files has the same files as the one they came from."""
     path = tmp_path / wheel[0]
     path.write_bytes(wheel[1])
     installed = tmp_path / "installed"

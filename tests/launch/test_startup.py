@@ -16,10 +16,7 @@ from launch.machine.reports import Ending, State
 
 
 def test_a_job_runs_in_a_clean_folder_and_the_slice_is_deleted(tmp_path):
-    """Two commands; what one wrote on the host the other brings to the bucket.
-
-    The name of a file is what a shell would make much of.
-    """
+    """The second command reads the first one's file, whose name a shell would expand."""
     odd = "a $(touch pwned)\"; touch 'pwned' `touch pwned` & #.jsonl"
     commands = (
         ("sample", f"--output={odd}", "--num_documents=120"),
@@ -119,7 +116,7 @@ def test_the_watchdog_deletes_a_slice_whose_time_is_over(tmp_path):
 
 
 def test_the_watchdog_outlives_the_script(tmp_path):
-    """The script is killed, as for want of memory; its slice is deleted all the same."""
+    """The script is killed, as when memory runs out; its slice is deleted all the same."""
     job = dataclasses.replace(JOB, max_seconds=2)
     with make_host(tmp_path, job, "import time; time.sleep(600)") as host:
         host.start()
@@ -141,7 +138,7 @@ def test_a_deletion_that_is_refused_at_the_end_is_asked_for_again(tmp_path):
 
 
 def test_a_machine_that_is_taken_away_deletes_nothing_and_may_come_back(tmp_path):
-    """SIGTERM is passed on; after the next boot the time that is left is what it was."""
+    """SIGTERM is passed on; the next boot keeps the deadline."""
     hangs = "import time; print('runs', flush=True); time.sleep(600)"
     with make_host(tmp_path, JOB, hangs) as host:
         host.start()
@@ -165,7 +162,7 @@ def test_a_machine_that_is_taken_away_deletes_nothing_and_may_come_back(tmp_path
 
 
 def test_no_token_and_nothing_of_the_users_is_in_the_script():
-    """The script is the same for every job, and no secret is in what a slice is given."""
+    """The scripts are the same for every job, and the metadata has no token."""
     other = dataclasses.replace(JOB, name="other", commands=(("sample", "--output=x"),))
     one, two = make_metadata(JOB, 0), make_metadata(other, 1)
     for name in ("startup-script", "multihot-bootstrap"):

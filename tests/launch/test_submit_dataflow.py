@@ -1,4 +1,4 @@
-"""Dataflow: Beam's own runner against a local fake, which takes the job and runs nothing."""
+"""`submit dataflow`: Beam's own runner against a local fake that accepts jobs and runs nothing."""
 
 import json
 import os
@@ -8,13 +8,11 @@ import signal
 import fake_dataflow
 import pytest
 from fake_dataflow import FakeDataflow
-from fake_gcs import FakeStorage, serve
 
 from launch import submit_dataflow
 from launch.cloud import package
 from launch.launch_config import SubmitDataflowConfig
 from trainer.errors import UserError
-from trainer.storage import gcs_client
 
 SCORE = (
     "score",
@@ -31,21 +29,15 @@ FLAGS = {
 
 
 @pytest.fixture
-def storage(model, tmp_path, monkeypatch):
+def storage(cloud, model, monkeypatch):
     """A bucket with a model and a corpus of three rows."""
-    storage = FakeStorage({"my-bucket": {}})
-    storage.put_folder("my-bucket", "model", model)
+    cloud.buckets = {"my-bucket": {}}
+    cloud.put_folder("my-bucket", "model", model)
     rows = [json.dumps({"id": str(number), "text": f"row {number}"}) for number in range(3)]
-    storage.put("my-bucket", "corpus/a.jsonl", "\n".join(rows).encode())
-    folder = tmp_path / "certificates"
-    folder.mkdir()
-    with serve(storage, str(folder)) as environment:
-        monkeypatch.setenv("STORAGE_EMULATOR_HOST", environment["STORAGE_EMULATOR_HOST"])
-        monkeypatch.setenv("NO_GCE_CHECK", "true")
-        monkeypatch.delenv("GOOGLE_APPLICATION_CREDENTIALS", raising=False)
-        gcs_client._make_client.cache_clear()
-        yield storage
-        gcs_client._make_client.cache_clear()
+    cloud.put("my-bucket", "corpus/a.jsonl", "\n".join(rows).encode())
+    monkeypatch.setenv("NO_GCE_CHECK", "true")
+    monkeypatch.delenv("GOOGLE_APPLICATION_CREDENTIALS", raising=False)
+    return cloud
 
 
 @pytest.fixture

@@ -5,7 +5,7 @@ import json
 import fake_tpu
 import grpc
 import pytest
-from fake_tpu import LOST, Fault
+from fake_grpc import LOST, Fault
 from submitting import (
     BUCKET,
     NAME,
@@ -70,7 +70,7 @@ def test_a_slice_that_does_not_delete_itself_is_deleted(tpu, cloud, monkeypatch,
 
 
 def test_an_answer_that_is_lost_makes_no_second_slice(tpu, cloud):
-    """503 after the work was done, three times: the name and the request's id tell."""
+    """Three answers of 503 after the slice was created; the request's identity tells."""
     Slices(tpu, cloud, 0)
     lost = iter([Fault(grpc.StatusCode.UNAVAILABLE, LOST)] * 3)
     tpu.plan = lambda method: next(lost, None) if method == "CreateQueuedResource" else None
@@ -93,7 +93,7 @@ def test_a_service_that_forgets_the_request_makes_no_second_slice(tpu, cloud):
 
 
 def test_every_call_survives_times_without_an_answer(tpu, cloud):
-    """Every second request is turned down before it is done."""
+    """Every second request is refused with UNAVAILABLE."""
     Slices(tpu, cloud, 0)
     count = iter(range(1000))
     tpu.plan = lambda method: (
@@ -151,7 +151,7 @@ def test_a_slice_that_somebody_deleted_is_not_waited_for(tpu, capsys):
 
 
 def test_a_store_that_is_away_does_not_end_the_waiting(tpu, cloud, monkeypatch, capsys):
-    """Twice the bucket does not answer; the slice is neither forgotten nor cancelled."""
+    """The bucket does not answer twice; the slice keeps running and is still watched."""
     Slices(tpu, cloud, 0)
     from trainer.errors import RunAgain
     from trainer.storage import gcs

@@ -1,4 +1,4 @@
-"""`submit vertex` as its user meets it: Google's clients against local fakes of both services."""
+"""`submit vertex` with Google's clients against local fakes of Vertex AI and Cloud Storage."""
 
 import json
 import os
@@ -8,19 +8,18 @@ import subprocess
 import sys
 import time
 
-import fake_gcs
 import fake_vertex
 import grpc
 import pytest
-from fake_vertex import FakeVertex, Fault, faults
+from fake_grpc import LOST, Fault, faults
+from fake_vertex import FakeVertex
 
-from launch import submit_vertex
-from launch.cloud import vertex_jobs
+from launch import submit, submit_vertex
+from launch.cloud import calls, vertex_jobs
 from launch.job import Job
 from launch.launch_config import SubmitVertexConfig
 from launch.machine.reports import Ending, State
 from trainer.errors import RunAgain, UserError
-from trainer.storage import gcs_client
 
 TRAIN = ("train", "--data_dir=gs://my-bucket/data", "--model_dir=gs://my-bucket/run")
 FLAGS = {
@@ -37,28 +36,20 @@ def make_config(**changes):
 
 
 @pytest.fixture
-def storage(tmp_path, monkeypatch):
-    """A bucket in europe-west4."""
-    storage = fake_gcs.FakeStorage(
-        {"my-bucket": {}, "far-bucket": {}},
-        locations={"my-bucket": "EUROPE-WEST4", "far-bucket": "US-EAST1"},
-    )
-    folder = tmp_path / "certificates"
-    folder.mkdir()
-    with fake_gcs.serve(storage, str(folder)) as environment:
-        monkeypatch.setenv("STORAGE_EMULATOR_HOST", environment["STORAGE_EMULATOR_HOST"])
-        gcs_client._make_client.cache_clear()
-        yield storage
-        gcs_client._make_client.cache_clear()
+def storage(cloud):
+    """A bucket in europe-west4, and one elsewhere."""
+    cloud.buckets = {"my-bucket": {}, "far-bucket": {}}
+    cloud.locations = {"my-bucket": "EUROPE-WEST4", "far-bucket": "US-EAST1"}
+    return cloud
 
 
 @pytest.fixture
 def vertex(monkeypatch):
-    """The job service, which moves on as fast as it is asked."""
+    """Vertex AI, whose jobs reach their next state each time that they are read."""
     vertex = FakeVertex()
-    for name in ("_FIRST_PAUSE_SECONDS", "_LONGEST_PAUSE_SECONDS"):
-        monkeypatch.setattr(vertex_jobs, name, 0.01)
-    monkeypatch.setattr(submit_vertex, "_POLL_SECONDS", 0.01)
+    for name in ("FIRST_PAUSE_SECONDS", "MAX_PAUSE_SECONDS"):
+        monkeypatch.setattr(calls, name, 0.01)
+    monkeypatch.setattr(submit, "_POLL_SECONDS", 0.01)
     with fake_vertex.serve(vertex) as address:
         monkeypatch.setenv(vertex_jobs.ENDPOINT_VARIABLE, address)
         yield vertex
@@ -66,6 +57,11 @@ def vertex(monkeypatch):
 
 def read_job(storage):
     return Job.from_json(storage.buckets["my-bucket"]["multihot/my-job/job.json"].data)
+
+
+def put(storage, name, record):
+    """What the chief writes to the job's folder."""
+    storage.put("my-bucket", f"multihot/my-job/{name}", json.dumps(vars(record)).encode())
 
 
 def test_from_the_command_to_the_end_of_the_job(storage, vertex, capsys):
@@ -115,9 +111,7 @@ def test_what_the_chief_does_is_said(storage, vertex, capsys):
     def work(_):
         job = read_job(storage)
         state = State(job.submission, 0, 0, "running train (1 of 1)", "step 7", time.time())
-        storage.put(
-            "my-bucket", "multihot/my-job/state/host-0.json", json.dumps(vars(state)).encode()
-        )
+        put(storage, "state/host-0.json", state)
 
     vertex.on_get = work
     submit_vertex.run(make_config(), TRAIN)
@@ -139,8 +133,7 @@ def test_a_job_that_fails_says_with_what_and_where_to_look(storage, vertex):
     def end(_):
         job = read_job(storage)
         ending = Ending(job.submission, 0, 0, 2, "multihot train: error: --data_dir: not there")
-        data = json.dumps(vars(ending)).encode()
-        storage.put("my-bucket", "multihot/my-job/exit_code/host-0", data)
+        put(storage, "exit_code/host-0", ending)
 
     vertex.on_get = end
     with pytest.raises(UserError) as error:
@@ -160,8 +153,7 @@ def test_a_job_that_was_stopped_may_be_run_again(storage, vertex):
 
     def end(_):
         job = read_job(storage)
-        data = json.dumps(vars(Ending(job.submission, 0, 0, 75, "lost worker 2"))).encode()
-        storage.put("my-bucket", "multihot/my-job/exit_code/host-0", data)
+        put(storage, "exit_code/host-0", Ending(job.submission, 0, 0, 75, "lost worker 2"))
 
     vertex.on_get = end
     with pytest.raises(RunAgain, match="exit code 75: lost worker 2; run the same command again"):
@@ -177,52 +169,29 @@ def test_a_job_that_is_out_of_sight_goes_on(storage, vertex, monkeypatch):
     assert [job.state.name for job in vertex.jobs.values()] == ["JOB_STATE_QUEUED"]
 
 
-def fault(code, message):
-    return Fault(getattr(grpc.StatusCode, code), message)
-
-
 @pytest.mark.parametrize(
-    ("answer", "messages"),
+    ("code", "answer", "messages"),
     [
-        (
-            fault(
-                "PERMISSION_DENIED",
-                "Permission 'aiplatform.customJobs.create' denied on resource",
-            ),
-            ["permission denied", "--role=roles/aiplatform.user"],
-        ),
-        (
-            fault("PERMISSION_DENIED", "You do not have permission to act as service account x"),
-            ["--role=roles/iam.serviceAccountUser"],
-        ),
-        (
-            fault(
-                "PERMISSION_DENIED",
-                "Vertex AI API has not been used in project my-project before or it is disabled.",
-            ),
-            ["gcloud services enable aiplatform.googleapis.com --project=my-project"],
-        ),
-        (
-            fault(
-                "RESOURCE_EXHAUSTED",
-                "The following quota metrics exceed quota limits: "
-                "aiplatform.googleapis.com/custom_model_training_nvidia_l4_gpus",
-            ),
-            ["quota of my-project in europe-west4", "custom_model_training_nvidia_l4_gpus"],
-        ),
-        (
-            fault("INVALID_ARGUMENT", "Machine type g2-standard-12 is not supported in region"),
-            ["europe-west4 does not offer it", "gcloud compute accelerator-types list"],
-        ),
-        (
-            fault("NOT_FOUND", "The service account does not exist"),
-            ["gcloud iam service-accounts list --project=my-project"],
-        ),
-        (fault("UNAUTHENTICATED", "bad token"), ["gcloud auth application-default login"]),
+        ("PERMISSION_DENIED", "Permission 'aiplatform.customJobs.create' denied on resource",
+         ["permission denied", "--role=roles/aiplatform.user"]),
+        ("PERMISSION_DENIED", "You do not have permission to act as service account x",
+         ["--role=roles/iam.serviceAccountUser"]),
+        ("PERMISSION_DENIED",
+         "Vertex AI API has not been used in project my-project before or it is disabled.",
+         ["gcloud services enable aiplatform.googleapis.com --project=my-project"]),
+        ("RESOURCE_EXHAUSTED",
+         "The following quota metrics exceed quota limits: "
+         "aiplatform.googleapis.com/custom_model_training_nvidia_l4_gpus",
+         ["quota of my-project in europe-west4", "custom_model_training_nvidia_l4_gpus"]),
+        ("INVALID_ARGUMENT", "Machine type g2-standard-12 is not supported in region",
+         ["europe-west4 does not offer it", "gcloud compute accelerator-types list"]),
+        ("NOT_FOUND", "The service account does not exist",
+         ["gcloud iam service-accounts list --project=my-project"]),
+        ("UNAUTHENTICATED", "bad token", ["gcloud auth application-default login"]),
     ],
-)
-def test_refusals_are_one_line_with_what_mends_them(storage, vertex, answer, messages):
-    vertex.plan = faults("CreateCustomJob", answer)
+)  # fmt: skip
+def test_refusals_are_one_line_with_what_mends_them(storage, vertex, code, answer, messages):
+    vertex.plan = faults("CreateCustomJob", Fault(getattr(grpc.StatusCode, code), answer))
     with pytest.raises(UserError) as error:
         submit_vertex.run(make_config(), TRAIN)
     line = str(error.value)
@@ -231,9 +200,9 @@ def test_refusals_are_one_line_with_what_mends_them(storage, vertex, answer, mes
 
 
 def test_a_region_that_is_none_is_named(storage, vertex):
-    """As gRPC says it of a name that no server has."""
-    answer = fault(
-        "UNAVAILABLE",
+    """gRPC's answer for a name that does not resolve."""
+    answer = Fault(
+        grpc.StatusCode.UNAVAILABLE,
         "errors resolving mars-north1-aiplatform.googleapis.com:443: [field:hostname lookup "
         "error:address lookup failed: Domain name not found]",
     )
@@ -253,7 +222,7 @@ def test_nobody_signed_in_is_said(storage, monkeypatch, tmp_path):
 
 
 def test_an_answer_that_was_lost_makes_no_second_job(storage, vertex):
-    lost = Fault(grpc.StatusCode.UNAVAILABLE, fake_vertex.LOST)
+    lost = Fault(grpc.StatusCode.UNAVAILABLE, LOST)
     vertex.plan = faults("CreateCustomJob", Fault(grpc.StatusCode.UNAVAILABLE, "away"), lost)
     submit_vertex.run(make_config(), TRAIN)
     assert len(vertex.jobs) == 1 and vertex.requests.count("CreateCustomJob") == 2
@@ -274,7 +243,7 @@ def test_a_name_is_taken_until_its_job_has_ended(storage, vertex):
 
 
 def test_of_two_submissions_at_one_moment_the_first_is_left(storage, vertex):
-    """The other one's job appears between our look and our own."""
+    """The other job appears after the name was found free."""
     create = vertex.create
 
     def create_after_another(request):
@@ -298,21 +267,14 @@ def test_of_two_submissions_at_one_moment_the_first_is_left(storage, vertex):
         ({"bucket": "no-bucket"}, TRAIN, "there is no such bucket; create it: gcloud storage"),
         ({"accelerator": "h200"}, TRAIN, "--accelerator=h200: no such machine"),
         ({"accelerator": "h100:1"}, TRAIN, "expected --provisioning=spot or --provisioning=flex"),
-        (
-            {"accelerator": "v5e", "num_machines": 2},
-            TRAIN,
-            "--num_machines=2: expected 1 with TPUs",
-        ),
-        (
-            {"num_machines": 2},
-            ("report", "--model_dir=gs://my-bucket/run"),
-            "--num_machines=2: expected 1, because none",
-        ),
+        ({"accelerator": "v5e", "num_machines": 2}, TRAIN,
+         "--num_machines=2: expected 1 with TPUs"),
+        ({"num_machines": 2}, ("report", TRAIN[2]), "--num_machines=2: expected 1, because none"),
         ({}, (), "expected a command behind `--`"),
         ({}, ("trian",), "did you mean train"),
         ({}, ("train", "--data_dir=data", TRAIN[2]), "lies on this machine"),
     ],
-)
+)  # fmt: skip
 def test_what_is_wrong_is_said_before_anything_is_sent(storage, vertex, changes, commands, message):
     with pytest.raises(UserError, match=message):
         submit_vertex.run(make_config(**changes), commands)
@@ -326,18 +288,16 @@ def test_what_is_not_proven_warns(storage, vertex, capsys):
 
 
 def test_an_interruption_while_the_answer_is_out_finds_the_job(storage, vertex, monkeypatch):
-    """Nobody is there to be asked, so the job is left; it was made, though no answer came."""
-    vertex.plan = faults("CreateCustomJob", Fault(grpc.StatusCode.UNAVAILABLE, fake_vertex.LOST))
+    """The job exists although its answer was lost; it is left running, or cancelled."""
+    vertex.plan = faults("CreateCustomJob", Fault(grpc.StatusCode.UNAVAILABLE, LOST))
 
     def interrupt(_):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(vertex_jobs.time, "sleep", interrupt)
     for answer, states in ((True, ["QUEUED"]), (False, ["QUEUED", "CANCELLING"])):
-        vertex.plan = faults(
-            "CreateCustomJob", Fault(grpc.StatusCode.UNAVAILABLE, fake_vertex.LOST)
-        )
-        monkeypatch.setattr(submit_vertex, "ask_to_leave", lambda name, answer=answer: answer)
+        vertex.plan = faults("CreateCustomJob", Fault(grpc.StatusCode.UNAVAILABLE, LOST))
+        monkeypatch.setattr(submit, "ask_to_leave", lambda name, answer=answer: answer)
         name = "left" if answer else "ended"
         with pytest.raises(KeyboardInterrupt):
             submit_vertex.run(make_config(name=name), TRAIN)
@@ -347,7 +307,7 @@ def test_an_interruption_while_the_answer_is_out_finds_the_job(storage, vertex, 
 
 
 def test_ctrl_c_asks_and_cancels_a_job_that_is_pending(storage, vertex):
-    """The whole command in a process of its own, on a terminal."""
+    """The whole command in its own process, on a terminal."""
     vertex.states = ("PENDING",) * 1000
     flags = [f"--{name}={value}" for name, value in FLAGS.items()]
     ours, theirs = pty.openpty()
@@ -379,7 +339,7 @@ def test_ctrl_c_asks_and_cancels_a_job_that_is_pending(storage, vertex):
 
 
 def test_a_dry_run_prints_the_requests_and_touches_nothing(tmp_path):
-    """No server, no credentials, no network: a proxy that nobody serves would be asked."""
+    """Without credentials; any connection would go to a proxy that does not exist, and fail."""
     flags = [f"--{name}={value}" for name, value in FLAGS.items()]
     command = [sys.executable, "-m", "trainer.cli", "submit", "vertex", *flags, "--dry_run"]
     nowhere = dict.fromkeys(("HTTPS_PROXY", "https_proxy", "HTTP_PROXY"), "http://127.0.0.1:9")

@@ -1,7 +1,7 @@
-"""`submit tpu` and the startup script together: a slice that is taken away, and the run resumes.
+"""`submit tpu` and the startup script together: a slice is taken away, and the run resumes.
 
-The service is a fake, its hosts are real processes in clean folders: what the service gives an
-active slice as metadata runs, and what the slice deletes over REST is gone from the service.
+The service is a fake. Its hosts are real processes in clean folders, which run the startup script
+of the slice's metadata. A slice that asks for its deletion over REST is removed from the fake.
 """
 
 import dataclasses
@@ -16,7 +16,7 @@ from booting import BUCKET, JOB, Host, make_host
 from fake_tpu import FakeTpu
 from google.cloud.tpu_v2 import types
 
-from launch import submit_tpu
+from launch import submit
 from launch.cloud import tpu_slices
 from launch.job import Job
 from trainer import cli
@@ -28,7 +28,7 @@ FLAGS += ["--accelerator=v5e:2x2", "--name=first", "--provisioning=spot", "--fol
 
 
 class Slices:
-    """The hosts of slices: one boots when its slice is active; the first is taken away."""
+    """Boots a host when its slice is active, and takes the first one away."""
 
     def __init__(self, tpu: FakeTpu, host: Host) -> None:
         self.tpu, self.host = tpu, host
@@ -38,7 +38,7 @@ class Slices:
         tpu.on_active = self.boot
 
     def boot(self, resource: types.QueuedResource) -> None:
-        """Starts the host of a slice, once."""
+        """Starts the host of a slice once."""
         metadata = dict(resource.tpu.node_spec[0].node.metadata)
         attempt = metadata["multihot-attempt"]
         if attempt in self.booted:
@@ -66,7 +66,7 @@ class Slices:
             self.tpu._set_state(NAME)
 
     def wait_for_its_own_end(self) -> None:
-        """Does what Cloud TPU does when a slice has asked for its deletion."""
+        """Removes the slice once it has asked for its deletion, as Cloud TPU does."""
         while not self.host.machine.deletes:
             time.sleep(0.2)
         self.tpu.remove(NAME)
@@ -76,7 +76,7 @@ class Slices:
 def test_a_run_that_is_taken_away_resumes_on_the_next_slice(
     tmp_path: Path, corpus: str, monkeypatch, capsys
 ):
-    monkeypatch.setattr(submit_tpu, "_POLL_SECONDS", 0.5)
+    monkeypatch.setattr(submit, "_POLL_SECONDS", 0.5)
     tpu = FakeTpu(states=[("PROVISIONING", "ACTIVE")])
     train = ["train", "--data_dir=gs://data/d", "--model_dir=gs://data/m", "--hidden_size=16"]
     train += ["--num_layers=1", "--num_attention_heads=2", "--intermediate_size=32"]

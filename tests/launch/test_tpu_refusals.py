@@ -1,9 +1,9 @@
-"""What `submit tpu` says when it is refused: one line, with the command that mends it."""
+"""The errors of `submit tpu`: one line each, with the command that helps."""
 
 import fake_tpu
 import grpc
 import pytest
-from fake_tpu import Fault
+from fake_grpc import Fault
 from google.cloud.tpu_v2 import types
 from submitting import (
     BUCKET,
@@ -19,49 +19,33 @@ from submitting import (
 from launch import submit_tpu
 from launch.cloud import tpu_slices
 
+CODES = grpc.StatusCode
 REFUSALS = [
-    (
-        Fault(grpc.StatusCode.PERMISSION_DENIED, "Cloud TPU API is disabled", "SERVICE_DISABLED"),
-        "gcloud services enable tpu.googleapis.com --project=my-project",
-    ),
-    (
-        Fault(grpc.StatusCode.PERMISSION_DENIED, "Cloud TPU API has not been used in project 1"),
-        "gcloud services enable tpu.googleapis.com --project=my-project",
-    ),
-    (
-        Fault(grpc.StatusCode.PERMISSION_DENIED, "Permission 'tpu.nodes.create' denied"),
-        "add-iam-policy-binding my-project --member=user:YOU --role=roles/tpu.admin",
-    ),
-    (
-        Fault(grpc.StatusCode.PERMISSION_DENIED, "iam.serviceAccounts.actAs is required"),
-        "--role=roles/iam.serviceAccountUser",
-    ),
-    (Fault(grpc.StatusCode.UNAUTHENTICATED, "no"), "gcloud auth application-default login"),
-    (
-        Fault(grpc.StatusCode.RESOURCE_EXHAUSTED, "Quota limit 'TPUV5sPreemptible' exceeded"),
-        "gcloud beta quotas preferences create --service=tpu.googleapis.com",
-    ),
-    (
-        Fault(grpc.StatusCode.ALREADY_EXISTS, "Resource already exists"),
-        "gcloud compute tpus queued-resources delete first --force --zone=us-central1-a",
-    ),
-    (
-        Fault(grpc.StatusCode.NOT_FOUND, "Location us-central1-a is not found"),
-        "gcloud compute tpus locations list --project=my-project",
-    ),
-    (
-        Fault(grpc.StatusCode.INVALID_ARGUMENT, "acceleratorType v5litepod-4 is not in the zone"),
-        "gcloud compute tpus accelerator-types list --zone=us-central1-a",
-    ),
-    (
-        Fault(grpc.StatusCode.INVALID_ARGUMENT, "network 'n' was not found"),
-        "gcloud compute networks subnets list --project=my-project",
-    ),
-    (
-        Fault(grpc.StatusCode.NOT_FOUND, "Reservation r does not exist"),
-        "gcloud compute reservations list --project=my-project",
-    ),
-]
+    (Fault(code, message, reason), expected)
+    for code, message, reason, expected in (
+        (CODES.PERMISSION_DENIED, "Cloud TPU API is disabled", "SERVICE_DISABLED",
+         "gcloud services enable tpu.googleapis.com --project=my-project"),
+        (CODES.PERMISSION_DENIED, "Cloud TPU API has not been used in project 1", "",
+         "gcloud services enable tpu.googleapis.com --project=my-project"),
+        (CODES.PERMISSION_DENIED, "Permission 'tpu.nodes.create' denied", "",
+         "add-iam-policy-binding my-project --member=user:YOU --role=roles/tpu.admin"),
+        (CODES.PERMISSION_DENIED, "iam.serviceAccounts.actAs is required", "",
+         "--role=roles/iam.serviceAccountUser"),
+        (CODES.UNAUTHENTICATED, "no", "", "gcloud auth application-default login"),
+        (CODES.RESOURCE_EXHAUSTED, "Quota limit 'TPUV5sPreemptible' exceeded", "",
+         "gcloud beta quotas preferences create --service=tpu.googleapis.com"),
+        (CODES.ALREADY_EXISTS, "Resource already exists", "",
+         "gcloud compute tpus queued-resources delete first --force --zone=us-central1-a"),
+        (CODES.NOT_FOUND, "Location us-central1-a is not found", "",
+         "gcloud compute tpus locations list --project=my-project"),
+        (CODES.INVALID_ARGUMENT, "acceleratorType v5litepod-4 is not in the zone", "",
+         "gcloud compute tpus accelerator-types list --zone=us-central1-a"),
+        (CODES.INVALID_ARGUMENT, "network 'n' was not found", "",
+         "gcloud compute networks subnets list --project=my-project"),
+        (CODES.NOT_FOUND, "Reservation r does not exist", "",
+         "gcloud compute reservations list --project=my-project"),
+    )
+]  # fmt: skip
 
 
 @pytest.mark.parametrize(("fault", "expected"), REFUSALS)
@@ -135,9 +119,8 @@ def test_two_submissions_of_one_name(tpu, capsys):
 
 
 def test_two_submissions_at_the_same_moment(tpu, capsys, monkeypatch):
-    """Neither sees the other's slice before it asks for its own: the service decides."""
-    absent = tpu_slices.ResourceState(tpu_slices.Phase.ABSENT)
-    monkeypatch.setattr(submit_tpu, "_make_room", lambda *_: absent)
+    """Both find the name free; the service accepts the first."""
+    monkeypatch.setattr(submit_tpu.TpuSubmission, "make_room", lambda self: None)
     assert run(with_flags("--no_wait")) == 0
     assert run(with_flags("--no_wait")) == 2
     check_refusal(capsys, "first exists already; take another --name")

@@ -2,6 +2,7 @@
 
 import json
 import os
+from dataclasses import replace
 from pathlib import Path
 from typing import Any
 
@@ -10,9 +11,10 @@ import pytest
 from launch import submit_tpu
 from launch.accelerators import find_slice, tpu_slices
 from launch.cloud import package
+from launch.cloud.calls import to_dict
 from launch.cloud.package import Package
-from launch.cloud.tpu_slices import make_create_request, to_dict
-from launch.job import StoredFile
+from launch.cloud.tpu_slices import make_create_request
+from launch.job import Job, StoredFile
 from launch.launch_config import SubmitTpuConfig
 from trainer import cli
 
@@ -58,14 +60,18 @@ def make_config(**changes: Any) -> SubmitTpuConfig:
     return SubmitTpuConfig(**values | changes)
 
 
+def make_job(config: SubmitTpuConfig) -> Job:
+    (job,) = submit_tpu.make_jobs(config, COMMANDS, PACKAGE)
+    return replace(job, submission="20240501t000000-a")
+
+
 def make_request(config: SubmitTpuConfig, attempt: int = 0) -> dict[str, Any]:
-    """A request as JSON, the texts that every one has replaced by their files' names."""
-    (job,) = submit_tpu.make_jobs(config, COMMANDS, PACKAGE, submission="20240501t000000-a")
-    request = to_dict(
-        make_create_request(
-            config, find_slice(config.accelerator), job, attempt=attempt, request_id="an-id"
-        )
-    )
+    """A request as JSON, with the texts of the scripts replaced by their files' names."""
+    job = make_job(config)
+    slice_of_chips = find_slice(config.accelerator)
+    request = to_dict(make_create_request(config, slice_of_chips, job, attempt))
+    assert len(request["requestId"]) == 36
+    request["requestId"] = "an-id"
     metadata = request["queuedResource"]["tpu"]["nodeSpec"][0]["node"]["metadata"]
     for name, file in (("startup-script", "startup.sh"), ("multihot-bootstrap", "bootstrap.py")):
         assert metadata[name] == (Path(package.__file__).parents[1] / "machine" / file).read_text()
@@ -89,7 +95,7 @@ def test_a_request_is_exactly_that_of_its_golden_file(name):
 
 
 def test_every_slice_of_the_table_is_asked_for_as_its_golden_file_has_it():
-    """What differs from slice to slice; all else is that of the single host."""
+    """Type and runtime of each slice; the rest equals the request of the single host."""
     common = make_request(make_config())
     found = {}
     for item in tpu_slices():
@@ -109,8 +115,9 @@ def test_every_slice_of_the_table_is_asked_for_as_its_golden_file_has_it():
 def test_a_restart_asks_for_the_same_with_its_number_and_what_is_left_of_the_time():
     config = make_config()
     first = make_request(config)
-    (job,) = submit_tpu.make_jobs(config, COMMANDS, PACKAGE, submission="20240501t000000-a")
-    again = to_dict(make_create_request(config, find_slice("v5e:2x2"), job, 2, 100, "an-id"))
+    job = make_job(config)
+    again = to_dict(make_create_request(config, find_slice("v5e:2x2"), job, 2, 100))
+    again["requestId"] = "an-id"
     one, two = (
         item["queuedResource"]["tpu"]["nodeSpec"][0]["node"].pop("metadata")
         for item in (first, again)
@@ -123,7 +130,7 @@ def test_a_restart_asks_for_the_same_with_its_number_and_what_is_left_of_the_tim
 
 
 def test_a_dry_run_shows_all_requests_and_sends_none(capsys, monkeypatch, tmp_path):
-    """Without credentials, and without a connection: sockets cannot be made."""
+    """Without credentials; a socket would fail the test."""
     import socket
 
     def refuse(*_: object, **__: object) -> None:

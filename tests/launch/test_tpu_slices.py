@@ -1,11 +1,11 @@
-"""`submit tpu` interrupted, and of several slices."""
+"""Ctrl-C during `submit tpu`, and several slices."""
 
 import sys
 
 import fake_tpu
 import grpc
 import pytest
-from fake_tpu import Fault
+from fake_grpc import Fault
 from submitting import (
     FLAGS,
     SUBMIT,
@@ -16,7 +16,7 @@ from submitting import (
     with_flags,
 )
 
-from launch import submit_tpu
+from launch import submit
 from launch.cloud import slice_watch, tpu_slices
 
 
@@ -39,7 +39,7 @@ def test_ctrl_c_without_a_terminal_leaves_it_running(tpu, monkeypatch):
 
 
 def test_ctrl_c_while_the_slice_is_being_created(tpu, capsys, monkeypatch):
-    """The request has gone out, its operation is not done, and deleting is refused at first."""
+    """The creation is not done yet, and the first deletions are refused."""
     tpu.operation_polls = 1000
     tpu.refused_deletes = 3
     tpu.states = [("CREATING",)]
@@ -49,7 +49,7 @@ def test_ctrl_c_while_the_slice_is_being_created(tpu, capsys, monkeypatch):
         raise KeyboardInterrupt
 
     monkeypatch.setattr(tpu_slices, "_wait_for", interrupt)
-    monkeypatch.setattr(submit_tpu, "ask_to_leave", lambda name: False)
+    monkeypatch.setattr(submit, "ask_to_leave", lambda name: False)
     assert run(SUBMIT) == 130
     assert tpu.requests.count("DeleteQueuedResource") == 4
     assert tpu.resources == {}
@@ -57,9 +57,9 @@ def test_ctrl_c_while_the_slice_is_being_created(tpu, capsys, monkeypatch):
 
 
 def test_ctrl_c_ends_the_slices_that_are_there_and_waits_for_no_others(tpu, monkeypatch, capsys):
-    """One of three has ended, two are active: each is asked for once more, none is waited for."""
+    """One slice of three has ended; the other two are deleted at once."""
     monkeypatch.setattr(slice_watch, "pauses", lambda first: iter([0.0]))
-    monkeypatch.setattr(submit_tpu, "ask_to_leave", lambda name: False)
+    monkeypatch.setattr(submit, "ask_to_leave", lambda name: False)
     interrupt_next_sleep(monkeypatch)
     tpu.states = [("ACTIVE",)]
     tpu.on_active = lambda resource: (

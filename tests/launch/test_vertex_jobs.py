@@ -1,4 +1,4 @@
-"""Vertex AI's requests, byte for byte, and Google's client against a local fake."""
+"""Vertex AI's requests against golden files, and Google's client against a local fake."""
 
 import json
 from contextlib import contextmanager
@@ -6,10 +6,11 @@ from pathlib import Path
 
 import grpc
 import pytest
-from fake_vertex import LOST, FakeVertex, Fault, faults, serve
+from fake_grpc import LOST, Fault, faults
+from fake_vertex import FakeVertex, serve
 
 from launch.accelerators import find_vertex_machine, vertex_machines
-from launch.cloud import vertex_jobs
+from launch.cloud import calls, vertex_jobs
 from launch.job import Job, StoredFile
 from launch.launch_config import SubmitVertexConfig
 from trainer.errors import RunAgain, UserError
@@ -25,7 +26,7 @@ def make_config(accelerator="l4:1", **changes):
 
 
 def build(config, commands=COMMANDS):
-    """A request whose package and submission are always the same."""
+    """A request with a fixed package and submission."""
     machine = find_vertex_machine(config.accelerator)
     job = Job(
         name=config.name,
@@ -45,9 +46,9 @@ def build(config, commands=COMMANDS):
 
 
 def shown(request):
-    """A request as JSON; the text of bootstrap.py, which every container gets, by its name."""
+    """A request as JSON, with the text of bootstrap.py replaced by its name."""
     text = vertex_jobs._BOOTSTRAP.read_text(encoding="utf-8")
-    request = vertex_jobs.to_dict(request)
+    request = calls.to_dict(request)
     for pool in request["customJob"]["jobSpec"]["workerPoolSpecs"]:
         command = pool["containerSpec"]["command"]
         assert command[2] == text
@@ -79,7 +80,7 @@ CASES = {
 
 @pytest.mark.parametrize("name", sorted(CASES))
 def test_requests_are_the_golden_ones(name):
-    """`python tests/launch/test_vertex_jobs.py` writes them again; look at what changed."""
+    """`python tests/launch/test_vertex_jobs.py` writes them again; read the difference."""
     path = GOLDEN / f"vertex-{name}.json"
     assert shown(build(CASES[name])) == json.loads(path.read_text())
 
@@ -108,15 +109,15 @@ def test_what_a_user_wrote_is_data_in_one_variable():
         ["train", f"--data_dir={hostile}"]
     ]
     assert not any("reboot" in text for text in [*container.command, *by_name.values()])
-    # What Vertex AI would put other variables' values for.
+    # Vertex AI would replace it by another variable's value.
     assert not any("$(" in text for text in [*container.command, *(v.value for v in container.env)])
 
 
 @pytest.fixture
 def connect(monkeypatch):
-    """No long pauses; and what serves a fake to `make_client`."""
-    monkeypatch.setattr(vertex_jobs, "_FIRST_PAUSE_SECONDS", 0.01)
-    monkeypatch.setattr(vertex_jobs, "_LONGEST_PAUSE_SECONDS", 0.01)
+    """Short pauses, and a function that serves a fake and gives its client."""
+    monkeypatch.setattr(calls, "FIRST_PAUSE_SECONDS", 0.01)
+    monkeypatch.setattr(calls, "MAX_PAUSE_SECONDS", 0.01)
 
     @contextmanager
     def open_client(vertex):
@@ -148,7 +149,7 @@ def test_one_job_is_made_however_often_it_has_to_be_asked_for(connect, plan, req
 
 
 def test_of_jobs_made_twice_over_the_first_is_left(connect, capsys):
-    """The list does not show the first job yet when it is looked for."""
+    """The list is late: it does not have the first job yet when it is read."""
     vertex = FakeVertex(plan=faults("CreateCustomJob", Fault(UNAVAILABLE, LOST)))
     lists = iter([[], None])
     list_all = vertex.list
