@@ -100,7 +100,7 @@ def draw_headline(
     )
     drawn.ygrid.grid_line_color = None
     kept = [name for name in names if name in intervals]
-    drawn.row_range(
+    drawn.segment(
         [intervals[name][0] for name in kept], kept, [intervals[name][1] for name in kept], kept,
         line_color=BLUE, line_width=7, line_alpha=0.25,
     )  # fmt: skip
@@ -281,7 +281,7 @@ def _draw_reliability() -> Plot:
     drawn.scatter(
         "probability", "share", source=before, size=7, fill_color="white", line_color=ORANGE
     )
-    drawn.row_range("probability", "low", "probability", "high", source=after, line_color=BLUE)
+    drawn.segment("probability", "low", "probability", "high", source=after, line_color=BLUE)
     drawn.line("probability", "share", source=after, line_color=BLUE, line_width=2)
     dots = drawn.scatter("probability", "share", source=after, size=7, color=BLUE)
     tips = [("probability", "@probability{0.0000}"), ("positives", "@share{0.0000}")]
