@@ -57,7 +57,7 @@ from trainer.evaluation.results import (
     without_labels,
     write_json,
 )
-from trainer.evaluation.thresholds import ThresholdTarget, fit_binned_thresholds, fit_thresholds
+from trainer.evaluation.thresholds import ThresholdRule, fit_binned_thresholds, fit_thresholds
 from trainer.model.predictor import Predictor
 from trainer.storage import filesystem
 from trainer.training.checkpoint import LoadedRun, load_best
@@ -138,7 +138,7 @@ def _evaluate_exactly(splits: Splits, record: RunRecord) -> Evaluated:
         pos_weights = np.ones_like(pos_weights)
     calibration = fit_calibration(documents.logits, documents.labels, pos_weights, config.calibrate)
     thresholds = fit_thresholds(
-        calibration.probabilities(documents.logits), documents.labels, **cutting(config)
+        calibration.probabilities(documents.logits), documents.labels, ThresholdRule.of(config)
     )
     fitted = ExactMeasurement(calibration, thresholds)
     fitted.add(documents)
@@ -160,7 +160,9 @@ def _evaluate_binned(splits: Splits, record: RunRecord) -> Evaluated:
         histograms.add(block.logits - log_weights, block.labels)
     calibration = fit_binned_calibration(histograms, log_weights, config.calibrate)
     shift = calibration.shift + calibration.scale * log_weights
-    thresholds = fit_binned_thresholds(histograms, calibration.scale, shift, **cutting(config))
+    thresholds = fit_binned_thresholds(
+        histograms, calibration.scale, shift, ThresholdRule.of(config)
+    )
     del histograms
     fitted, reported = (
         splits.measure(
@@ -172,15 +174,6 @@ def _evaluate_binned(splits: Splits, record: RunRecord) -> Evaluated:
         for name in (config.calibration_split, config.split)
     )
     return Evaluated(calibration, thresholds.probabilities, thresholds.shortfall, fitted, reported)
-
-
-def cutting(config: EvaluateConfig) -> dict[str, Any]:
-    """The options of `fit_thresholds`."""
-    return {
-        "min_support": config.min_support,
-        "target": ThresholdTarget(*config.threshold_target()),
-        "is_global": config.thresholds == "global",
-    }
 
 
 TRAIN_SPLIT = "train"
@@ -254,7 +247,7 @@ def report_values(
     probabilities = evaluated.calibration.probabilities(documents.logits)
     frequencies = label_frequencies(metadata, otherwise=config.calibration_split)
     trivial = trivial_metrics(
-        frequencies, fitted.documents.labels, documents.labels, **cutting(config)
+        frequencies, fitted.documents.labels, documents.labels, ThresholdRule.of(config)
     )
     columns = dict(reported.metrics["per_label"])
     for name in ("support", "precision", "recall", "f1"):
@@ -342,7 +335,7 @@ def label_frequencies(metadata: Metadata, otherwise: str) -> np.ndarray:
 
 
 def trivial_metrics(
-    frequencies: np.ndarray, fit_labels: np.ndarray, labels: np.ndarray, **cutting: Any
+    frequencies: np.ndarray, fit_labels: np.ndarray, labels: np.ndarray, rule: ThresholdRule
 ) -> dict[str, Any]:
     """Metrics of predicting each label's frequency for every document.
 
@@ -350,13 +343,13 @@ def trivial_metrics(
       frequencies: float [L], of the training split.
       fit_labels: bool [M, L], that thresholds are fitted to, as the model's are.
       labels: bool [N, L], to report on.
-      **cutting: as for `fit_thresholds`.
+      rule: what the thresholds are best for.
     """
 
     def everywhere(documents: int) -> np.ndarray:
         return np.broadcast_to(frequencies, (documents, len(frequencies)))
 
-    thresholds = fit_thresholds(everywhere(len(fit_labels)), fit_labels, **cutting)
+    thresholds = fit_thresholds(everywhere(len(fit_labels)), fit_labels, rule)
     return compute_metrics(everywhere(len(labels)), labels, thresholds)
 
 

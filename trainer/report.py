@@ -25,7 +25,7 @@ from trainer.data.tokenizer import load_tokenizer
 from trainer.errors import UserError
 from trainer.evaluate import TRAIN_SPLIT
 from trainer.evaluation.results import CURVES_FILE, EVALUATION_FOLDER, METRICS_FILE
-from trainer.evaluation.thresholds import ThresholdTarget
+from trainer.evaluation.thresholds import ThresholdRule
 from trainer.reporting.baseline import measure_baseline
 from trainer.reporting.page import MAX_CHARACTERS, Material, render
 from trainer.storage import filesystem
@@ -146,16 +146,19 @@ def _find_baseline(
         return kept
     print("Fitting the TF-IDF baseline ...", flush=True)
     held_out = min(config.baseline_documents, MAX_BASELINE_SCORES // len(metadata.labels))
-    documents = [
+    train, fitted, reported = (
         read_documents(data_dir, metadata, name, leading_places(metadata.split(name), most))
         for name, most in zip(names, (config.baseline_documents, held_out, held_out), strict=True)
-    ]
-    asked = EvaluateConfig(config.model_dir, data_dir, threshold_for=metrics["threshold_for"])
-    baseline = {"settings": settings} | measure_baseline(
-        *documents,
+    )
+    evaluated = EvaluateConfig(
+        config.model_dir,
+        data_dir,
         min_support=metrics["min_support"],
-        target=ThresholdTarget(*asked.threshold_target()),
-        is_global=metrics["threshold_scope"] == "global",
+        threshold_for=metrics["threshold_for"],
+        thresholds=metrics["threshold_scope"],
+    )
+    baseline = {"settings": settings} | measure_baseline(
+        train, fitted, reported, ThresholdRule.of(evaluated)
     )
     write_atomically(path, json.dumps(_without_nan(baseline), indent=1) + "\n")
     return baseline

@@ -10,7 +10,7 @@ from trainer.evaluation.histograms import Histograms
 from trainer.evaluation.ranking import rank_labels
 from trainer.evaluation.thresholds import (
     Candidates,
-    ThresholdTarget,
+    ThresholdRule,
     choose_overall,
     fit_binned_thresholds,
     fit_thresholds,
@@ -35,7 +35,7 @@ def test_the_choice_is_as_good_as_the_best_of_all_choices(seed):
     own = np.array([0, 1, 3])
     support = labels.sum(axis=0)
     cuts = rank_labels(scores[:, own].T, labels[:, own].T)
-    candidates = Candidates.of_cuts(cuts, own, cuts.scores)
+    candidates = Candidates.of_cuts(cuts, own)
     others = (int(support[2]) - 1, int(support[2]) + 5)
     chosen, _ = choose_overall(candidates, support, *others)
     places = [np.flatnonzero(candidates.labels == label) for label in own]
@@ -52,7 +52,7 @@ def test_a_candidate_says_what_its_cut_predicts():
     scores = np.array([[0.9, 0.8, 0.8, 0.3, 0.1]])
     labels = np.array([[False, True, False, True, False]])
     cuts = rank_labels(scores, labels)
-    candidates = Candidates.of_cuts(cuts, np.array([5]), cuts.scores)
+    candidates = Candidates.of_cuts(cuts, np.array([5]))
     assert candidates.labels.tolist() == [5, 5]
     assert candidates.true_positives.tolist() == [1, 2]
     assert candidates.predicted.tolist() == [3, 4]  # Ties are cut together.
@@ -65,7 +65,7 @@ def test_micro_f1_gains_more_than_macro_f1_loses():
     labels = random.random((4000, 11)) < rates
     scores = labels * np.r_[4.0, np.full(10, 0.4)] + random.normal(0, 1, labels.shape)
     cuts = rank_labels(scores.T, labels.T)
-    candidates = Candidates.of_cuts(cuts, np.arange(11), cuts.scores)
+    candidates = Candidates.of_cuts(cuts, np.arange(11))
     support = labels.sum(axis=0)
     f1 = 2 * candidates.true_positives / (candidates.predicted + support[candidates.labels])
     alone = np.array([np.flatnonzero(candidates.labels == i)[0] for i in range(11)])
@@ -73,7 +73,7 @@ def test_micro_f1_gains_more_than_macro_f1_loses():
     both, _ = choose_overall(candidates, support, 0, 0)
 
     def measured(choice):
-        predicted = scores >= candidates.thresholds[choice]
+        predicted = scores >= candidates.scores[choice]
         return [f1_score(labels, predicted, average=kind) for kind in ("macro", "micro")]
 
     (macro_alone, micro_alone), (macro_both, micro_both) = measured(alone), measured(both)
@@ -90,11 +90,11 @@ def test_thresholds_from_histograms_reach_what_exact_ones_do():
     log_odds += np.log(rates / (1 - rates))
     scale, shift = np.array([1.0, 0.8, 1.2, 1.0, 0.9]), np.array([0.0, 0.3, -0.2, 0.1, 0.0])
     probabilities = 1 / (1 + np.exp(-(scale * log_odds + shift)))
-    target = ThresholdTarget("overall_f1")
-    exact = fit_thresholds(probabilities, labels, 20, target)
+    rule = ThresholdRule("overall_f1", min_support=20)
+    exact = fit_thresholds(probabilities, labels, rule)
     histograms = Histograms.empty(5)
     histograms.add(log_odds, labels)
-    binned = fit_binned_thresholds(histograms, scale, shift, 20, target)
+    binned = fit_binned_thresholds(histograms, scale, shift, rule)
 
     def reached(thresholds):
         predicted = probabilities >= thresholds
@@ -103,7 +103,7 @@ def test_thresholds_from_histograms_reach_what_exact_ones_do():
             for kind in ("macro", "micro")
         )
 
-    alone = fit_thresholds(probabilities, labels, 20, ThresholdTarget("f1"))
+    alone = fit_thresholds(probabilities, labels, ThresholdRule("f1", min_support=20))
     assert labels.sum(axis=0)[4] < 20
     assert reached(exact) > reached(alone) + 0.02
     assert reached(binned.probabilities) == pytest.approx(reached(exact), abs=5e-3)

@@ -1,5 +1,7 @@
 """Thresholds are the exact optima, for every target."""
 
+from dataclasses import replace
+
 import numpy as np
 import pytest
 from hypothesis import given, settings
@@ -8,7 +10,7 @@ from hypothesis.extra import numpy as st_numpy
 from sklearn import metrics as peer
 
 from trainer.evaluation.ranking import rank_cuts
-from trainer.evaluation.thresholds import ThresholdTarget, fit_thresholds
+from trainer.evaluation.thresholds import ThresholdRule, fit_thresholds
 
 
 def best_f1_by_search(scores, positive):
@@ -22,7 +24,7 @@ def best_f1_by_search(scores, positive):
     st_numpy.arrays(bool, (25, 2)),
 )
 def test_thresholds_reach_the_best_f1_there_is(scores, truth):
-    thresholds = fit_thresholds(scores, truth, min_support=3)
+    thresholds = fit_thresholds(scores, truth, ThresholdRule(min_support=3))
     pooled = best_f1_by_search(scores.ravel(), truth.ravel()) if truth.any() else None
     for k in range(2):
         predicted = scores[:, k] >= thresholds[k]
@@ -52,7 +54,9 @@ def test_neighbouring_floats_are_told_apart(value, steps):
         scores = np.array([[below], [above]], dtype)
         if dtype is np.float64:
             scores[1] = np.nextafter(scores[0], 2)
-        threshold = fit_thresholds(scores, np.array([[False], [True]]), min_support=1)
+        threshold = fit_thresholds(
+            scores, np.array([[False], [True]]), ThresholdRule(min_support=1)
+        )
         assert (scores >= threshold).ravel().tolist() == [False, True]
 
 
@@ -77,7 +81,7 @@ def test_targets_take_all_that_they_leave_free(scores, truth, level, is_global):
     else:
         lists = [(scores[:, k], truth[:, k]) for k in range(2)]
     for kind, own, free in (("precision", 0, 1), ("recall", 1, 0)):
-        thresholds = fit_thresholds(scores, truth, 1, ThresholdTarget(kind, level), is_global)
+        thresholds = fit_thresholds(scores, truth, ThresholdRule(kind, level, 1, is_global))
         for k, (mine, positive) in enumerate(lists):
             if not positive.any():
                 continue
@@ -96,9 +100,9 @@ def test_rare_labels_take_the_global_cut_for_the_same_target():
     random = np.random.default_rng(0)
     truth = np.stack([np.arange(100) < 40, np.arange(100) < 2], axis=1)
     scores = random.random((100, 2)) * 0.5 + 0.4 * truth
-    target = ThresholdTarget("precision", 0.8)
-    thresholds = fit_thresholds(scores, truth, 10, target)
-    everywhere = fit_thresholds(scores, truth, 10, target, is_global=True)
+    rule = ThresholdRule("precision", 0.8, 10)
+    thresholds = fit_thresholds(scores, truth, rule)
+    everywhere = fit_thresholds(scores, truth, replace(rule, is_global=True))
     assert everywhere[0] == everywhere[1] == thresholds[1] != thresholds[0]
     right, count = np.sum(truth & (scores >= everywhere)), np.sum(scores >= everywhere)
     assert right / count >= 0.8
@@ -107,17 +111,13 @@ def test_rare_labels_take_the_global_cut_for_the_same_target():
 def test_out_of_reach_is_never_predicted():
     """The highest score is a negative's, so that no cut is precise; recall is always in reach."""
     scores, truth = np.array([[0.9], [0.8], [0.7]]), np.array([[False], [True], [True]])
-    assert np.isnan(fit_thresholds(scores, truth, 1, ThresholdTarget("precision", 0.9)))[0]
-    assert fit_thresholds(scores, truth, 1, ThresholdTarget("precision", 0.6))[0] == pytest.approx(
+    assert np.isnan(fit_thresholds(scores, truth, ThresholdRule("precision", 0.9, 1)))[0]
+    assert fit_thresholds(scores, truth, ThresholdRule("precision", 0.6, 1))[0] == pytest.approx(
         0.35
     )
-    assert fit_thresholds(scores, truth, 1, ThresholdTarget("recall", 0.5))[0] == pytest.approx(
-        0.35
-    )
-    assert fit_thresholds(scores, truth, 1, ThresholdTarget("recall", 1.0))[0] == pytest.approx(
-        0.35
-    )
-    assert np.isnan(fit_thresholds(scores, ~truth & False, 1)).all()
+    assert fit_thresholds(scores, truth, ThresholdRule("recall", 0.5, 1))[0] == pytest.approx(0.35)
+    assert fit_thresholds(scores, truth, ThresholdRule("recall", 1.0, 1))[0] == pytest.approx(0.35)
+    assert np.isnan(fit_thresholds(scores, ~truth & False, ThresholdRule(min_support=1))).all()
 
 
 def test_blocks_of_labels_do_not_change_thresholds(monkeypatch):

@@ -139,8 +139,8 @@ def bound_roc_auc(cuts: Cuts) -> np.ndarray:
     return share((gained * negatives / 2).sum(axis=-1), pairs)
 
 
-def most_favourable(cuts: Cuts) -> Cuts:
-    """Cuts no worse than any within the bins: each takes a bin's positives, no negatives of it."""
+def bound_cuts(cuts: Cuts) -> Cuts:
+    """Cuts no worse than any within the bins: each takes a bin's positives, not its negatives."""
     gained = np.diff(cuts.true_positives, prepend=0, axis=-1)
     negatives = np.diff(cuts.predicted, prepend=0, axis=-1) - gained
     return Cuts(cuts.scores, cuts.predicted - negatives, cuts.true_positives, cuts.positives)

@@ -17,7 +17,7 @@ from trainer.data.documents import Documents
 from trainer.errors import UserError
 from trainer.evaluation.calibration import sigmoid
 from trainer.evaluation.metrics import compute_metrics
-from trainer.evaluation.thresholds import fit_thresholds
+from trainer.evaluation.thresholds import ThresholdRule, fit_thresholds
 
 # Labels beyond the most frequent ones are predicted at their frequency.
 MAX_LABELS = 500
@@ -73,12 +73,12 @@ def fit_logits(
 
 
 def measure_baseline(
-    train: Documents, fitted: Documents, reported: Documents, **cutting: Any
+    train: Documents, fitted: Documents, reported: Documents, rule: ThresholdRule
 ) -> dict[str, Any]:
     """Fits on `train`, thresholds on `fitted`, and measures on `reported`.
 
     Args:
-      **cutting: as for `fit_thresholds`.
+      rule: what the thresholds are best for.
 
     Returns:
       The scalars of `compute_metrics` under `metrics`, and what it took: documents, features,
@@ -103,7 +103,7 @@ def measure_baseline(
         "reported": vectorizer.transform(_as_texts(reported.tokens)),
     }
     logits = fit_logits(features, train.labels, others, max_labels=MAX_LABELS)
-    thresholds = fit_thresholds(sigmoid(logits["fitted"]), fitted.labels, **cutting)
+    thresholds = fit_thresholds(sigmoid(logits["fitted"]), fitted.labels, rule)
     metrics = compute_metrics(sigmoid(logits["reported"]), reported.labels, thresholds)
     return {
         "metrics": {name: value for name, value in metrics.items() if name != "per_label"},
