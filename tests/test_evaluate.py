@@ -16,6 +16,7 @@ from trainer.data.records import encode_record
 from trainer.errors import UserError
 from trainer.evaluate import run, trivial_metrics
 from trainer.evaluation.calibration import Calibration, sigmoid
+from trainer.evaluation.predictions import concatenate
 from trainer.evaluation.thresholds import ThresholdRule
 from trainer.model.model import build_model
 from trainer.model.predictor import Predictor
@@ -103,7 +104,8 @@ def predictions(folders):
     packing = choose_packing(metadata.split("test").length_histogram, 256)
     predictor = Predictor(best.model, packing)
     return {
-        name: predictor.predict_split(data_dir, metadata, name) for name in ("validation", "test")
+        name: concatenate(predictor.predict_blocks(data_dir, metadata, name))
+        for name in ("validation", "test")
     }
 
 

@@ -100,9 +100,9 @@ def test_a_sample_stands_for_a_split_that_does_not_fit(world, monkeypatch):
         streamed = StreamedMeasurement(len(logits), log_weights, calibration, np.full(12, 0.5))
         for part in np.array_split(np.arange(len(logits)), pieces):
             streamed.add(documents.chosen(part))
-        samples.append(streamed.result().scored(calibration))
+        samples.append(streamed.result().calibrated(calibration))
     first, second = samples
-    assert first.is_sample and first.num_documents == 6000 and len(first.ids) == 600
+    assert len(first.ids) == 600 < first.num_documents == 6000
     # The same whatever the blocks, in the split's order, and from all over it.
     assert first.ids == second.ids == [f"d{index}" for index in first.indices]
     assert np.all(np.diff(first.indices) > 0)
@@ -114,7 +114,7 @@ def test_a_sample_stands_for_a_split_that_does_not_fit(world, monkeypatch):
 
 
 @st.composite
-def scored_labels(draw):
+def lists_of_scores(draw):
     """Few documents and few places, so that bins hold several distinct scores and ties."""
     documents = draw(st.integers(2, 25))
     step = draw(st.sampled_from([BIN_WIDTH / 3, BIN_WIDTH, 0.3]))
@@ -125,7 +125,7 @@ def scored_labels(draw):
 
 
 @settings(deadline=None, max_examples=150)
-@given(scored_labels(), st.floats(0.1, 3.0), st.floats(-2.0, 2.0))
+@given(lists_of_scores(), st.floats(0.1, 3.0), st.floats(-2.0, 2.0))
 def test_bounds_hold_where_a_bin_holds_many_scores(case, scale, shift):
     log_odds, labels = case
     histograms = Histograms.empty(1)
@@ -152,7 +152,7 @@ def test_bounds_hold_where_a_bin_holds_many_scores(case, scale, shift):
 
 @settings(deadline=None, max_examples=100)
 @given(
-    scored_labels(),
+    lists_of_scores(),
     st.sampled_from(
         [
             ThresholdRule("f1", 0.0, 1),

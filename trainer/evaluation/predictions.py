@@ -1,5 +1,6 @@
-"""Documents with what a calibrated model says of them: what evaluation hands to the report."""
+"""A model's predictions for documents of a split, beside their true labels (NumPy only)."""
 
+from collections.abc import Iterable
 from dataclasses import dataclass, field
 
 import numpy as np
@@ -30,8 +31,9 @@ class Predictions:
         return Predictions(ids, *(array[places] for array in arrays))
 
 
-def concatenate(blocks: list[Predictions]) -> Predictions:
+def concatenate(blocks: Iterable[Predictions]) -> Predictions:
     """The documents of at least one block, in the order of the shards."""
+    blocks = list(blocks)
     indices = np.concatenate([block.indices for block in blocks])
     joint = Predictions(
         [name for block in blocks for name in block.ids],
@@ -66,8 +68,3 @@ class CalibratedPredictions:
     labels: np.ndarray
     num_documents: int
     slices: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), object))
-
-    @property
-    def is_sample(self) -> bool:
-        """Whether documents of the split are missing here."""
-        return len(self.ids) < self.num_documents
