@@ -1,8 +1,8 @@
 """The report as a page: tables and plots put into `templates/report.html`.
 
-Names of labels, ids and texts are whatever users have, hostile text included. The template escapes
-all of it, and the page's content security policy lets nothing run but the page's own scripts, known
-by their hashes, and nothing be loaded at all.
+Names of labels, ids and texts come from users and may be hostile. The template escapes all of them.
+The page's content security policy loads nothing and runs only the page's own scripts, which it
+knows by their hashes.
 """
 
 import base64
@@ -84,7 +84,7 @@ def render(material: Material) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    # Bokeh's models name each other, and the first place that names one holds its definition.
+    # Keys stay unsorted: the first place that names a Bokeh model has to be its definition.
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
     environment.filters.update(number=number, count=count, exact="{:.6g}".format)
     loader = environment.loader
@@ -94,7 +94,7 @@ def render(material: Material) -> str:
     )
     library = "\n".join(Resources(mode="inline", components=["bokeh"]).js_raw)
     headlines = _headlines(material)
-    checks = material.metadata.checks if material.metadata else None
+    checks = material.metadata.checks if material.metadata else {}
     plots = _draw(material, headlines)
     everything = [plot for group in plots.values() for plot in group]
     data = {"plots": [plot.item for plot in everything], "curves": _curves(material)}
@@ -102,7 +102,6 @@ def render(material: Material) -> str:
         title=os.path.basename(absolute(material.model_dir).rstrip("/")),
         material=material,
         metrics=material.metrics,
-        metadata=material.metadata,
         baseline=material.baseline,
         plots=plots,
         data=data,
@@ -112,7 +111,7 @@ def render(material: Material) -> str:
         shown_mistakes=SHOWN_MISTAKES,
         max_characters=MAX_CHARACTERS,
         checks=checks,
-        remarkable_labels=remarkable_labels(checks) if checks else [],
+        remarkable_labels=remarkable_labels(checks),
         settings=_settings(material.record),
         versions=_versions(material.record),
         fingerprints=_fingerprints(material),
@@ -137,25 +136,21 @@ def _systems(material: Material) -> list[tuple[str, str]]:
 
 
 def _headlines(material: Material) -> list[dict[str, Any]]:
-    """A row a headline metric: the model's value and interval, the baselines' values."""
+    """Each headline metric: its values by system, and the interval of the model's."""
     metrics, intervals = material.metrics, material.metrics.get("intervals", {})
-    tfidf = material.baseline["metrics"] if material.baseline else {}
-    rows = []
-    for name, title in HEADLINES.items():
-        if name not in metrics:
-            continue
-        values = {MODEL: metrics[name], TRIVIAL: metrics["trivial"].get(name)}
-        if material.baseline:
-            values[TFIDF] = tfidf.get(name)
-        rows.append(
-            {
-                "title": title,
-                "values": values,
-                "interval": intervals.get(name),
-                "lower_is_better": name in LOWER_IS_BETTER,
-            }
-        )
-    return rows
+    systems = {MODEL: metrics, TRIVIAL: metrics["trivial"]}
+    if material.baseline:
+        systems[TFIDF] = material.baseline["metrics"]
+    return [
+        {
+            "title": title,
+            "values": {system: values.get(name) for system, values in systems.items()},
+            "interval": intervals.get(name),
+            "lower_is_better": name in LOWER_IS_BETTER,
+        }
+        for name, title in HEADLINES.items()
+        if name in metrics
+    ]
 
 
 def _tables(material: Material, headlines: list[dict[str, Any]]) -> dict[str, Any]:
@@ -212,20 +207,17 @@ def _mistakes(material: Material) -> list[dict[str, Any]]:
         "false_positives": ("Predicted, and wrong", "The highest probabilities of absent labels."),
         "missed": ("There, and missed", "The lowest probabilities of labels that are there."),
     }
+
+    def card(mistake: dict[str, Any]) -> dict[str, Any]:
+        named = {kind: [names[index] for index in mistake[kind]] for kind in ("true", "predicted")}
+        text = material.texts.get(mistake["index"])
+        return mistake | named | {"label": names[mistake["label"]], "text": text}
+
     return [
         {
             "title": title,
             "caption": caption,
-            "cards": [
-                mistake
-                | {
-                    "label": names[mistake["label"]],
-                    "true": [names[index] for index in mistake["true"]],
-                    "predicted": [names[index] for index in mistake["predicted"]],
-                    "text": material.texts.get(mistake["index"]),
-                }
-                for mistake in material.curves["mistakes"][kind]
-            ],
+            "cards": [card(mistake) for mistake in material.curves["mistakes"][kind]],
         }
         for kind, (title, caption) in kinds.items()
     ]
@@ -251,10 +243,16 @@ def _fingerprints(material: Material) -> list[tuple[str, str]]:
 
 def _settings(record: RunRecord) -> list[tuple[str, str]]:
     """The flags of the run and what followed from them, as (name, value)."""
-    pairs = [(f"--{name}", value) for name, value in _flat(dataclasses.asdict(record.train))]
-    pairs += [(f"model: {name}", value) for name, value in _flat(dataclasses.asdict(record.model))]
-    packing = dataclasses.asdict(record.packing)
-    return pairs + [(f"micro-batch: {name}", value) for name, value in _flat(packing)]
+    parts: dict[str, Any] = {
+        "--": record.train,
+        "model: ": record.model,
+        "micro-batch: ": record.packing,
+    }
+    return [
+        (f"{prefix}{name}", value)
+        for prefix, part in parts.items()
+        for name, value in _flat(dataclasses.asdict(part))
+    ]
 
 
 def _flat(values: dict[str, Any]) -> Iterator[tuple[str, str]]:

@@ -1,11 +1,10 @@
 """The report's plots: Bokeh figures as JSON, drawn by its JavaScript in the page.
 
-Bokeh: its core is 1.3 MB inlined, a quarter of what other interactive libraries take. Names of
-labels are data here: they reach the page inside JSON and are drawn as plain text, never as HTML or
-as TeX, for which Bokeh would load a library from the network. Legends stand in the page's own text,
-where they cover no data. The plots have no tools but hovering, so that a finger scrolls the page.
-
-The plots of a label that the reader chooses: empty here, filled in by the page's script.
+Bokeh's core takes 1.3 MB inlined, a quarter of other interactive libraries. Names of labels are
+data: they reach the page inside JSON and are drawn as plain text, never as HTML or as TeX, for
+which Bokeh would load a library from the network. Legends are in the page's own text, where they
+cover no data. Hovering is the only tool, so that a finger scrolls the page. The plots of the label
+that the reader chooses are empty here; the page's script fills them in.
 """
 
 from collections.abc import Sequence
@@ -30,12 +29,15 @@ from bokeh.plotting import figure
 
 from trainer.evaluation.curves import HISTOGRAM_EDGES
 
-# Of Okabe and Ito's palette, told apart with every kind of colour vision.
+# Of Okabe and Ito's palette, which every kind of colour vision can tell apart.
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#AA4499", "#7A828A"
 INK, RULE = "#2B3138", "#E3E7EB"
 SERIES = (BLUE, ORANGE, GREEN, PURPLE)
 SHARES = Blues256[::-1]
-_LONGEST_TICK = 22
+# Probabilities that mark an axis of log-odds.
+_MARKED = (0.001, 0.01, 0.1, 0.5, 0.9, 0.99, 0.999)
+# Characters of a label's name on an axis.
+_MAX_TICK = 22
 
 
 @dataclass(frozen=True)
@@ -119,11 +121,9 @@ def draw_lines(
     title: str,
     y: str,
     lines: Sequence[tuple[str, Sequence[float], Sequence[float]]],
-    caption: str = "",
-    x: str = "epochs",
 ) -> Plot:
-    """Lines as (what, x, y), dotted where there are few points."""
-    drawn = start_figure(name, x, y)
+    """Lines over epochs as (what, x, y), with dots where there are few points."""
+    drawn = start_figure(name, "epochs", y)
     keys = []
     for color, (words, xs, ys) in zip(SERIES, lines, strict=False):
         drawn.line(xs, ys, line_color=color, line_width=2)
@@ -134,7 +134,7 @@ def draw_lines(
         drawn.yaxis.formatter = PrintfTickFormatter(format="%.1e")
     elif name == "speed":
         drawn.yaxis.formatter, drawn.y_range.start = NumeralTickFormatter(format="0,0"), 0
-    return make_plot(drawn, title, caption, keys if len(keys) > 1 else ())
+    return make_plot(drawn, title, "", keys if len(keys) > 1 else ())
 
 
 def draw_points(
@@ -146,7 +146,7 @@ def draw_points(
     has_log_x: bool = False,
     has_diagonal: bool = False,
 ) -> Plot:
-    """A point a label, with its `label`, `x`, `y` and `support` when it is pointed at."""
+    """A point a label; hovering shows its `label`, `x`, `y` and `support`."""
     kind = "log" if has_log_x else "linear"
     drawn = start_figure(name, *axes, height=300, x_axis_type=kind)
     if not has_log_x:
@@ -230,19 +230,11 @@ def draw_cooccurrence(
 
 
 def _cut(name: str) -> str:
-    return name if len(name) <= _LONGEST_TICK else name[: _LONGEST_TICK - 1] + "…"
-
-
-# Probabilities that mark an axis of log-odds.
-_MARKED = (0.001, 0.01, 0.1, 0.5, 0.9, 0.99, 0.999)
+    return name if len(name) <= _MAX_TICK else name[: _MAX_TICK - 1] + "…"
 
 
 def draw_label_curves(reported: str, fitted_on: str) -> tuple[Plot, ...]:
-    """Precision-recall, reliability and histogram, empty: the page fills in the chosen label.
-
-    Args:
-      reported, fitted_on: names of the splits.
-    """
+    """Precision-recall, reliability and histogram of a label; the arguments name the splits."""
     recall = start_figure("precision_recall", "recall", "precision", 300)
     recall.x_range, recall.y_range = Range1d(-0.02, 1.02), Range1d(-0.03, 1.03)
     share = _source("prevalence_source", "x", "y")

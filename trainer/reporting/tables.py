@@ -215,7 +215,7 @@ def remarkable_labels(checks: dict[str, Any]) -> list[dict[str, Any]]:
     """The labels that `prepare` remarked on: `split`, `words`, `count` and some of the `labels`."""
     return [
         {"split": name, "words": words, **found[case]}
-        for name, found in checks["splits"].items()
+        for name, found in checks.get("splits", {}).items()
         for case, words in LABEL_CASES.items()
         if found[case]["count"]
     ]
