@@ -4,7 +4,7 @@ Binned metrics come from histograms of log-odds, each with a bound on its error 
 """
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -86,22 +86,11 @@ class Measured:
             sigmoid(documents.logits).astype(np.float32),
             documents.labels,
             self.num_documents,
-            documents.slices,
         )
 
 
-class Measurement(Protocol):
-    """The metrics of a split whose predictions come block by block."""
-
-    def add(self, block: Predictions) -> None:
-        """Counts a block of documents."""
-
-    def result(self) -> Measured:
-        """The metrics of all documents that were added."""
-
-
 class ExactMeasurement:
-    """A `Measurement` that keeps all predictions."""
+    """The metrics of a split whose predictions come block by block and are all kept."""
 
     def __init__(self, calibration: Calibration, thresholds: np.ndarray) -> None:
         self._calibration = calibration
@@ -109,9 +98,11 @@ class ExactMeasurement:
         self._blocks: list[Predictions] = []
 
     def add(self, block: Predictions) -> None:
+        """Keeps a block of documents."""
         self._blocks.append(block)
 
     def result(self) -> Measured:
+        """The metrics of all documents that were added."""
         documents = concatenate(self._blocks)
         logits, labels = documents.logits, documents.labels
         probabilities = self._calibration.probabilities(logits)
@@ -123,9 +114,9 @@ class ExactMeasurement:
 
 
 class StreamedMeasurement:
-    """A `Measurement` in memory that does not grow with the documents.
+    """`ExactMeasurement` by histograms, in memory that does not grow with the documents.
 
-    Its documents are a uniform sample of the split, the same whatever order they come in.
+    It keeps a uniform sample of the split, the same for any order of its documents.
     """
 
     def __init__(
@@ -158,6 +149,7 @@ class StreamedMeasurement:
         self._sample: list[Predictions] = []
 
     def add(self, block: Predictions) -> None:
+        """Counts a block of documents."""
         self._sample.append(block.chosen(np.isin(block.indices, self._sampled)))
         self._histograms.add(block.logits - self._log_weights, block.labels)
         rows = max(1, BLOCK_CELLS // len(self._log_weights))
@@ -210,6 +202,9 @@ class StreamedMeasurement:
         for block in label_blocks(NUM_BINS, len(self._log_weights)):
             ranked[..., block] = _rank(self._histograms.of_labels(block).cuts())
         return ranked
+
+
+Measurement = ExactMeasurement | StreamedMeasurement
 
 
 def _rank(cuts: Cuts) -> np.ndarray:

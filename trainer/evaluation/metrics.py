@@ -86,11 +86,7 @@ def compute_metrics(
 
 
 def count_decisions(predicted: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """True positives, predictions and positives of each label, int64 [3, L].
-
-    Args:
-      predicted, labels: bool [N, L].
-    """
+    """True positives, predictions and positives of each label, int64 [3, L], of bool [N, L]."""
     matrices = predicted & labels, predicted, labels
     return np.stack([np.count_nonzero(matrix, axis=0) for matrix in matrices])
 
@@ -178,12 +174,9 @@ def _weighted_mean(values: np.ndarray, support: np.ndarray) -> float:
 def probability_metrics(
     probabilities: np.ndarray, labels: np.ndarray, suffix: str = ""
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Calibration error, Brier score and log-loss, overall and as columns [L].
+    """Calibration error, Brier score and log-loss of [N, L], overall and as columns [L].
 
-    Args:
-      probabilities: float [N, L].
-      labels: bool [N, L].
-      suffix: of the names.
+    Their names end with the suffix.
     """
     error, errors, _ = calibration_errors(probabilities, labels)
     columns = {
@@ -198,16 +191,8 @@ def probability_metrics(
 def calibration_errors(
     probabilities: np.ndarray, labels: np.ndarray
 ) -> tuple[float, np.ndarray, int]:
-    """Expected calibration error of every label, and its macro mean.
-
-    Args:
-      probabilities: float [N, L].
-      labels: bool [N, L].
-
-    Returns:
-      The mean over labels of 1 to 50 % prevalence (NaN if there are none), float64 [L], and the
-      number of labels in the mean.
-    """
+    """The macro mean of the expected calibration error, the error of every label, float64 [L], and
+    the number of labels in the mean: those of 1 to 50 % prevalence. NaN if there are none."""
     errors = np.array(
         [calibration_error(p, y) for p, y in zip(probabilities.T, labels.T, strict=True)]
     )
@@ -218,14 +203,8 @@ def calibration_errors(
 def calibration_error(probabilities: np.ndarray, positive: np.ndarray) -> float:
     """Expected calibration error of one label over bins of equal mass (Nixon et al. 2019).
 
+    It is the mean over documents [N] of |mean probability - share of positives| of their bin.
     Documents of equal probability stay in one bin, so their order does not matter.
-
-    Args:
-      probabilities: float [N].
-      positive: bool [N].
-
-    Returns:
-      Mean over documents of |mean probability - share of positives| of their bin.
     """
     order = np.argsort(probabilities)
     ranked = probabilities[order].astype(np.float64)
@@ -247,22 +226,12 @@ def is_counted(prevalence: np.ndarray) -> np.ndarray:
 
 
 def brier_scores(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Mean squared difference of probability and truth of every label (Brier 1950), float64 [L].
-
-    Args:
-      probabilities: float [N, L].
-      labels: bool [N, L].
-    """
+    """Mean squared difference of probability and truth of every label (Brier 1950), float64 [L]."""
     return np.mean(np.square(np.asarray(probabilities, np.float64) - labels), axis=0)
 
 
 def log_losses(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Mean cross-entropy of every label in nats, float64 [L].
-
-    Args:
-      probabilities: float [N, L].
-      labels: bool [N, L].
-    """
+    """Mean cross-entropy of every label in nats, float64 [L]."""
     inside = np.clip(np.asarray(probabilities, np.float64), TINY, 1 - TINY)
     return -np.mean(np.log(np.where(labels, inside, 1 - inside)), axis=0)
 
@@ -283,17 +252,11 @@ def mean_over_documents(
 def score_documents(
     scores: np.ndarray, predicted: np.ndarray, labels: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """Every metric of every document.
+    """Every metric of every document, float64 [D] by name, of arrays [D, L].
 
-    Args:
-      scores: float [D, L].
-      predicted: bool [D, L].
-      labels: bool [D, L].
-
-    Returns:
-      float64 [D] by name: `samples_precision`, `samples_recall`, `samples_f1` (0 for 0/0),
-      `subset_accuracy`, `hamming_loss`, `precision_at_k` and `ndcg_at_k` for k of `TOP_K`, and
-      `label_ranking_average_precision`.
+    `samples_precision`, `samples_recall`, `samples_f1` (0 for 0/0), `subset_accuracy`,
+    `hamming_loss`, `precision_at_k` and `ndcg_at_k` for k of `TOP_K`, and
+    `label_ranking_average_precision`.
     """
     right = np.count_nonzero(predicted & labels, axis=1)
     num_predicted = np.count_nonzero(predicted, axis=1)
@@ -356,11 +319,8 @@ def _ranking_precision(scores: np.ndarray, labels: np.ndarray, ranked: np.ndarra
 def warn_if_constant(log_odds_deviations: np.ndarray, num_documents: int) -> bool:
     """Warns if a model predicts the same for every document, and returns whether it does.
 
-    Fine-tuning can collapse to label frequencies, with a loss that looks like progress.
-
-    Args:
-      log_odds_deviations: float [L], standard deviation of each label's log-odds over documents.
-      num_documents: how many those are.
+    Fine-tuning can collapse to label frequencies, with a loss that looks like progress. The
+    deviations, float [L], are the standard deviation of each label's log-odds over documents.
     """
     spread = log_odds_deviations.max()
     constant = num_documents > 1 and bool(spread < CONSTANT_LOG_ODDS)

@@ -1,7 +1,7 @@
 """A model's predictions for documents of a split, beside their true labels (NumPy only)."""
 
 from collections.abc import Iterable
-from dataclasses import dataclass, field
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -58,7 +58,6 @@ class CalibratedPredictions:
       raw_probabilities: float32 [N, L], the plain sigmoid of the logits, before calibration.
       labels: bool [N, L].
       num_documents: documents of the whole split; N unless this is a sample.
-      slices: str [N, C], values of the kept columns.
     """
 
     ids: list[str]
@@ -67,4 +66,3 @@ class CalibratedPredictions:
     raw_probabilities: np.ndarray
     labels: np.ndarray
     num_documents: int
-    slices: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), object))
