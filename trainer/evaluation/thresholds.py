@@ -61,8 +61,8 @@ class ThresholdRule:
     Attributes:
       kind: f1 (each label's own), overall_f1 (the sum of macro- and micro-F1), precision or recall.
       level: the minimum precision or recall.
-      min_support: labels with fewer positives take the global cut, the one of all labels' scores
-        together that is best.
+      min_support: 1 or more; labels with fewer positives take the global cut, which is the best one
+        of all labels' scores together.
       is_global: whether all labels take the global cut.
     """
 
@@ -96,7 +96,7 @@ class ThresholdRule:
 
 @dataclass(frozen=True)
 class Candidates(Cuts):
-    """The cuts [M] of some labels that can be best: of all with as many true positives, the first.
+    """The cuts [M] of some labels that can be best: the strictest for each number of positives.
 
     Attributes:
       positives: int64 [M], of each cut's label.
@@ -201,8 +201,8 @@ def fit_binned_thresholds(
 def _fit(
     scores: "_RankedScores | _BinnedScores", rule: ThresholdRule
 ) -> tuple[np.ndarray, Candidates, MicroF1Tradeoff]:
-    """The thresholds float64 [L]; the cuts of the labels that have their own; and what micro-F1 was
-    worth when those were chosen."""
+    """The thresholds float64 [L], the cuts of the labels that have their own, and the tradeoff that
+    those were chosen by."""
     support = scores.support
     has_own = (support >= rule.min_support) & (not rule.is_global)
     own, others = np.flatnonzero(has_own), np.flatnonzero(~has_own)
@@ -243,7 +243,7 @@ def choose_overall(
       true_positives, predicted: of the other labels together, whose cuts are fixed.
 
     Returns:
-      The place of each label's candidate, int64, in label order; and what micro-F1 was worth.
+      The place of each label's candidate, int64, in label order; and the tradeoff there.
     """
     tradeoff = NO_TRADEOFF
     f1 = tradeoff.values(candidates)

@@ -38,6 +38,8 @@ SHARES = Blues256[::-1]
 _MARKED = (0.001, 0.01, 0.1, 0.5, 0.9, 0.99, 0.999)
 # Characters of a label's name on an axis.
 _MAX_TICK = 22
+# What a line is of, x and y.
+Line = tuple[str, Sequence[float], Sequence[float]]
 
 
 @dataclass(frozen=True)
@@ -84,6 +86,10 @@ def start_figure(name: str, x: str, y: str, height: int = 260, **options: Any) -
     return drawn
 
 
+def _show_on_hover(drawn: figure, glyphs: Any, tips: dict[str, str]) -> None:
+    drawn.add_tools(HoverTool(renderers=[glyphs], tooltips=list(tips.items())))
+
+
 def draw_headline(
     rows: Sequence[tuple[str, dict[str, float | None]]],
     intervals: dict[str, tuple[float, float]],
@@ -120,9 +126,9 @@ def draw_lines(
     name: str,
     title: str,
     y: str,
-    lines: Sequence[tuple[str, Sequence[float], Sequence[float]]],
+    lines: Sequence[Line],
 ) -> Plot:
-    """Lines over epochs as (what, x, y), with dots where there are few points."""
+    """Lines over epochs, with dots where there are few points."""
     drawn = start_figure(name, "epochs", y)
     keys = []
     for color, (words, xs, ys) in zip(SERIES, lines, strict=False):
@@ -158,9 +164,8 @@ def draw_points(
         "x", "y", source=ColumnDataSource(columns, name=f"{name}_source"),
         size=9, fill_color=BLUE, fill_alpha=0.45, line_color=BLUE,
     )  # fmt: skip
-    tips = [("label", "@label"), (axes[0], "@x{0.[000]}"), (axes[1], "@y{0.000}")]
-    tips.append(("positives", "@support"))
-    drawn.add_tools(HoverTool(renderers=[points], tooltips=tips))
+    tips = {axes[0]: "@x{0.[000]}", axes[1]: "@y{0.000}", "positives": "@support"}
+    _show_on_hover(drawn, points, {"label": "@label"} | tips)
     return make_plot(drawn, title, caption)
 
 
@@ -169,10 +174,10 @@ def draw_shares(
     title: str,
     caption: str,
     axes: tuple[str, str],
-    series: Sequence[tuple[str, Sequence[float], Sequence[float]]],
+    series: Sequence[Line],
     has_log_y: bool = False,
 ) -> Plot:
-    """Points a split (what, x, y), joined by steps unless the y axis is logarithmic."""
+    """The points of each split, joined by steps unless the y axis is logarithmic."""
     drawn = start_figure(name, *axes, y_axis_type="log" if has_log_y else "linear")
     keys = []
     for color, (words, xs, ys) in zip(SERIES, series, strict=False):
@@ -224,8 +229,8 @@ def draw_cooccurrence(
         axis.major_label_text_font_size = "10px"
     drawn.xaxis.major_label_orientation = "vertical"
     drawn.grid.grid_line_color = None
-    tips = [("of", "@row"), ("with", "@column"), ("share", "@share{0.0%}")]
-    drawn.add_tools(HoverTool(renderers=[cells], tooltips=[*tips, ("documents", "@documents")]))
+    tips = {"of": "@row", "with": "@column", "share": "@share{0.0%}", "documents": "@documents"}
+    _show_on_hover(drawn, cells, tips)
     return make_plot(drawn, title, "")
 
 
@@ -249,8 +254,8 @@ def draw_label_curves(reported: str, fitted_on: str) -> tuple[Plot, ...]:
         "recall", "precision", source=chosen, size=12, fill_color=None, line_color=ORANGE,
         line_width=3,
     )  # fmt: skip
-    tips = [("recall", "@recall{0.000}"), ("precision", "@precision{0.000}")]
-    recall.add_tools(HoverTool(renderers=[dots], tooltips=[*tips, ("at", "@score{0.0000}")]))
+    tips = {"recall": "@recall{0.000}", "precision": "@precision{0.000}", "at": "@score{0.0000}"}
+    _show_on_hover(recall, dots, tips)
     return (
         make_plot(
             recall, "Precision and recall", "",
@@ -276,8 +281,8 @@ def _draw_reliability() -> Plot:
     drawn.segment("probability", "low", "probability", "high", source=after, line_color=BLUE)
     drawn.line("probability", "share", source=after, line_color=BLUE, line_width=2)
     dots = drawn.scatter("probability", "share", source=after, size=7, color=BLUE)
-    tips = [("probability", "@probability{0.0000}"), ("positives", "@share{0.0000}")]
-    drawn.add_tools(HoverTool(renderers=[dots], tooltips=[*tips, ("scores", "@documents")]))
+    tips = {"probability": "@probability{0.0000}", "positives": "@share{0.0000}"}
+    _show_on_hover(drawn, dots, tips | {"scores": "@documents"})
     keys = ((BLUE, "calibrated, with 95 % intervals"), (ORANGE, "before calibration"))
     return make_plot(drawn, "Reliability", "", keys)
 

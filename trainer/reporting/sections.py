@@ -6,7 +6,14 @@ from typing import Any
 import numpy as np
 
 from trainer.data.metadata import TRAIN_SPLIT, Metadata
-from trainer.reporting.plots import Plot, draw_cooccurrence, draw_lines, draw_points, draw_shares
+from trainer.reporting.plots import (
+    Line,
+    Plot,
+    draw_cooccurrence,
+    draw_lines,
+    draw_points,
+    draw_shares,
+)
 from trainer.reporting.tables import train_split
 
 MAX_HISTORY_POINTS = 300
@@ -30,10 +37,10 @@ def history_plots(history: Sequence[dict[str, Any]]) -> tuple[Plot, ...]:
     at = [row["epoch"] for row in steps]
     evaluated_at = [row["documents"] / an_epoch for row in evaluations]
 
-    def of_steps(name: str, words: str) -> tuple[str, list[float], list[float]]:
+    def of_steps(name: str, words: str) -> Line:
         return (words, *_thin(at, [row.get(name) for row in steps]))
 
-    def of_evaluations(name: str, words: str) -> tuple[str, list[float], list[float]]:
+    def of_evaluations(name: str, words: str) -> Line:
         return (words, *_thin(evaluated_at, [row["evaluation"].get(name) for row in evaluations]))
 
     split = evaluations[-1]["split"] if evaluations else ""
