@@ -199,16 +199,15 @@ def confident_mistakes(
       id), its `index` in the split, `label`, `probability`, `threshold`, and the indices of the
       document's labels, `true` and `predicted`, at most `MAX_NAMED_LABELS` each.
     """
-    found: dict[str, list[dict[str, Any]]] = {"false_positives": [], "missed": []}
-    for kind, mistakes in found.items():
-        used: set[int] = set()
+    found = {}
+    for kind in ("false_positives", "missed"):
+        surest: dict[int, int] = {}
         for document, label in _surest(predictions, thresholds, is_missed=kind == "missed"):
-            if document in used:
-                continue
-            used.add(document)
-            mistakes.append(_describe(predictions, thresholds, document, label))
-            if len(mistakes) == MAX_MISTAKES:
-                break
+            surest.setdefault(document, label)
+        found[kind] = [
+            _describe(predictions, thresholds, document, label)
+            for document, label in list(surest.items())[:MAX_MISTAKES]
+        ]
     return found
 
 

@@ -27,22 +27,19 @@ class Predictions:
     def chosen(self, places: np.ndarray) -> "Predictions":
         """Some of the documents, by their places here (int64 or bool)."""
         ids = np.array(self.ids, object)[places].tolist()
-        arrays = self.indices, self.logits, self.labels, self.slices
-        return Predictions(ids, *(array[places] for array in arrays))
+        return Predictions(ids, *(getattr(self, name)[places] for name in _ARRAYS))
+
+
+_ARRAYS = ("indices", "logits", "labels", "slices")
 
 
 def concatenate(blocks: Iterable[Predictions]) -> Predictions:
     """The documents of at least one block, in the order of the shards."""
     blocks = list(blocks)
-    indices = np.concatenate([block.indices for block in blocks])
-    joint = Predictions(
-        [name for block in blocks for name in block.ids],
-        indices,
-        np.concatenate([block.logits for block in blocks]),
-        np.concatenate([block.labels for block in blocks]),
-        np.concatenate([block.slices for block in blocks]),
-    )
-    return joint.chosen(np.argsort(indices))
+    columns = [[getattr(block, name) for block in blocks] for name in _ARRAYS]
+    ids = [document_id for block in blocks for document_id in block.ids]
+    joint = Predictions(ids, *map(np.concatenate, columns))
+    return joint.chosen(np.argsort(joint.indices))
 
 
 @dataclass(frozen=True)
