@@ -22,7 +22,7 @@ from corpus import find_checkpoint, load_documents, make_corpus, run_multihot, w
 
 from trainer.evaluation.calibration import fit_calibration, sigmoid
 from trainer.evaluation.metrics import compute_metrics
-from trainer.evaluation.thresholds import ThresholdTarget, fit_thresholds
+from trainer.evaluation.thresholds import ThresholdRule, fit_thresholds
 from trainer.model_config import LossConfig
 from trainer.training.losses import has_exact_correction, positive_weights
 
@@ -112,7 +112,7 @@ def measure(arguments: argparse.Namespace, candidate: str, seed: int) -> dict[st
     thresholds = fit_thresholds(
         calibration.probabilities(fitted),
         labels["validation"],
-        target=ThresholdTarget("overall_f1"),
+        rule=ThresholdRule("overall_f1"),
     )
     metrics = compute_metrics(probabilities, labels["test"], thresholds)
     halves = np.full(len(thresholds), 0.5)

@@ -20,7 +20,7 @@ from corpus import Documents, find_checkpoint, load_documents, run_multihot, wri
 
 from trainer.evaluation.calibration import fit_calibration, sigmoid
 from trainer.evaluation.metrics import compute_metrics
-from trainer.evaluation.thresholds import ThresholdTarget, fit_thresholds
+from trainer.evaluation.thresholds import ThresholdRule, fit_thresholds
 from trainer.training.losses import positive_weights
 
 KERAS = ("one output a label", "one output", "one output, one dictionary")
@@ -110,7 +110,7 @@ def train_ours(kind: str, splits: dict[str, Documents], arguments: argparse.Name
     thresholds = fit_thresholds(
         calibration.probabilities(logits["validation"]),
         fitted,
-        target=ThresholdTarget("overall_f1"),
+        rule=ThresholdRule("overall_f1"),
     )
     rate = arguments.num_train_epochs * len(train) / seconds
     return (

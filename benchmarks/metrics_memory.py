@@ -21,7 +21,7 @@ from trainer.evaluation.histograms import Histograms
 from trainer.evaluation.intervals import confidence_intervals, count_resamples, resample_metrics
 from trainer.evaluation.measurement import StreamedMeasurement
 from trainer.evaluation.predictions import Predictions
-from trainer.evaluation.thresholds import ThresholdTarget, fit_binned_thresholds
+from trainer.evaluation.thresholds import ThresholdRule, fit_binned_thresholds
 
 BLOCK_DOCUMENTS = 4096
 SHOWN = (
@@ -84,7 +84,7 @@ def main() -> None:
     calibration = fit_binned_calibration(histograms, source.log_weights, "labels")
     shift = calibration.shift + calibration.scale * source.log_weights
     thresholds = fit_binned_thresholds(
-        histograms, calibration.scale, shift, target=ThresholdTarget("overall_f1")
+        histograms, calibration.scale, shift, rule=ThresholdRule("overall_f1")
     ).probabilities
     del histograms
     print(f"fitted to {arguments.fit} documents: {time.perf_counter() - began:.0f} s", flush=True)

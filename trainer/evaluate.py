@@ -1,12 +1,8 @@
-"""`multihot evaluate`: the best checkpoint's probabilities made honest, cut, and measured.
+"""`multihot evaluate`: calibrates the best checkpoint, picks thresholds, and reports metrics.
 
-Calibration and thresholds are fitted on one split and reported on another; nothing that is fitted
-sees the reported split.
-
-Calibration and thresholds fitted to one split, and that split and another measured with them.
-
-Splits that fit into memory are measured exactly; larger ones are read block by block, the one that
-is fitted to twice.
+Calibration and thresholds are fitted on one split and reported on another: nothing is fitted to the
+reported split. Splits that fit into memory are measured exactly. Larger ones are read block by
+block, the calibration split twice.
 """
 
 import os
@@ -17,7 +13,13 @@ from typing import Any
 
 import numpy as np
 
-from trainer.data.metadata import Metadata, load_metadata, naming_damaged_shards, split_fingerprint
+from trainer.data.metadata import (
+    TRAIN_SPLIT,
+    Metadata,
+    load_metadata,
+    naming_damaged_shards,
+    split_fingerprint,
+)
 from trainer.data.packing import add_histograms, choose_packing, min_tokens
 from trainer.errors import UserError
 from trainer.evaluation.calibration import (
@@ -40,7 +42,6 @@ from trainer.evaluation.measurement import (
     Measured,
     Measurement,
     StreamedMeasurement,
-    deviations,
     fits_exactly,
 )
 from trainer.evaluation.metrics import CONVENTIONS, compute_metrics, warn_if_constant
@@ -56,7 +57,7 @@ from trainer.evaluation.results import (
     without_labels,
     write_json,
 )
-from trainer.evaluation.thresholds import ThresholdTarget, fit_binned_thresholds, fit_thresholds
+from trainer.evaluation.thresholds import ThresholdRule, fit_binned_thresholds, fit_thresholds
 from trainer.model.predictor import Predictor
 from trainer.run_config import EvaluateConfig
 from trainer.storage import filesystem
@@ -68,7 +69,8 @@ from trainer.training.run_record import RunRecord
 class Evaluated:
     """What was fitted to one split, and the metrics of that split and of the reported one.
 
-    `shortfalls`, float64 [L], are those of `BinnedThresholds`; None of an exact evaluation.
+    `thresholds` and `shortfalls`, float64 [L], are those of `BinnedThresholds`; an exact evaluation
+    has no shortfalls.
     """
 
     calibration: Calibration
@@ -78,218 +80,38 @@ class Evaluated:
     reported: Measured
 
 
-class Splits:
-    """The blocks of predictions of both splits, checked to be finite."""
-
-    def __init__(self, config: EvaluateConfig, metadata: Metadata, best: LoadedRun) -> None:
-        self.config = config
-        self.metadata = metadata
-        splits = [metadata.split(name) for name in (config.calibration_split, config.split)]
-        # Rows to hold the documents of these splits, which may be longer than those of training.
-        lengths = add_histograms([split.length_histogram for split in splits])
-        windows = add_histograms([split.window_histogram for split in splits])
-        least = min_tokens(len(lengths) - 1, len(windows) - 1)
-        num_tokens = max(best.packing.num_tokens, least)
-        packing = choose_packing(lengths, num_tokens, window_histogram=windows)
-        self._predictor = Predictor(best.model, packing)
-
-    def num_documents(self, name: str) -> int:
-        """Documents of a split."""
-        return self.metadata.split(name).documents
-
-    def blocks(self, name: str) -> Iterator[Predictions]:
-        """The predictions of a split.
-
-        Raises:
-          UserError: if a logit is not finite, or a shard is damaged.
-        """
-        config = self.config
-        with naming_damaged_shards(config.data_dir, self.metadata, name):
-            for block in self._predictor.predict_blocks(config.data_dir, self.metadata, name):
-                if not np.isfinite(block.logits).all():
-                    raise UserError(
-                        f"{config.model_dir}: the best checkpoint's logits on {name!r} are not "
-                        "finite; train again with a lower --learning_rate"
-                    )
-                yield block
-
-    def measure(self, name: str, measurement: Measurement) -> Measured:
-        """The metrics of a split."""
-        for block in self.blocks(name):
-            measurement.add(block)
-        return measurement.result()
-
-
-def evaluate(splits: Splits, record: RunRecord) -> Evaluated:
-    """Fits and measures, exactly if `--exact_memory` holds both splits."""
-    config = splits.config
-    names = (config.calibration_split, config.split)
-    num_documents = sum(splits.num_documents(name) for name in names)
-    is_exact = fits_exactly(num_documents, len(record.labels), config.exact_memory)
-    return (_evaluate_exactly if is_exact else _evaluate_binned)(splits, record)
-
-
-def _evaluate_exactly(splits: Splits, record: RunRecord) -> Evaluated:
-    """Fits to all documents of one split, and measures all of both."""
-    config = splits.config
-    documents = concatenate(list(splits.blocks(config.calibration_split)))
-    pos_weights = np.asarray(record.pos_weights)
-    if not record.exact_correction:
-        pos_weights = np.ones_like(pos_weights)
-    calibration = fit_calibration(documents.logits, documents.labels, pos_weights, config.calibrate)
-    thresholds = fit_thresholds(
-        calibration.probabilities(documents.logits), documents.labels, **cutting(config)
-    )
-    fitted = ExactMeasurement(calibration, thresholds)
-    fitted.add(documents)
-    return Evaluated(
-        calibration,
-        thresholds,
-        None,
-        fitted.result(),
-        splits.measure(config.split, ExactMeasurement(calibration, thresholds)),
-    )
-
-
-def _evaluate_binned(splits: Splits, record: RunRecord) -> Evaluated:
-    """Fits to histograms of one split's scores, and measures both splits by histograms."""
-    config = splits.config
-    log_weights = -exact_correction(record.pos_weights, record.exact_correction).shift
-    histograms = Histograms.empty(len(log_weights))
-    for block in splits.blocks(config.calibration_split):
-        histograms.add(block.logits - log_weights, block.labels)
-    calibration = fit_binned_calibration(histograms, log_weights, config.calibrate)
-    shift = calibration.shift + calibration.scale * log_weights
-    thresholds = fit_binned_thresholds(histograms, calibration.scale, shift, **cutting(config))
-    del histograms
-    fitted, reported = (
-        splits.measure(
-            name,
-            StreamedMeasurement(
-                splits.num_documents(name), log_weights, calibration, thresholds.probabilities
-            ),
-        )
-        for name in (config.calibration_split, config.split)
-    )
-    return Evaluated(calibration, thresholds.probabilities, thresholds.shortfall, fitted, reported)
-
-
-def cutting(config: EvaluateConfig) -> dict[str, Any]:
-    """The options of `fit_thresholds`."""
-    return {
-        "min_support": config.min_support,
-        "target": ThresholdTarget(*config.threshold_target),
-        "is_global": config.thresholds == "global",
-    }
-
-
-TRAIN_SPLIT = "train"
-
-
 def run(config: EvaluateConfig) -> None:
     """Fits calibration and thresholds, reports, and writes the files of `evaluation/`.
 
     Raises:
-      UserError: if the splits are not there or are not apart, or the checkpoint does not belong to
-        the data.
+      UserError: if a split is missing, empty or fitted and reported at once, or the checkpoint does
+        not belong to the data.
     """
     metadata = load_metadata(config.data_dir)
     _check_splits(config, metadata)
     best = load_best(config.model_dir)
     _check_same_data(config, metadata, best.record)
     splits = Splits(config, metadata, best)
-    fit, report = config.calibration_split, config.split
-    evaluated = evaluate(splits, best.record)
-    reported = evaluated.reported
-    warn_if_constant(
-        deviations(reported.documents.logits, evaluated.calibration), reported.num_documents
-    )
+    evaluated = _evaluate_exactly(splits) if splits.fit_into_memory() else _evaluate_binned(splits)
+    _warn_if_constant(evaluated)
 
-    settings = {
-        "split": report,
-        "calibration_split": fit,
-        "calibrate": config.calibrate,
-        "threshold_for": config.threshold_for,
-        "threshold_scope": config.thresholds,
-        "min_support": config.min_support,
-        "fingerprints": {
-            "checkpoint": best.fingerprint,
-            "tokenizer": metadata.tokenizer_fingerprint,
-            "splits": {name: split_fingerprint(metadata, name) for name in (fit, report)},
-        },
+    settings = _settings(config, metadata, best)
+    files = {
+        METRICS_FILE: _metrics_values(config, metadata, evaluated),
+        CALIBRATION_FILE: _calibration_values(metadata, evaluated),
+        CURVES_FILE: _curves(metadata, evaluated),
     }
-    values = report_values(config, metadata, evaluated)
-    calibration_values = {
-        "labels": list(metadata.labels),
-        "scale": evaluated.calibration.scale,
-        "shift": evaluated.calibration.shift,
-        "thresholds": evaluated.thresholds,
-    }
-    curves = collect(
-        reported.scored(evaluated.calibration),
-        evaluated.fitted.scored(evaluated.calibration),
-        evaluated.thresholds,
-        metadata.labels,
-    )
     folder = os.path.join(config.model_dir, EVALUATION_FOLDER)
     filesystem.make_folder(folder)
-    write_json(folder, METRICS_FILE, settings | values)
-    write_json(folder, CALIBRATION_FILE, settings | calibration_values)
-    write_json(folder, CURVES_FILE, settings | curves)
+    for name, values in files.items():
+        write_json(folder, name, settings | values)
     columns = {
-        report: reported.metrics,
-        f"{fit} (fitted)": evaluated.fitted.metrics,
-        f"{report}, label frequencies": values["trivial"],
+        config.split: evaluated.reported.metrics,
+        f"{config.calibration_split} (fitted)": evaluated.fitted.metrics,
+        f"{config.split}, label frequencies": files[METRICS_FILE]["trivial"],
     }
-    print_table(columns, values["intervals"], metadata.labels)
+    print_table(columns, files[METRICS_FILE]["intervals"], metadata.labels)
     print(f"Wrote {METRICS_FILE}, {CALIBRATION_FILE} and {CURVES_FILE} to {folder}")
-
-
-def report_values(
-    config: EvaluateConfig, metadata: Metadata, evaluated: Evaluated
-) -> dict[str, Any]:
-    """What metrics.json says of the reported split, and of others beside it."""
-    reported, fitted, thresholds = evaluated.reported, evaluated.fitted, evaluated.thresholds
-    documents = reported.documents
-    probabilities = evaluated.calibration.probabilities(documents.logits)
-    frequencies = label_frequencies(metadata, otherwise=config.calibration_split)
-    trivial = trivial_metrics(
-        frequencies, fitted.documents.labels, documents.labels, **cutting(config)
-    )
-    columns = dict(reported.metrics["per_label"])
-    for name in ("support", "precision", "recall", "f1"):
-        columns[f"{name}_on_calibration_split"] = fitted.metrics["per_label"][name]
-    if evaluated.shortfalls is not None:
-        columns["threshold_shortfall"] = evaluated.shortfalls
-    never = np.flatnonzero(np.isnan(thresholds))
-    return without_labels(reported.metrics) | {
-        "method": "exact" if evaluated.shortfalls is None else BINNED,
-        **intervals_of(config, reported, probabilities, thresholds),
-        "never_predicted": [metadata.labels[index] for index in never],
-        "on_calibration_split": without_labels(fitted.metrics),
-        "trivial": without_labels(trivial),
-        "slices": slice_metrics(
-            metadata.slice_columns, documents.slices, probabilities, documents.labels, thresholds
-        ),
-        "per_label": by_label(columns, metadata.labels),
-        "conventions": CONVENTIONS,
-    }
-
-
-def intervals_of(
-    config: EvaluateConfig, reported: Measured, probabilities: np.ndarray, thresholds: np.ndarray
-) -> dict[str, Any]:
-    """`intervals`, (low, high) by metric, and `intervals_of`, what they come from."""
-    labels = reported.documents.labels
-    resamples = count_resamples(config.resamples, *labels.shape)
-    intervals = {}
-    if resamples:
-        resampled = resample_metrics(probabilities, labels, thresholds, resamples)
-        intervals = confidence_intervals(
-            reported.metrics, resampled, len(labels), reported.num_documents
-        )
-    about = {"level": LEVEL, "resamples": resamples, "documents": len(labels)}
-    return {"intervals": intervals, "intervals_of": about}
 
 
 def _check_splits(config: EvaluateConfig, metadata: Metadata) -> None:
@@ -334,7 +156,187 @@ def _check_same_data(config: EvaluateConfig, metadata: Metadata, record: RunReco
         )
 
 
-def label_frequencies(metadata: Metadata, otherwise: str) -> np.ndarray:
+class Splits:
+    """The predictions of both splits, block by block, checked to be finite."""
+
+    def __init__(self, config: EvaluateConfig, metadata: Metadata, best: LoadedRun) -> None:
+        self.config = config
+        self.record = best.record
+        self._metadata = metadata
+        splits = [metadata.split(name) for name in (config.calibration_split, config.split)]
+        # Rows to hold the documents of these splits, which may be longer than those of training.
+        lengths = add_histograms([split.length_histogram for split in splits])
+        windows = add_histograms([split.window_histogram for split in splits])
+        min_num_tokens = min_tokens(len(lengths) - 1, len(windows) - 1)
+        num_tokens = max(best.packing.num_tokens, min_num_tokens)
+        packing = choose_packing(lengths, num_tokens, window_histogram=windows)
+        self._predictor = Predictor(best.model, packing)
+
+    def num_documents(self, name: str) -> int:
+        """Documents of a split."""
+        return self._metadata.split(name).documents
+
+    def fit_into_memory(self) -> bool:
+        """Whether `--exact_memory` holds both splits."""
+        config = self.config
+        num_documents = sum(map(self.num_documents, (config.calibration_split, config.split)))
+        return fits_exactly(num_documents, len(self.record.labels), config.exact_memory)
+
+    def blocks(self, name: str) -> Iterator[Predictions]:
+        """The predictions of a split.
+
+        Raises:
+          UserError: if a logit is not finite, or a shard is damaged.
+        """
+        config = self.config
+        with naming_damaged_shards(config.data_dir, self._metadata, name):
+            for block in self._predictor.predict_blocks(config.data_dir, self._metadata, name):
+                if not np.isfinite(block.logits).all():
+                    raise UserError(
+                        f"{config.model_dir}: the best checkpoint's logits on {name!r} are not "
+                        "finite; train again with a lower --learning_rate"
+                    )
+                yield block
+
+    def measure(self, name: str, measurement: Measurement) -> Measured:
+        """The metrics of a split."""
+        for block in self.blocks(name):
+            measurement.add(block)
+        return measurement.result()
+
+
+def _evaluate_exactly(splits: Splits) -> Evaluated:
+    """Fits to all documents of one split, and measures all of both."""
+    config, record = splits.config, splits.record
+    documents = concatenate(splits.blocks(config.calibration_split))
+    pos_weights = np.where(record.exact_correction, record.pos_weights, 1.0)
+    calibration = fit_calibration(documents.logits, documents.labels, pos_weights, config.calibrate)
+    thresholds = fit_thresholds(
+        calibration.probabilities(documents.logits), documents.labels, ThresholdRule.of(config)
+    )
+    fitted = ExactMeasurement(calibration, thresholds)
+    fitted.add(documents)
+    reported = ExactMeasurement(calibration, thresholds)
+    return Evaluated(
+        calibration, thresholds, None, fitted.result(), splits.measure(config.split, reported)
+    )
+
+
+def _evaluate_binned(splits: Splits) -> Evaluated:
+    """Fits to histograms of one split's scores, and measures both splits by histograms."""
+    config, record = splits.config, splits.record
+    log_weights = -exact_correction(record.pos_weights, record.exact_correction).shift
+    histograms = Histograms.empty(len(log_weights))
+    for block in splits.blocks(config.calibration_split):
+        histograms.add(block.logits - log_weights, block.labels)
+    calibration = fit_binned_calibration(histograms, log_weights, config.calibrate)
+    shift = calibration.shift + calibration.scale * log_weights
+    fit = fit_binned_thresholds(histograms, calibration.scale, shift, ThresholdRule.of(config))
+    # The measurements hold histograms of the same size.
+    del histograms
+    fitted, reported = (
+        splits.measure(
+            name,
+            StreamedMeasurement(
+                splits.num_documents(name), log_weights, calibration, fit.probabilities
+            ),
+        )
+        for name in (config.calibration_split, config.split)
+    )
+    return Evaluated(calibration, fit.probabilities, fit.shortfall, fitted, reported)
+
+
+def _warn_if_constant(evaluated: Evaluated) -> None:
+    logits = evaluated.reported.documents.logits
+    deviations = evaluated.calibration.scale * np.std(logits, axis=0, dtype=np.float64)
+    warn_if_constant(deviations, evaluated.reported.num_documents)
+
+
+def _settings(config: EvaluateConfig, metadata: Metadata, best: LoadedRun) -> dict[str, Any]:
+    """What every file says first: what was evaluated, and how."""
+    names = (config.calibration_split, config.split)
+    return {
+        "split": config.split,
+        "calibration_split": config.calibration_split,
+        "calibrate": config.calibrate,
+        "threshold_for": config.threshold_for,
+        "threshold_scope": config.thresholds,
+        "min_support": config.min_support,
+        "fingerprints": {
+            "checkpoint": best.fingerprint,
+            "tokenizer": metadata.tokenizer_fingerprint,
+            "splits": {name: split_fingerprint(metadata, name) for name in names},
+        },
+    }
+
+
+def _metrics_values(
+    config: EvaluateConfig, metadata: Metadata, evaluated: Evaluated
+) -> dict[str, Any]:
+    """What metrics.json says of the reported split, and of others beside it."""
+    reported, fitted, thresholds = evaluated.reported, evaluated.fitted, evaluated.thresholds
+    documents = reported.documents
+    probabilities = evaluated.calibration.probabilities(documents.logits)
+    trivial = trivial_metrics(
+        _label_frequencies(metadata, otherwise=config.calibration_split),
+        fitted.documents.labels,
+        documents.labels,
+        ThresholdRule.of(config),
+    )
+    columns = dict(reported.metrics["per_label"])
+    for name in ("support", "precision", "recall", "f1"):
+        columns[f"{name}_on_calibration_split"] = fitted.metrics["per_label"][name]
+    if evaluated.shortfalls is not None:
+        columns["threshold_shortfall"] = evaluated.shortfalls
+    never = np.flatnonzero(np.isnan(thresholds))
+    return without_labels(reported.metrics) | {
+        "method": "exact" if evaluated.shortfalls is None else BINNED,
+        **_intervals(config, reported, probabilities, thresholds),
+        "never_predicted": [metadata.labels[index] for index in never],
+        "on_calibration_split": without_labels(fitted.metrics),
+        "trivial": without_labels(trivial),
+        "slices": slice_metrics(
+            metadata.slice_columns, documents.slices, probabilities, documents.labels, thresholds
+        ),
+        "per_label": by_label(columns, metadata.labels),
+        "conventions": CONVENTIONS,
+    }
+
+
+def _intervals(
+    config: EvaluateConfig, reported: Measured, probabilities: np.ndarray, thresholds: np.ndarray
+) -> dict[str, Any]:
+    """`intervals`, (low, high) by metric, and `intervals_of`, what they come from."""
+    labels = reported.documents.labels
+    resamples = count_resamples(config.resamples, *labels.shape)
+    intervals = {}
+    if resamples:
+        resampled = resample_metrics(probabilities, labels, thresholds, resamples)
+        intervals = confidence_intervals(
+            reported.metrics, resampled, len(labels), reported.num_documents
+        )
+    about = {"level": LEVEL, "resamples": resamples, "documents": len(labels)}
+    return {"intervals": intervals, "intervals_of": about}
+
+
+def _calibration_values(metadata: Metadata, evaluated: Evaluated) -> dict[str, Any]:
+    return {
+        "labels": list(metadata.labels),
+        "scale": evaluated.calibration.scale,
+        "shift": evaluated.calibration.shift,
+        "thresholds": evaluated.thresholds,
+    }
+
+
+def _curves(metadata: Metadata, evaluated: Evaluated) -> dict[str, Any]:
+    reported, fitted = (
+        measured.calibrated(evaluated.calibration)
+        for measured in (evaluated.reported, evaluated.fitted)
+    )
+    return collect(reported, fitted, evaluated.thresholds, metadata.labels)
+
+
+def _label_frequencies(metadata: Metadata, otherwise: str) -> np.ndarray:
     """Share of documents with each label, float64 [L], in the training split, or in the split
     `otherwise` where the data folder has no training split."""
     split = metadata.split(TRAIN_SPLIT if TRAIN_SPLIT in metadata.splits else otherwise)
@@ -342,7 +344,7 @@ def label_frequencies(metadata: Metadata, otherwise: str) -> np.ndarray:
 
 
 def trivial_metrics(
-    frequencies: np.ndarray, fit_labels: np.ndarray, labels: np.ndarray, **cutting: Any
+    frequencies: np.ndarray, fit_labels: np.ndarray, labels: np.ndarray, rule: ThresholdRule
 ) -> dict[str, Any]:
     """Metrics of predicting each label's frequency for every document.
 
@@ -350,13 +352,13 @@ def trivial_metrics(
       frequencies: float [L], of the training split.
       fit_labels: bool [M, L], that thresholds are fitted to, as the model's are.
       labels: bool [N, L], to report on.
-      **cutting: as for `fit_thresholds`.
+      rule: what the thresholds are best for.
     """
 
     def everywhere(documents: int) -> np.ndarray:
         return np.broadcast_to(frequencies, (documents, len(frequencies)))
 
-    thresholds = fit_thresholds(everywhere(len(fit_labels)), fit_labels, **cutting)
+    thresholds = fit_thresholds(everywhere(len(fit_labels)), fit_labels, rule)
     return compute_metrics(everywhere(len(labels)), labels, thresholds)
 
 

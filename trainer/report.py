@@ -1,7 +1,7 @@
 """`multihot report`: an evaluation as one page that opens anywhere.
 
-Reads what `train` and `evaluate` wrote, and from the data folder the texts of the mistakes and what
-the TF-IDF baseline is fitted to.
+It reads what `train` and `evaluate` wrote. The data folder gives the texts of the mistakes and the
+documents that the TF-IDF baseline is fitted to.
 """
 
 import json
@@ -16,18 +16,18 @@ from trainer.data.documents import leading_places, read_documents
 from trainer.data.metadata import (
     METADATA_FILE,
     TOKENIZER_FOLDER,
+    TRAIN_SPLIT,
     Metadata,
     load_metadata,
     split_fingerprint,
 )
 from trainer.data.tokenizer import load_tokenizer
 from trainer.errors import UserError
-from trainer.evaluate import TRAIN_SPLIT
-from trainer.evaluation.results import CURVES_FILE, EVALUATION_FOLDER, METRICS_FILE
-from trainer.evaluation.thresholds import ThresholdTarget
+from trainer.evaluation.results import CURVES_FILE, EVALUATION_FOLDER, METRICS_FILE, write_json
+from trainer.evaluation.thresholds import ThresholdRule
 from trainer.reporting.baseline import measure_baseline
 from trainer.reporting.page import MAX_CHARACTERS, Material, render
-from trainer.run_config import ReportConfig, parse_threshold_for
+from trainer.run_config import EvaluateConfig, ReportConfig
 from trainer.storage import filesystem
 from trainer.storage.filesystem import write_atomically
 from trainer.training.checkpoint import load_best
@@ -36,7 +36,7 @@ from trainer.training.run_record import load_record
 REPORT_FILE = "report.html"
 BASELINE_FILE = "baseline.json"
 HISTORY_FILE = "metrics.jsonl"
-# Documents x labels that the baseline is measured on, of each split: exact metrics take about 100
+# Documents x labels of each split that the baseline is measured on; exact metrics take about 100
 # bytes for each.
 MAX_BASELINE_SCORES = 10_000_000
 
@@ -47,19 +47,19 @@ def run(config: ReportConfig) -> None:
     """Writes report.html into the model folder.
 
     Raises:
-      UserError: if there is no evaluation, it is not one of the best checkpoint, or the data folder
-        is not the one that it read.
+      UserError: if there is no evaluation, it is not of the best checkpoint, or the data folder is
+        not the one that it read.
     """
     record = load_record(config.model_dir)
-    folder = os.path.join(config.model_dir, EVALUATION_FOLDER)
-    metrics = _read_evaluation(folder, METRICS_FILE, config.model_dir)
-    curves = _read_evaluation(folder, CURVES_FILE, config.model_dir)
+    metrics, curves = (
+        _read_evaluation(config.model_dir, name) for name in (METRICS_FILE, CURVES_FILE)
+    )
     _check_checkpoint(config, metrics, curves)
     data_dir = config.data_dir or record.train.data_dir
     metadata = _open_data(config, data_dir, metrics)
     baseline, texts = None, {}
     if metadata is not None:
-        baseline = _find_baseline(config, data_dir, metadata, metrics, folder)
+        baseline = _find_baseline(config, data_dir, metadata, metrics)
         texts = _read_texts(data_dir, metadata, metrics["split"], curves["mistakes"])
     history = _read_history(config.model_dir)
     page = render(
@@ -70,8 +70,8 @@ def run(config: ReportConfig) -> None:
     print(f"Wrote {path} ({len(page) / 1e6:.1f} MB); open it in a browser")
 
 
-def _read_evaluation(folder: str, name: str, model_dir: str) -> dict[str, Any]:
-    path = os.path.join(folder, name)
+def _read_evaluation(model_dir: str, name: str) -> dict[str, Any]:
+    path = os.path.join(model_dir, EVALUATION_FOLDER, name)
     remedy = f"run `multihot evaluate --model_dir={model_dir} --data_dir=...` first"
     try:
         values = json.loads(filesystem.read_text(path))
@@ -118,61 +118,53 @@ def _open_data(config: ReportConfig, data_dir: str, metrics: dict[str, Any]) -> 
 
 
 def _find_baseline(
-    config: ReportConfig,
-    data_dir: str,
-    metadata: Metadata,
-    metrics: dict[str, Any],
-    folder: str,
+    config: ReportConfig, data_dir: str, metadata: Metadata, metrics: dict[str, Any]
 ) -> dict[str, Any] | None:
-    """The TF-IDF baseline: as it was kept, if that was of the same data, or else fitted now."""
+    """The TF-IDF baseline: one that was kept, if it is of the same data, or one fitted now."""
     if config.baseline_documents == 0:
         return None
     if TRAIN_SPLIT not in metadata.splits:
         _logger.warning("%s: no split %r, so no TF-IDF baseline", data_dir, TRAIN_SPLIT)
         return None
     names = (TRAIN_SPLIT, metrics["calibration_split"], metrics["split"])
+    shared = ("calibration_split", "split", "min_support", "threshold_for", "threshold_scope")
     settings = {
         "splits": {name: split_fingerprint(metadata, name) for name in names},
-        "calibration_split": metrics["calibration_split"],
-        "split": metrics["split"],
-        "min_support": metrics["min_support"],
-        "threshold_for": metrics["threshold_for"],
-        "threshold_scope": metrics["threshold_scope"],
+        **{name: metrics[name] for name in shared},
         "baseline_documents": config.baseline_documents,
     }
-    path = os.path.join(folder, BASELINE_FILE)
-    kept = _read_kept(path)
+    folder = os.path.join(config.model_dir, EVALUATION_FOLDER)
+    kept = _read_kept(os.path.join(folder, BASELINE_FILE))
     if kept.get("settings") == settings:
         return kept
     print("Fitting the TF-IDF baseline ...", flush=True)
     held_out = min(config.baseline_documents, MAX_BASELINE_SCORES // len(metadata.labels))
-    documents = [
-        read_documents(data_dir, metadata, name, leading_places(metadata.split(name), most))
-        for name, most in zip(names, (config.baseline_documents, held_out, held_out), strict=True)
-    ]
-    baseline = {"settings": settings} | measure_baseline(
-        *documents,
-        min_support=metrics["min_support"],
-        target=ThresholdTarget(*parse_threshold_for(metrics["threshold_for"])),
-        is_global=metrics["threshold_scope"] == "global",
+    train, fitted, reported = (
+        read_documents(data_dir, metadata, name, leading_places(metadata.split(name), max_read))
+        for name, max_read in zip(
+            names, (config.baseline_documents, held_out, held_out), strict=True
+        )
     )
-    write_atomically(path, json.dumps(_without_nan(baseline), indent=1) + "\n")
+    evaluated = EvaluateConfig(
+        config.model_dir,
+        data_dir,
+        min_support=metrics["min_support"],
+        threshold_for=metrics["threshold_for"],
+        thresholds=metrics["threshold_scope"],
+    )
+    rule = ThresholdRule.of(evaluated)
+    baseline = {"settings": settings} | measure_baseline(train, fitted, reported, rule)
+    write_json(folder, BASELINE_FILE, baseline)
     return baseline
 
 
 def _read_kept(path: str) -> dict[str, Any]:
-    """What an earlier report kept; nothing if that is missing or cannot be read."""
+    """What an earlier report kept; empty if that is missing or cannot be read."""
     try:
         values = json.loads(filesystem.read_text(path))
     except (FileNotFoundError, ValueError):
         return {}
     return values if isinstance(values, dict) else {}
-
-
-def _without_nan(value: Any) -> Any:
-    if isinstance(value, dict):
-        return {key: _without_nan(item) for key, item in value.items()}
-    return None if isinstance(value, float) and not np.isfinite(value) else value
 
 
 def _read_texts(
@@ -185,7 +177,7 @@ def _read_texts(
     backend = load_tokenizer(os.path.join(data_dir, TOKENIZER_FOLDER)).backend
     texts = {}
     for place, tokens in zip(places.tolist(), documents.tokens, strict=True):
-        # Every token is a character or more.
+        # A token is at least one character.
         text = backend.decode(tokens[:MAX_CHARACTERS].tolist(), skip_special_tokens=False)
         is_cut = len(text) > MAX_CHARACTERS or len(tokens) > MAX_CHARACTERS
         texts[place] = text[:MAX_CHARACTERS].rstrip() + (" …" if is_cut else "")
@@ -193,7 +185,7 @@ def _read_texts(
 
 
 def _read_history(model_dir: str) -> list[dict[str, Any]]:
-    """Rows of metrics.jsonl; a last one that a killed run left half-written is passed over."""
+    """Rows of metrics.jsonl, without a last one that a killed run left half-written."""
     try:
         lines = filesystem.read_text(os.path.join(model_dir, HISTORY_FILE)).splitlines()
     except FileNotFoundError:

@@ -21,7 +21,7 @@ from trainer.evaluation.metrics import calibration_error
 from trainer.evaluation.predictions import CalibratedPredictions
 
 
-def scored(documents, labels, seed, num_documents=None):
+def draw(documents, labels, seed, num_documents=None):
     """Documents whose labels come as their probabilities say, rounded so that scores tie."""
     random = np.random.default_rng(seed)
     rates = 0.5 / (1 + np.arange(labels))
@@ -37,7 +37,7 @@ def scored(documents, labels, seed, num_documents=None):
 
 @pytest.fixture(scope="module")
 def collected():
-    reported, fitted = scored(900, 12, 0, num_documents=1800), scored(700, 12, 1)
+    reported, fitted = draw(900, 12, 0, num_documents=1800), draw(700, 12, 1)
     thresholds = np.array([0.3] * 11 + [np.nan])
     names = [f"label {k}" for k in range(12)]
     return reported, fitted, thresholds, collect(reported, fitted, thresholds, names)
@@ -152,7 +152,7 @@ def test_a_sample_says_so_and_curves_go_to_the_most_frequent(collected):
 
 
 def test_4000_labels_stay_bounded():
-    few = scored(60, 4000, 2)
+    few = draw(60, 4000, 2)
     names = [f"label {k}" for k in range(4000)]
     values = collect(few, few, np.full(4000, 0.5), names)
     assert len(values["curves"]) == len(values["curve_labels"]) == MAX_CURVE_LABELS

@@ -4,7 +4,6 @@ import numpy as np
 import pytest
 
 from trainer.evaluation.intervals import (
-    INTERVALS,
     _metrics_of,
     _rank,
     confidence_intervals,
@@ -12,6 +11,14 @@ from trainer.evaluation.intervals import (
     resample_metrics,
 )
 from trainer.evaluation.metrics import compute_metrics, is_counted
+
+INTERVALS = (
+    "micro_f1",
+    "macro_f1",
+    "mean_average_precision",
+    "macro_roc_auc",
+    "expected_calibration_error",
+)
 
 
 def draw(num_documents, seed):
@@ -44,6 +51,7 @@ def test_resampled_metrics_are_those_of_the_documents_drawn():
     # With every document drawn once, all are what they are, the calibration error among them.
     once = resample_of_all(probabilities, labels, thresholds)
     expected = compute_metrics(probabilities, labels, thresholds)
+    assert tuple(once) == INTERVALS
     for name in INTERVALS:
         assert once[name][0] == pytest.approx(expected[name], abs=1e-6), name
 

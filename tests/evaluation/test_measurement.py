@@ -23,7 +23,7 @@ from trainer.evaluation.histograms import (
 from trainer.evaluation.measurement import ExactMeasurement, StreamedMeasurement, fits_exactly
 from trainer.evaluation.predictions import Predictions
 from trainer.evaluation.ranking import average_precision, rank_labels, roc_auc
-from trainer.evaluation.thresholds import ThresholdTarget, fit_binned_thresholds, fit_thresholds
+from trainer.evaluation.thresholds import ThresholdRule, fit_binned_thresholds, fit_thresholds
 
 
 def predictions_of(logits, labels):
@@ -100,9 +100,9 @@ def test_a_sample_stands_for_a_split_that_does_not_fit(world, monkeypatch):
         streamed = StreamedMeasurement(len(logits), log_weights, calibration, np.full(12, 0.5))
         for part in np.array_split(np.arange(len(logits)), pieces):
             streamed.add(documents.chosen(part))
-        samples.append(streamed.result().scored(calibration))
+        samples.append(streamed.result().calibrated(calibration))
     first, second = samples
-    assert first.is_sample and first.num_documents == 6000 and len(first.ids) == 600
+    assert len(first.ids) == 600 < first.num_documents == 6000
     # The same whatever the blocks, in the split's order, and from all over it.
     assert first.ids == second.ids == [f"d{index}" for index in first.indices]
     assert np.all(np.diff(first.indices) > 0)
@@ -114,7 +114,7 @@ def test_a_sample_stands_for_a_split_that_does_not_fit(world, monkeypatch):
 
 
 @st.composite
-def scored_labels(draw):
+def lists_of_scores(draw):
     """Few documents and few places, so that bins hold several distinct scores and ties."""
     documents = draw(st.integers(2, 25))
     step = draw(st.sampled_from([BIN_WIDTH / 3, BIN_WIDTH, 0.3]))
@@ -125,7 +125,7 @@ def scored_labels(draw):
 
 
 @settings(deadline=None, max_examples=150)
-@given(scored_labels(), st.floats(0.1, 3.0), st.floats(-2.0, 2.0))
+@given(lists_of_scores(), st.floats(0.1, 3.0), st.floats(-2.0, 2.0))
 def test_bounds_hold_where_a_bin_holds_many_scores(case, scale, shift):
     log_odds, labels = case
     histograms = Histograms.empty(1)
@@ -152,19 +152,23 @@ def test_bounds_hold_where_a_bin_holds_many_scores(case, scale, shift):
 
 @settings(deadline=None, max_examples=100)
 @given(
-    scored_labels(),
+    lists_of_scores(),
     st.sampled_from(
-        [ThresholdTarget(), ThresholdTarget("precision", 0.7), ThresholdTarget("recall", 0.6)]
+        [
+            ThresholdRule("f1", 0.0, 1),
+            ThresholdRule("precision", 0.7, 1),
+            ThresholdRule("recall", 0.6, 1),
+        ]
     ),
 )
-def test_shortfall_of_binned_thresholds_is_bounded(case, target):
+def test_shortfall_of_binned_thresholds_is_bounded(case, rule):
     """What a binned threshold reaches, plus its shortfall, is at least the best of all cuts."""
     log_odds, labels = case
     histograms = Histograms.empty(1)
     histograms.add(log_odds, labels)
     one, zero = np.ones(1), np.zeros(1)
-    binned = fit_binned_thresholds(histograms, one, zero, 1, target)
-    exact = fit_thresholds(sigmoid(log_odds), labels, 1, target)
+    binned = fit_binned_thresholds(histograms, one, zero, rule)
+    exact = fit_thresholds(sigmoid(log_odds), labels, rule)
     if not labels.any():
         assert np.isnan(binned.probabilities[0]) and np.isnan(exact[0])
         return
@@ -173,10 +177,10 @@ def test_shortfall_of_binned_thresholds_is_bounded(case, target):
         predicted = sigmoid(log_odds) >= threshold
         right, count = np.sum(predicted & labels), max(np.sum(predicted), 1)
         precision, recall = right / count, right / labels.sum()
-        if target.kind == "f1":
+        if rule.kind == "f1":
             return 2 * right / (predicted.sum() + labels.sum())
-        meets = {"precision": precision, "recall": recall}[target.kind] >= target.level
-        return (recall if target.kind == "precision" else precision) if meets else 0.0
+        meets = {"precision": precision, "recall": recall}[rule.kind] >= rule.level
+        return (recall if rule.kind == "precision" else precision) if meets else 0.0
 
     ours, best = reached(binned.probabilities[0]), reached(exact[0])
     assert ours <= best + 1e-12
@@ -205,17 +209,21 @@ def test_global_binned_threshold_is_nearly_the_exact_one(world):
     histograms.add(logits - log_weights, labels)
     shift = calibration.shift + calibration.scale * log_weights
     probabilities = calibration.probabilities(logits)
-    binned = fit_binned_thresholds(histograms, calibration.scale, shift, is_global=True)
+    binned = fit_binned_thresholds(
+        histograms, calibration.scale, shift, ThresholdRule(is_global=True)
+    )
     assert len(set(binned.probabilities)) == 1 and np.isnan(binned.shortfall).all()
 
     def micro_f1(threshold):
         predicted = probabilities >= threshold
         return 2 * np.sum(predicted & labels) / (predicted.sum() + labels.sum())
 
-    exact = fit_thresholds(probabilities, labels, is_global=True)
+    exact = fit_thresholds(probabilities, labels, ThresholdRule(is_global=True))
     assert micro_f1(exact[0]) - 0.001 <= micro_f1(binned.probabilities[0]) <= micro_f1(exact[0])
     # A rare label takes that cut, the others their own.
-    some = fit_binned_thresholds(histograms, calibration.scale, shift, min_support=200)
+    some = fit_binned_thresholds(
+        histograms, calibration.scale, shift, ThresholdRule(min_support=200)
+    )
     rare = labels.sum(axis=0) < 200
     assert 2 <= rare.sum() <= 8
     np.testing.assert_array_equal(some.probabilities[rare], binned.probabilities[rare])

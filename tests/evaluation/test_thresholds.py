@@ -1,4 +1,7 @@
-"""Thresholds are the exact optima, for every target."""
+"""Thresholds are the exact optima for every rule, and macro- and micro-F1 are weighed up."""
+
+import itertools
+from dataclasses import replace
 
 import numpy as np
 import pytest
@@ -6,9 +9,17 @@ from hypothesis import given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
 from sklearn import metrics as peer
+from sklearn.metrics import f1_score
 
-from trainer.evaluation.ranking import rank_cuts
-from trainer.evaluation.thresholds import ThresholdTarget, fit_thresholds
+from trainer.evaluation.histograms import Histograms
+from trainer.evaluation.ranking import rank_cuts, rank_labels
+from trainer.evaluation.thresholds import (
+    Candidates,
+    ThresholdRule,
+    choose_overall,
+    fit_binned_thresholds,
+    fit_thresholds,
+)
 
 
 def best_f1_by_search(scores, positive):
@@ -22,7 +33,7 @@ def best_f1_by_search(scores, positive):
     st_numpy.arrays(bool, (25, 2)),
 )
 def test_thresholds_reach_the_best_f1_there_is(scores, truth):
-    thresholds = fit_thresholds(scores, truth, min_support=3)
+    thresholds = fit_thresholds(scores, truth, ThresholdRule(min_support=3))
     pooled = best_f1_by_search(scores.ravel(), truth.ravel()) if truth.any() else None
     for k in range(2):
         predicted = scores[:, k] >= thresholds[k]
@@ -52,7 +63,9 @@ def test_neighbouring_floats_are_told_apart(value, steps):
         scores = np.array([[below], [above]], dtype)
         if dtype is np.float64:
             scores[1] = np.nextafter(scores[0], 2)
-        threshold = fit_thresholds(scores, np.array([[False], [True]]), min_support=1)
+        threshold = fit_thresholds(
+            scores, np.array([[False], [True]]), ThresholdRule(min_support=1)
+        )
         assert (scores >= threshold).ravel().tolist() == [False, True]
 
 
@@ -77,7 +90,7 @@ def test_targets_take_all_that_they_leave_free(scores, truth, level, is_global):
     else:
         lists = [(scores[:, k], truth[:, k]) for k in range(2)]
     for kind, own, free in (("precision", 0, 1), ("recall", 1, 0)):
-        thresholds = fit_thresholds(scores, truth, 1, ThresholdTarget(kind, level), is_global)
+        thresholds = fit_thresholds(scores, truth, ThresholdRule(kind, level, 1, is_global))
         for k, (mine, positive) in enumerate(lists):
             if not positive.any():
                 continue
@@ -96,9 +109,9 @@ def test_rare_labels_take_the_global_cut_for_the_same_target():
     random = np.random.default_rng(0)
     truth = np.stack([np.arange(100) < 40, np.arange(100) < 2], axis=1)
     scores = random.random((100, 2)) * 0.5 + 0.4 * truth
-    target = ThresholdTarget("precision", 0.8)
-    thresholds = fit_thresholds(scores, truth, 10, target)
-    everywhere = fit_thresholds(scores, truth, 10, target, is_global=True)
+    rule = ThresholdRule("precision", 0.8, 10)
+    thresholds = fit_thresholds(scores, truth, rule)
+    everywhere = fit_thresholds(scores, truth, replace(rule, is_global=True))
     assert everywhere[0] == everywhere[1] == thresholds[1] != thresholds[0]
     right, count = np.sum(truth & (scores >= everywhere)), np.sum(scores >= everywhere)
     assert right / count >= 0.8
@@ -107,17 +120,13 @@ def test_rare_labels_take_the_global_cut_for_the_same_target():
 def test_out_of_reach_is_never_predicted():
     """The highest score is a negative's, so that no cut is precise; recall is always in reach."""
     scores, truth = np.array([[0.9], [0.8], [0.7]]), np.array([[False], [True], [True]])
-    assert np.isnan(fit_thresholds(scores, truth, 1, ThresholdTarget("precision", 0.9)))[0]
-    assert fit_thresholds(scores, truth, 1, ThresholdTarget("precision", 0.6))[0] == pytest.approx(
+    assert np.isnan(fit_thresholds(scores, truth, ThresholdRule("precision", 0.9, 1)))[0]
+    assert fit_thresholds(scores, truth, ThresholdRule("precision", 0.6, 1))[0] == pytest.approx(
         0.35
     )
-    assert fit_thresholds(scores, truth, 1, ThresholdTarget("recall", 0.5))[0] == pytest.approx(
-        0.35
-    )
-    assert fit_thresholds(scores, truth, 1, ThresholdTarget("recall", 1.0))[0] == pytest.approx(
-        0.35
-    )
-    assert np.isnan(fit_thresholds(scores, ~truth & False, 1)).all()
+    assert fit_thresholds(scores, truth, ThresholdRule("recall", 0.5, 1))[0] == pytest.approx(0.35)
+    assert fit_thresholds(scores, truth, ThresholdRule("recall", 1.0, 1))[0] == pytest.approx(0.35)
+    assert np.isnan(fit_thresholds(scores, ~truth & False, ThresholdRule(min_support=1))).all()
 
 
 def test_blocks_of_labels_do_not_change_thresholds(monkeypatch):
@@ -134,3 +143,96 @@ def test_cuts_count_ties_as_one():
     assert cuts.predicted.tolist() == [1, 3, 4]
     assert cuts.true_positives.tolist() == [1, 2, 2]
     assert cuts.positives == 2
+
+
+def value_of(candidates, choice, support, true_positives, predicted):
+    """(macro-F1 x labels of candidates / all labels) + micro-F1, by definition."""
+    found, said = candidates.true_positives[choice], candidates.predicted[choice]
+    f1 = 2 * found / (said + support[candidates.labels[choice]])
+    micro = 2 * (found.sum() + true_positives) / (said.sum() + predicted + support.sum())
+    return f1.sum() / len(support) + micro
+
+
+@pytest.mark.parametrize("seed", range(20))
+def test_the_choice_is_as_good_as_the_best_of_all_choices(seed):
+    random = np.random.default_rng(seed)
+    labels = random.random((40, 4)) < [0.15, 0.1, 0.2, 0.05]
+    labels[0] = True
+    # Labels of different difficulty, with ties.
+    scores = np.round(labels * [3.0, 0.3, 1.0, 0.5] + random.normal(0, 1, labels.shape), 1)
+    own = np.array([0, 1, 3])
+    support = labels.sum(axis=0)
+    cuts = rank_labels(scores[:, own].T, labels[:, own].T)
+    candidates = Candidates.of_cuts(cuts, own)
+    others = (int(support[2]) - 1, int(support[2]) + 5)
+    chosen, _ = choose_overall(candidates, support, *others)
+    places = [np.flatnonzero(candidates.labels == label) for label in own]
+    assert [len(place) for place in places] <= support[own].tolist()
+    every = [
+        value_of(candidates, np.array(choice), support, *others)
+        for choice in itertools.product(*places)
+    ]
+    assert candidates.labels[chosen].tolist() == own.tolist()
+    assert value_of(candidates, chosen, support, *others) >= max(every) - 2e-3
+
+
+def test_a_candidate_says_what_its_cut_predicts():
+    scores = np.array([[0.9, 0.8, 0.8, 0.3, 0.1]])
+    labels = np.array([[False, True, False, True, False]])
+    cuts = rank_labels(scores, labels)
+    candidates = Candidates.of_cuts(cuts, np.array([5]))
+    assert candidates.labels.tolist() == [5, 5]
+    assert candidates.true_positives.tolist() == [1, 2]
+    assert candidates.predicted.tolist() == [3, 4]  # Ties are cut together.
+
+
+def test_micro_f1_gains_more_than_macro_f1_loses():
+    """One label that is known well and ten that hardly are: each one's best F1 floods micro-F1."""
+    random = np.random.default_rng(1)
+    rates = np.r_[0.4, np.full(10, 0.05)]
+    labels = random.random((4000, 11)) < rates
+    scores = labels * np.r_[4.0, np.full(10, 0.4)] + random.normal(0, 1, labels.shape)
+    cuts = rank_labels(scores.T, labels.T)
+    candidates = Candidates.of_cuts(cuts, np.arange(11))
+    support = labels.sum(axis=0)
+    f1 = 2 * candidates.true_positives / (candidates.predicted + support[candidates.labels])
+    alone = np.array([np.flatnonzero(candidates.labels == i)[0] for i in range(11)])
+    alone += [int(np.argmax(f1[candidates.labels == i])) for i in range(11)]
+    both, _ = choose_overall(candidates, support, 0, 0)
+
+    def measured(choice):
+        predicted = scores >= candidates.scores[choice]
+        return [f1_score(labels, predicted, average=kind) for kind in ("macro", "micro")]
+
+    (macro_alone, micro_alone), (macro_both, micro_both) = measured(alone), measured(both)
+    assert micro_both > micro_alone + 0.2
+    assert macro_alone - 0.1 < macro_both < macro_alone
+
+
+def test_thresholds_from_histograms_reach_what_exact_ones_do():
+    """And labels without enough positives take the one cut of all, here and there."""
+    random = np.random.default_rng(4)
+    rates = np.array([0.4, 0.1, 0.05, 0.02, 0.001])
+    labels = random.random((6000, 5)) < rates
+    log_odds = labels * [4.0, 2.0, 0.5, 1.0, 1.0] + random.normal(0, 1, labels.shape)
+    log_odds += np.log(rates / (1 - rates))
+    scale, shift = np.array([1.0, 0.8, 1.2, 1.0, 0.9]), np.array([0.0, 0.3, -0.2, 0.1, 0.0])
+    probabilities = 1 / (1 + np.exp(-(scale * log_odds + shift)))
+    rule = ThresholdRule("overall_f1", min_support=20)
+    exact = fit_thresholds(probabilities, labels, rule)
+    histograms = Histograms.empty(5)
+    histograms.add(log_odds, labels)
+    binned = fit_binned_thresholds(histograms, scale, shift, rule)
+
+    def reached(thresholds):
+        predicted = probabilities >= thresholds
+        return sum(
+            f1_score(labels, predicted, average=kind, zero_division=0)
+            for kind in ("macro", "micro")
+        )
+
+    alone = fit_thresholds(probabilities, labels, ThresholdRule("f1", min_support=20))
+    assert labels.sum(axis=0)[4] < 20
+    assert reached(exact) > reached(alone) + 0.02
+    assert reached(binned.probabilities) == pytest.approx(reached(exact), abs=5e-3)
+    assert np.isnan(binned.shortfall[4]) and np.all(binned.shortfall[:4] < 0.05)

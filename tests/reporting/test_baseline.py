@@ -13,6 +13,7 @@ from trainer.data.documents import leading_places, read_documents
 from trainer.data.metadata import load_metadata
 from trainer.data.tokenizer import load_tokenizer
 from trainer.errors import UserError
+from trainer.evaluation.thresholds import ThresholdRule
 from trainer.reporting.baseline import count_features, fit_logits, measure_baseline
 
 
@@ -116,7 +117,7 @@ def test_words_that_tell_are_found(data):
     data_dir, _ = data
     metadata = load_metadata(data_dir)
     parts = [read_documents(data_dir, metadata, "train", np.arange(k, 300, 3)) for k in range(3)]
-    found = measure_baseline(*parts, min_support=10)
+    found = measure_baseline(*parts, ThresholdRule())
     assert (found["train_documents"], found["reported_documents"]) == (100, 100)
     assert found["metrics"]["mean_average_precision"] > 0.9
     assert found["fitted_labels"] == 2
@@ -127,4 +128,4 @@ def test_training_documents_without_a_common_token_are_said(data):
     metadata = load_metadata(data[0])
     one = read_documents(data[0], metadata, "train", np.arange(1))
     with pytest.raises(UserError, match="no token occurs in two of these training documents"):
-        measure_baseline(one, one, one, min_support=10)
+        measure_baseline(one, one, one, ThresholdRule())

@@ -10,6 +10,7 @@ import tensorflow as tf
 from trainer.data.input_pipeline import HostShard, open_stream, read_micro_batches, shard_steps
 from trainer.data.metadata import load_metadata
 from trainer.data.packing import choose_packing
+from trainer.evaluation.predictions import concatenate
 from trainer.model.model import build_model
 from trainer.model.predictor import Predictor
 from trainer.model_config import ModelConfig
@@ -150,10 +151,12 @@ def test_evaluation_on_several_replicas_counts_every_document_once(corpus, strea
     metadata = load_metadata(corpus)
     strategy = mirrored(MICRO_BATCHES)
     step = make_step(stream, strategy)
-    expected = Predictor(
-        make_step(stream, one_device()).model, stream.packing, one_device()
-    ).predict_split(corpus, metadata, "test")
-    found = Predictor(step.model, stream.packing, strategy).predict_split(corpus, metadata, "test")
+    alone = Predictor(make_step(stream, one_device()).model, stream.packing, one_device())
+    replicated = Predictor(step.model, stream.packing, strategy)
+    expected, found = (
+        concatenate(predictor.predict_blocks(corpus, metadata, "test"))
+        for predictor in (alone, replicated)
+    )
     assert found.ids == expected.ids and len(set(found.ids)) == metadata.split("test").documents
     np.testing.assert_array_equal(found.labels, expected.labels)
     np.testing.assert_allclose(found.logits, expected.logits, atol=1e-5)

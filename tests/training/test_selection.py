@@ -9,6 +9,7 @@ import tensorflow as tf
 
 from trainer.data.metadata import load_metadata
 from trainer.data.packing import choose_packing
+from trainer.evaluation.predictions import concatenate
 from trainer.model.model import build_model
 from trainer.model.predictor import Predictor
 from trainer.model_config import ModelConfig, OptimizerConfig
@@ -68,7 +69,7 @@ def test_blocks_hold_every_document_once(corpus, evaluation, monkeypatch):
     metadata = load_metadata(corpus)
     predictor = evaluation._predictor
     assert isinstance(predictor, Predictor)
-    whole = predictor.predict_split(corpus, metadata, "test")
+    whole = concatenate(predictor.predict_blocks(corpus, metadata, "test"))
     assert whole.indices.tolist() == list(range(metadata.split("test").documents))
     monkeypatch.setattr("trainer.model.predictor._BLOCK_DOCUMENTS", 30)
     blocks = list(predictor.predict_blocks(corpus, metadata, "test"))

@@ -17,6 +17,7 @@ from trainer.storage.filesystem import add_checksum, checksum, verify_checksum, 
 SCHEMA_VERSION = 3
 METADATA_FILE = "metadata.json"
 TOKENIZER_FOLDER = "tokenizer"
+TRAIN_SPLIT = "train"
 
 
 @dataclass(frozen=True)

@@ -1,4 +1,4 @@
-"""From logits to probabilities that mean what they say (NumPy only)."""
+"""Calibration: a scale and a shift for each label's logits (NumPy only)."""
 
 from collections.abc import Callable, Sequence
 from dataclasses import dataclass
@@ -7,21 +7,21 @@ import numpy as np
 
 from trainer.evaluation.histograms import CENTRES, NUM_BINS, Histograms
 
-# The pull of a label's fit toward the global one, in units of its own Fisher information
-# sum p (1 - p), which for a rare label is about its number of positives: a label of information I
+# The pull of a label's fit toward the global one, in units of the label's own Fisher information
+# sum p (1 - p), which for a rare label is about its number of positives. A label of information I
 # goes I / (I + strength) of the way from the global fit to its own.
 SHRINKAGE_STRENGTH = 20.0
 
 # A positive scale keeps the ranking of documents, even of a label that was learned backwards.
 MIN_SCALE = 0.01
 
-# Keeps the scale of a label defined whose logits are all the same (variance, in squared logits).
+# Variance, in squared logits, that defines the scale of a label whose logits are all the same.
 MIN_LOGIT_VARIANCE = 1e-3
 
 MAX_NEWTON_STEPS = 50
 NEWTON_TOLERANCE = 1e-12
 
-# Elements of the [documents, labels] temporaries of a fit; labels are fitted in blocks.
+# Elements of the [documents, labels] temporaries of a fit, which takes a block of labels at a time.
 BLOCK_ELEMENTS = 1 << 20
 
 # Histogram bins that a fit takes as one.
@@ -48,7 +48,7 @@ def sigmoid(logits: np.ndarray) -> np.ndarray:
 
 
 def exact_correction(pos_weights: Sequence[float], is_exact: bool) -> Calibration:
-    """What takes positive weights back: log w off each logit, or nothing if that is not exact."""
+    """Takes positive weights back: log w off each logit, or nothing where that is not exact."""
     log_weights = np.log(np.asarray(pos_weights, np.float64)) * is_exact
     return Calibration(np.ones_like(log_weights), -log_weights)
 
@@ -59,9 +59,9 @@ def fit_calibration(
     """Fits a positive scale and a shift on top of the exact correction for positive weights.
 
     Weight w moves the minimiser of weighted cross-entropy by log w, so x = logit - log w is the
-    log-odds that training without weights would aim at. On x, Platt scaling (Platt 1999) by
-    penalised Newton: first one line for all labels, pulled toward the identity, then one a label,
-    pulled toward the global line by `SHRINKAGE_STRENGTH`.
+    log-odds that training without weights would aim at. Platt scaling (Platt 1999) is fitted to x
+    by penalised Newton steps: first one line for all labels, pulled toward the identity, then one
+    line a label, pulled toward the global line by `SHRINKAGE_STRENGTH`.
 
     Args:
       logits: float [N, L], raw, of a split that training did not see.
@@ -88,8 +88,8 @@ def fit_binned_calibration(
 ) -> Calibration:
     """`fit_calibration`, of histograms of the corrected logits x = logit - log w.
 
-    The fit puts each x at its label's mean in a group of bins, off by at most 1/32 between -32 and
-    32; as the mean stays, the line is off in the order of the square of that.
+    The fit puts each x at its label's mean in a group of bins. That moves x by at most 1/32 between
+    -32 and 32; since the means stay, the line is off by the order of the square of that.
 
     Args:
       histograms: of the corrected logits of L labels.
@@ -188,7 +188,7 @@ def _variance(logits: np.ndarray) -> np.ndarray:
 
 
 def _cross_entropy(logits: np.ndarray, sample: _Sample) -> np.ndarray:
-    """Of all that is at each x: the softplus of a negative's logit or of a positive's, negated."""
+    """Cross-entropy of all documents at each x: softplus(z) a negative, softplus(-z) a positive."""
     shared = np.log1p(np.exp(-np.abs(logits)))
     negatives = sample.documents - sample.positives
     wrong_way = negatives * np.maximum(logits, 0) + sample.positives * np.maximum(-logits, 0)

@@ -1,7 +1,7 @@
-"""What the report draws of a model's scores, bounded in size whatever the corpus (NumPy only).
+"""What the report draws of a model's scores, of bounded size for any corpus (NumPy only).
 
-`evaluate` holds the scores and calls `collect`; `report` draws what it returned later, without the
-model. Every list is bounded: curves by points and by labels, mistakes by number.
+`evaluate` has the scores and calls `collect`; `report` draws the result later, without the model.
+Every list is bounded: curves by points and by labels, mistakes by number.
 """
 
 from collections.abc import Sequence
@@ -13,21 +13,21 @@ from trainer.evaluation.metrics import equal_mass_starts
 from trainer.evaluation.predictions import CalibratedPredictions
 from trainer.evaluation.ranking import rank_cuts
 
-# Curves of more labels than this would not be looked at, and cost about 4 KB each.
+# Nobody looks at the curves of more labels, and each label costs about 4 KB.
 MAX_CURVE_LABELS = 256
 MAX_CURVE_POINTS = 100
 MAX_COOCCURRENCE_LABELS = 30
-# Of each kind, and of them of one label.
+# Mistakes of each kind, and of one label among them.
 MAX_MISTAKES = 20
 MAX_MISTAKES_PER_LABEL = 3
 # Other labels of a document that a mistake lists.
 MAX_NAMED_LABELS = 20
 # Scores of all labels together that are ranked for the micro curves, at 64 bytes each.
 MAX_MICRO_SCORES = 1 << 22
-# Edges of the score histograms in log-odds: most labels are rare, and nearly all of their
-# probabilities would fall into the first bin of [0, 1].
+# Edges of the score histograms in log-odds. Most labels are rare: nearly all of their probabilities
+# would fall into the first of equal bins of [0, 1].
 HISTOGRAM_EDGES = np.linspace(-7.0, 7.0, 29)
-# Of a 95 % interval, in standard deviations.
+# Half the width of a 95 % interval, in standard deviations.
 _DEVIATIONS = 1.959964
 
 
@@ -53,7 +53,7 @@ def collect(
     """
     thresholds = np.asarray(thresholds, np.float64)
     assert reported.labels.shape[1] == len(thresholds) == len(labels)
-    chosen = most_frequent(reported.labels, MAX_CURVE_LABELS)
+    chosen = frequent_labels(reported.labels, MAX_CURVE_LABELS)
 
     def curves(label: int | None) -> dict[str, Any]:
         scores, _, positive = _scores(fitted, label)
@@ -73,26 +73,28 @@ def collect(
     }
 
 
-def _micro_step(scored: CalibratedPredictions) -> int:
-    """Every how many documents are taken where all labels are ranked together."""
-    return max(1, -(-scored.labels.size // MAX_MICRO_SCORES))
+def _micro_step(predictions: CalibratedPredictions) -> int:
+    """The step between the documents that are taken where all labels are ranked together."""
+    return max(1, -(-predictions.labels.size // MAX_MICRO_SCORES))
 
 
 def _scores(
-    scored: CalibratedPredictions, label: int | None
+    predictions: CalibratedPredictions, label: int | None
 ) -> tuple[np.ndarray, np.ndarray, np.ndarray]:
     """Calibrated scores, raw ones and classes of a label, or None: of all labels as one."""
-    chosen = (slice(None), label) if label is not None else slice(None, None, _micro_step(scored))
+    chosen = (
+        (slice(None), label) if label is not None else slice(None, None, _micro_step(predictions))
+    )
     return (
-        scored.probabilities[chosen].ravel(),
-        scored.raw_probabilities[chosen].ravel(),
-        scored.labels[chosen].ravel(),
+        predictions.probabilities[chosen].ravel(),
+        predictions.raw_probabilities[chosen].ravel(),
+        predictions.labels[chosen].ravel(),
     )
 
 
-def most_frequent(labels: np.ndarray, most: int) -> np.ndarray:
+def frequent_labels(labels: np.ndarray, max_labels: int) -> np.ndarray:
     """Indices of the labels, bool [N, L], with the most positives; of equal ones, the first."""
-    return np.argsort(-labels.sum(axis=0), kind="stable")[:most]
+    return np.argsort(-labels.sum(axis=0), kind="stable")[:max_labels]
 
 
 def label_curves(
@@ -125,7 +127,7 @@ def label_curves(
 
 
 def precision_recall(probabilities: np.ndarray, positive: np.ndarray) -> dict[str, list[float]]:
-    """Points of the precision-recall curve: recall's levels, each as the first cut reaches it.
+    """Points of the precision-recall curve: levels of recall, each at the first cut to reach it.
 
     Returns:
       `recall`, `precision` and the lowest `score` predicted, from the strictest cut down, at most
@@ -144,7 +146,7 @@ def precision_recall(probabilities: np.ndarray, positive: np.ndarray) -> dict[st
 
 
 def reliability(probabilities: np.ndarray, positive: np.ndarray) -> dict[str, list[float]]:
-    """Bins of equal mass, equal scores never parted, as the calibration error has them.
+    """The calibration error's bins: of equal mass, equal scores never parted.
 
     Returns:
       Of each bin the `documents`, the mean `probability`, the `share` of positives, and its 95 %
@@ -170,16 +172,16 @@ def reliability(probabilities: np.ndarray, positive: np.ndarray) -> dict[str, li
     }
 
 
-def cooccurrence(scored: CalibratedPredictions, thresholds: np.ndarray) -> dict[str, Any]:
+def cooccurrence(predictions: CalibratedPredictions, thresholds: np.ndarray) -> dict[str, Any]:
     """Documents in which two labels occur together, `true` and `predicted`.
 
     Returns:
       `labels`, indices of the most frequent ones, and both matrices of counts over them, whose
       diagonals count each label alone.
     """
-    chosen = most_frequent(scored.labels, MAX_COOCCURRENCE_LABELS)
-    true = scored.labels[:, chosen].astype(np.float64)
-    predicted = (scored.probabilities[:, chosen] >= thresholds[chosen]).astype(np.float64)
+    chosen = frequent_labels(predictions.labels, MAX_COOCCURRENCE_LABELS)
+    true = predictions.labels[:, chosen].astype(np.float64)
+    predicted = (predictions.probabilities[:, chosen] >= thresholds[chosen]).astype(np.float64)
     return {
         "labels": chosen.tolist(),
         "true": (true.T @ true).astype(np.int64).tolist(),
@@ -188,35 +190,34 @@ def cooccurrence(scored: CalibratedPredictions, thresholds: np.ndarray) -> dict[
 
 
 def confident_mistakes(
-    scored: CalibratedPredictions, thresholds: np.ndarray
+    predictions: CalibratedPredictions, thresholds: np.ndarray
 ) -> dict[str, list[dict[str, Any]]]:
-    """The mistakes that the model was surest of, at most one a document and kind.
+    """The mistakes that the model was surest of, of each kind at most one a document.
 
     Returns:
       `false_positives` by falling, `missed` by rising probability: each with the `document` (its
       id), its `index` in the split, `label`, `probability`, `threshold`, and the indices of the
       document's labels, `true` and `predicted`, at most `MAX_NAMED_LABELS` each.
     """
-    found: dict[str, list[dict[str, Any]]] = {"false_positives": [], "missed": []}
-    for kind, mistakes in found.items():
-        used: set[int] = set()
-        for document, label in _surest(scored, thresholds, is_missed=kind == "missed"):
-            if document in used:
-                continue
-            used.add(document)
-            mistakes.append(_describe(scored, thresholds, document, label))
-            if len(mistakes) == MAX_MISTAKES:
-                break
+    found = {}
+    for kind in ("false_positives", "missed"):
+        surest: dict[int, int] = {}
+        for document, label in _surest(predictions, thresholds, is_missed=kind == "missed"):
+            surest.setdefault(document, label)
+        found[kind] = [
+            _describe(predictions, thresholds, document, label)
+            for document, label in list(surest.items())[:MAX_MISTAKES]
+        ]
     return found
 
 
 def _surest(
-    scored: CalibratedPredictions, thresholds: np.ndarray, is_missed: bool
+    predictions: CalibratedPredictions, thresholds: np.ndarray, is_missed: bool
 ) -> list[tuple[int, int]]:
     """(document, label) of a few mistakes of each label, the surest of all first."""
     candidates = []
     for label, threshold in enumerate(thresholds):
-        scores, positive = scored.probabilities[:, label], scored.labels[:, label]
+        scores, positive = predictions.probabilities[:, label], predictions.labels[:, label]
         predicted = scores >= threshold
         wrong = np.flatnonzero(~predicted & positive if is_missed else predicted & ~positive)
         keys = scores[wrong] if is_missed else -scores[wrong]
@@ -226,19 +227,19 @@ def _surest(
 
 
 def _describe(
-    scored: CalibratedPredictions, thresholds: np.ndarray, document: int, label: int
+    predictions: CalibratedPredictions, thresholds: np.ndarray, document: int, label: int
 ) -> dict[str, Any]:
-    scores = scored.probabilities[document]
+    scores = predictions.probabilities[document]
     predicted = np.flatnonzero(scores >= thresholds)
     by_score = predicted[np.argsort(-scores[predicted], kind="stable")]
     threshold = float(thresholds[label])
     return {
-        "document": scored.ids[document],
-        "index": int(scored.indices[document]),
+        "document": predictions.ids[document],
+        "index": int(predictions.indices[document]),
         "label": label,
         "probability": float(scores[label]),
         "threshold": None if np.isnan(threshold) else threshold,
-        "true": np.flatnonzero(scored.labels[document])[:MAX_NAMED_LABELS].tolist(),
+        "true": np.flatnonzero(predictions.labels[document])[:MAX_NAMED_LABELS].tolist(),
         "predicted": by_score[:MAX_NAMED_LABELS].tolist(),
     }
 

@@ -1,10 +1,10 @@
-"""Histograms of scores, and the metrics of what they stand for with bounds on their error.
+"""Histograms of scores, and bounds on how far metrics of them can be off (NumPy only).
 
-Where documents x labels do not fit into memory, each label keeps counts of its documents and of
-its positives over bins of log-odds, 1/256 wide from -32 to 32 with open ends: 128 KiB a label,
-however many documents. Log-odds rather than probabilities, because scale and shift keep bins whole
-and a rare label's scores all lie near 0. Every bound is worked out from the counts themselves, as
-what the least and the most favourable scores within the bins would give (NumPy only).
+Where documents x labels do not fit into memory, each label keeps counts of its documents and of its
+positives over bins of log-odds, 1/256 wide from -32 to 32 with open ends. That takes 128 KiB a
+label for any number of documents. The bins are of log-odds, not of probabilities: scale and shift
+map a bin to a bin, and the probabilities of a rare label all lie near 0. Every bound follows from
+the counts: it is what the worst and the best scores within the bins would give.
 """
 
 from dataclasses import dataclass
@@ -28,7 +28,7 @@ class Histograms:
 
     Attributes:
       documents: uint32 or wider [L, B], of each bin.
-      positives: alike [L, B], those of them that have the label.
+      positives: of the same type [L, B], those of them that have the label.
       lowest, highest: float64 [L], the outermost scores, which close the open bins.
     """
 
@@ -39,7 +39,7 @@ class Histograms:
 
     @classmethod
     def empty(cls, num_labels: int, dtype: type = np.uint32) -> "Histograms":
-        """Of no documents yet; `dtype` is that of the counts."""
+        """Histograms of no documents yet; `dtype` is that of the counts."""
         shape = (num_labels, NUM_BINS)
         return cls(
             np.zeros(shape, dtype),
@@ -56,7 +56,7 @@ class Histograms:
           labels: bool [D, L].
         """
         for block in label_blocks(*log_odds.shape):
-            # Each label's scores side by side, and a copy that fits into a cache.
+            # Contiguous for each label, and small enough for a cache.
             bins = bin_indices(np.ascontiguousarray(log_odds[:, block].T))
             for counts, row in zip(self.documents[block], bins, strict=True):
                 counts += np.bincount(row, minlength=NUM_BINS).astype(counts.dtype)
@@ -76,7 +76,7 @@ class Histograms:
         )
 
     def of_labels(self, block: slice | np.ndarray) -> "Histograms":
-        """Some of the labels."""
+        """The histograms of some of the labels."""
         return Histograms(
             self.documents[block], self.positives[block], self.lowest[block], self.highest[block]
         )
@@ -92,7 +92,7 @@ class Histograms:
 
 
 def cuts_of_bins(documents: np.ndarray, positives: np.ndarray) -> Cuts:
-    """The cuts at lower edges of bins of so many documents, int [..., B], from the highest down."""
+    """The cuts at the bins' lower edges, from the highest down, of counts int [..., B]."""
     return Cuts(
         np.broadcast_to(LOWER_EDGES[::-1], documents.shape),
         np.cumsum(documents[..., ::-1], axis=-1, dtype=np.int64),
@@ -104,17 +104,17 @@ def cuts_of_bins(documents: np.ndarray, positives: np.ndarray) -> Cuts:
 def bin_indices(log_odds: np.ndarray) -> np.ndarray:
     """The bin of every score, int64, open ends included."""
     places = (log_odds + LIMIT) * (1 / BIN_WIDTH)
-    # What is cut off toward zero is positive, so that it is rounded down.
+    # astype cuts off toward zero, which rounds down because nothing is negative.
     return np.clip(places, 0, NUM_BINS - 1, out=places).astype(np.int64)
 
 
 def bound_average_precision(cuts: Cuts, value: np.ndarray) -> np.ndarray:
     """How far the average precision of the scores can be from that of the cuts, float64 [...].
 
-    A positive counts the precision of a cut that predicts it. With T true of K predicted above a
-    bin of p positives and n negatives, no cut within it is more precise than (T + p) / (K + p),
-    and the j-th positive is at worst at (T + j) / (K + n + j): concave in j, so that the sum over
-    j is at least p times the mean of the first and the last.
+    A positive counts the precision of the cut that first predicts it. Let T of K predicted
+    documents above a bin be true, and the bin have p positives and n negatives. No cut within it
+    is more precise than (T + p) / (K + p). The j-th positive is at worst at (T + j) / (K + n + j),
+    which is concave in j: the sum over j is at least p times the mean of the first and the last.
     """
     gained = np.diff(cuts.true_positives, prepend=0, axis=-1)
     negatives = np.diff(cuts.predicted, prepend=0, axis=-1) - gained
@@ -139,8 +139,8 @@ def bound_roc_auc(cuts: Cuts) -> np.ndarray:
     return share((gained * negatives / 2).sum(axis=-1), pairs)
 
 
-def most_favourable(cuts: Cuts) -> Cuts:
-    """Cuts no worse than any within the bins: each takes a bin's positives, no negatives of it."""
+def bound_cuts(cuts: Cuts) -> Cuts:
+    """Cuts no worse than any within the bins: each takes a bin's positives, not its negatives."""
     gained = np.diff(cuts.true_positives, prepend=0, axis=-1)
     negatives = np.diff(cuts.predicted, prepend=0, axis=-1) - gained
     return Cuts(cuts.scores, cuts.predicted - negatives, cuts.true_positives, cuts.positives)

@@ -1,7 +1,8 @@
 """Bootstrap confidence intervals of the headline metrics (NumPy only).
 
-Documents are drawn again with replacement (Efron 1979), all labels of a document together, as
-often as there are documents. All resamples are worked on at once, as counts of each document.
+A resample draws as many documents as there are, with replacement (Efron 1979), each with all of
+its labels. It is held as counts, how often each document was drawn, and many resamples are worked
+on at once.
 """
 
 from dataclasses import dataclass
@@ -12,27 +13,24 @@ from trainer.evaluation.metrics import equal_mass_starts, is_counted
 from trainer.evaluation.ranking import share
 
 LEVEL = 0.95
-# Counts of documents x resamples that are worked on at once, and x labels in all; more documents
-# are resampled less often, because their intervals are narrow.
+# Counts of documents x resamples that are worked on at once, and of documents x labels x resamples
+# in all. Large splits are resampled less often: their intervals are narrow.
 _BLOCK_COUNTS = 1 << 18
 _TOTAL_COUNTS = 4e8
-_FEWEST_RESAMPLES = 100
-
-INTERVALS = (
-    "micro_f1",
-    "macro_f1",
-    "mean_average_precision",
-    "macro_roc_auc",
-    "expected_calibration_error",
-)
+_MIN_RESAMPLES = 100
 
 
 @dataclass(frozen=True)
 class _Ranked:
-    """One label's documents by rising score, and where its groups of equal scores with a positive
-    in them start and end.
+    """One label's documents by rising score, in groups of equal scores.
 
-    `gaps` are probability - truth in that order, and `bins` the starts of its calibration bins.
+    Attributes:
+      order: int64 [N], the documents by rising score; the places below are in this order.
+      positive: int64 [P], places of the positives.
+      starts, ends: int64 [G], of the groups with a positive in them.
+      first_positives: int64 [G], where the positives of each group start among the P.
+      gaps: float32 [N], probability - truth.
+      bins: int64, the starts of the calibration bins.
     """
 
     order: np.ndarray
@@ -44,10 +42,10 @@ class _Ranked:
     bins: np.ndarray
 
 
-def count_resamples(most: int, num_documents: int, num_labels: int) -> int:
-    """How often to resample: `most` times for small splits, down to a hundred for large ones."""
+def count_resamples(max_resamples: int, num_documents: int, num_labels: int) -> int:
+    """How often to resample: `max_resamples` for small splits, down to a hundred for large ones."""
     affordable = int(_TOTAL_COUNTS / max(num_documents * num_labels, 1))
-    return min(most, max(_FEWEST_RESAMPLES, affordable))
+    return min(max_resamples, max(_MIN_RESAMPLES, affordable))
 
 
 def resample_metrics(
@@ -59,8 +57,7 @@ def resample_metrics(
 ) -> dict[str, np.ndarray]:
     """The headline metrics of resampled documents.
 
-    The bins of the calibration error and the labels that it is a mean over stay those of the
-    documents themselves.
+    The calibration error keeps the bins, and its mean the labels, of the documents themselves.
 
     Args:
       probabilities: float [N, L].
@@ -70,7 +67,8 @@ def resample_metrics(
       seed: of the draws.
 
     Returns:
-      float64 [R] for each name of `INTERVALS`; NaN where a resample leaves a metric undefined.
+      float64 [R] for `micro_f1`, `macro_f1`, `mean_average_precision`, `macro_roc_auc` and
+      `expected_calibration_error`; NaN where a resample leaves a metric undefined.
     """
     random = np.random.default_rng(seed)
     num_documents = len(labels)
@@ -174,8 +172,8 @@ def confidence_intervals(
 ) -> dict[str, tuple[float, float]]:
     """95 % intervals: the resamples' percentiles, moved so that their mean is the value itself.
 
-    Resampling adds noise to noise, which makes a calibration error larger and a macro F1 smaller
-    than they are; the move takes that back. Of a sample of documents, the spread is scaled by the
+    Resampling adds noise to noise, which makes a calibration error larger and a macro-F1 smaller
+    than they are; the move takes that back. For a sample of documents, the spread is scaled by the
     root of its share of all documents.
 
     Args:

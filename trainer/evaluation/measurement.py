@@ -1,10 +1,10 @@
-"""A split's metrics: exact where its predictions fit into memory, from histograms where not.
+"""A split's metrics: exact where its predictions fit into memory, binned where they do not.
 
-Calibration error, Brier score and log-loss of histograms, with bounds (NumPy only).
+Binned metrics come from histograms of log-odds, each with a bound on its error (NumPy only).
 """
 
 from dataclasses import dataclass
-from typing import Any, Protocol
+from typing import Any
 
 import numpy as np
 
@@ -21,25 +21,203 @@ from trainer.evaluation.histograms import (
     bound_roc_auc,
 )
 from trainer.evaluation.metrics import (
+    BLOCK_CELLS,
     CALIBRATION_BINS,
     TINY,
     compute_metrics,
+    count_decisions,
     count_labels,
     decision_metrics,
     is_counted,
     mean_of_defined,
     probability_metrics,
     ranking_metrics,
-    sum_over_documents,
+    score_documents,
 )
 from trainer.evaluation.predictions import CalibratedPredictions, Predictions, concatenate
-from trainer.evaluation.ranking import average_precision, label_blocks, roc_auc
+from trainer.evaluation.ranking import Cuts, average_precision, label_blocks, roc_auc
+
+# What exact metrics take at their peak, for each document and label that is held.
+BYTES_PER_CELL = 100
+# GiB that they may take, unless told otherwise.
+EXACT_MEMORY = 4.0
+# Cells of documents x labels of the sample that stands for a split that does not fit.
+SAMPLE_CELLS = 1 << 24
+_SAMPLE_SEED = 0
+BINNED = (
+    f"binned: log-odds after the exact correction in bins of {BIN_WIDTH:g} from {-LIMIT:g} to "
+    f"{LIMIT:g} with open ends, those of the micro metrics after calibration; precision, recall, "
+    "F1 and the metrics of single documents are exact; error_bounds and the _bound of each label "
+    "hold the most that each of the others can be off by; threshold_shortfall is the most that a "
+    "label's threshold, at the edge of a bin, can miss on the calibration split, and the global "
+    "one is as good as if every score were moved by at most half a bin; calibration saw "
+    f"logits moved by at most {BINS_PER_GROUP * BIN_WIDTH:g}, their mean kept; intervals, slices "
+    "and trivial are of a uniform sample of documents"
+)
+
+
+def fits_exactly(num_documents: int, num_labels: int, gibibytes: float) -> bool:
+    """Whether exact metrics of so many documents stay within so much memory."""
+    return num_documents * num_labels * BYTES_PER_CELL <= gibibytes * 2**30
+
+
+@dataclass(frozen=True)
+class Measured:
+    """A split's metrics, and the documents to draw, resample and slice.
+
+    Attributes:
+      metrics: as `compute_metrics` has them; those of the raw sigmoid have names in `_before`; of
+        a binned measurement there is `error_bounds` too, floats by the name of a metric.
+      documents: all of the split, or a uniform sample.
+      num_documents: of the split.
+    """
+
+    metrics: dict[str, Any]
+    documents: Predictions
+    num_documents: int
+
+    def calibrated(self, calibration: Calibration) -> CalibratedPredictions:
+        """The documents with their probabilities."""
+        documents = self.documents
+        return CalibratedPredictions(
+            documents.ids,
+            documents.indices,
+            calibration.probabilities(documents.logits).astype(np.float32),
+            sigmoid(documents.logits).astype(np.float32),
+            documents.labels,
+            self.num_documents,
+        )
+
+
+class ExactMeasurement:
+    """The metrics of a split whose predictions come block by block and are all kept."""
+
+    def __init__(self, calibration: Calibration, thresholds: np.ndarray) -> None:
+        self._calibration = calibration
+        self._thresholds = thresholds
+        self._blocks: list[Predictions] = []
+
+    def add(self, block: Predictions) -> None:
+        """Keeps a block of documents."""
+        self._blocks.append(block)
+
+    def result(self) -> Measured:
+        """The metrics of all documents that were added."""
+        documents = concatenate(self._blocks)
+        logits, labels = documents.logits, documents.labels
+        probabilities = self._calibration.probabilities(logits)
+        metrics = compute_metrics(probabilities, labels, self._thresholds)
+        before, columns = probability_metrics(sigmoid(logits), labels, "_before")
+        metrics |= before
+        metrics["per_label"] |= columns
+        return Measured(metrics, documents, len(labels))
+
+
+class StreamedMeasurement:
+    """`ExactMeasurement` by histograms, in memory that does not grow with the documents.
+
+    It keeps a uniform sample of the split, the same for any order of its documents.
+    """
+
+    def __init__(
+        self,
+        num_documents: int,
+        log_weights: np.ndarray,
+        calibration: Calibration,
+        thresholds: np.ndarray,
+    ) -> None:
+        """Starts without documents.
+
+        Args:
+          num_documents: that will come.
+          log_weights: float64 [L], taken off the logits before they are binned.
+          calibration: of the raw logits.
+          thresholds: float64 [L], NaN: never predicted.
+        """
+        num_labels = len(log_weights)
+        self._num_documents = num_documents
+        self._log_weights = log_weights
+        self._calibration = calibration
+        self._thresholds = thresholds
+        self._histograms = Histograms.empty(num_labels)
+        self._pooled = Histograms.empty(1, np.uint64)
+        self._counts = np.zeros((3, num_labels), np.int64)
+        self._sums: dict[str, float] = {}
+        size = min(num_documents, max(1, SAMPLE_CELLS // num_labels))
+        random = np.random.default_rng(_SAMPLE_SEED)
+        self._sampled = random.choice(num_documents, size, replace=False)
+        self._sample: list[Predictions] = []
+
+    def add(self, block: Predictions) -> None:
+        """Counts a block of documents."""
+        self._sample.append(block.chosen(np.isin(block.indices, self._sampled)))
+        self._histograms.add(block.logits - self._log_weights, block.labels)
+        rows = max(1, BLOCK_CELLS // len(self._log_weights))
+        for start in range(0, len(block.ids), rows):
+            part = slice(start, start + rows)
+            self._add_decisions(block.logits[part], block.labels[part])
+
+    def _add_decisions(self, logits: np.ndarray, labels: np.ndarray) -> None:
+        log_odds = self._calibration.scale * logits + self._calibration.shift
+        self._pooled.add(log_odds.reshape(-1, 1), labels.reshape(-1, 1))
+        probabilities = sigmoid(log_odds)
+        predicted = probabilities >= self._thresholds
+        self._counts += count_decisions(predicted, labels)
+        for name, values in score_documents(probabilities, predicted, labels).items():
+            self._sums[name] = self._sums.get(name, 0.0) + float(values.sum())
+
+    def result(self) -> Measured:
+        """The metrics of all documents that were added, with the bounds of the binned ones."""
+        scale, log_weights, support = self._calibration.scale, self._log_weights, self._counts[2]
+        shift = self._calibration.shift + scale * log_weights
+        overall, columns = decision_metrics(self._counts)
+        values, bounds = self._rank_every_label()
+        pooled = _rank(self._pooled.cuts())[..., 0]
+        after = binned_probability_metrics(self._histograms, scale, shift)
+        before = binned_probability_metrics(
+            self._histograms, np.ones_like(scale), log_weights, "_before"
+        )
+        # The means of bounds, weighted like the values, bound the means.
+        of_rankings = ranking_metrics(bounds, pooled[1], support)
+        metrics = {
+            **overall,
+            **ranking_metrics(values, pooled[0], support),
+            **{name: value / self._num_documents for name, value in self._sums.items()},
+            **after[0],
+            **before[0],
+            **count_labels(values, support, self._num_documents),
+            "error_bounds": of_rankings | after[2] | before[2],
+            "per_label": {"support": support, "threshold": self._thresholds}
+            | columns
+            | {"average_precision": values[0], "roc_auc": values[1]}
+            | {"average_precision_bound": bounds[0], "roc_auc_bound": bounds[1]}
+            | after[1]
+            | before[1],
+        }
+        return Measured(metrics, concatenate(self._sample), self._num_documents)
+
+    def _rank_every_label(self) -> np.ndarray:
+        """Average precision and ROC-AUC of each label, and their bounds, float64 [2, 2, L]."""
+        ranked = np.full((2, 2, len(self._log_weights)), np.nan)
+        for block in label_blocks(NUM_BINS, len(self._log_weights)):
+            ranked[..., block] = _rank(self._histograms.of_labels(block).cuts())
+        return ranked
+
+
+Measurement = ExactMeasurement | StreamedMeasurement
+
+
+def _rank(cuts: Cuts) -> np.ndarray:
+    """Average precision and ROC-AUC of lists of scores, and their bounds, float64 [2, 2, ...]."""
+    precision = average_precision(cuts)
+    bounds = bound_average_precision(cuts, precision), bound_roc_auc(cuts)
+    return np.array([(precision, roc_auc(cuts)), bounds])
 
 
 def binned_probability_metrics(
     histograms: Histograms, scale: np.ndarray, shift: np.ndarray, suffix: str = ""
 ) -> tuple[dict[str, Any], dict[str, np.ndarray], dict[str, float]]:
-    """What `probability_metrics` gives of documents, of their histograms.
+    """`probability_metrics` of documents of which there are histograms only.
 
     Args:
       histograms: of L labels.
@@ -107,10 +285,15 @@ def _calibration_error(
 ) -> tuple[float, float]:
     """Expected calibration error of one label's nonempty bins, and its error's bound.
 
-    The bins of equal mass start at histogram bins. What the error is off by: the probabilities'
-    distance from the middles; and, twice, the sum of (probability - truth) over the documents
-    that another edge would put on its other side, all of one bin and no more than lie between the
-    bin's start and the edge's rank: at most those negatives, or those positives.
+    The bins of equal mass start at histogram bins. Two things make the error. The probabilities
+    are off by their distance from the middles. And another edge of a bin of equal mass would put
+    some documents on its other side: their sum of (probability - truth) counts twice. They all lie
+    in one histogram bin, and are no more than lie between its start and the edge's rank: at most
+    as many of its negatives, or of its positives.
+
+    Args:
+      positives, negatives: float [B], documents of each bin.
+      probabilities: float [3, B], at the middle and both ends of each bin.
     """
     middle, low, high = probabilities
     documents = positives + negatives
@@ -128,224 +311,3 @@ def _calibration_error(
     rounded = documents @ np.maximum(high - middle, middle - low)
     bound = (rounded + 2 * misplaced.sum()) / total
     return np.abs(gaps).sum() / total, min(bound, 1.0)
-
-
-# What exact metrics take at their peak, for each document and label of what is held.
-BYTES_PER_CELL = 100
-# GiB that they may take, unless told otherwise.
-EXACT_MEMORY = 4.0
-# Cells of documents x labels of the sample that stands for a split that does not fit, and those
-# whose probabilities are worked out at once.
-SAMPLE_CELLS = 1 << 24
-_BLOCK_CELLS = 1 << 18
-_SAMPLE_SEED = 0
-BINNED = (
-    f"binned: log-odds after the exact correction in bins of {BIN_WIDTH:g} from {-LIMIT:g} to "
-    f"{LIMIT:g} with open ends, those of the micro metrics after calibration; precision, recall, "
-    "F1 and the metrics of single documents are exact; error_bounds and the _bound of each label "
-    "hold the most that each of the others can be off by; threshold_shortfall is the most that a "
-    "label's threshold, at the edge of a bin, can miss on the calibration split, and the global "
-    "one is as good as if every score were moved by at most half a bin; calibration saw "
-    f"logits moved by at most {BINS_PER_GROUP * BIN_WIDTH:g}, their mean kept; intervals, slices "
-    "and trivial are of a uniform sample of documents"
-)
-
-
-def fits_exactly(num_documents: int, num_labels: int, gibibytes: float) -> bool:
-    """Whether exact metrics of so many documents stay within so much memory."""
-    return num_documents * num_labels * BYTES_PER_CELL <= gibibytes * 2**30
-
-
-def deviations(logits: np.ndarray, calibration: Calibration) -> np.ndarray:
-    """Standard deviation of each label's calibrated log-odds over documents, float64 [L]."""
-    return calibration.scale * np.std(logits, axis=0, dtype=np.float64)
-
-
-@dataclass(frozen=True)
-class Measured:
-    """A split's metrics, and the documents to draw, resample and slice.
-
-    Attributes:
-      metrics: as `compute_metrics` has them; those of the raw sigmoid have names in `_before`; of
-        a binned measurement there is `error_bounds` too, floats by the name of a metric.
-      documents: all of the split, or a uniform sample.
-      num_documents: of the split.
-    """
-
-    metrics: dict[str, Any]
-    documents: Predictions
-    num_documents: int
-
-    def scored(self, calibration: Calibration) -> CalibratedPredictions:
-        """The documents with their probabilities."""
-        documents = self.documents
-        return CalibratedPredictions(
-            documents.ids,
-            documents.indices,
-            calibration.probabilities(documents.logits).astype(np.float32),
-            sigmoid(documents.logits).astype(np.float32),
-            documents.labels,
-            self.num_documents,
-            documents.slices,
-        )
-
-
-class Measurement(Protocol):
-    """The metrics of a split whose predictions come block by block."""
-
-    def add(self, block: Predictions) -> None:
-        """Counts a block of documents."""
-
-    def result(self) -> Measured:
-        """The metrics of all documents that were added."""
-
-
-class ExactMeasurement:
-    """A `Measurement` that keeps all predictions."""
-
-    def __init__(self, calibration: Calibration, thresholds: np.ndarray) -> None:
-        self._calibration = calibration
-        self._thresholds = thresholds
-        self._blocks: list[Predictions] = []
-
-    def add(self, block: Predictions) -> None:
-        """Keeps a block of documents."""
-        self._blocks.append(block)
-
-    def result(self) -> Measured:
-        """The metrics of all documents that were added."""
-        documents = concatenate(self._blocks)
-        logits, labels = documents.logits, documents.labels
-        probabilities = self._calibration.probabilities(logits)
-        metrics = compute_metrics(probabilities, labels, self._thresholds)
-        before, columns = probability_metrics(sigmoid(logits), labels, "_before")
-        metrics |= before
-        metrics["per_label"] |= columns
-        return Measured(metrics, documents, len(labels))
-
-
-class Sample:
-    """A uniform sample of a split's documents, the same whatever order they come in."""
-
-    def __init__(self, num_documents: int, num_labels: int) -> None:
-        size = min(num_documents, max(1, SAMPLE_CELLS // num_labels))
-        random = np.random.default_rng(_SAMPLE_SEED)
-        self._chosen = random.choice(num_documents, size, replace=False)
-        self._blocks: list[Predictions] = []
-
-    def add(self, block: Predictions) -> None:
-        """Keeps those of the block's documents that the sample has."""
-        self._blocks.append(block.chosen(np.isin(block.indices, self._chosen)))
-
-    def documents(self) -> Predictions:
-        """The sample, in the order of the shards."""
-        return concatenate(self._blocks)
-
-
-class StreamedMeasurement:
-    """A `Measurement` in memory that does not grow with the documents."""
-
-    def __init__(
-        self,
-        num_documents: int,
-        log_weights: np.ndarray,
-        calibration: Calibration,
-        thresholds: np.ndarray,
-    ) -> None:
-        """Starts without documents.
-
-        Args:
-          num_documents: that will come.
-          log_weights: float64 [L], taken off the logits before they are binned.
-          calibration: of the raw logits.
-          thresholds: float64 [L], NaN: never predicted.
-        """
-        num_labels = len(log_weights)
-        self._num_documents = num_documents
-        self._log_weights = log_weights
-        self._calibration = calibration
-        self._thresholds = thresholds
-        self._histograms = Histograms.empty(num_labels)
-        self._pooled = Histograms.empty(1, np.uint64)
-        self._counts = np.zeros((3, num_labels), np.int64)
-        self._sums: dict[str, float] = {}
-        self._sample = Sample(num_documents, num_labels)
-
-    def add(self, block: Predictions) -> None:
-        """Counts a block of documents."""
-        self._sample.add(block)
-        self._histograms.add(block.logits - self._log_weights, block.labels)
-        rows = max(1, _BLOCK_CELLS // len(self._log_weights))
-        for start in range(0, len(block.ids), rows):
-            part = slice(start, start + rows)
-            self._add_decisions(block.logits[part], block.labels[part])
-
-    def _add_decisions(self, logits: np.ndarray, labels: np.ndarray) -> None:
-        calibration = self._calibration
-        log_odds = calibration.scale * logits + calibration.shift
-        self._pooled.add(log_odds.reshape(-1, 1), labels.reshape(-1, 1))
-        probabilities = sigmoid(log_odds)
-        predicted = probabilities >= self._thresholds
-        self._counts += [
-            np.count_nonzero(matrix, axis=0) for matrix in (predicted & labels, predicted, labels)
-        ]
-        sums = sum_over_documents(probabilities, predicted, labels)
-        self._sums = {name: self._sums.get(name, 0.0) + value for name, value in sums.items()}
-
-    def result(self) -> Measured:
-        """The metrics of all that was added, with the bounds of those that are binned."""
-        right, num_predicted, support = self._counts
-        overall, columns = decision_metrics(right, num_predicted, support)
-        ranking, ranking_columns, bounds = self._ranking(support)
-        calibration, log_weights = self._calibration, self._log_weights
-        after = self._of_probabilities(
-            calibration.scale, calibration.shift + calibration.scale * log_weights, ""
-        )
-        before = self._of_probabilities(np.ones_like(log_weights), log_weights, "_before")
-        means = {name: value / self._num_documents for name, value in self._sums.items()}
-        precisions, areas = (ranking_columns[name] for name in ("average_precision", "roc_auc"))
-        metrics = {
-            **overall,
-            **ranking,
-            **means,
-            **after[0],
-            **before[0],
-            **count_labels(precisions, areas, support, self._num_documents),
-            "error_bounds": bounds | after[2] | before[2],
-            "per_label": {"support": support, "threshold": self._thresholds}
-            | columns
-            | ranking_columns
-            | after[1]
-            | before[1],
-        }
-        return Measured(metrics, self._sample.documents(), self._num_documents)
-
-    def _of_probabilities(self, scale: np.ndarray, shift: np.ndarray, suffix: str) -> Any:
-        return binned_probability_metrics(self._histograms, scale, shift, suffix)
-
-    def _ranking(
-        self, support: np.ndarray
-    ) -> tuple[dict[str, float], dict[str, np.ndarray], dict[str, float]]:
-        """Average precision and ROC-AUC: overall, as columns, and the bounds of the overall."""
-        names = "average_precision", "roc_auc"
-        values, bounds = np.full((2, 2, len(support)), np.nan)
-        for block in label_blocks(NUM_BINS, len(support)):
-            cuts = self._histograms.of_labels(block).cuts()
-            values[:, block] = average_precision(cuts), roc_auc(cuts)
-            bounds[:, block] = bound_average_precision(cuts, values[0, block]), bound_roc_auc(cuts)
-        pooled = self._pooled.cuts()
-        micro = average_precision(pooled)
-        overall = ranking_metrics(values[0], values[1], support)
-        # The means of bounds bound the means, weighted alike.
-        of_means = ranking_metrics(bounds[0], bounds[1], support)
-        of_micro = bound_average_precision(pooled, micro), bound_roc_auc(pooled)
-        overall |= {
-            "micro_average_precision": float(micro[0]),
-            "micro_roc_auc": float(roc_auc(pooled)[0]),
-        }
-        of_means |= {
-            f"micro_{name}": float(bound[0]) for name, bound in zip(names, of_micro, strict=True)
-        }
-        columns = dict(zip(names, values, strict=True))
-        columns |= {f"{name}_bound": row for name, row in zip(names, bounds, strict=True)}
-        return overall, columns, of_means

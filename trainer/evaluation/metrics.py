@@ -1,16 +1,12 @@
-"""Multi-label metrics, exact with tied scores (NumPy only).
+"""Multi-label metrics of decisions, rankings, probabilities and single documents (NumPy only).
 
-The conventions, which CONVENTIONS states for readers of metrics.json, are scikit-learn's with
-zero_division=0, and labels for which a ranking metric is undefined are left out and counted.
-
-How far probabilities are from what happens, label by label (NumPy only).
-
-Metrics of one document at a time, and their means over documents (NumPy only).
-
-Each is a mean over documents, so they stream: blocks of documents give sums.
+Tied scores are treated exactly. The conventions, which `CONVENTIONS` states for readers of
+metrics.json, are scikit-learn's with zero_division=0. Labels for which a ranking metric is
+undefined are left out of its means and counted.
 """
 
 import logging
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
@@ -27,19 +23,188 @@ CALIBRATION_BINS = 10
 CALIBRATION_PREVALENCE = (0.01, 0.5)
 # What a probability of 0 or 1 counts as in a logarithm.
 TINY = float(np.finfo(np.float64).eps)
+TOP_K = (1, 3, 5)
+# A model whose labels all have log-odds with a smaller standard deviation over documents predicts
+# the same for every document.
+CONSTANT_LOG_ODDS = 0.05
+CONVENTIONS = {
+    "prediction": "a label is predicted where its probability >= its threshold; null: never",
+    "f1_precision_recall": "0 for 0/0; macro over all labels, weighted by their positives, samples "
+    "over all documents",
+    "average_precision": "sum of precision x gain of recall over distinct scores; labels without "
+    "positives are left out of the mean",
+    "roc_auc": "ties count one half; labels of one class are left out of the mean",
+    "at_k": "among a document's k highest labels, equal scores in all their orders; 0 for a "
+    "document without labels",
+    "label_ranking_average_precision": "1 for a document without labels, or with all of them",
+    "expected_calibration_error": f"{CALIBRATION_BINS} bins of equal mass, equal scores never "
+    "parted; macro over labels of 1 to 50 % prevalence in the reported split",
+    "brier_score": "mean over labels and documents of (probability - truth) squared",
+    "log_loss": "mean over labels and documents, in nats; no probability nearer to 0 or 1 than "
+    "2.2e-16",
+    "before": "of the plain sigmoid of the logits, before any correction or fit",
+}
+# Cells of documents x labels that are compared at once.
+BLOCK_CELLS = 1 << 18
+_logger = logging.getLogger(__name__)
+
+
+def compute_metrics(
+    probabilities: np.ndarray, labels: np.ndarray, thresholds: np.ndarray
+) -> dict[str, Any]:
+    """All metrics of a split under `CONVENTIONS`.
+
+    Args:
+      probabilities: float [N, L].
+      labels: bool [N, L].
+      thresholds: float [L]; NaN for a label that is never predicted.
+
+    Returns:
+      Floats (NaN where undefined) and counts by name, and `per_label`, a dict of arrays [L]:
+      `support`, `threshold`, `predicted`, `precision`, `recall`, `f1`, `average_precision`,
+      `roc_auc`, `expected_calibration_error`, `brier_score` and `log_loss`.
+    """
+    labels = np.asarray(labels, bool)
+    predicted = probabilities >= thresholds
+    counts = count_decisions(predicted, labels)
+    support = counts[2]
+    overall, columns = decision_metrics(counts)
+    rankings = rank_every_label(probabilities, labels)
+    pooled = rank_cuts(probabilities.ravel(), labels.ravel())
+    of_probabilities, probability_columns = probability_metrics(probabilities, labels)
+    return {
+        **overall,
+        **ranking_metrics(rankings, (average_precision(pooled), roc_auc(pooled)), support),
+        **mean_over_documents(probabilities, predicted, labels),
+        **of_probabilities,
+        **count_labels(rankings, support, len(labels)),
+        "per_label": {"support": support, "threshold": np.asarray(thresholds)}
+        | columns
+        | {"average_precision": rankings[0], "roc_auc": rankings[1]}
+        | probability_columns,
+    }
+
+
+def count_decisions(predicted: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """True positives, predictions and positives of each label, int64 [3, L], of bool [N, L]."""
+    matrices = predicted & labels, predicted, labels
+    return np.stack([np.count_nonzero(matrix, axis=0) for matrix in matrices])
+
+
+def decision_metrics(counts: np.ndarray) -> tuple[dict[str, float], dict[str, np.ndarray]]:
+    """Precision, recall and F1 of `count_decisions`: overall, and as columns [L].
+
+    Returns:
+      `micro_f1`, `macro_recall`, `weighted_precision` and so on; and `predicted`, `precision`,
+      `recall` and `f1` of each label, 0 for 0/0.
+    """
+    columns, micro = _precision_recall_f1(*counts), _precision_recall_f1(*counts.sum(axis=1))
+    support = counts[2]
+    overall = {}
+    for name, values in columns.items():
+        overall[f"micro_{name}"] = float(micro[name])
+        overall[f"macro_{name}"] = float(values.mean())
+        overall[f"weighted_{name}"] = float((values * support).sum() / max(support.sum(), 1))
+    return overall, {"predicted": counts[1]} | columns
+
+
+def _precision_recall_f1(true_positives: Any, predicted: Any, support: Any) -> dict[str, Any]:
+    return {
+        "precision": true_positives / np.maximum(predicted, 1),
+        "recall": true_positives / np.maximum(support, 1),
+        "f1": 2 * true_positives / np.maximum(predicted + support, 1),
+    }
+
+
+def rank_every_label(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
+    """Average precision and ROC-AUC of each label, float64 [2, L] with NaN where undefined."""
+    values = np.full((2, labels.shape[1]), np.nan)
+    for block in label_blocks(*labels.shape):
+        cuts = rank_labels(probabilities[:, block].T, labels[:, block].T)
+        values[:, block] = average_precision(cuts), roc_auc(cuts)
+    return values
+
+
+def ranking_metrics(
+    rankings: np.ndarray, micro: Sequence[Any], support: np.ndarray
+) -> dict[str, float]:
+    """Average precision and ROC-AUC overall.
+
+    Args:
+      rankings: float [2, L], average precision and ROC-AUC of each label; NaN where undefined.
+      micro: both of all labels' scores together.
+      support: int [L], positives, by which labels are weighted.
+    """
+    precisions, areas = rankings
+    return {
+        "mean_average_precision": mean_of_defined(precisions),
+        "weighted_average_precision": _weighted_mean(precisions, support),
+        "macro_roc_auc": mean_of_defined(areas),
+        "weighted_roc_auc": _weighted_mean(areas, support),
+        "micro_average_precision": float(micro[0]),
+        "micro_roc_auc": float(micro[1]),
+    }
+
+
+def count_labels(rankings: np.ndarray, support: np.ndarray, num_documents: int) -> dict[str, int]:
+    """How many documents and labels there are, and how many labels each mean leaves out."""
+    without_positives, of_one_class = np.isnan(rankings).sum(axis=1)
+    return {
+        "documents": num_documents,
+        "labels": len(support),
+        "labels_without_positives": int(without_positives),
+        "labels_of_one_class": int(of_one_class),
+        "labels_in_calibration_error": int(is_counted(support / max(num_documents, 1)).sum()),
+    }
+
+
+def mean_of_defined(values: np.ndarray) -> float:
+    """Mean of what is not NaN; NaN of nothing."""
+    values = values[~np.isnan(values)]
+    return float(values.mean()) if len(values) else float("nan")
+
+
+def _weighted_mean(values: np.ndarray, support: np.ndarray) -> float:
+    """Mean of what is not NaN, weighted by support; NaN without any."""
+    defined = ~np.isnan(values)
+    weights = support[defined]
+    return float(values[defined] @ weights / weights.sum()) if weights.sum() else float("nan")
+
+
+def probability_metrics(
+    probabilities: np.ndarray, labels: np.ndarray, suffix: str = ""
+) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
+    """Calibration error, Brier score and log-loss of [N, L], overall and as columns [L].
+
+    Their names end with the suffix.
+    """
+    error, errors, _ = calibration_errors(probabilities, labels)
+    columns = {
+        f"expected_calibration_error{suffix}": errors,
+        f"brier_score{suffix}": brier_scores(probabilities, labels),
+        f"log_loss{suffix}": log_losses(probabilities, labels),
+    }
+    overall = {name: float(values.mean()) for name, values in columns.items()}
+    return overall | {f"expected_calibration_error{suffix}": error}, columns
+
+
+def calibration_errors(
+    probabilities: np.ndarray, labels: np.ndarray
+) -> tuple[float, np.ndarray, int]:
+    """The macro mean of the expected calibration error, the error of every label, float64 [L], and
+    the number of labels in the mean: those of 1 to 50 % prevalence. NaN if there are none."""
+    errors = np.array(
+        [calibration_error(p, y) for p, y in zip(probabilities.T, labels.T, strict=True)]
+    )
+    counted = is_counted(labels.mean(axis=0))
+    return mean_of_defined(errors[counted]), errors, int(counted.sum())
 
 
 def calibration_error(probabilities: np.ndarray, positive: np.ndarray) -> float:
     """Expected calibration error of one label over bins of equal mass (Nixon et al. 2019).
 
+    It is the mean over documents [N] of |mean probability - share of positives| of their bin.
     Documents of equal probability stay in one bin, so their order does not matter.
-
-    Args:
-      probabilities: float [N].
-      positive: bool [N].
-
-    Returns:
-      Mean over documents of |mean probability - share of positives| of their bin.
     """
     order = np.argsort(probabilities)
     ranked = probabilities[order].astype(np.float64)
@@ -60,102 +225,46 @@ def is_counted(prevalence: np.ndarray) -> np.ndarray:
     return (low <= prevalence) & (prevalence <= high)
 
 
-def calibration_errors(
-    probabilities: np.ndarray, labels: np.ndarray
-) -> tuple[float, np.ndarray, int]:
-    """Expected calibration error of every label, and its macro mean.
-
-    Args:
-      probabilities: float [N, L].
-      labels: bool [N, L].
-
-    Returns:
-      The mean over labels of 1 to 50 % prevalence (NaN if there are none), float64 [L], and the
-      number of labels in the mean.
-    """
-    errors = np.array(
-        [calibration_error(p, y) for p, y in zip(probabilities.T, labels.T, strict=True)]
-    )
-    counted = is_counted(labels.mean(axis=0))
-    return mean_of_defined(errors[counted]), errors, int(counted.sum())
-
-
 def brier_scores(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Mean squared difference of probability and truth of every label (Brier 1950), float64 [L].
-
-    Args:
-      probabilities: float [N, L].
-      labels: bool [N, L].
-    """
+    """Mean squared difference of probability and truth of every label (Brier 1950), float64 [L]."""
     return np.mean(np.square(np.asarray(probabilities, np.float64) - labels), axis=0)
 
 
 def log_losses(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
-    """Mean cross-entropy of every label in nats, float64 [L].
-
-    Args:
-      probabilities: float [N, L].
-      labels: bool [N, L].
-    """
+    """Mean cross-entropy of every label in nats, float64 [L]."""
     inside = np.clip(np.asarray(probabilities, np.float64), TINY, 1 - TINY)
     return -np.mean(np.log(np.where(labels, inside, 1 - inside)), axis=0)
 
 
-def probability_metrics(
-    probabilities: np.ndarray, labels: np.ndarray, suffix: str = ""
-) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Calibration error, Brier score and log-loss, overall and as columns [L].
-
-    Args:
-      probabilities: float [N, L].
-      labels: bool [N, L].
-      suffix: of the names.
-    """
-    error, errors, _ = calibration_errors(probabilities, labels)
-    columns = {
-        f"expected_calibration_error{suffix}": errors,
-        f"brier_score{suffix}": brier_scores(probabilities, labels),
-        f"log_loss{suffix}": log_losses(probabilities, labels),
-    }
-    overall = {name: float(values.mean()) for name, values in columns.items()}
-    return overall | {f"expected_calibration_error{suffix}": error}, columns
-
-
-def mean_of_defined(values: np.ndarray) -> float:
-    """Mean of what is not NaN; NaN of nothing."""
-    values = values[~np.isnan(values)]
-    return float(values.mean()) if len(values) else float("nan")
-
-
-TOP_K = (1, 3, 5)
-# Cells of documents x labels that are compared at once.
-_BLOCK_CELLS = 1 << 18
+def mean_over_documents(
+    scores: np.ndarray, predicted: np.ndarray, labels: np.ndarray
+) -> dict[str, float]:
+    """The means of `score_documents` over all documents, a block of them at a time."""
+    rows = max(1, BLOCK_CELLS // labels.shape[1])
+    sums: dict[str, float] = {}
+    for start in range(0, max(len(labels), 1), rows):
+        block = slice(start, start + rows)
+        values = score_documents(scores[block], predicted[block], labels[block])
+        sums = {name: sums.get(name, 0.0) + float(value.sum()) for name, value in values.items()}
+    return {name: value / max(len(labels), 1) for name, value in sums.items()}
 
 
 def score_documents(
     scores: np.ndarray, predicted: np.ndarray, labels: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """Every metric of every document.
+    """Every metric of every document, float64 [D] by name, of arrays [D, L].
 
-    Args:
-      scores: float [D, L].
-      predicted: bool [D, L].
-      labels: bool [D, L].
-
-    Returns:
-      float64 [D] by name: `samples_precision`, `samples_recall`, `samples_f1` (0 for 0/0),
-      `subset_accuracy`, `hamming_loss`, `precision_at_k` and `ndcg_at_k` for k of `TOP_K`, and
-      `label_ranking_average_precision`.
+    `samples_precision`, `samples_recall`, `samples_f1` (0 for 0/0), `subset_accuracy`,
+    `hamming_loss`, `precision_at_k` and `ndcg_at_k` for k of `TOP_K`, and
+    `label_ranking_average_precision`.
     """
     right = np.count_nonzero(predicted & labels, axis=1)
     num_predicted = np.count_nonzero(predicted, axis=1)
     support = np.count_nonzero(labels, axis=1)
     wrong = num_predicted + support - 2 * right
     ranked = np.sort(scores, axis=1)
-    values = {
-        "samples_precision": right / np.maximum(num_predicted, 1),
-        "samples_recall": right / np.maximum(support, 1),
-        "samples_f1": 2 * right / np.maximum(num_predicted + support, 1),
+    samples = _precision_recall_f1(right, num_predicted, support)
+    values = {f"samples_{name}": value for name, value in samples.items()} | {
         "subset_accuracy": (wrong == 0).astype(np.float64),
         "hamming_loss": wrong / labels.shape[1],
         "label_ranking_average_precision": _ranking_precision(scores, labels, ranked),
@@ -172,27 +281,6 @@ def score_documents(
     return values
 
 
-def mean_over_documents(
-    scores: np.ndarray, predicted: np.ndarray, labels: np.ndarray
-) -> dict[str, float]:
-    """The means of `score_documents` over all documents, a block of them at a time."""
-    sums = sum_over_documents(scores, predicted, labels)
-    return {name: value / max(len(labels), 1) for name, value in sums.items()}
-
-
-def sum_over_documents(
-    scores: np.ndarray, predicted: np.ndarray, labels: np.ndarray
-) -> dict[str, float]:
-    """The sums of `score_documents` over all documents, a block of them at a time."""
-    rows = max(1, _BLOCK_CELLS // labels.shape[1])
-    sums: dict[str, float] = {}
-    for start in range(0, max(len(labels), 1), rows):
-        block = slice(start, start + rows)
-        values = score_documents(scores[block], predicted[block], labels[block])
-        sums = {name: sums.get(name, 0.0) + float(value.sum()) for name, value in values.items()}
-    return sums
-
-
 def _expected_gains(scores: np.ndarray, labels: np.ndarray, ranked: np.ndarray) -> np.ndarray:
     """The chance that a label at rank 1 to K is true, float64 [D, K], over the orders of ties.
 
@@ -203,7 +291,7 @@ def _expected_gains(scores: np.ndarray, labels: np.ndarray, ranked: np.ndarray) 
     depth = min(max(TOP_K), scores.shape[1])
     top = ranked[:, : -depth - 1 : -1]
     tied = np.count_nonzero(top[:, :, None] == top[:, None, :], axis=2)
-    # Ties of the last of them may go on below.
+    # The ties of the last of them may continue below the top K.
     tied = np.where(
         top == top[:, -1:], np.count_nonzero(scores == top[:, -1:], axis=1)[:, None], tied
     )
@@ -228,142 +316,11 @@ def _ranking_precision(scores: np.ndarray, labels: np.ndarray, ranked: np.ndarra
     return precision
 
 
-# Below this standard deviation of a label's log-odds over documents, its predictions are one.
-CONSTANT_LOG_ODDS = 0.05
-CONVENTIONS = {
-    "prediction": "a label is predicted where its probability >= its threshold; null: never",
-    "f1_precision_recall": "0 for 0/0; macro over all labels, weighted by their positives, samples "
-    "over all documents",
-    "average_precision": "sum of precision x gain of recall over distinct scores; labels without "
-    "positives are left out of the mean",
-    "roc_auc": "ties count one half; labels of one class are left out of the mean",
-    "at_k": "among a document's k highest labels, equal scores in all their orders; 0 for a "
-    "document without labels",
-    "label_ranking_average_precision": "1 for a document without labels, or with all of them",
-    "expected_calibration_error": f"{CALIBRATION_BINS} bins of equal mass, equal scores never "
-    "parted; macro over labels of 1 to 50 % prevalence in the reported split",
-    "brier_score": "mean over labels and documents of (probability - truth) squared",
-    "log_loss": "mean over labels and documents, in nats; no probability nearer to 0 or 1 than "
-    "2.2e-16",
-    "before": "of the plain sigmoid of the logits, before any correction or fit",
-}
-_logger = logging.getLogger(__name__)
-
-
-def compute_metrics(
-    probabilities: np.ndarray, labels: np.ndarray, thresholds: np.ndarray
-) -> dict[str, Any]:
-    """All metrics of a split under `CONVENTIONS`.
-
-    Args:
-      probabilities: float [N, L].
-      labels: bool [N, L].
-      thresholds: float [L]; NaN for a label that is never predicted.
-
-    Returns:
-      Floats (NaN where undefined) and counts by name, and `per_label`, a dict of arrays [L]:
-      `support`, `threshold`, `predicted`, `precision`, `recall`, `f1`, `average_precision`,
-      `roc_auc`, `expected_calibration_error`, `brier_score` and `log_loss`.
-    """
-    labels = np.asarray(labels, bool)
-    predicted = probabilities >= thresholds
-    support = np.count_nonzero(labels, axis=0)
-    overall, columns = decision_metrics(
-        np.count_nonzero(predicted & labels, axis=0), np.count_nonzero(predicted, axis=0), support
-    )
-    precisions, areas = np.full((2, labels.shape[1]), np.nan)
-    for block in label_blocks(*labels.shape):
-        cuts = rank_labels(probabilities[:, block].T, labels[:, block].T)
-        precisions[block], areas[block] = average_precision(cuts), roc_auc(cuts)
-    pooled = rank_cuts(probabilities.ravel(), labels.ravel())
-    probability_overall, probability_columns = probability_metrics(probabilities, labels)
-    return {
-        **overall,
-        **ranking_metrics(precisions, areas, support),
-        "micro_average_precision": float(average_precision(pooled)),
-        "micro_roc_auc": float(roc_auc(pooled)),
-        **mean_over_documents(probabilities, predicted, labels),
-        **probability_overall,
-        **count_labels(precisions, areas, support, len(labels)),
-        "per_label": {"support": support, "threshold": np.asarray(thresholds)}
-        | columns
-        | {"average_precision": precisions, "roc_auc": areas}
-        | probability_columns,
-    }
-
-
-def decision_metrics(
-    true_positives: np.ndarray, predicted: np.ndarray, support: np.ndarray
-) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-    """Precision, recall and F1 of counts, int [L] each: overall, and as columns [L].
-
-    Returns:
-      `micro_f1`, `macro_recall`, `weighted_precision` and so on; and `predicted`, `precision`,
-      `recall` and `f1` of each label, 0 for 0/0.
-    """
-    columns = _precision_recall_f1(true_positives, predicted, support)
-    micro = _precision_recall_f1(true_positives.sum(), predicted.sum(), support.sum())
-    overall = {}
-    for name, values in columns.items():
-        overall[f"micro_{name}"] = float(micro[name])
-        overall[f"macro_{name}"] = float(values.mean())
-        overall[f"weighted_{name}"] = float((values * support).sum() / max(support.sum(), 1))
-    return overall, {"predicted": predicted} | columns
-
-
-def ranking_metrics(
-    precisions: np.ndarray, areas: np.ndarray, support: np.ndarray
-) -> dict[str, float]:
-    """Means over labels of average precision and ROC-AUC, float [L] with NaN where undefined."""
-    return {
-        "mean_average_precision": mean_of_defined(precisions),
-        "weighted_average_precision": _weighted_mean(precisions, support),
-        "macro_roc_auc": mean_of_defined(areas),
-        "weighted_roc_auc": _weighted_mean(areas, support),
-    }
-
-
-def count_labels(
-    precisions: np.ndarray, areas: np.ndarray, support: np.ndarray, num_documents: int
-) -> dict[str, int]:
-    """How many documents and labels there are, and how many labels each mean leaves out."""
-    return {
-        "documents": num_documents,
-        "labels": len(support),
-        "labels_without_positives": int(np.isnan(precisions).sum()),
-        "labels_of_one_class": int(np.isnan(areas).sum()),
-        "labels_in_calibration_error": int(is_counted(support / max(num_documents, 1)).sum()),
-    }
-
-
-def _precision_recall_f1(true_positives: Any, predicted: Any, support: Any) -> dict[str, Any]:
-    """Precision, recall and F1 of counts (scalars or arrays), 0 for 0/0."""
-    return {
-        "precision": _ratio(true_positives, predicted),
-        "recall": _ratio(true_positives, support),
-        "f1": _ratio(2 * true_positives, predicted + support),
-    }
-
-
-def _ratio(numerator: Any, denominator: Any) -> Any:
-    return numerator / np.maximum(denominator, 1)
-
-
-def _weighted_mean(values: np.ndarray, support: np.ndarray) -> float:
-    """Mean of what is not NaN, weighted by support; NaN without any."""
-    defined = ~np.isnan(values)
-    weights = support[defined]
-    return float(values[defined] @ weights / weights.sum()) if weights.sum() else float("nan")
-
-
 def warn_if_constant(log_odds_deviations: np.ndarray, num_documents: int) -> bool:
     """Warns if a model predicts the same for every document, and returns whether it does.
 
-    Fine-tuning can collapse to label frequencies, with a loss that looks like progress.
-
-    Args:
-      log_odds_deviations: float [L], standard deviation of each label's log-odds over documents.
-      num_documents: how many those are.
+    Fine-tuning can collapse to label frequencies, with a loss that looks like progress. The
+    deviations, float [L], are the standard deviation of each label's log-odds over documents.
     """
     spread = log_odds_deviations.max()
     constant = num_documents > 1 and bool(spread < CONSTANT_LOG_ODDS)

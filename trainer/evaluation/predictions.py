@@ -1,6 +1,7 @@
-"""Documents with what a calibrated model says of them: what evaluation hands to the report."""
+"""A model's predictions for documents of a split, beside their true labels (NumPy only)."""
 
-from dataclasses import dataclass, field
+from collections.abc import Iterable
+from dataclasses import dataclass
 
 import numpy as np
 
@@ -26,21 +27,19 @@ class Predictions:
     def chosen(self, places: np.ndarray) -> "Predictions":
         """Some of the documents, by their places here (int64 or bool)."""
         ids = np.array(self.ids, object)[places].tolist()
-        arrays = self.indices, self.logits, self.labels, self.slices
-        return Predictions(ids, *(array[places] for array in arrays))
+        return Predictions(ids, *(getattr(self, name)[places] for name in _ARRAYS))
 
 
-def concatenate(blocks: list[Predictions]) -> Predictions:
+_ARRAYS = ("indices", "logits", "labels", "slices")
+
+
+def concatenate(blocks: Iterable[Predictions]) -> Predictions:
     """The documents of at least one block, in the order of the shards."""
-    indices = np.concatenate([block.indices for block in blocks])
-    joint = Predictions(
-        [name for block in blocks for name in block.ids],
-        indices,
-        np.concatenate([block.logits for block in blocks]),
-        np.concatenate([block.labels for block in blocks]),
-        np.concatenate([block.slices for block in blocks]),
-    )
-    return joint.chosen(np.argsort(indices))
+    blocks = list(blocks)
+    columns = [[getattr(block, name) for block in blocks] for name in _ARRAYS]
+    ids = [document_id for block in blocks for document_id in block.ids]
+    joint = Predictions(ids, *map(np.concatenate, columns))
+    return joint.chosen(np.argsort(joint.indices))
 
 
 @dataclass(frozen=True)
@@ -56,7 +55,6 @@ class CalibratedPredictions:
       raw_probabilities: float32 [N, L], the plain sigmoid of the logits, before calibration.
       labels: bool [N, L].
       num_documents: documents of the whole split; N unless this is a sample.
-      slices: str [N, C], values of the kept columns.
     """
 
     ids: list[str]
@@ -65,9 +63,3 @@ class CalibratedPredictions:
     raw_probabilities: np.ndarray
     labels: np.ndarray
     num_documents: int
-    slices: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), object))
-
-    @property
-    def is_sample(self) -> bool:
-        """Whether documents of the split are missing here."""
-        return len(self.ids) < self.num_documents

@@ -1,4 +1,4 @@
-"""Lists of scores cut in two in every way, and the areas under their curves (NumPy only)."""
+"""Every way to cut a list of scores in two, and the areas under its curves (NumPy only)."""
 
 from collections.abc import Iterator
 from dataclasses import dataclass
@@ -14,13 +14,14 @@ BLOCK_CELLS = 1 << 22
 class Cuts:
     """Every way to cut a list of scores in two, from the strictest down; of one list or of many.
 
-    Cut c predicts all that score at least `scores[c]`. Where lists of different lengths stand side
-    by side, some entries repeat the cut before them (at the start: the one that predicts nothing).
+    Cut c predicts every document that scores at least `scores[c]`. Lists of different lengths are
+    held side by side, so some entries repeat the cut before them (at the start the one that
+    predicts nothing).
 
     Attributes:
       scores: float [..., C], falling.
-      predicted: int64 [..., C], how many the cut predicts.
-      true_positives: int64 [..., C], how many of them are positive.
+      predicted: int64 [..., C], documents that the cut predicts.
+      true_positives: int64 [..., C], those of them that are positive.
       positives: int64 [...], positives in the whole list.
     """
 

@@ -1,7 +1,4 @@
-"""What an evaluation writes, `metrics.json` and its neighbours, and the table that it prints.
-
-Metrics of the documents that share a value of a kept column (NumPy only).
-"""
+"""What an evaluation writes: metrics.json and its neighbours, their slices, and a printed table."""
 
 import json
 import math
@@ -11,8 +8,13 @@ from typing import Any
 
 import numpy as np
 
-from trainer.evaluation.metrics import calibration_errors, decision_metrics, mean_of_defined
-from trainer.evaluation.ranking import average_precision, label_blocks, rank_labels
+from trainer.evaluation.metrics import (
+    calibration_errors,
+    count_decisions,
+    decision_metrics,
+    mean_of_defined,
+    rank_every_label,
+)
 from trainer.storage.filesystem import write_atomically
 
 EVALUATION_FOLDER = "evaluation"
@@ -40,8 +42,64 @@ HEADLINES = (
     "log_loss",
     "log_loss_before",
 )
-# Names of labels that the last lines of the table show.
+# Names of labels that the last line of the table shows.
 _SHOWN_LABELS = 20
+# Values of a kept column that are reported one by one; the rest are reported together.
+MAX_VALUES = 50
+
+
+def slice_metrics(
+    columns: tuple[str, ...],
+    slices: np.ndarray,
+    probabilities: np.ndarray,
+    labels: np.ndarray,
+    thresholds: np.ndarray,
+) -> dict[str, Any]:
+    """Metrics by value of each kept column.
+
+    Args:
+      columns: C names.
+      slices: str [N, C], each document's values; empty for a missing one.
+      probabilities: float [N, L].
+      labels: bool [N, L].
+      thresholds: float [L]; NaN for a label that is never predicted.
+
+    Returns:
+      By column: `values`, metrics by value, the most frequent first and at most `MAX_VALUES`;
+      `rest`, those of all other values together with their number `num_values`, or None. Macro-F1
+      is over the labels that are present.
+    """
+
+    def measure(chosen: np.ndarray) -> dict[str, Any]:
+        return _measure(probabilities[chosen], labels[chosen], thresholds)
+
+    tables = {}
+    for column, values in zip(columns, slices.T, strict=True):
+        # Equally frequent ones by name, so that the order of documents does not matter.
+        ranked = sorted(Counter(values.tolist()).items(), key=lambda item: (-item[1], item[0]))
+        shown = [value for value, _ in ranked[:MAX_VALUES]]
+        others = ~np.isin(values, np.array(shown, values.dtype))
+        rest = {"num_values": len(ranked) - len(shown)} | measure(others) if others.any() else None
+        tables[column] = {"values": {v: measure(values == v) for v in shown}, "rest": rest}
+    return tables
+
+
+def _measure(
+    probabilities: np.ndarray, labels: np.ndarray, thresholds: np.ndarray
+) -> dict[str, Any]:
+    counts = count_decisions(probabilities >= thresholds, labels)
+    overall, columns = decision_metrics(counts)
+    error, _, num_in_error = calibration_errors(probabilities, labels)
+    is_present = counts[2] > 0
+    return {
+        "documents": len(labels),
+        "labels_present": int(np.count_nonzero(is_present)),
+        "micro_f1": overall["micro_f1"],
+        "macro_f1": mean_of_defined(np.where(is_present, columns["f1"], np.nan)),
+        "mean_average_precision": mean_of_defined(rank_every_label(probabilities, labels)[0]),
+        "expected_calibration_error": error,
+        "labels_in_calibration_error": num_in_error,
+    }
 
 
 def write_json(folder: str, name: str, values: dict[str, Any]) -> None:
@@ -61,7 +119,7 @@ def _as_json(value: Any) -> Any:
 
 
 def without_labels(metrics: dict[str, Any]) -> dict[str, Any]:
-    """The metrics of all labels together."""
+    """The metrics overall."""
     return {name: value for name, value in metrics.items() if name != "per_label"}
 
 
@@ -111,68 +169,3 @@ def print_table(
         shown = ", ".join(labels[index] for index in never[:_SHOWN_LABELS])
         more = f" and {len(never) - _SHOWN_LABELS} more" if len(never) > _SHOWN_LABELS else ""
         print(f"Never predicted: {shown}{more}")
-
-
-# Values of a column that are reported one by one; the rest are reported together.
-MAX_VALUES = 50
-
-
-def slice_metrics(
-    columns: tuple[str, ...],
-    slices: np.ndarray,
-    probabilities: np.ndarray,
-    labels: np.ndarray,
-    thresholds: np.ndarray,
-) -> dict[str, Any]:
-    """Metrics by value of each kept column.
-
-    Args:
-      columns: C names.
-      slices: str [N, C], each document's values; empty for a missing one.
-      probabilities: float [N, L].
-      labels: bool [N, L].
-      thresholds: float [L]; NaN for a label that is never predicted.
-
-    Returns:
-      By column: `values`, metrics by value, the commonest first and at most `MAX_VALUES`; `rest`,
-      those of all other values together with their number `num_values`, or None.
-    """
-
-    def measure(chosen: np.ndarray) -> dict[str, Any]:
-        return _measure(probabilities[chosen], labels[chosen], thresholds)
-
-    tables = {}
-    for column, values in zip(columns, slices.T, strict=True):
-        # Equally common ones by name, so that the order of documents does not matter.
-        ranked = sorted(Counter(values.tolist()).items(), key=lambda item: (-item[1], item[0]))
-        shown = [value for value, _ in ranked[:MAX_VALUES]]
-        others = ~np.isin(values, np.array(shown, values.dtype))
-        rest = {"num_values": len(ranked) - len(shown)} | measure(others) if others.any() else None
-        tables[column] = {"values": {v: measure(values == v) for v in shown}, "rest": rest}
-    return tables
-
-
-def _measure(
-    probabilities: np.ndarray, labels: np.ndarray, thresholds: np.ndarray
-) -> dict[str, Any]:
-    """Micro-F1, macro-F1 over labels with positives, average precision and calibration error."""
-    predicted = probabilities >= thresholds
-    support = np.count_nonzero(labels, axis=0)
-    right = np.count_nonzero(predicted & labels, axis=0)
-    overall, columns = decision_metrics(right, np.count_nonzero(predicted, axis=0), support)
-    precisions = np.concatenate(
-        [
-            average_precision(rank_labels(probabilities[:, block].T, labels[:, block].T))
-            for block in label_blocks(*labels.shape)
-        ]
-    )
-    error, _, num_in_error = calibration_errors(probabilities, labels)
-    return {
-        "documents": len(labels),
-        "labels_present": int(np.count_nonzero(support)),
-        "micro_f1": overall["micro_f1"],
-        "macro_f1": mean_of_defined(np.where(support > 0, columns["f1"], np.nan)),
-        "mean_average_precision": mean_of_defined(precisions),
-        "expected_calibration_error": error,
-        "labels_in_calibration_error": num_in_error,
-    }

@@ -1,20 +1,18 @@
-"""From probabilities to decisions: the best cut of each label, of all cuts there are (NumPy only).
+"""Thresholds, which turn probabilities into decisions: the best of all cuts (NumPy only).
 
-A cut is chosen for F1, for macro- and micro-F1 together (see `overall_thresholds.py`), for
-precision (the largest recall at that precision or more) or for recall (the largest precision at
-that recall or more); of equally good ones, the strictest.
+They are fitted for F1, for the sum of macro- and micro-F1, for precision (the largest recall at
+that precision or more) or for recall (the largest precision at that recall or more). Of equally
+good cuts the strictest is taken.
 
-Thresholds for macro- and micro-F1 at once (NumPy only).
-
-Each label cut where its own F1 is best makes the best macro-F1, and a poor micro-F1: the best F1 of
-a label that the model hardly knows is that of predicting it for very many documents, and those
-false positives count in micro-F1 (on docstrings, micro-F1 fell from 0.70 at a threshold of 0.5 to
-0.61). The sum of both F1 gives up almost nothing of the one for the other (0.71 there, at a
-macro-F1 of 0.390 instead of 0.394).
+Thresholds for each label's own F1 give the best macro-F1 and a poor micro-F1. The best F1 of a
+label that the model hardly knows is that of predicting it for very many documents, and those false
+positives count in micro-F1: on docstrings, micro-F1 fell from 0.70 at a threshold of 0.5 to 0.61.
+The sum of both F1 gives up almost nothing of the one for the other: there it reached 0.71, at a
+macro-F1 of 0.390 instead of 0.394.
 """
 
 from collections.abc import Iterator
-from dataclasses import dataclass
+from dataclasses import dataclass, fields, replace
 
 import numpy as np
 
@@ -24,50 +22,18 @@ from trainer.evaluation.histograms import (
     NUM_BINS,
     Histograms,
     bin_indices,
+    bound_cuts,
     cuts_of_bins,
-    most_favourable,
 )
-from trainer.evaluation.ranking import Cuts, label_blocks, rank_cuts, rank_labels
+from trainer.evaluation.ranking import Cuts, label_blocks, rank_labels
+from trainer.run_config import EvaluateConfig
 
-_MOST_ROUNDS = 50
-
-
-@dataclass(frozen=True)
-class Candidates:
-    """Cuts of some labels: of all that find as many positives, the one that predicts least.
-
-    Attributes:
-      labels: int64 [M], rising; each label has one candidate or more.
-      true_positives, predicted: int64 [M], rising within a label.
-      thresholds: float64 [M].
-    """
-
-    labels: np.ndarray
-    true_positives: np.ndarray
-    predicted: np.ndarray
-    thresholds: np.ndarray
-
-    @classmethod
-    def of_cuts(cls, cuts: Cuts, labels: np.ndarray, thresholds: np.ndarray) -> "Candidates":
-        """The candidates among the cuts [B, C] of the labels int64 [B], at thresholds [B, C]."""
-        rises = np.diff(cuts.true_positives, axis=-1, prepend=0) > 0
-        return cls(
-            labels[np.nonzero(rises)[0]],
-            cuts.true_positives[rises],
-            cuts.predicted[rises],
-            thresholds[rises],
-        )
-
-    @classmethod
-    def joined(cls, parts: list["Candidates"]) -> "Candidates":
-        """The candidates of all parts, whose labels rise from part to part."""
-        columns = ("labels", "true_positives", "predicted", "thresholds")
-        return cls(*(np.concatenate([getattr(part, name) for part in parts]) for name in columns))
+_MAX_ROUNDS = 50
 
 
 @dataclass(frozen=True)
 class MicroF1Tradeoff:
-    """What a label's positives found and documents predicted are worth in micro-F1.
+    """What a label's true positives and predictions are worth in micro-F1.
 
     Attributes:
       micro: micro-F1.
@@ -77,73 +43,116 @@ class MicroF1Tradeoff:
     micro: float
     rate: float
 
-    def values(
-        self, true_positives: np.ndarray, predicted: np.ndarray, positives: np.ndarray
-    ) -> np.ndarray:
-        """A label's F1, and its share of micro-F1 in the same unit; float64 [...]."""
-        f1 = 2 * true_positives / (predicted + positives)
-        return f1 + self.rate * (2 * true_positives - self.micro * predicted)
+    def values(self, cuts: Cuts) -> np.ndarray:
+        """A label's F1 at each cut, plus its share of micro-F1 in the same unit; float64 [...]."""
+        predicted, positives = np.maximum(cuts.predicted, 1), np.maximum(cuts.positives, 1)
+        f1 = 2 * cuts.true_positives / (predicted + positives)
+        return f1 + self.rate * (2 * cuts.true_positives - self.micro * predicted)
 
 
 # Counts each label's own F1 only.
-NO_EXCHANGE = MicroF1Tradeoff(0.0, 0.0)
-
-
-def choose_overall(
-    candidates: Candidates, support: np.ndarray, true_positives: int, predicted: int
-) -> tuple[np.ndarray, MicroF1Tradeoff]:
-    """The candidates that make macro-F1 plus micro-F1 largest, one a label.
-
-    Micro-F1 is a ratio A / B of sums over labels. Near a choice with the value m = A / B, the sum
-    of both changes as the sum over labels of F1 / L + (2 true positives - m predicted) / B, which
-    each label maximises over all its cuts by itself; the choice is repeated from there for as long
-    as the sum rises (Dinkelbach 1967, "On Nonlinear Fractional Programming").
-
-    Args:
-      candidates: of the labels that have cuts of their own.
-      support: int64 [L], positives of every label.
-      true_positives, predicted: of the other labels together, whose cuts stand.
-
-    Returns:
-      int64, an index into the candidates for each of their labels, in order; and at what rate
-      micro-F1 was traded in the end.
-    """
-    own, starts = np.unique(candidates.labels, return_index=True)
-    counts = np.diff(np.append(starts, len(candidates.labels)))
-    found, said = candidates.true_positives, candidates.predicted
-    positives = support[candidates.labels]
-
-    def best_by_label(values: np.ndarray) -> np.ndarray:
-        is_best = np.flatnonzero(values == np.repeat(np.maximum.reduceat(values, starts), counts))
-        # Of equal ones the first, which is the strictest.
-        return is_best[np.unique(candidates.labels[is_best], return_index=True)[1]]
-
-    exchange = NO_EXCHANGE
-    f1 = exchange.values(found, said, positives)
-    chosen, best, value = best_by_label(f1), np.zeros(len(own), np.int64), -np.inf
-    for _ in range(_MOST_ROUNDS):
-        total = said[chosen].sum() + predicted + support.sum()
-        micro = 2 * (found[chosen].sum() + true_positives) / total
-        reached = f1[chosen].sum() / len(support) + micro
-        if reached <= value:
-            break
-        best, value = chosen, reached
-        exchange = MicroF1Tradeoff(float(micro), len(support) / float(total))
-        chosen = best_by_label(exchange.values(found, said, positives))
-    return best, exchange
+NO_TRADEOFF = MicroF1Tradeoff(0.0, 0.0)
 
 
 @dataclass(frozen=True)
-class ThresholdTarget:
-    """What thresholds are for.
+class ThresholdRule:
+    """What thresholds are best for, and which labels have one of their own.
 
     Attributes:
       kind: f1 (each label's own), overall_f1 (the sum of macro- and micro-F1), precision or recall.
-      level: the least precision or recall.
+      level: the minimum precision or recall.
+      min_support: 1 or more; labels with fewer positives take the global cut, which is the best one
+        of all labels' scores together.
+      is_global: whether all labels take the global cut.
     """
 
     kind: str = "f1"
     level: float = 0.0
+    min_support: int = 10
+    is_global: bool = False
+
+    @classmethod
+    def of(cls, config: EvaluateConfig) -> "ThresholdRule":
+        """The rule that the flags of `multihot evaluate` name."""
+        kind, level = config.threshold_target
+        return cls(kind, level, config.min_support, config.thresholds == "global")
+
+    def values(self, cuts: Cuts, tradeoff: MicroF1Tradeoff = NO_TRADEOFF) -> np.ndarray:
+        """What each cut is worth, float64 [...]: F1, or what a level that it reaches leaves free.
+
+        -inf for a cut without true positives or below the level. `positives` of the cuts is of each
+        cut's label.
+        """
+        precision = cuts.true_positives / np.maximum(cuts.predicted, 1)
+        recall = cuts.true_positives / np.maximum(cuts.positives, 1)
+        if self.kind == "precision":
+            values, is_met = recall, precision >= self.level
+        elif self.kind == "recall":
+            values, is_met = precision, recall >= self.level
+        else:
+            values, is_met = tradeoff.values(cuts), True
+        return np.where(is_met & (cuts.true_positives > 0), values, -np.inf)
+
+
+@dataclass(frozen=True)
+class Candidates(Cuts):
+    """The cuts [M] of some labels that can be best: the strictest for each number of positives.
+
+    Attributes:
+      positives: int64 [M], of each cut's label.
+      labels: int64 [M], rising; the cuts of one label go from the strictest down.
+    """
+
+    labels: np.ndarray
+
+    @classmethod
+    def of_cuts(cls, cuts: Cuts, labels: np.ndarray) -> "Candidates":
+        """The candidates among the cuts [B, C] of the labels int64 [B]."""
+        rises = np.diff(cuts.true_positives, axis=-1, prepend=0) > 0
+        lists = np.nonzero(rises)[0]
+        return cls(
+            cuts.scores[rises],
+            cuts.predicted[rises],
+            cuts.true_positives[rises],
+            cuts.positives[lists],
+            labels[lists],
+        )
+
+    @classmethod
+    def joined(cls, parts: list["Candidates"]) -> "Candidates":
+        """The candidates of all parts, whose labels rise from part to part."""
+        parts = parts or [cls(np.zeros(0), *np.zeros((4, 0), np.int64))]
+        columns = [[getattr(part, field.name) for part in parts] for field in fields(cls)]
+        return cls(*map(np.concatenate, columns))
+
+    def of_places(self, places: np.ndarray | slice) -> "Candidates":
+        """Some of the candidates, by their places here."""
+        return Candidates(*(getattr(self, field.name)[places] for field in fields(self)))
+
+    def best(self, values: np.ndarray) -> np.ndarray:
+        """The place of each label's candidate with the highest value, int64, in label order."""
+        starts = np.flatnonzero(np.diff(self.labels, prepend=-1))
+        counts = np.diff(starts, append=len(values))
+        is_best = np.flatnonzero(values == np.repeat(np.maximum.reduceat(values, starts), counts))
+        # Of equal ones the first, which is the strictest.
+        return is_best[np.unique(self.labels[is_best], return_index=True)[1]]
+
+
+def fit_thresholds(
+    probabilities: np.ndarray, labels: np.ndarray, rule: ThresholdRule = ThresholdRule()
+) -> np.ndarray:
+    """The thresholds that are best for a rule, over all cuts.
+
+    Args:
+      probabilities: float [N, L], calibrated, of a split that training did not see.
+      labels: bool [N, L].
+      rule: what they are best for.
+
+    Returns:
+      float64 [L], to compare with `>=`: midpoints between neighbouring scores. NaN (never
+      predicted) where no cut reaches the rule's level.
+    """
+    return _fit(_RankedScores(probabilities, np.asarray(labels, bool)), rule)[0]
 
 
 @dataclass(frozen=True)
@@ -153,194 +162,171 @@ class BinnedThresholds:
     Attributes:
       probabilities: float64 [L], as `fit_thresholds` gives them.
       shortfall: float64 [L], how far what the label's own cut reaches on the fitted documents (F1,
-        or the recall or precision that its target leaves free) can be from the best of all cuts;
-        NaN for labels that take the global cut.
+        or the recall or precision that the rule leaves free) can be from the best of all cuts; NaN
+        for labels that take the global cut.
     """
 
     probabilities: np.ndarray
     shortfall: np.ndarray
 
 
-def fit_thresholds(
-    probabilities: np.ndarray,
-    labels: np.ndarray,
-    min_support: int = 10,
-    target: ThresholdTarget = ThresholdTarget(),
-    is_global: bool = False,
-) -> np.ndarray:
-    """The thresholds that are best for a target, over all cuts.
-
-    Args:
-      probabilities: float [N, L], calibrated, of a split that training did not see.
-      labels: bool [N, L].
-      min_support: a label with fewer positives here takes the one cut of all labels' scores
-        together that is best for the target.
-      target: what for.
-      is_global: whether all labels take that one cut.
-
-    Returns:
-      float64 [L], to compare with `>=`: midpoints between neighbouring scores. NaN (never
-      predicted) where no cut reaches the target.
-    """
-    labels = np.asarray(labels, bool)
-    support = labels.sum(axis=0)
-    has_own = (support >= min_support) & (not is_global)
-    thresholds = np.full(labels.shape[1], np.nan)
-    if not has_own.all():
-        thresholds[~has_own] = _at_best(rank_cuts(probabilities.ravel(), labels.ravel()), target)
-    own = np.flatnonzero(has_own)
-    lists = _rank_in_blocks(probabilities, labels, own)
-    if target.kind == "overall_f1" and len(own):
-        parts = [Candidates.of_cuts(cuts, columns, _midpoints(cuts)) for columns, cuts in lists]
-        others = probabilities[:, ~has_own] >= thresholds[~has_own]
-        found = int(np.count_nonzero(others & labels[:, ~has_own]))
-        candidates = Candidates.joined(parts)
-        chosen, _ = choose_overall(candidates, support, found, int(np.count_nonzero(others)))
-        thresholds[own] = candidates.thresholds[chosen]
-    else:
-        for columns, cuts in lists:
-            thresholds[columns] = _at_best(cuts, target)
-    return thresholds
-
-
-def _rank_in_blocks(
-    probabilities: np.ndarray, labels: np.ndarray, own: np.ndarray
-) -> Iterator[tuple[np.ndarray, Cuts]]:
-    """Some labels at a time, int64 [B], and their cuts [B, C]."""
-    for block in label_blocks(len(labels), len(own)):
-        columns = own[block]
-        yield columns, rank_labels(probabilities[:, columns].T, labels[:, columns].T)
-
-
 def fit_binned_thresholds(
     histograms: Histograms,
     scale: np.ndarray,
     shift: np.ndarray,
-    min_support: int = 10,
-    target: ThresholdTarget = ThresholdTarget(),
-    is_global: bool = False,
+    rule: ThresholdRule = ThresholdRule(),
 ) -> BinnedThresholds:
     """`fit_thresholds`, over the cuts at the lower edges of histogram bins.
 
-    A label's own counts at these cuts are exact, so that a target is met. The global cut is found
-    on calibrated log-odds, where each label's bins are put at their middles: it is as if every
-    score were moved by at most half a bin there and half a bin times the scale before.
+    A label's own counts at these cuts are exact, so that a level is reached. The global cut is
+    found on calibrated log-odds, where each label's bins are put at their centres. It is as if
+    every score were moved by at most half a bin there and half a bin times the scale before.
 
     Args:
       histograms: of L labels.
       scale, shift: float [L], from the histograms' log-odds to the calibrated ones.
-      min_support, target, is_global: as for `fit_thresholds`.
+      rule: what they are best for.
     """
-    support = histograms.support
-    has_own = (support >= min_support) & (not is_global)
-    thresholds, shortfall = np.full((2, len(scale)), np.nan)
-    blocks = list(label_blocks(NUM_BINS, len(scale)))
-    pooled = np.zeros((2, NUM_BINS), np.int64)
-    for block in blocks:
-        _add_pooled(histograms.of_labels(block), scale[block], shift[block], pooled)
-    others = (0, 0)
-    if not has_own.all():
-        cuts = cuts_of_bins(pooled[0], pooled[1])
-        best, reached = _best_cuts(cuts, target)
-        thresholds[~has_own] = sigmoid(cuts.scores[best]) if reached else np.nan
-        others = _counts_above(histograms, scale, shift, ~has_own, cuts.scores[best])
-    exchange = NO_EXCHANGE
-    if target.kind == "overall_f1" and has_own.any():
-        parts = []
-        for block in blocks:
-            labels = np.arange(len(scale))[block][has_own[block]]
-            cuts = histograms.of_labels(labels).cuts()
-            parts.append(Candidates.of_cuts(cuts, labels, cuts.scores))
-        _, exchange = choose_overall(Candidates.joined(parts), support, *others)
-    for block in blocks:
-        cuts = histograms.of_labels(block).cuts()
-        best, reached = _best_cuts(cuts, target, exchange)
-        edges = np.take_along_axis(cuts.scores, best[:, None], axis=1)[:, 0]
-        chosen = sigmoid(scale[block] * edges + shift[block])
-        thresholds[block] = np.where(
-            has_own[block], np.where(reached, chosen, np.nan), thresholds[block]
-        )
-        found = _shortfall(cuts, best, reached, target, exchange)
-        shortfall[block] = np.where(has_own[block], found, np.nan)
+    thresholds, chosen, tradeoff = _fit(_BinnedScores(histograms, scale, shift), rule)
+    shortfall = np.full(len(scale), np.nan)
+    for block in label_blocks(NUM_BINS, len(chosen.labels)):
+        some = chosen.of_places(block)
+        bound = bound_cuts(histograms.of_labels(some.labels).cuts())
+        best = rule.values(replace(bound, positives=some.positives[:, None]), tradeoff).max(axis=-1)
+        reached = rule.values(some, tradeoff)
+        shortfall[some.labels] = np.maximum(best - np.where(reached > -np.inf, reached, 0), 0)
     return BinnedThresholds(thresholds, shortfall)
 
 
-def _add_pooled(
-    histograms: Histograms, scale: np.ndarray, shift: np.ndarray, pooled: np.ndarray
-) -> None:
-    """Adds labels' documents and positives to those by calibrated log-odds, int64 [2, B]."""
-    for index in range(len(scale)):
-        bins = bin_indices(scale[index] * CENTRES + shift[index])
-        np.add.at(pooled[0], bins, histograms.documents[index])
-        np.add.at(pooled[1], bins, histograms.positives[index])
-
-
-def _counts_above(
-    histograms: Histograms, scale: np.ndarray, shift: np.ndarray, chosen: np.ndarray, cut: float
-) -> tuple[int, int]:
-    """Positives and documents of the `chosen` (bool [L]) labels at calibrated log-odds >= cut."""
-    positives = documents = 0
-    for index in np.flatnonzero(chosen):
-        above = scale[index] * CENTRES + shift[index] >= cut
-        positives += int(histograms.positives[index][above].sum(dtype=np.int64))
-        documents += int(histograms.documents[index][above].sum(dtype=np.int64))
-    return positives, documents
-
-
-def _best_cuts(
-    cuts: Cuts, target: ThresholdTarget, exchange: MicroF1Tradeoff = NO_EXCHANGE
-) -> tuple[np.ndarray, np.ndarray]:
-    """The index of the best cut of every list, and whether it reaches the target."""
-    values = _values(cuts, target, exchange)
-    best = np.argmax(values, axis=-1)
-    return best, np.take_along_axis(values, best[..., None], axis=-1)[..., 0] > -np.inf
-
-
-def _values(
-    cuts: Cuts, target: ThresholdTarget, exchange: MicroF1Tradeoff = NO_EXCHANGE
-) -> np.ndarray:
-    """What each cut is worth, float64 [..., C]: F1, or what a target that it meets leaves free.
-
-    Minus infinity for what predicts no positive or misses the target. F1 is without the share of
-    micro-F1 where the exchange has no rate.
-    """
-    true, predicted = cuts.true_positives, np.maximum(cuts.predicted, 1)
-    positives = np.maximum(np.asarray(cuts.positives)[..., None], 1)
-    precision, recall = true / predicted, true / positives
-    if target.kind == "precision":
-        values, met = recall, precision >= target.level
-    elif target.kind == "recall":
-        values, met = precision, recall >= target.level
+def _fit(
+    scores: "_RankedScores | _BinnedScores", rule: ThresholdRule
+) -> tuple[np.ndarray, Candidates, MicroF1Tradeoff]:
+    """The thresholds float64 [L], the cuts of the labels that have their own, and the tradeoff that
+    those were chosen by."""
+    support = scores.support
+    has_own = (support >= rule.min_support) & (not rule.is_global)
+    own, others = np.flatnonzero(has_own), np.flatnonzero(~has_own)
+    thresholds = np.full(len(support), np.nan)
+    if len(others) and support.any():
+        pooled = Candidates.of_cuts(scores.pooled(), np.zeros(1, np.int64))
+        thresholds[others] = _thresholds(rule, pooled.of_places(pooled.best(rule.values(pooled))))
+    parts = [Candidates.of_cuts(cuts, labels) for labels, cuts in scores.blocks(own)]
+    candidates = Candidates.joined(parts)
+    if rule.kind == "overall_f1" and len(own):
+        counts = scores.count_above(others, thresholds[others])
+        places, tradeoff = choose_overall(candidates, support, *counts)
     else:
-        values, met = exchange.values(true, predicted, positives), True
-    return np.where(met & (true > 0), values, -np.inf)
+        places, tradeoff = candidates.best(rule.values(candidates)), NO_TRADEOFF
+    chosen = candidates.of_places(places)
+    thresholds[own] = _thresholds(rule, chosen)
+    return thresholds, chosen, tradeoff
 
 
-def _shortfall(
-    cuts: Cuts,
-    best: np.ndarray,
-    reached: np.ndarray,
-    target: ThresholdTarget,
-    exchange: MicroF1Tradeoff,
-) -> np.ndarray:
-    """How much better than the chosen cut at a bin's edge one within a bin can be."""
-    found = np.take_along_axis(_values(cuts, target, exchange), best[..., None], axis=-1)[..., 0]
-    bound = _values(most_favourable(cuts), target, exchange).max(axis=-1)
-    gap = bound - np.where(reached, found, 0)
-    return np.where(bound > -np.inf, np.maximum(gap, 0), 0)
+def _thresholds(rule: ThresholdRule, cuts: Cuts) -> np.ndarray:
+    """Of the best cuts [B] of their lists; NaN where these do not reach the rule's level."""
+    return np.where(rule.values(cuts) > -np.inf, cuts.scores, np.nan)
 
 
-def _at_best(cuts: Cuts, target: ThresholdTarget) -> np.ndarray:
-    """The threshold of the best cut of every list, float64 [...]; NaN out of reach."""
-    best, reached = _best_cuts(cuts, target)
-    middles = np.take_along_axis(_midpoints(cuts), best[..., None], axis=-1)[..., 0]
-    return np.where(reached, middles, np.nan)
+def choose_overall(
+    candidates: Candidates, support: np.ndarray, true_positives: int, predicted: int
+) -> tuple[np.ndarray, MicroF1Tradeoff]:
+    """The candidates that make macro-F1 plus micro-F1 largest, one a label.
+
+    Micro-F1 is a ratio A / B of sums over labels. Near a choice with the value m = A / B, the sum
+    of both changes as the sum over labels of F1 / L + (2 true positives - m predicted) / B. Each
+    label maximises its term over its own cuts. The choice is repeated from there for as long as
+    the sum rises (Dinkelbach 1967, "On Nonlinear Fractional Programming").
+
+    Args:
+      candidates: of the labels that have cuts of their own.
+      support: int64 [L], positives of every label.
+      true_positives, predicted: of the other labels together, whose cuts are fixed.
+
+    Returns:
+      The place of each label's candidate, int64, in label order; and the tradeoff there.
+    """
+    tradeoff = NO_TRADEOFF
+    f1 = tradeoff.values(candidates)
+    chosen = best = candidates.best(f1)
+    value = -np.inf
+    for _ in range(_MAX_ROUNDS):
+        total = candidates.predicted[chosen].sum() + predicted + support.sum()
+        micro = 2 * (candidates.true_positives[chosen].sum() + true_positives) / total
+        reached = f1[chosen].sum() / len(support) + micro
+        if reached <= value:
+            break
+        best, value = chosen, reached
+        tradeoff = MicroF1Tradeoff(float(micro), len(support) / float(total))
+        chosen = candidates.best(tradeoff.values(candidates))
+    return best, tradeoff
 
 
-def _midpoints(cuts: Cuts) -> np.ndarray:
-    """The midpoint below every cut, float64 [..., C]."""
+@dataclass(frozen=True)
+class _RankedScores:
+    """Probabilities float [N, L] of documents with labels bool [N, L], cut midway between two."""
+
+    probabilities: np.ndarray
+    labels: np.ndarray
+
+    @property
+    def support(self) -> np.ndarray:
+        return self.labels.sum(axis=0)
+
+    def pooled(self) -> Cuts:
+        return _midway(rank_labels(self.probabilities.reshape(1, -1), self.labels.reshape(1, -1)))
+
+    def blocks(self, labels: np.ndarray) -> Iterator[tuple[np.ndarray, Cuts]]:
+        for block in label_blocks(len(self.labels), len(labels)):
+            some = labels[block]
+            yield some, _midway(rank_labels(self.probabilities[:, some].T, self.labels[:, some].T))
+
+    def count_above(self, labels: np.ndarray, thresholds: np.ndarray) -> tuple[int, int]:
+        predicted = self.probabilities[:, labels] >= thresholds
+        right = np.count_nonzero(predicted & self.labels[:, labels])
+        return int(right), int(np.count_nonzero(predicted))
+
+
+def _midway(cuts: Cuts) -> Cuts:
+    """The cuts with the midpoint below each in place of its score."""
     above = cuts.scores.astype(np.float64)
     below = np.concatenate([above[..., 1:], np.zeros_like(above[..., :1])], axis=-1)
     middle = below + (above - below) / 2
     # Between neighbouring floats there is no middle.
-    return np.where(below < middle, middle, above)
+    return replace(cuts, scores=np.where(below < middle, middle, above))
+
+
+@dataclass(frozen=True)
+class _BinnedScores:
+    """Histograms of log-odds, calibrated by scale and shift, float [L], cut at the bins' edges."""
+
+    histograms: Histograms
+    scale: np.ndarray
+    shift: np.ndarray
+
+    @property
+    def support(self) -> np.ndarray:
+        return self.histograms.support
+
+    def pooled(self) -> Cuts:
+        documents, positives = np.zeros((2, 1, NUM_BINS), np.int64)
+        for index in range(len(self.scale)):
+            bins = bin_indices(self.scale[index] * CENTRES + self.shift[index])
+            np.add.at(documents[0], bins, self.histograms.documents[index])
+            np.add.at(positives[0], bins, self.histograms.positives[index])
+        cuts = cuts_of_bins(documents, positives)
+        return replace(cuts, scores=sigmoid(cuts.scores))
+
+    def blocks(self, labels: np.ndarray) -> Iterator[tuple[np.ndarray, Cuts]]:
+        for block in label_blocks(NUM_BINS, len(labels)):
+            some = labels[block]
+            cuts = self.histograms.of_labels(some).cuts()
+            log_odds = self.scale[some, None] * cuts.scores + self.shift[some, None]
+            yield some, replace(cuts, scores=sigmoid(log_odds))
+
+    def count_above(self, labels: np.ndarray, thresholds: np.ndarray) -> tuple[int, int]:
+        right = predicted = 0
+        for index, threshold in zip(labels, thresholds, strict=True):
+            above = sigmoid(self.scale[index] * CENTRES + self.shift[index]) >= threshold
+            right += int(self.histograms.positives[index][above].sum(dtype=np.int64))
+            predicted += int(self.histograms.documents[index][above].sum(dtype=np.int64))
+        return right, predicted

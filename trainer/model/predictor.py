@@ -143,15 +143,6 @@ class Predictor:
             raise StoppedError
         return logits.numpy().reshape([self.num_replicas, -1, logits.shape[-1]])
 
-    def predict_split(self, data_dir: str, metadata: Metadata, split_name: str) -> Predictions:
-        """Scores every document of a split exactly once, in the order of its shards.
-
-        Raises:
-          UserError: if the split is missing or damaged.
-          StoppedError: on all hosts, if one requested a stop.
-        """
-        return concatenate(list(self.predict_blocks(data_dir, metadata, split_name)))
-
     def predict_blocks(
         self, data_dir: str, metadata: Metadata, split_name: str
     ) -> Iterator[Predictions]:

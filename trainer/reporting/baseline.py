@@ -1,7 +1,7 @@
-"""TF-IDF with one logistic regression a label: what a model without an encoder gets.
+"""The TF-IDF baseline, one logistic regression a label: what a model without an encoder reaches.
 
-By scikit-learn, over the WordPieces that the model reads and pairs of neighbouring ones. Its time
-and memory are bounded: by documents, by features and by labels.
+scikit-learn fits it to the WordPieces that the model reads and to pairs of neighbouring ones. Its
+time and memory are bounded by limits on documents, features and labels.
 """
 
 import time
@@ -17,7 +17,8 @@ from trainer.data.documents import Documents
 from trainer.errors import UserError
 from trainer.evaluation.calibration import sigmoid
 from trainer.evaluation.metrics import compute_metrics
-from trainer.evaluation.thresholds import fit_thresholds
+from trainer.evaluation.results import without_labels
+from trainer.evaluation.thresholds import ThresholdRule, fit_thresholds
 
 # Labels beyond the most frequent ones are predicted at their frequency.
 MAX_LABELS = 500
@@ -46,8 +47,8 @@ def fit_logits(
       labels: bool [N, L].
       others: features of the documents to predict, by name.
       inverse_strength: scikit-learn's C.
-      max_labels: how many of the most frequent labels are fitted; the logits of the others are
-        those of their frequency. Default: all.
+      max_labels: how many of the most frequent labels are fitted, default all; the logits of the
+        others are those of their frequency.
 
     Returns:
       Logits float32 [documents, L] by name.
@@ -64,7 +65,7 @@ def fit_logits(
     two_classes = (counts > 0) & (counts < len(labels))
     for index in np.argsort(-counts, kind="stable")[:max_labels]:
         if two_classes[index]:
-            # On float32 features five times as fast as liblinear, to the same solution.
+            # Five times as fast as liblinear on float32 features, to the same solution.
             model = LogisticRegression(C=inverse_strength, solver="newton-cg")
             model.fit(train, labels[:, index])
             for name, rows in others.items():
@@ -73,12 +74,12 @@ def fit_logits(
 
 
 def measure_baseline(
-    train: Documents, fitted: Documents, reported: Documents, **cutting: Any
+    train: Documents, fitted: Documents, reported: Documents, rule: ThresholdRule
 ) -> dict[str, Any]:
     """Fits on `train`, thresholds on `fitted`, and measures on `reported`.
 
     Args:
-      **cutting: as for `fit_thresholds`.
+      rule: what the thresholds are best for.
 
     Returns:
       The scalars of `compute_metrics` under `metrics`, and what it took: documents, features,
@@ -103,10 +104,10 @@ def measure_baseline(
         "reported": vectorizer.transform(_as_texts(reported.tokens)),
     }
     logits = fit_logits(features, train.labels, others, max_labels=MAX_LABELS)
-    thresholds = fit_thresholds(sigmoid(logits["fitted"]), fitted.labels, **cutting)
+    thresholds = fit_thresholds(sigmoid(logits["fitted"]), fitted.labels, rule)
     metrics = compute_metrics(sigmoid(logits["reported"]), reported.labels, thresholds)
     return {
-        "metrics": {name: value for name, value in metrics.items() if name != "per_label"},
+        "metrics": without_labels(metrics),
         "train_documents": len(train.ids),
         "reported_documents": len(reported.ids),
         "features": features.shape[1],
@@ -117,5 +118,5 @@ def measure_baseline(
 
 
 def _as_texts(documents: Sequence[np.ndarray]) -> list[str]:
-    """Token ids as words, which scikit-learn pairs by itself."""
+    """Token ids as words, of which scikit-learn makes pairs."""
     return [" ".join(map(str, tokens.tolist())) for tokens in documents]

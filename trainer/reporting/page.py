@@ -1,14 +1,15 @@
 """The report as a page: tables and plots put into `templates/report.html`.
 
-Names of labels, ids and texts are whatever users have, hostile text included. The template escapes
-all of it, and the page's content security policy lets nothing run but the page's own scripts, known
-by their hashes, and nothing be loaded at all.
+Names of labels, ids and texts come from users and may be hostile. The template escapes all of them.
+The page's content security policy loads nothing and runs only the page's own scripts, which it
+knows by their hashes.
 """
 
 import base64
+import dataclasses
 import hashlib
-import math
 import os
+from collections.abc import Iterator
 from dataclasses import dataclass
 from importlib import metadata as distributions
 from typing import Any
@@ -25,32 +26,24 @@ from trainer.reporting.plots import BLUE, GREY, ORANGE, Plot, draw_headline, dra
 from trainer.reporting.sections import (
     cooccurrence_plots,
     data_plots,
-    describe_checks,
-    describe_slices,
-    describe_splits,
     frequency_plot,
     history_plots,
-    label_table,
-    list_settings,
     overfitting_plot,
+)
+from trainer.reporting.tables import (
+    HEADLINES,
+    check_table,
+    comparison_tables,
+    count,
+    headline_table,
+    label_table,
+    number,
+    remarkable_labels,
+    slice_tables,
+    split_table,
 )
 from trainer.training.run_record import RunRecord
 
-HEADLINES = {
-    "mean_average_precision": "Mean average precision",
-    "micro_f1": "Micro-F1",
-    "macro_f1": "Macro-F1",
-    "macro_roc_auc": "Macro ROC-AUC",
-    "expected_calibration_error": "Calibration error",
-}
-# The metrics that thresholds decide, in the order in which they are shown.
-BY_THRESHOLD = (
-    *(f"{mean}_f1" for mean in ("micro", "macro", "weighted", "samples")),
-    *(f"{mean}_precision" for mean in ("micro", "macro", "weighted", "samples")),
-    *(f"{mean}_recall" for mean in ("micro", "macro", "weighted", "samples")),
-    "subset_accuracy",
-    "hamming_loss",
-)
 LOWER_IS_BETTER = ("expected_calibration_error",)
 MODEL, TFIDF, TRIVIAL = "this model", "TF-IDF", "frequencies"
 SHOWN_MISTAKES = 5
@@ -91,70 +84,41 @@ def render(material: Material) -> str:
         trim_blocks=True,
         lstrip_blocks=True,
     )
-    # Bokeh's models name each other, and the first place that names one holds its definition.
+    # Keys stay unsorted: the first place that names a Bokeh model has to be its definition.
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
-    environment.filters.update(
-        number=number, count=count, signed=signed, percent=percent, exact="{:.6g}".format
-    )
+    environment.filters.update(number=number, count=count, exact="{:.6g}".format)
     loader = environment.loader
     assert loader is not None
     style, script = (
         loader.get_source(environment, name)[0] for name in ("report.css", "report.js")
     )
     library = "\n".join(Resources(mode="inline", components=["bokeh"]).js_raw)
-    plots = _draw(material)
+    headlines = _headlines(material)
+    checks = material.metadata.checks if material.metadata else {}
+    plots = _draw(material, headlines)
     everything = [plot for group in plots.values() for plot in group]
     data = {"plots": [plot.item for plot in everything], "curves": _curves(material)}
     return environment.get_template("report.html").render(
         title=os.path.basename(absolute(material.model_dir).rstrip("/")),
         material=material,
         metrics=material.metrics,
-        metadata=material.metadata,
         baseline=material.baseline,
         plots=plots,
         data=data,
-        headlines=_headlines(material),
-        systems=_systems(material),
-        comparison=_comparison(material.metrics),
-        table=label_table(material.metrics, material.curves, material.metadata),
+        headlines=headlines,
+        tables=_tables(material, headlines),
         mistakes=_mistakes(material),
         shown_mistakes=SHOWN_MISTAKES,
         max_characters=MAX_CHARACTERS,
-        splits=describe_splits(material.metadata),
-        checks=describe_checks(material.metadata),
-        slices=describe_slices(material.metrics),
-        settings=list_settings(material.record),
+        checks=checks,
+        remarkable_labels=remarkable_labels(checks),
+        settings=_settings(material.record),
         versions=_versions(material.record),
         fingerprints=_fingerprints(material),
         style=Markup(style),
         scripts=[Markup(library), Markup(script)],
         policy=_policy(library, script),
     )
-
-
-def number(value: float | None, digits: int = 3) -> str:
-    """A metric with three digits; a dash for what is undefined."""
-    return "–" if value is None or math.isnan(value) else f"{value:.{digits}f}"
-
-
-def signed(value: float | None) -> str:
-    """A difference with its sign."""
-    if value is None or math.isnan(value):
-        return "–"
-    shown = f"{value:+.3f}".replace("-", "−")
-    return shown[1:] if float(shown[1:]) == 0 else shown
-
-
-def count(value: int | None) -> str:
-    """A whole number, its thousands apart."""
-    return "–" if value is None else f"{value:,}"
-
-
-def percent(value: float | None) -> str:
-    """A share as a percentage of three significant digits at most."""
-    if value is None or math.isnan(value):
-        return "–"
-    return "< 0.01 %" if 0 < value < 1e-4 else f"{100 * value:.3g} %"
 
 
 def _policy(*scripts: str) -> str:
@@ -172,58 +136,39 @@ def _systems(material: Material) -> list[tuple[str, str]]:
 
 
 def _headlines(material: Material) -> list[dict[str, Any]]:
-    """A row a headline metric: the model's value and interval, the baselines' values."""
+    """Each headline metric: its values by system, and the interval of the model's."""
     metrics, intervals = material.metrics, material.metrics.get("intervals", {})
-    tfidf = material.baseline["metrics"] if material.baseline else {}
-    rows = []
-    for name, title in HEADLINES.items():
-        if name not in metrics:
-            continue
-        values = {MODEL: metrics[name], TRIVIAL: metrics["trivial"].get(name)}
-        if material.baseline:
-            values[TFIDF] = tfidf.get(name)
-        rows.append(
-            {
-                "title": title,
-                "values": values,
-                "interval": intervals.get(name),
-                "lower_is_better": name in LOWER_IS_BETTER,
-            }
-        )
-    return rows
-
-
-def _comparison(metrics: dict[str, Any]) -> dict[str, list[dict[str, Any]]]:
-    """Every metric of both splits: those that thresholds decide, and the others."""
-    fitted = metrics["on_calibration_split"]
-    shared = [
-        name
-        for name in metrics
-        if isinstance(metrics[name], float) and isinstance(fitted.get(name), float)
+    systems = {MODEL: metrics, TRIVIAL: metrics["trivial"]}
+    if material.baseline:
+        systems[TFIDF] = material.baseline["metrics"]
+    return [
+        {
+            "title": title,
+            "values": {system: values.get(name) for system, values in systems.items()},
+            "interval": intervals.get(name),
+            "lower_is_better": name in LOWER_IS_BETTER,
+        }
+        for name, title in HEADLINES.items()
+        if name in metrics
     ]
-    decided = [name for name in BY_THRESHOLD if name in shared]
-    others = [name for name in shared if name not in BY_THRESHOLD]
-
-    def rows(names: list[str]) -> list[dict[str, Any]]:
-        return [
-            {"title": _as_title(name), "fitted": fitted[name], "reported": metrics[name]}
-            for name in names
-        ]
-
-    return {"decided": rows(decided), "others": rows(others)}
 
 
-def _as_title(name: str) -> str:
-    if name in HEADLINES:
-        return HEADLINES[name]
-    words = name.replace("_", " ").replace("f1", "F1").replace("roc auc", "ROC-AUC")
-    words = words.replace("expected calibration", "calibration")
-    return words.replace("ndcg", "nDCG") if "ndcg" in words else words[:1].upper() + words[1:]
+def _tables(material: Material, headlines: list[dict[str, Any]]) -> dict[str, Any]:
+    metrics, metadata = material.metrics, material.metadata
+    decided, others = comparison_tables(metrics)
+    return {
+        "headlines": headline_table(headlines, [name for _, name in _systems(material)]),
+        "decided": decided,
+        "others": others,
+        "labels": label_table(metrics, material.curves, metadata),
+        "slices": slice_tables(metrics),
+        "splits": split_table(metadata) if metadata else None,
+        "checks": check_table(metadata.checks) if metadata and metadata.checks else None,
+    }
 
 
-def _draw(material: Material) -> dict[str, tuple[Plot, ...]]:
+def _draw(material: Material, headlines: list[dict[str, Any]]) -> dict[str, tuple[Plot, ...]]:
     metrics, curves, metadata = material.metrics, material.curves, material.metadata
-    headlines = _headlines(material)
     intervals = {row["title"]: row["interval"] for row in headlines if row["interval"]}
     rows = [(row["title"], row["values"]) for row in headlines if not row["lower_is_better"]]
     return {
@@ -262,20 +207,17 @@ def _mistakes(material: Material) -> list[dict[str, Any]]:
         "false_positives": ("Predicted, and wrong", "The highest probabilities of absent labels."),
         "missed": ("There, and missed", "The lowest probabilities of labels that are there."),
     }
+
+    def card(mistake: dict[str, Any]) -> dict[str, Any]:
+        named = {kind: [names[index] for index in mistake[kind]] for kind in ("true", "predicted")}
+        text = material.texts.get(mistake["index"])
+        return mistake | named | {"label": names[mistake["label"]], "text": text}
+
     return [
         {
             "title": title,
             "caption": caption,
-            "cards": [
-                mistake
-                | {
-                    "label": names[mistake["label"]],
-                    "true": [names[index] for index in mistake["true"]],
-                    "predicted": [names[index] for index in mistake["predicted"]],
-                    "text": material.texts.get(mistake["index"]),
-                }
-                for mistake in material.curves["mistakes"][kind]
-            ],
+            "cards": [card(mistake) for mistake in material.curves["mistakes"][kind]],
         }
         for kind, (title, caption) in kinds.items()
     ]
@@ -297,3 +239,26 @@ def _fingerprints(material: Material) -> list[tuple[str, str]]:
     pairs = [("checkpoint", found["checkpoint"]), ("tokenizer", found["tokenizer"])]
     pairs.append(("training data", material.record.data_fingerprint))
     return pairs + [(f"split {name}", value) for name, value in found["splits"].items()]
+
+
+def _settings(record: RunRecord) -> list[tuple[str, str]]:
+    """The flags of the run and what followed from them, as (name, value)."""
+    parts: dict[str, Any] = {
+        "--": record.train,
+        "model: ": record.model,
+        "micro-batch: ": record.packing,
+    }
+    return [
+        (f"{prefix}{name}", value)
+        for prefix, part in parts.items()
+        for name, value in _flat(dataclasses.asdict(part))
+    ]
+
+
+def _flat(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
+    """The innermost names and values of nested dicts."""
+    for name, value in values.items():
+        if isinstance(value, dict):
+            yield from _flat(value)
+        else:
+            yield name, "–" if value is None else str(value)

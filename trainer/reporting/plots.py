@@ -1,11 +1,10 @@
 """The report's plots: Bokeh figures as JSON, drawn by its JavaScript in the page.
 
-Bokeh: its core is 1.3 MB inlined, a quarter of what other interactive libraries take. Names of
-labels are data here: they reach the page inside JSON and are drawn as plain text, never as HTML or
-as TeX, for which Bokeh would load a library from the network. Legends stand in the page's own text,
-where they cover no data. The plots have no tools but hovering, so that a finger scrolls the page.
-
-The plots of a label that the reader chooses: empty here, filled in by the page's script.
+Bokeh's core takes 1.3 MB inlined, a quarter of other interactive libraries. Names of labels are
+data: they reach the page inside JSON and are drawn as plain text, never as HTML or as TeX, for
+which Bokeh would load a library from the network. Legends are in the page's own text, where they
+cover no data. Hovering is the only tool, so that a finger scrolls the page. The plots of the label
+that the reader chooses are empty here; the page's script fills them in.
 """
 
 from collections.abc import Sequence
@@ -30,12 +29,17 @@ from bokeh.plotting import figure
 
 from trainer.evaluation.curves import HISTOGRAM_EDGES
 
-# Of Okabe and Ito's palette, told apart with every kind of colour vision.
+# Of Okabe and Ito's palette, which every kind of colour vision can tell apart.
 BLUE, ORANGE, GREEN, PURPLE, GREY = "#0072B2", "#D55E00", "#009E73", "#AA4499", "#7A828A"
 INK, RULE = "#2B3138", "#E3E7EB"
 SERIES = (BLUE, ORANGE, GREEN, PURPLE)
 SHARES = Blues256[::-1]
-_LONGEST_TICK = 22
+# Probabilities that mark an axis of log-odds.
+_MARKED = (0.001, 0.01, 0.1, 0.5, 0.9, 0.99, 0.999)
+# Characters of a label's name on an axis.
+_MAX_TICK = 22
+# What a line is of, x and y.
+Line = tuple[str, Sequence[float], Sequence[float]]
 
 
 @dataclass(frozen=True)
@@ -82,6 +86,10 @@ def start_figure(name: str, x: str, y: str, height: int = 260, **options: Any) -
     return drawn
 
 
+def _show_on_hover(drawn: figure, glyphs: Any, tips: dict[str, str]) -> None:
+    drawn.add_tools(HoverTool(renderers=[glyphs], tooltips=list(tips.items())))
+
+
 def draw_headline(
     rows: Sequence[tuple[str, dict[str, float | None]]],
     intervals: dict[str, tuple[float, float]],
@@ -100,7 +108,7 @@ def draw_headline(
     )
     drawn.ygrid.grid_line_color = None
     kept = [name for name in names if name in intervals]
-    drawn.row_range(
+    drawn.segment(
         [intervals[name][0] for name in kept], kept, [intervals[name][1] for name in kept], kept,
         line_color=BLUE, line_width=7, line_alpha=0.25,
     )  # fmt: skip
@@ -118,12 +126,10 @@ def draw_lines(
     name: str,
     title: str,
     y: str,
-    lines: Sequence[tuple[str, Sequence[float], Sequence[float]]],
-    caption: str = "",
-    x: str = "epochs",
+    lines: Sequence[Line],
 ) -> Plot:
-    """Lines as (what, x, y), dotted where there are few points."""
-    drawn = start_figure(name, x, y)
+    """Lines over epochs, with dots where there are few points."""
+    drawn = start_figure(name, "epochs", y)
     keys = []
     for color, (words, xs, ys) in zip(SERIES, lines, strict=False):
         drawn.line(xs, ys, line_color=color, line_width=2)
@@ -134,7 +140,7 @@ def draw_lines(
         drawn.yaxis.formatter = PrintfTickFormatter(format="%.1e")
     elif name == "speed":
         drawn.yaxis.formatter, drawn.y_range.start = NumeralTickFormatter(format="0,0"), 0
-    return make_plot(drawn, title, caption, keys if len(keys) > 1 else ())
+    return make_plot(drawn, title, "", keys if len(keys) > 1 else ())
 
 
 def draw_points(
@@ -146,7 +152,7 @@ def draw_points(
     has_log_x: bool = False,
     has_diagonal: bool = False,
 ) -> Plot:
-    """A point a label, with its `label`, `x`, `y` and `support` when it is pointed at."""
+    """A point a label; hovering shows its `label`, `x`, `y` and `support`."""
     kind = "log" if has_log_x else "linear"
     drawn = start_figure(name, *axes, height=300, x_axis_type=kind)
     if not has_log_x:
@@ -158,9 +164,8 @@ def draw_points(
         "x", "y", source=ColumnDataSource(columns, name=f"{name}_source"),
         size=9, fill_color=BLUE, fill_alpha=0.45, line_color=BLUE,
     )  # fmt: skip
-    tips = [("label", "@label"), (axes[0], "@x{0.[000]}"), (axes[1], "@y{0.000}")]
-    tips.append(("positives", "@support"))
-    drawn.add_tools(HoverTool(renderers=[points], tooltips=tips))
+    tips = {axes[0]: "@x{0.[000]}", axes[1]: "@y{0.000}", "positives": "@support"}
+    _show_on_hover(drawn, points, {"label": "@label"} | tips)
     return make_plot(drawn, title, caption)
 
 
@@ -169,10 +174,10 @@ def draw_shares(
     title: str,
     caption: str,
     axes: tuple[str, str],
-    series: Sequence[tuple[str, Sequence[float], Sequence[float]]],
+    series: Sequence[Line],
     has_log_y: bool = False,
 ) -> Plot:
-    """Points a split (what, x, y), joined by steps unless the y axis is logarithmic."""
+    """The points of each split, joined by steps unless the y axis is logarithmic."""
     drawn = start_figure(name, *axes, y_axis_type="log" if has_log_y else "linear")
     keys = []
     for color, (words, xs, ys) in zip(SERIES, series, strict=False):
@@ -224,25 +229,17 @@ def draw_cooccurrence(
         axis.major_label_text_font_size = "10px"
     drawn.xaxis.major_label_orientation = "vertical"
     drawn.grid.grid_line_color = None
-    tips = [("of", "@row"), ("with", "@column"), ("share", "@share{0.0%}")]
-    drawn.add_tools(HoverTool(renderers=[cells], tooltips=[*tips, ("documents", "@documents")]))
+    tips = {"of": "@row", "with": "@column", "share": "@share{0.0%}", "documents": "@documents"}
+    _show_on_hover(drawn, cells, tips)
     return make_plot(drawn, title, "")
 
 
 def _cut(name: str) -> str:
-    return name if len(name) <= _LONGEST_TICK else name[: _LONGEST_TICK - 1] + "…"
-
-
-# Probabilities that mark an axis of log-odds.
-_MARKED = (0.001, 0.01, 0.1, 0.5, 0.9, 0.99, 0.999)
+    return name if len(name) <= _MAX_TICK else name[: _MAX_TICK - 1] + "…"
 
 
 def draw_label_curves(reported: str, fitted_on: str) -> tuple[Plot, ...]:
-    """Precision-recall, reliability and histogram, empty: the page fills in the chosen label.
-
-    Args:
-      reported, fitted_on: names of the splits.
-    """
+    """Precision-recall, reliability and histogram of a label; the arguments name the splits."""
     recall = start_figure("precision_recall", "recall", "precision", 300)
     recall.x_range, recall.y_range = Range1d(-0.02, 1.02), Range1d(-0.03, 1.03)
     share = _source("prevalence_source", "x", "y")
@@ -257,8 +254,8 @@ def draw_label_curves(reported: str, fitted_on: str) -> tuple[Plot, ...]:
         "recall", "precision", source=chosen, size=12, fill_color=None, line_color=ORANGE,
         line_width=3,
     )  # fmt: skip
-    tips = [("recall", "@recall{0.000}"), ("precision", "@precision{0.000}")]
-    recall.add_tools(HoverTool(renderers=[dots], tooltips=[*tips, ("at", "@score{0.0000}")]))
+    tips = {"recall": "@recall{0.000}", "precision": "@precision{0.000}", "at": "@score{0.0000}"}
+    _show_on_hover(recall, dots, tips)
     return (
         make_plot(
             recall, "Precision and recall", "",
@@ -281,11 +278,11 @@ def _draw_reliability() -> Plot:
     drawn.scatter(
         "probability", "share", source=before, size=7, fill_color="white", line_color=ORANGE
     )
-    drawn.row_range("probability", "low", "probability", "high", source=after, line_color=BLUE)
+    drawn.segment("probability", "low", "probability", "high", source=after, line_color=BLUE)
     drawn.line("probability", "share", source=after, line_color=BLUE, line_width=2)
     dots = drawn.scatter("probability", "share", source=after, size=7, color=BLUE)
-    tips = [("probability", "@probability{0.0000}"), ("positives", "@share{0.0000}")]
-    drawn.add_tools(HoverTool(renderers=[dots], tooltips=[*tips, ("scores", "@documents")]))
+    tips = {"probability": "@probability{0.0000}", "positives": "@share{0.0000}"}
+    _show_on_hover(drawn, dots, tips | {"scores": "@documents"})
     keys = ((BLUE, "calibrated, with 95 % intervals"), (ORANGE, "before calibration"))
     return make_plot(drawn, "Reliability", "", keys)
 

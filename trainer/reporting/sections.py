@@ -1,20 +1,23 @@
-"""What stands in the report's sections: rows of tables, and plots of what is in them.
+"""The plots of the report's sections: what each one shows of a run, its metrics and its data."""
 
-What the report says of the data: how much there is of it, and what `prepare` found in it.
-"""
-
-import dataclasses
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
 
-from trainer.data.metadata import Metadata
-from trainer.reporting.plots import Plot, draw_cooccurrence, draw_lines, draw_points, draw_shares
-from trainer.training.run_record import RunRecord
+from trainer.data.metadata import TRAIN_SPLIT, Metadata
+from trainer.reporting.plots import (
+    Line,
+    Plot,
+    draw_cooccurrence,
+    draw_lines,
+    draw_points,
+    draw_shares,
+)
+from trainer.reporting.tables import train_split
 
-TRAIN_SPLIT = "train"
 MAX_HISTORY_POINTS = 300
+MAX_LENGTH_BINS = 40
 # Evaluations while training that are drawn, besides the loss.
 EVALUATED = {
     "mean_average_precision": "mean average precision",
@@ -22,28 +25,6 @@ EVALUATED = {
     "micro_f1": "micro-F1",
     "macro_f1": "macro-F1",
 }
-# Columns of the table of labels: name, title, how it is shown.
-LABEL_COLUMNS = (
-    ("support", "positives", "count"),
-    ("f1", "F1", "number"),
-    ("f1_on_calibration_split", "F1 on {fitted}", "number"),
-    ("precision", "precision", "number"),
-    ("recall", "recall", "number"),
-    ("threshold", "threshold", "number"),
-    ("average_precision", "AP", "number"),
-    ("roc_auc", "ROC-AUC", "number"),
-    ("expected_calibration_error", "calib. error", "number"),
-    ("expected_calibration_error_before", "before", "number"),
-)
-# Columns of the table of slices: key, title, how it is shown.
-SLICE_COLUMNS = (
-    ("documents", "documents", "count"),
-    ("labels_present", "labels present", "count"),
-    ("micro_f1", "micro-F1", "number"),
-    ("macro_f1", "macro-F1", "number"),
-    ("mean_average_precision", "mean AP", "number"),
-    ("expected_calibration_error", "calib. error", "number"),
-)
 
 
 def history_plots(history: Sequence[dict[str, Any]]) -> tuple[Plot, ...]:
@@ -56,10 +37,10 @@ def history_plots(history: Sequence[dict[str, Any]]) -> tuple[Plot, ...]:
     at = [row["epoch"] for row in steps]
     evaluated_at = [row["documents"] / an_epoch for row in evaluations]
 
-    def of_steps(name: str, words: str) -> tuple[str, list[float], list[float]]:
+    def of_steps(name: str, words: str) -> Line:
         return (words, *_thin(at, [row.get(name) for row in steps]))
 
-    def of_evaluations(name: str, words: str) -> tuple[str, list[float], list[float]]:
+    def of_evaluations(name: str, words: str) -> Line:
         return (words, *_thin(evaluated_at, [row["evaluation"].get(name) for row in evaluations]))
 
     split = evaluations[-1]["split"] if evaluations else ""
@@ -92,9 +73,9 @@ def frequency_plot(
     per_label = metrics["per_label"]
     support = [per_label[label]["support"] for label in curves["labels"]]
     where, counts, documents = metrics["split"], support, metrics["documents"]
-    if metadata is not None and TRAIN_SPLIT in metadata.splits:
-        split = metadata.splits[TRAIN_SPLIT]
-        where, counts, documents = TRAIN_SPLIT, list(split.label_counts), split.documents
+    train = train_split(metadata)
+    if train is not None:
+        where, counts, documents = TRAIN_SPLIT, list(train.label_counts), train.documents
     known = [index for index, value in enumerate(counts) if value > 0]
     absent = len(counts) - len(known)
     note = f" {absent:,} labels without documents there are left out." if absent else ""
@@ -153,78 +134,6 @@ def cooccurrence_plots(curves: dict[str, Any]) -> tuple[Plot, ...]:
     )
 
 
-def label_table(
-    metrics: dict[str, Any], curves: dict[str, Any], metadata: Metadata | None
-) -> dict[str, Any]:
-    """The table of labels: `columns` as (title, kind), `rows` with their cells."""
-    per_label = metrics["per_label"]
-    columns = [column for column in LABEL_COLUMNS if column[0] in per_label[curves["labels"][0]]]
-    train = None
-    if metadata is not None and TRAIN_SPLIT in metadata.splits:
-        train = metadata.splits[TRAIN_SPLIT].label_counts
-    with_curves = set(curves["curve_labels"])
-    rows = []
-    for index, label in enumerate(curves["labels"]):
-        values = [(per_label[label][name], kind) for name, _, kind in columns]
-        if train is not None:
-            values.insert(0, (train[index], "count"))
-        rows.append({"index": index, "label": label, "cells": values,
-                     "has_curves": index in with_curves})  # fmt: skip
-    titles = [title.format(fitted=metrics["calibration_split"]) for _, title, _ in columns]
-    if train is not None:
-        titles.insert(0, f"in {TRAIN_SPLIT}")
-    return {"columns": titles, "rows": rows}
-
-
-def describe_slices(metrics: dict[str, Any]) -> list[dict[str, Any]]:
-    """A table a kept column: metrics by its values, the rest of them together last."""
-    tables = []
-    for column, found in metrics.get("slices", {}).items():
-        rows = [
-            {"value": value, "cells": [(measured[key], kind) for key, _, kind in SLICE_COLUMNS]}
-            for value, measured in found["values"].items()
-        ]
-        rest = found["rest"]
-        if rest is not None:
-            cells = [(rest[key], kind) for key, _, kind in SLICE_COLUMNS]
-            rows.append({"value": f"{rest['num_values']:,} other values", "cells": cells})
-        titles = [title for _, title, _ in SLICE_COLUMNS]
-        tables.append({"column": column, "columns": titles, "rows": rows})
-    return tables
-
-
-def list_settings(record: RunRecord) -> list[tuple[str, str]]:
-    """The flags of the run and what followed from them, as (name, value)."""
-    pairs = [(f"--{name}", value) for name, value in _flat(dataclasses.asdict(record.train))]
-    pairs += [(f"model: {name}", value) for name, value in _flat(dataclasses.asdict(record.model))]
-    packing = dataclasses.asdict(record.packing)
-    return pairs + [(f"micro-batch: {name}", value) for name, value in _flat(packing)]
-
-
-def _flat(values: dict[str, Any]) -> Iterator[tuple[str, str]]:
-    for name, value in values.items():
-        if isinstance(value, dict):
-            yield from _flat(value)
-        else:
-            yield name, "–" if value is None else str(value)
-
-
-MAX_LENGTH_BINS = 40
-# Columns of the table of checks: key, title, how it is shown.
-CHECK_COLUMNS = (
-    ("repeated_documents", "documents that repeat another", "count"),
-    ("conflicting_texts", "texts with different labels", "count"),
-    ("truncated_share", "truncated", "percent"),
-    ("unknown_token_share", "unknown tokens", "percent"),
-    ("other_script_share", "other scripts", "percent"),
-)
-LABEL_CASES = {
-    "labels_without_positives": "labels without positives",
-    "nearly_always_labels": "labels on nearly every document",
-    "rare_labels": "labels on very few documents",
-}
-
-
 def data_plots(metadata: Metadata | None) -> tuple[Plot, ...]:
     """Lengths of documents, and how often labels occur, by split."""
     if metadata is None:
@@ -252,49 +161,3 @@ def data_plots(metadata: Metadata | None) -> tuple[Plot, ...]:
             ("rank of the label", "share of documents"), counts, has_log_y=True,
         ),
     )  # fmt: skip
-
-
-def describe_splits(metadata: Metadata | None) -> list[dict[str, Any]]:
-    """A row a split: documents, tokens, what was cut and rejected, labels."""
-    if metadata is None:
-        return []
-    rows = []
-    for name, split in metadata.splits.items():
-        labels = sum(split.label_counts)
-        rows.append(
-            {
-                "name": name,
-                "documents": split.documents,
-                "windows": split.windows,
-                "tokens": split.tokens,
-                "mean_tokens": split.tokens / max(split.documents, 1),
-                "truncated": split.truncated,
-                "truncated_share": split.truncated / max(split.documents, 1),
-                "rejected": split.rejected,
-                "labels_a_document": labels / max(split.documents, 1),
-                "labels_without_positives": sum(value == 0 for value in split.label_counts),
-            }
-        )
-    return rows
-
-
-def describe_checks(metadata: Metadata | None) -> dict[str, Any] | None:
-    """What `prepare` found remarkable: warnings, a table of splits, texts in common, labels."""
-    if metadata is None or not metadata.checks:
-        return None
-    by_split = metadata.checks["splits"]
-    return {
-        "warnings": metadata.checks["warnings"],
-        "columns": [title for _, title, _ in CHECK_COLUMNS],
-        "splits": [
-            {"name": name, "cells": [(found[key], kind) for key, _, kind in CHECK_COLUMNS]}
-            for name, found in by_split.items()
-        ],
-        "across": metadata.checks["across"],
-        "labels": [
-            {"split": name, "words": words, **found[case]}
-            for name, found in by_split.items()
-            for case, words in LABEL_CASES.items()
-            if found[case]["count"]
-        ],
-    }
