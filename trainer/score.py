@@ -71,15 +71,8 @@ class ScoreSummary:
 class ScoringRun:
     """What a call reads, the model that it runs, and what it writes.
 
-    Attributes:
-      config: the command's flags.
-      folder: the output folder.
-      paths, versions: the input files, and what they were when the call began.
-      columns: of the rows.
-      strategy: on whose replicas the model is loaded.
-      model: the loaded model folder.
-      layout: of the files of scores.
-      settings: what plan.json says of the flags.
+    `folder` is the output folder. `versions` say what the input files, `paths`, were when the call
+    began. `settings` are what plan.json says of the flags.
     """
 
     config: ScoreConfig
@@ -122,7 +115,8 @@ def _run(config: ScoreConfig) -> ScoreSummary:
         _check_plan(this, plan, recall_inputs(plan, this.paths, progress.waiting))
     if progress.has_ended:
         progress.clear_up()
-        print(f"{this.folder.url}: all {progress.num_done} parts are there already; nothing to do")
+        num_done = len(progress.done)
+        print(f"{this.folder.url}: all {num_done} parts are there already; nothing to do")
         return ScoreSummary(0, 0.0)
     progress.check_rejected(config.max_rejected)
     if runner is None:
@@ -269,9 +263,9 @@ def _write_part(this: ScoringRun, writer: PartWriter, batches: Iterable[TokenBat
     is_remote = filesystem.is_remote(config.output_dir)
     where = "TMPDIR" if is_remote else f"--output_dir={config.output_dir}"
     for batch in batches:
-        check_finite(config.model, batch.ids, batch.probabilities)
+        check_finite(config.model, batch.scores)
         with disk_errors(where):
-            writer.write(batch.ids, batch.probabilities, batch.kept)
+            writer.write(batch.scores)
         writer.note(batch.num_truncated, batch.rejected)
     this.versions.check(row_range.path for row_range in writer.part.row_ranges)
     with disk_errors(where):
@@ -306,7 +300,7 @@ def _print_summary(this: ScoringRun, progress: PlanProgress, summary: ScoreSumma
         )
     of_all = "" if progress.is_complete else f" of {len(progress.manifests):,}"
     print(
-        f"{this.folder.url}: {totals['rows_out']:,} documents in {progress.num_done:,}{of_all} "
+        f"{this.folder.url}: {totals['rows_out']:,} documents in {len(progress.done):,}{of_all} "
         f"parts ({totals['rows_truncated']:,} cut at the model's longest, "
         f"{totals['rows_rejected']:,} rejected); "
         f"{summary.documents:,} of them now, in {summary.seconds:.1f} s "

@@ -13,7 +13,7 @@ import pytest
 from trainer.config import ScoreConfig
 from trainer.errors import UserError
 from trainer.scoring import writers
-from trainer.scoring.writers import ENDINGS, ResultLayout, open_results
+from trainer.scoring.writers import ENDINGS, DocumentScores, ResultLayout, open_results
 
 LABELS = ("red", "10% off", "grün", "never")
 THRESHOLDS = np.array([0.5, 0.25, 0.75, np.nan])
@@ -32,10 +32,11 @@ def write_file(format, selection, rows, pieces=1, columns=COLUMNS):
     file = io.BytesIO()
     layout = ResultLayout(format, LABELS, THRESHOLDS, selection, columns)
     writer = open_results(file, layout)
-    ids, probabilities, kept = rows
-    for piece in np.array_split(np.arange(len(ids)), pieces):
-        chosen = slice(piece[0], piece[-1] + 1) if len(piece) else slice(0, 0)
-        writer.write(ids[chosen], probabilities[chosen], kept[chosen])
+    documents = DocumentScores(*rows)
+    for piece in np.array_split(np.arange(len(documents.ids)), pieces):
+        writer.write(
+            documents.rows(piece[0], piece[-1] + 1) if len(piece) else documents.rows(0, 0)
+        )
     writer.close()
     assert not file.closed
     return file.getvalue()
@@ -57,7 +58,7 @@ def test_a_writer_that_is_given_up_does_not_mind_its_file_closed(format, monkeyp
     file = io.BytesIO()
     layout = ResultLayout(format, LABELS, THRESHOLDS, ("all", 0), COLUMNS)
     writer = open_results(file, layout)
-    writer.write(*make_rows(5))
+    writer.write(DocumentScores(*make_rows(5)))
     writer.discard()
     file.close()
     del writer

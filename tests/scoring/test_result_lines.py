@@ -8,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.scoring.writers import LineWriter, ResultLayout
+from trainer.scoring.writers import DocumentScores, LineWriter, ResultLayout
 
 OFF = '10% "off"'
 LABELS = ("red", OFF, "grün", "never")
@@ -19,7 +19,7 @@ PROBABILITIES = np.array([[0.5, 0.24999999, 0.9, 1.0], [0.1, 0.1, 0.7499999, 1e-
 def format_pieces(selection, ids, probabilities, labels=LABELS, thresholds=THRESHOLDS):
     """The lines of documents without kept columns, in the pieces in which they are written."""
     writer = LineWriter(io.BytesIO(), ResultLayout("jsonl", labels, thresholds, selection))
-    return list(writer.format(ids, probabilities, [()] * len(ids)))
+    return list(writer.format(DocumentScores(ids, probabilities, [()] * len(ids))))
 
 
 def format_lines(selection, ids=("a", "b"), probabilities=PROBABILITIES):

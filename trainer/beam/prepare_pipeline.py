@@ -127,24 +127,20 @@ class BeamPool:
         os.mkdir(folder)
         num_tasks = 0
         for num_tasks, task in enumerate(zip(*arguments, strict=True), 1):
-            save_value(_task_path(folder, num_tasks - 1), task)
+            save_value(_path(folder, "task", num_tasks - 1), task)
         if num_tasks:
             print(f"{self._runner}: {num_tasks:,} tasks of {_name(function)}", flush=True)
             build = partial(_build, function=function, folder=folder, num_tasks=num_tasks)
             self._runner.run(build)
-        return (load_value(_result_path(folder, index)) for index in range(num_tasks))
+        return (load_value(_path(folder, "result", index)) for index in range(num_tasks))
 
 
 def _name(function: Any) -> str:
     return getattr(function, "func", function).__name__
 
 
-def _task_path(folder: str, index: int) -> str:
-    return os.path.join(folder, f"task-{index:06d}.npz")
-
-
-def _result_path(folder: str, index: int) -> str:
-    return os.path.join(folder, f"result-{index:06d}.npz")
+def _path(folder: str, kind: str, index: int) -> str:
+    return os.path.join(folder, f"{kind}-{index:06d}.npz")
 
 
 def _build(
@@ -161,8 +157,8 @@ def _build(
 def _call(index: int, function: Callable[..., Any], folder: str) -> None:
     """Does one task; a call that Beam repeats leaves the same files."""
     with marked_faults():
-        result = function(*load_value(_task_path(folder, index)))
-        save_value(_result_path(folder, index), result)
+        result = function(*load_value(_path(folder, "task", index)))
+        save_value(_path(folder, "result", index), result)
     for name, count in _counts(result).items():
         Metrics.counter(NAMESPACE, name).inc(count)
 

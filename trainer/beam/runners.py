@@ -86,27 +86,26 @@ def open_runner(name: str, options: Sequence[str]) -> "BeamRunner | None":
 
 
 class BeamRunner:
-    """A runner and its options, checked; runs one pipeline after the other."""
+    """A runner and its options, checked; runs one pipeline after the other.
+
+    Attributes:
+      is_local: whether everything runs on this machine, which holds what is grouped in memory.
+    """
 
     def __init__(self, name: str, arguments: Sequence[str]) -> None:
         """Finds the runner; the arguments and errors are those of `open_runner`."""
         self._name = name
         self._arguments = _whole_arguments(arguments)
-        self._is_local = name.lower() in _IN_THIS_PROCESS
+        self.is_local = name.lower() in _IN_THIS_PROCESS
         _check_options(self._arguments)
         self._make_pipeline()  # Finds what is wrong with either before anything is read.
         # A local failure is raised anyway; of a cluster the log shows the progress.
         logging.getLogger("apache_beam").setLevel(
-            logging.CRITICAL if self._is_local else logging.INFO
+            logging.CRITICAL if self.is_local else logging.INFO
         )
 
     def __str__(self) -> str:
         return self._name
-
-    @property
-    def is_local(self) -> bool:
-        """Whether everything runs on this machine, which holds what is grouped in memory."""
-        return self._is_local
 
     def _options(self) -> "PipelineOptions":
         from apache_beam.options.pipeline_options import PipelineOptions
@@ -122,7 +121,7 @@ class BeamRunner:
         from apache_beam.runners.portability.portable_runner import JobServiceHandle
         from apache_beam.runners.runner import create_runner
 
-        if self._is_local:
+        if self.is_local:
             # By its name Beam would first try Prism, a server that it has to download.
             options = JobServiceHandle.encode_pipeline_options(self._options().get_all_options())
             info = beam_provision_api_pb2.ProvisionInfo(pipeline_options=options)
@@ -162,7 +161,7 @@ class BeamRunner:
             try:
                 state = result.wait_until_finish()
             except KeyboardInterrupt:
-                if not self._is_local:
+                if not self.is_local:
                     print(f"{self._name}: interrupted; cancelling the job", flush=True)
                     result.cancel()
                 raise

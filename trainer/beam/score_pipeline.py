@@ -43,7 +43,7 @@ from trainer.scoring.batches import (
 )
 from trainer.scoring.parts import begin_part
 from trainer.scoring.plan import Part, Plan, load_plan
-from trainer.scoring.writers import ResultLayout
+from trainer.scoring.writers import DocumentScores, ResultLayout
 from trainer.sources.listing import FileVersions
 from trainer.sources.reader import can_enter
 from trainer.sources.rows import Columns
@@ -62,6 +62,8 @@ _READ = "read"
 _SCORES = "scores"
 # One micro-batch's tensors by the names that the signature `packed` gives them.
 MicroBatch = dict[str, np.ndarray]
+# A part, and N documents of it after their ranks, int64 [N].
+RankedScores = tuple[int, tuple[np.ndarray, DocumentScores]]
 Item = TypeVar("Item")
 
 
@@ -114,13 +116,8 @@ class PackedModelHandler(ModelHandler[MicroBatch, np.ndarray, Any]):
 class ScoreJob:
     """What every worker is told; all else is in the plan and in the model folder.
 
-    Attributes:
-      output_dir: where plan.json is and the parts go.
-      model: the model folder; every worker has to reach both folders.
-      fingerprint: of the model that the command loaded.
-      columns: of the rows.
-      layout: of the files of scores.
-      versions: of the inputs, as the command found them.
+    Workers have to reach `output_dir`, where plan.json is and the parts go, and the folder `model`.
+    Model and inputs have to be those that the command found: `fingerprint`, `versions`.
     """
 
     output_dir: str
@@ -151,24 +148,11 @@ class PackedDocuments(NamedTuple):
     kept: list[tuple[Any, ...]]
 
 
-class Scores(NamedTuple):
-    """N documents of one part: `ranks` int64 [N], `probabilities` float32 [N, L]."""
-
-    ranks: np.ndarray
-    ids: list[str]
-    kept: list[tuple[Any, ...]]
-    probabilities: np.ndarray
-
-
 class PackParts(beam.DoFn):
     """Runs of parts to micro-batches, each with its documents."""
 
     def __init__(self, job: ScoreJob) -> None:
         self._job = job
-        self._rows = Metrics.counter(NAMESPACE, "rows")
-        self._rejected = Metrics.counter(NAMESPACE, "rejected")
-        self._truncated = Metrics.counter(NAMESPACE, "truncated")
-        self._micro_batches = Metrics.counter(NAMESPACE, "micro_batches")
 
     def setup(self) -> None:
         """Reads plan and tokenizer, once a worker."""
@@ -181,9 +165,9 @@ class PackParts(beam.DoFn):
     def process(self, run: Sequence[int]) -> Iterator[Any]:
         """Reads the parts of a run one after the other, the file that they share only once."""
         with marked_faults():
-            yield from self._process(run)
+            yield from self._read(run)
 
-    def _process(self, run: Sequence[int]) -> Iterator[Any]:
+    def _read(self, run: Sequence[int]) -> Iterator[Any]:
         read = {part: {"documents": 0, "truncated": 0, "rejected": 0} for part in run}
         for batch in self._token_batches(run):
             counts = read[batch.part]
@@ -196,9 +180,9 @@ class PackParts(beam.DoFn):
             counts["truncated"] += batch.num_truncated
             counts["rejected"] += len(batch.rejected)
         for part, counts in read.items():
-            self._rows.inc(counts["documents"] + counts["rejected"])
-            self._rejected.inc(counts["rejected"])
-            self._truncated.inc(counts["truncated"])
+            _count("rows", counts["documents"] + counts["rejected"])
+            _count("rejected", counts["rejected"])
+            _count("truncated", counts["truncated"])
             yield beam.pvalue.TaggedOutput(_READ, (part, counts))
 
     def _token_batches(self, run: Sequence[int]) -> Iterator[TokenBatch]:
@@ -218,25 +202,29 @@ class PackParts(beam.DoFn):
             places = documents[slots]
             ids = [batch.ids[place] for place in places.tolist()]
             kept = [batch.kept[place] for place in places.tolist()]
-            self._micro_batches.inc()
+            _count("micro_batches", 1)
             yield (
                 PackedDocuments(batch.part, first_rank + places, slots, ids, kept),
                 {name: packed[name][index] for name in INPUTS},
             )
 
 
-def keep_documents(result: tuple[PackedDocuments, np.ndarray], model: str) -> tuple[int, Scores]:
-    """A micro-batch's part, and its probabilities without those of empty slots.
+def _count(name: str, number: int) -> None:
+    Metrics.counter(NAMESPACE, name).inc(number)
+
+
+def keep_documents(result: tuple[PackedDocuments, np.ndarray], model: str) -> RankedScores:
+    """A micro-batch's documents with their probabilities, without those of empty slots.
 
     Raises:
       WorkerFault: if one is not finite.
     """
     documents, probabilities = result
-    probabilities = probabilities[documents.slots]
+    scores = DocumentScores(documents.ids, probabilities[documents.slots], documents.kept)
     with marked_faults():
-        check_finite(model, documents.ids, probabilities)
-    Metrics.counter(NAMESPACE, "scored").inc(len(documents.ids))
-    return documents.part, Scores(documents.ranks, documents.ids, documents.kept, probabilities)
+        check_finite(model, scores)
+    _count("scored", len(scores.ids))
+    return documents.part, (documents.ranks, scores)
 
 
 class WriteParts(beam.DoFn):
@@ -263,43 +251,36 @@ class WriteParts(beam.DoFn):
         with contextlib.closing(writer):
             (counts,) = values[_READ]
             scores = list(values[_SCORES])
-            assert sum(len(item.ids) for item in scores) == counts["documents"], index
-            for ids, probabilities, kept in _in_order(scores):
-                writer.write(ids, probabilities, kept)
+            assert sum(len(ranks) for ranks, _ in scores) == counts["documents"], index
+            for documents in _in_order(scores):
+                writer.write(documents)
             rejected = [row for _, rows in sorted(values[_REJECTED]) for row in rows]
             writer.note(counts["truncated"], rejected)
             job.versions.check(row_range.path for row_range in plan.parts[index].row_ranges)
             writer.commit()
 
 
-def _in_order(
-    scores: Sequence[Scores],
-) -> Iterator[tuple[list[str], np.ndarray, list[tuple[Any, ...]]]]:
-    """The documents by their ranks, some at a time, as `PartWriter.write` takes them."""
-    if not scores:
+def _in_order(ranked: Sequence[tuple[np.ndarray, DocumentScores]]) -> Iterator[DocumentScores]:
+    """The documents in the order of their ranks, some at a time."""
+    if not ranked:
         return
-    # Where the document of each rank is: in which item of the scores, and at which row of it.
-    source = np.concatenate([np.full(len(item.ids), at) for at, item in enumerate(scores)])
-    row = np.concatenate([np.arange(len(item.ids)) for item in scores])
-    order = np.argsort(np.concatenate([item.ranks for item in scores]))
+    # Where the document of each rank is: in which item, and at which row of it.
+    source = np.concatenate([np.full(len(ranks), at) for at, (ranks, _) in enumerate(ranked)])
+    row = np.concatenate([np.arange(len(ranks)) for ranks, _ in ranked])
+    order = np.argsort(np.concatenate([ranks for ranks, _ in ranked]))
     for start in range(0, len(order), _WRITE_DOCUMENTS):
         chosen = order[start : start + _WRITE_DOCUMENTS]
-        places = list(zip(source[chosen].tolist(), row[chosen].tolist(), strict=True))
-        yield (
-            [scores[at].ids[index] for at, index in places],
-            np.stack([scores[at].probabilities[index] for at, index in places]),
-            [scores[at].kept[index] for at, index in places],
+        places = zip(source[chosen].tolist(), row[chosen].tolist(), strict=True)
+        found = [(ranked[at][1], index) for at, index in places]
+        yield DocumentScores(
+            [scores.ids[index] for scores, index in found],
+            np.stack([scores.probabilities[index] for scores, index in found]),
+            [scores.kept[index] for scores, index in found],
         )
 
 
 def build_pipeline(pipeline: beam.Pipeline, runs: Sequence[tuple[int, ...]], job: ScoreJob) -> None:
-    """Adds the steps of the diagram above to an empty pipeline.
-
-    Args:
-      pipeline: the pipeline.
-      runs: runs of parts, by their indices in the plan; one worker reads one run.
-      job: what workers are told.
-    """
+    """Adds the steps of the diagram above to an empty pipeline; one worker reads one run."""
     handler = PackedModelHandler(job.model, job.fingerprint)
     read = (
         pipeline
@@ -326,14 +307,9 @@ def score_parts(
     waiting: Sequence[int],
     on_written: Callable[[], None],
 ) -> None:
-    """Scores parts of a plan: all in one job, or on this machine in several, one after the other.
+    """Scores the waiting parts (indices, ascending): in one job, or on this machine in several.
 
-    Args:
-      runner: what runs the pipelines.
-      job: what workers are told.
-      plan: as it stands in the output folder.
-      waiting: indices of the parts to score, ascending.
-      on_written: called when a pipeline has written its parts.
+    Calls `on_written` when a pipeline has written its parts.
 
     Raises:
       UserError, RunAgain, OSError: what a worker met.

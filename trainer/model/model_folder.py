@@ -1,11 +1,13 @@
 """The model folder: what `multihot export` writes, and how `multihot score` reads it.
 
-multihot.json       labels, thresholds, lengths, packing, fingerprints; written last
-config.json         sizes and labels, for transformers
-model.safetensors   the weights, calibration folded in
-tokenizer.json, …   the tokenizer
-saved_model/        the signatures `serving_default` and `packed`
-saved_model.json    the SavedModel's digest
+    config.json         sizes and labels, for transformers
+    model.safetensors   the weights, calibration folded in
+    tokenizer.json, …   the tokenizer
+    saved_model/        the signatures `serving_default` and `packed`
+    saved_model.json    the SavedModel's digest
+    multihot.json       labels, thresholds, lengths, packing, fingerprints
+
+multihot.json is written last: its presence says that the folder is a model folder.
 """
 
 import contextlib
@@ -277,14 +279,14 @@ def save_model_folder(
     packing: PackingConfig,
     description: dict[str, Any],
 ) -> None:
-    """Writes a model folder.
+    """Writes a model folder to an empty local folder.
 
     Args:
-      folder: an empty local folder.
+      folder: the folder.
       model: in float32, with the calibration folded into its head.
       tokenizer: of the data that it was trained on.
       packing: the shape of the micro-batches that the SavedModel's `packed` takes.
-      description: what multihot.json says, with `labels` and `max_seq_length`.
+      description: what multihot.json says.
     """
     _write_weights(model, folder)
     _write_config(model.config, description["labels"], tokenizer.pad_id, folder)
@@ -293,7 +295,6 @@ def save_model_folder(
     # Not in multihot.json, whose bytes count for the fingerprint: the SavedModels of equal models
     # differ in the names of their functions.
     _write_json(os.path.join(folder, _DIGEST_FILE), {"sha256": _digest_saved_model(folder)})
-    # Last, because its presence says that the folder is a model folder.
     _write_json(os.path.join(folder, MULTIHOT_FILE), description)
 
 

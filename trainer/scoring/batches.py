@@ -17,6 +17,7 @@ from trainer.data.packing import pack
 from trainer.data.tokenizer import TokenLimits, check_windows
 from trainer.errors import UserError
 from trainer.scoring.plan import Part
+from trainer.scoring.writers import DocumentScores
 from trainer.sources.reader import read_row_ranges
 from trainer.sources.rows import BadRow, Columns, Row, as_text
 
@@ -30,28 +31,37 @@ Encode = Callable[[list[str]], tuple[list[list[list[int]]], list[bool]]]
 
 
 @dataclass
-class RawBatch:
-    """Consecutive rows of one part, as read.
+class _PartRows:
+    """Consecutive rows of one part.
 
     Attributes:
       part: index of the part.
       ids, kept: N ids, and tuples of the kept columns' values.
-      texts, windows: of each row either a text and None, or, if it comes tokenised, an empty text
-        and its windows.
-      rejected: the rows that cannot be used.
-      characters: of texts, ids and kept columns.
-      carried: of ids and kept columns alone, which stay in memory until they are written.
-      ends_part: whether they are the part's last rows.
+      rejected: the rows that cannot be used, which are not among the N.
+      carried: characters of ids and kept columns, which stay in memory until they are written.
     """
 
     part: int
     ids: list[str] = field(default_factory=list)
-    texts: list[str] = field(default_factory=list)
-    windows: list[list[list[int]] | None] = field(default_factory=list)
     kept: list[tuple[Any, ...]] = field(default_factory=list)
     rejected: list[dict[str, Any]] = field(default_factory=list)
-    characters: int = 0
     carried: int = 0
+
+
+@dataclass
+class RawBatch(_PartRows):
+    """Consecutive rows of one part, as read.
+
+    Attributes:
+      texts, windows: of each row either a text and None, or, if it comes tokenised, an empty text
+        and its windows.
+      characters: of texts, ids and kept columns.
+      ends_part: whether they are the part's last rows.
+    """
+
+    texts: list[str] = field(default_factory=list)
+    windows: list[list[list[int]] | None] = field(default_factory=list)
+    characters: int = 0
     ends_part: bool = False
 
     def add(self, row: Row | BadRow, source: str, limits: TokenLimits) -> None:
@@ -98,8 +108,7 @@ def read_raw_batches(
     """Reads the rows of the waiting parts, in order; each part has a last batch of its own.
 
     Args:
-      parts: all parts of the plan.
-      waiting: indices of the parts to read, ascending.
+      parts, waiting: all parts of the plan, and the indices of those to read, ascending.
       columns: of the rows.
       limits: of rows that come tokenised; a row that exceeds them counts as rejected.
     """
@@ -128,32 +137,28 @@ def _read_rows(
 
 
 @dataclass
-class TokenBatch:
+class TokenBatch(_PartRows):
     """Consecutive rows of one part, tokenised: N documents, enough of them to pack well.
 
     Attributes:
-      part: index of the part.
-      ids, kept: N ids, and tuples of the kept columns' values.
       tokens: int32 arrays, whose concatenation holds all tokens.
-      window_lengths: int64 arrays, likewise: tokens of each window.
-      window_counts: int64 arrays, likewise: windows of each document.
-      rejected: the rows that cannot be used.
+      window_lengths, window_counts: int64 arrays, likewise: tokens of each window, and windows of
+        each document.
       num_tokens, num_truncated: tokens, and documents that lost some.
-      carried: characters of ids and kept columns.
       probabilities: float32 [N, L], filled one micro-batch after the other.
     """
 
-    part: int
-    ids: list[str] = field(default_factory=list)
-    kept: list[tuple[Any, ...]] = field(default_factory=list)
     tokens: list[np.ndarray] = field(default_factory=list)
     window_lengths: list[np.ndarray] = field(default_factory=list)
     window_counts: list[np.ndarray] = field(default_factory=list)
-    rejected: list[dict[str, Any]] = field(default_factory=list)
     num_tokens: int = 0
     num_truncated: int = 0
-    carried: int = 0
     probabilities: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float32))
+
+    @property
+    def scores(self) -> DocumentScores:
+        """Its documents, once all probabilities are there."""
+        return DocumentScores(self.ids, self.probabilities, self.kept)
 
     def add(self, raw: RawBatch, encode: Encode) -> None:
         """Tokenises a raw batch and adds it.
@@ -181,11 +186,8 @@ def tokenize(
 ) -> Iterator[TokenBatch]:
     """Tokenises raw batches and joins them to token batches, each of one part.
 
-    Args:
-      raw_batches: as `read_raw_batches` gives them.
-      encode: texts to their lists of windows and whether tokens were lost.
-      min_tokens, min_documents: a token batch that reaches one of them is full. So is one with
-        too many characters to wait in memory, and one that ends its part.
+    A token batch is full with `min_tokens`, with `min_documents`, with too many characters to wait
+    in memory, or at the end of its part.
     """
     batch = None
     for raw in raw_batches:
@@ -232,15 +234,16 @@ class BatchPacker:
             return self._pack(documents)
 
 
-def check_finite(model: str, ids: Sequence[str], probabilities: np.ndarray) -> None:
-    """Checks that documents' probabilities, float32 [N, L], are numbers.
+def check_finite(model: str, documents: DocumentScores) -> None:
+    """Checks that all probabilities are numbers.
 
     Raises:
       UserError: naming the model folder and the first document that has one that is not.
     """
-    finite = np.isfinite(probabilities).all(axis=1)
+    finite = np.isfinite(documents.probabilities).all(axis=1)
     if not finite.all():
+        identifier = documents.ids[int(np.argmin(finite))]
         raise UserError(
-            f"{model}: gives document {ids[int(np.argmin(finite))]!r} a score that is not a "
+            f"{model}: gives document {identifier!r} a score that is not a "
             "number; export a model whose weights are finite, or score with --precision=float32"
         )

@@ -22,10 +22,8 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
-import numpy as np
-
 from trainer.scoring.plan import Part, Plan
-from trainer.scoring.writers import ENDINGS, ResultLayout, open_results
+from trainer.scoring.writers import ENDINGS, DocumentScores, ResultLayout, open_results
 from trainer.sources.rows import REJECTED_FOLDER, allowed_rejections, describe_rejections
 from trainer.storage.output_folder import FileInfo, OutputFolder, PartFile
 
@@ -40,16 +38,10 @@ _REFRESH_SECONDS = 30.0
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a finished part holds.
+    """What a finished part holds; `bytes` and `checksum` (CRC-32C, hex) are those of its file.
 
-    Attributes:
-      part: its name, without the ending.
-      rows_in: rows read, which is rows_out + rows_rejected.
-      rows_out, rows_rejected, rows_truncated: rows with scores, unusable rows, and rows that lost
-        tokens.
-      bytes, checksum: size and CRC-32C (hex) of the file of scores.
-      model_fingerprint: of the model folder.
-      rejected_bytes: size of the file of rejected rows, 0 if there is none.
+    `rows_out` have scores, `rows_truncated` of them lost tokens, `rows_rejected` are unusable.
+    `rejected_bytes` is the size of the file of rejected rows, 0 if there is none.
     """
 
     part: str
@@ -79,11 +71,7 @@ def rejected_file(part_name: str) -> str:
 
 
 class PartWriter:
-    """One part that is written aside; `commit` gives it its name, `close` removes the rest.
-
-    Attributes:
-      part: the part of the plan.
-    """
+    """One part that is written aside; `commit` gives it its name, `close` removes the rest."""
 
     def __init__(
         self, folder: OutputFolder, plan: Plan, part: Part, file: PartFile, layout: ResultLayout
@@ -95,20 +83,13 @@ class PartWriter:
         self._rows_out = 0
         self._rows_truncated = 0
 
-    def write(
-        self, ids: Sequence[str], probabilities: np.ndarray, kept: Sequence[tuple[Any, ...]]
-    ) -> None:
-        """Adds N rows with scores: ids, probabilities (float32 [N, L]), kept columns' values."""
-        self._results.write(ids, probabilities, kept)
-        self._rows_out += len(ids)
+    def write(self, documents: DocumentScores) -> None:
+        """Adds rows with scores."""
+        self._results.write(documents)
+        self._rows_out += len(documents.ids)
 
     def note(self, num_truncated: int, rejected: Sequence[dict[str, Any]]) -> None:
-        """Counts written rows that lost tokens, and adds rows that could not be used.
-
-        Args:
-          num_truncated: how many rows lost tokens.
-          rejected: `source`, `row`, `reason` and `raw` of each row that could not be used.
-        """
+        """Counts written rows that lost tokens, and adds rows that could not be used."""
         self._rows_truncated += num_truncated
         self._rejected += rejected
 
@@ -182,13 +163,8 @@ class PlanProgress:
         return [index for index in self.mine if self.manifests[index] is None]
 
     @property
-    def num_done(self) -> int:
-        """How many parts are done, whoever did them."""
-        return len(self.done)
-
-    @property
     def done(self) -> list[Manifest]:
-        """The manifests of the parts that are done."""
+        """The manifests of the parts that are done, whoever did them."""
         return [manifest for manifest in self.manifests if manifest is not None]
 
     def load(self) -> None:
@@ -198,9 +174,8 @@ class PlanProgress:
         Of the other workers' parts only the sizes are compared.
         """
         had_ended = SUCCESS_FILE in self._folder.find("")
-        names = self._folder.find(MANIFEST_FOLDER)
         self.manifests = [None] * len(self.manifests)
-        self._read_new(names)
+        names = self._read_new()
         files = self._compare_sizes()
         files |= {
             f"{REJECTED_FOLDER}/{name}": item
@@ -234,10 +209,11 @@ class PlanProgress:
     def refresh(self) -> None:
         """Notes what other workers have finished, at most once in `_REFRESH_SECONDS`."""
         if self._num_workers > 1 and time.monotonic() - self._looked > _REFRESH_SECONDS:
-            self._read_new(self._folder.find(MANIFEST_FOLDER))
+            self._read_new()
 
-    def _read_new(self, names: dict[str, FileInfo]) -> None:
-        parts = self.plan.parts
+    def _read_new(self) -> dict[str, FileInfo]:
+        """Reads the manifests that are not known yet; returns the files in their folder."""
+        names, parts = self._folder.find(MANIFEST_FOLDER), self.plan.parts
         new = [
             index
             for index, manifest in enumerate(self.manifests)
@@ -247,6 +223,7 @@ class PlanProgress:
         for index, content in zip(new, contents, strict=True):
             self.manifests[index] = _parse(content)
         self._looked = time.monotonic()
+        return names
 
     def _compare_sizes(self) -> dict[str, FileInfo]:
         """Forgets manifests whose parts have another size or are gone; returns all files."""
@@ -259,14 +236,14 @@ class PlanProgress:
 
     def gather(self) -> None:
         """Notes what other workers have finished, and whether all files are there."""
-        self._read_new(self._folder.find(MANIFEST_FOLDER))
+        self._read_new()
         self._compare_sizes()
 
     def finish(self) -> None:
         """Writes _SUCCESS if every part is there, as far as known, whoever did it."""
         if not self.is_complete:
             return
-        self._folder.create(SUCCESS_FILE, _to_json({"parts": self.num_done} | self.totals()))
+        self._folder.create(SUCCESS_FILE, _to_json({"parts": len(self.done)} | self.totals()))
         self.clear_up()
 
     def totals(self) -> dict[str, int]:
@@ -274,10 +251,10 @@ class PlanProgress:
         return {name: sum(getattr(item, name) for item in self.done) for name in _TOTALS}
 
     def check_rejected(self, limit: float) -> None:
-        """Checks the rows that could not be used so far, in all parts, against --max_rejected.
+        """Checks that the parts that are done hold no more unusable rows than --max_rejected.
 
         Raises:
-          UserError: if there are more than the limit allows, naming the first of them.
+          UserError: naming the first of them.
         """
         num_rows = sum(part.num_rows for part in self.plan.parts)
         with_rejected = [item for item in self.done if item.rows_rejected]
@@ -294,7 +271,7 @@ class PlanProgress:
     @property
     def is_complete(self) -> bool:
         """Whether every part is there."""
-        return self.num_done == len(self.manifests)
+        return None not in self.manifests
 
     @property
     def has_ended(self) -> bool:

@@ -88,16 +88,13 @@ def _first_documents(
 
 @dataclass(frozen=True)
 class Compilations:
-    """How often TensorFlow traced (and compiled) packing and forward pass.
-
-    In one run it is once for packing, and once for each replica for the forward pass.
-    """
+    """How often TensorFlow traced packing (once in a run), and the forward pass (per replica)."""
 
     packing: int = 0
     forward: int = 0
 
 
-@dataclass(frozen=True)
+@dataclass
 class PackedBatch:
     """One micro-batch of a token batch, or a whole token batch without documents.
 
@@ -106,16 +103,14 @@ class PackedBatch:
       document_index: int64 [D], which of its documents each slot is (-1: none).
       inputs: what the model takes; None for a token batch without documents.
       ends_batch: whether it is the last of the token batch.
+      probabilities: float32 [D, L] once it has run; the device may still compute them.
     """
 
     batch: TokenBatch
     document_index: np.ndarray
     inputs: dict[str, tf.Tensor] | None
     ends_batch: bool
-
-
-# A micro-batch with its probabilities, float32 [D, L], which may still be under way.
-Prediction = tuple[PackedBatch, tf.Tensor | None]
+    probabilities: tf.Tensor | None = None
 
 
 def pack_token_batches(batches: Iterable[TokenBatch], packer: BatchPacker) -> Iterator[PackedBatch]:
@@ -136,7 +131,7 @@ def pack_token_batches(batches: Iterable[TokenBatch], packer: BatchPacker) -> It
 
 def predict_micro_batches(
     micro_batches: Iterable[PackedBatch], predictor: Predictor
-) -> Iterator[Prediction]:
+) -> Iterator[PackedBatch]:
     """Runs micro-batches, one on each replica at a time, and does not wait for their results.
 
     Micro-batches of different parts may run at once: a result depends on its micro-batch alone.
@@ -153,24 +148,30 @@ def predict_micro_batches(
         group.append(packed)
         num_held += packed.inputs is not None
         if num_held == predictor.num_replicas:
-            yield from _run_group(group, predictor)
+            _run_group(group, predictor)
+            yield from group
             group, num_held = [], 0
-    if group:
-        yield from _run_group(group, predictor)
+    _run_group(group, predictor)
+    yield from group
 
 
-def _run_group(group: Sequence[PackedBatch], predictor: Predictor) -> Iterator[Prediction]:
+def _run_group(group: Sequence[PackedBatch], predictor: Predictor) -> None:
     inputs = [packed.inputs for packed in group if packed.inputs is not None]
-    if inputs:
-        nothing = empty_micro_batch(predictor.packing)
-        missing = predictor.num_replicas - len(inputs)
-        results = iter(predictor.probabilities(inputs + [nothing] * missing))
+    if not inputs:
+        return
+    missing = predictor.num_replicas - len(inputs)
+    nothing = empty_micro_batch(predictor.packing)
+    results = iter(predictor.probabilities(inputs + [nothing] * missing))
     for packed in group:
-        yield packed, None if packed.inputs is None else next(results)
+        if packed.inputs is not None:
+            packed.probabilities = next(results)
 
 
 class ScoringPipeline:
-    """Reads, tokenises, packs and predicts the rows of a plan's parts."""
+    """Reads, tokenises, packs and predicts the rows of a plan's parts.
+
+    The model is loaded on the replicas of `strategy`, which are all in this process; default: one.
+    """
 
     def __init__(
         self,
@@ -179,15 +180,6 @@ class ScoringPipeline:
         plan: Plan,
         strategy: tf.distribute.Strategy | None = None,
     ) -> None:
-        """Prepares packing and the forward pass.
-
-        Args:
-          model: the loaded model folder.
-          columns: of the rows.
-          plan: parts and the shape of micro-batches.
-          strategy: on whose replicas, all in this process, the model was loaded; default: one
-            device.
-        """
         self._model, self._columns, self._plan = model, columns, plan
         self._predictor = Predictor(model.model, plan.packing, strategy)
         self._packer = BatchPacker(plan.packing)
@@ -206,22 +198,22 @@ class ScoringPipeline:
           waiting: indices of the parts, ascending.
           on_rows: called with the number of rows that were done since the last call.
         """
-        with contextlib.closing(self._predictions(waiting)) as predictions:
-            for packed, probabilities in predictions:
+        with contextlib.closing(self._start(waiting)) as micro_batches:
+            for packed in micro_batches:
                 batch = packed.batch
                 if not len(batch.probabilities) and batch.ids:
                     shape = len(batch.ids), len(self._model.labels)
                     batch.probabilities = np.full(shape, np.nan, np.float32)
-                if probabilities is not None:
+                if packed.probabilities is not None:
                     real = packed.document_index >= 0
                     index = packed.document_index[real]
-                    batch.probabilities[index] = probabilities.numpy()[real]
+                    batch.probabilities[index] = packed.probabilities.numpy()[real]
                     on_rows(len(index))
                 if packed.ends_batch:
                     on_rows(len(batch.rejected))
                     yield batch
 
-    def _predictions(self, waiting: Sequence[int]) -> Generator[Prediction, None, None]:
+    def _start(self, waiting: Sequence[int]) -> Generator[PackedBatch, None, None]:
         """The stages up to the forward pass, which run ahead of whoever takes their results."""
         model, plan, num_replicas = self._model, self._plan, self._predictor.num_replicas
         raw_batches = read_raw_batches(plan.parts, waiting, self._columns, model.token_limits)
@@ -232,5 +224,5 @@ class ScoringPipeline:
             max(1, _TOKEN_BATCH_CELLS // len(model.labels)),
         )
         micro_batches = pack_token_batches(run_ahead(batches, _TOKEN_BATCHES_AHEAD), self._packer)
-        predictions = predict_micro_batches(run_ahead(micro_batches, num_replicas), self._predictor)
-        return run_ahead(predictions, _GROUPS_AHEAD * num_replicas)
+        predicted = predict_micro_batches(run_ahead(micro_batches, num_replicas), self._predictor)
+        return run_ahead(predicted, _GROUPS_AHEAD * num_replicas)

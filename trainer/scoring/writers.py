@@ -51,6 +51,19 @@ class ResultLayout:
         return max(1, num_cells // max(1, len(self.labels)))
 
 
+class DocumentScores(NamedTuple):
+    """N documents: ids, probabilities (float32 [N, L]), tuples of the kept columns' values."""
+
+    ids: Sequence[str]
+    probabilities: np.ndarray
+    kept: Sequence[tuple[Any, ...]]
+
+    def rows(self, start: int, end: int) -> "DocumentScores":
+        """Some consecutive ones of them."""
+        chosen = slice(start, end)
+        return DocumentScores(self.ids[chosen], self.probabilities[chosen], self.kept[chosen])
+
+
 class SelectedLabels(NamedTuple):
     """Some labels of each of N documents.
 
@@ -61,16 +74,29 @@ class SelectedLabels(NamedTuple):
     columns: np.ndarray
     bounds: np.ndarray
 
+    @classmethod
+    def of(cls, mask: np.ndarray) -> "SelectedLabels":
+        """Those that a mask (bool [N, L]) names, in label order."""
+        rows, columns = np.nonzero(mask)
+        return cls(columns, np.searchsorted(rows, np.arange(len(mask) + 1)))
+
+    @property
+    def rows(self) -> np.ndarray:
+        """The document of each, int64 [S]."""
+        return np.repeat(np.arange(len(self.bounds) - 1), np.diff(self.bounds))
+
     def values(self, probabilities: np.ndarray) -> np.ndarray:
         """Their probabilities (float32 [S]), out of those of all labels (float32 [N, L])."""
-        rows = np.repeat(np.arange(len(probabilities)), np.diff(self.bounds))
-        return probabilities[rows, self.columns]
+        return probabilities[self.rows, self.columns]
+
+    def spans(self) -> Iterator[tuple[int, int]]:
+        """Where each document's labels begin and end."""
+        return itertools.pairwise(self.bounds.tolist())
 
 
 def choose_labels(probabilities: np.ndarray, layout: ResultLayout) -> SelectedLabels:
     """The labels of N documents at or above their thresholds, in label order."""
-    rows, columns = np.nonzero(probabilities >= layout.thresholds)
-    return SelectedLabels(columns, _bounds(rows, len(probabilities)))
+    return SelectedLabels.of(probabilities >= layout.thresholds)
 
 
 def select_scores(probabilities: np.ndarray, layout: ResultLayout) -> SelectedLabels:
@@ -87,10 +113,10 @@ def select_scores(probabilities: np.ndarray, layout: ResultLayout) -> SelectedLa
     else:
         mask = probabilities >= (layout.thresholds if kind == "chosen" else np.float64(number))
     # Only what is selected is sorted: of thousands of labels, a few.
-    rows, columns = np.nonzero(mask)
+    selected = SelectedLabels.of(mask)
     # Of equal scores the earlier label comes first.
-    order = np.lexsort((columns, -probabilities[rows, columns], rows))
-    return SelectedLabels(columns[order], _bounds(rows, count))
+    order = np.lexsort((selected.columns, -selected.values(probabilities), selected.rows))
+    return SelectedLabels(selected.columns[order], selected.bounds)
 
 
 def _is_highest(probabilities: np.ndarray, count: int) -> np.ndarray:
@@ -104,25 +130,12 @@ def _is_highest(probabilities: np.ndarray, count: int) -> np.ndarray:
     return is_higher | (is_equal & (np.cumsum(is_equal, axis=1, dtype=np.int32) <= room))
 
 
-def _bounds(rows: np.ndarray, count: int) -> np.ndarray:
-    """For each of `count` rows where its entries begin and end in `rows`, which ascends."""
-    return np.searchsorted(rows, np.arange(count + 1))
-
-
 class ResultWriter(abc.ABC):
     """One file of scores that is being written; it stays open when the writer ends."""
 
     @abc.abstractmethod
-    def write(
-        self, ids: Sequence[str], probabilities: np.ndarray, kept: Sequence[tuple[Any, ...]]
-    ) -> None:
-        """Adds N documents.
-
-        Args:
-          ids: N ids.
-          probabilities: float32 [N, L].
-          kept: N tuples of the kept columns' values.
-        """
+    def write(self, documents: DocumentScores) -> None:
+        """Adds documents."""
 
     @abc.abstractmethod
     def close(self) -> None:
@@ -157,10 +170,8 @@ class LineWriter(ResultWriter):
         keys = ", ".join(f"{key.replace('%', '%%')}%.6g" for key in self._keys)
         self._all = f"{{{keys}}}"
 
-    def write(
-        self, ids: Sequence[str], probabilities: np.ndarray, kept: Sequence[tuple[Any, ...]]
-    ) -> None:
-        for lines in self.format(ids, probabilities, kept):
+    def write(self, documents: DocumentScores) -> None:
+        for lines in self.format(documents):
             self._file.write(lines)
 
     def close(self) -> None:
@@ -172,28 +183,24 @@ class LineWriter(ResultWriter):
             self._file.fileobj = io.BytesIO()
             self._file.close()
 
-    def format(
-        self, ids: Sequence[str], probabilities: np.ndarray, kept: Sequence[tuple[Any, ...]]
-    ) -> Iterator[bytes]:
+    def format(self, documents: DocumentScores) -> Iterator[bytes]:
         """The lines of N documents, some at a time, so that memory does not grow with N."""
         step = self._layout.rows_at_once(_CELLS_AT_ONCE)
-        for start in range(0, len(ids), step):
-            end = start + step
-            yield self._format(ids[start:end], probabilities[start:end], kept[start:end])
+        for start in range(0, len(documents.ids), step):
+            yield self._format(documents.rows(start, start + step))
 
-    def _format(
-        self, ids: Sequence[str], probabilities: np.ndarray, kept: Sequence[tuple[Any, ...]]
-    ) -> bytes:
-        chosen = choose_labels(probabilities, self._layout)
+    def _format(self, documents: DocumentScores) -> bytes:
+        chosen = choose_labels(documents.probabilities, self._layout)
         names = [self._names[column] for column in chosen.columns.tolist()]
-        scores = self._format_scores(probabilities)
+        labels_of = [", ".join(names[start:end]) for start, end in chosen.spans()]
+        scores_of = self._format_scores(documents.probabilities)
         lines = []
-        bounds = itertools.pairwise(chosen.bounds.tolist())
-        for identifier, (start, end), text, values in zip(ids, bounds, scores, kept, strict=True):
-            labels = ", ".join(names[start:end])
+        for identifier, labels, scores, values in zip(
+            documents.ids, labels_of, scores_of, documents.kept, strict=True
+        ):
             # Ids are anybody's: escaped to ASCII, even half a surrogate pair survives.
             lines.append(f'{{"id": {json.dumps(identifier)}, "labels": [{labels}], ')
-            lines.append(f'"scores": {text}')
+            lines.append(f'"scores": {scores}')
             lines += [key + _to_json(value) for key, value in zip(self._kept, values, strict=True)]
             lines.append("}\n")
         return "".join(lines).encode()
@@ -206,8 +213,7 @@ class LineWriter(ResultWriter):
         values = selected.values(probabilities).tolist()
         pairs = zip(selected.columns.tolist(), values, strict=True)
         texts = [f"{self._keys[column]}{value:.6g}" for column, value in pairs]
-        bounds = itertools.pairwise(selected.bounds.tolist())
-        return [f"{{{', '.join(texts[start:end])}}}" for start, end in bounds]
+        return [f"{{{', '.join(texts[start:end])}}}" for start, end in selected.spans()]
 
 
 class TableWriter(ResultWriter):
@@ -233,15 +239,11 @@ class TableWriter(ResultWriter):
         self._held: list[pa.RecordBatch] = []
         self._num_held = 0
 
-    def write(
-        self, ids: Sequence[str], probabilities: np.ndarray, kept: Sequence[tuple[Any, ...]]
-    ) -> None:
+    def write(self, documents: DocumentScores) -> None:
         start = 0
-        while start < len(ids):
+        while start < len(documents.ids):
             end = start + self._rows_a_group - self._num_held
-            self._held.append(
-                self._to_batch(ids[start:end], probabilities[start:end], kept[start:end])
-            )
+            self._held.append(self._to_batch(documents.rows(start, end)))
             self._num_held += len(self._held[-1])
             if self._num_held == self._rows_a_group:
                 self._write_group()
@@ -261,19 +263,17 @@ class TableWriter(ResultWriter):
         self._writer.write_table(table, row_group_size=self._rows_a_group)
         self._held, self._num_held = [], 0
 
-    def _to_batch(
-        self, ids: Sequence[str], probabilities: np.ndarray, kept: Sequence[tuple[Any, ...]]
-    ) -> pa.RecordBatch:
-        chosen = choose_labels(probabilities, self._layout)
-        selected = select_scores(probabilities, self._layout)
-        scores = pa.array(selected.values(probabilities), pa.float32())
+    def _to_batch(self, documents: DocumentScores) -> pa.RecordBatch:
+        chosen = choose_labels(documents.probabilities, self._layout)
+        selected = select_scores(documents.probabilities, self._layout)
+        scores = pa.array(selected.values(documents.probabilities), pa.float32())
         columns = [
-            pa.array([_to_text(identifier) for identifier in ids], pa.string()),
+            pa.array([_to_text(identifier) for identifier in documents.ids], pa.string()),
             pa.ListArray.from_arrays(*self._to_lists(chosen)),
             pa.MapArray.from_arrays(*self._to_lists(selected), scores),
         ]
         for index in range(len(self._layout.kept_columns)):
-            texts = [_value_to_text(values[index]) for values in kept]
+            texts = [_value_to_text(values[index]) for values in documents.kept]
             columns.append(pa.array(texts, pa.string()))
         return pa.RecordBatch.from_arrays(columns, schema=self._schema)
 
