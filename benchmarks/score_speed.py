@@ -123,29 +123,29 @@ def forward(model: str, folder: str, path: str) -> tuple[np.ndarray, dict[str, f
     from trainer.model.model_folder import load_model_folder
     from trainer.model.predictor import Predictor
     from trainer.scoring.batches import BatchPacker, read_raw_batches, tokenize
-    from trainer.scoring.pipeline import pack_blocks
+    from trainer.scoring.pipeline import pack_token_batches
     from trainer.scoring.plan import load_plan
     from trainer.sources.rows import Columns
     from trainer.storage.output_folder import open_output
 
-    exported = load_model_folder(model, "float32")
+    loaded = load_model_folder(model, "float32")
     plan = load_plan(open_output(os.path.join(folder, "scores")))
     assert plan is not None, "run `score` first"
-    chunks = read_raw_batches(plan.parts, range(len(plan.parts)), Columns(), exported.token_limits)
+    raw = read_raw_batches(plan.parts, range(len(plan.parts)), Columns(), loaded.token_limits)
     size = BLOCK_MICRO_BATCHES * plan.packing.num_tokens
-    blocks = list(tokenize(chunks, exported.encode, size, size))
-    firsts = np.cumsum([0, *(len(block.ids) for block in blocks)])
-    packed = list(pack_blocks(blocks, BatchPacker(plan.packing)))
-    predictor = Predictor(exported.model, plan.packing)
+    batches = list(tokenize(raw, loaded.encode, size, size))
+    firsts = np.cumsum([0, *(len(batch.ids) for batch in batches)])
+    packed = list(pack_token_batches(batches, BatchPacker(plan.packing)))
+    predictor = Predictor(loaded.model, plan.packing)
     predictor.probabilities([packed[0].inputs])
-    probabilities = np.empty((firsts[-1], len(exported.labels)))
-    first_of = {id(block): first for block, first in zip(blocks, firsts[:-1], strict=True)}
+    probabilities = np.empty((firsts[-1], len(loaded.labels)))
+    first_of = {id(batch): first for batch, first in zip(batches, firsts[:-1], strict=True)}
 
     def work() -> np.ndarray:
         for item in packed:
             (result,) = predictor.probabilities([item.inputs])
             real = item.document_index >= 0
-            places = first_of[id(item.block)] + item.document_index[real]
+            places = first_of[id(item.batch)] + item.document_index[real]
             probabilities[places] = result.numpy()[real]
         return probabilities
 

@@ -44,7 +44,7 @@ def train_model(corpus, model_dir, head):
 
 
 @pytest.fixture(scope="module", params=["cls", "mean", "label_attention"])
-def exported(request, corpus, tmp_path_factory):
+def folders(request, corpus, tmp_path_factory):
     """(run's folder, model folder, head)."""
     folder = tmp_path_factory.mktemp(request.param)
     model_dir = train_model(corpus, folder / "run", request.param)
@@ -53,11 +53,11 @@ def exported(request, corpus, tmp_path_factory):
 
 
 @pytest.fixture(scope="module")
-def expected(exported, corpus, real_texts):
+def expected(folders, corpus, real_texts):
     """Texts, their ids, and float64 calibrated logits straight from the checkpoint."""
-    model_dir, _, _ = exported
+    model_dir, _, _ = folders
     texts = [*real_texts[:10], "two words"]
-    loaded = load_model_folder(exported[1])
+    loaded = load_model_folder(folders[1])
     ids, _ = loaded.tokenizer.encode_batch(texts, loaded.max_seq_length)
     with open(os.path.join(model_dir, "evaluation", "calibration.json"), encoding="utf-8") as file:
         calibration = json.load(file)
@@ -83,17 +83,17 @@ def pad(ids):
     return padded, mask
 
 
-def test_our_own_loader_gives_the_calibrated_probabilities(exported, expected):
+def test_our_own_loader_gives_the_calibrated_probabilities(folders, expected):
     _, ids, logits = expected
-    loaded = load_model_folder(exported[1])
-    assert loaded.labels == load_best(exported[0]).record.labels
+    loaded = load_model_folder(folders[1])
+    assert loaded.labels == load_best(folders[0]).record.labels
     np.testing.assert_allclose(logits_of(loaded.model, loaded.packing, ids), logits, atol=1e-4)
 
 
-def test_both_signatures_of_the_saved_model(exported, expected):
+def test_both_signatures_of_the_saved_model(folders, expected):
     _, ids, logits = expected
-    loaded = load_model_folder(exported[1])
-    saved = tf.saved_model.load(os.path.join(exported[1], "saved_model"))
+    loaded = load_model_folder(folders[1])
+    saved = tf.saved_model.load(os.path.join(folders[1], "saved_model"))
     padded, mask = pad(ids)
     answer = saved.signatures["serving_default"](
         input_ids=tf.constant(padded),
@@ -115,8 +115,8 @@ def test_both_signatures_of_the_saved_model(exported, expected):
         )
 
 
-def test_transformers_reads_the_folder(exported, expected):
-    _, folder, head = exported
+def test_transformers_reads_the_folder(folders, expected):
+    _, folder, head = folders
     texts, ids, logits = expected
     tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
     inputs = tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
@@ -142,18 +142,18 @@ def test_transformers_reads_the_folder(exported, expected):
         np.testing.assert_allclose([scores[name] for name in labels], expected_scores, atol=1e-4)
 
 
-def test_the_description_names_what_a_consumer_needs(exported, corpus):
-    with open(os.path.join(exported[1], "multihot.json"), encoding="utf-8") as file:
+def test_the_description_names_what_a_consumer_needs(folders, corpus):
+    with open(os.path.join(folders[1], "multihot.json"), encoding="utf-8") as file:
         description = json.load(file)
     assert tuple(description["labels"]) == load_metadata(corpus).labels
     assert len(description["thresholds"]) == len(description["labels"])
     assert description["metrics"]["mean_average_precision"] > 0
-    assert description["fingerprints"]["checkpoint"] == load_best(exported[0]).fingerprint
+    assert description["fingerprints"]["checkpoint"] == load_best(folders[0]).fingerprint
 
 
-def test_a_calibration_of_another_checkpoint_is_refused(exported, tmp_path):
+def test_a_calibration_of_another_checkpoint_is_refused(folders, tmp_path):
     model_dir = str(tmp_path / "run")
-    shutil.copytree(exported[0], model_dir)
+    shutil.copytree(folders[0], model_dir)
     target = str(tmp_path / "model")
     path = os.path.join(model_dir, "evaluation", "calibration.json")
     with open(path, encoding="utf-8") as file:
@@ -172,15 +172,15 @@ def test_a_calibration_of_another_checkpoint_is_refused(exported, tmp_path):
     np.testing.assert_array_equal(load_model_folder(target).model.head.classifier.bias.numpy(), raw)
 
 
-def test_a_folder_that_is_taken_is_left_alone(exported, tmp_path):
+def test_a_folder_that_is_taken_is_left_alone(folders, tmp_path):
     (tmp_path / "mine.txt").write_text("precious")
     with pytest.raises(UserError, match="not an empty folder"):
-        export.run(ExportConfig(model_dir=exported[0], export_dir=str(tmp_path)))
+        export.run(ExportConfig(model_dir=folders[0], export_dir=str(tmp_path)))
     assert os.listdir(tmp_path) == ["mine.txt"]
 
 
-def test_the_same_export_again_does_nothing_and_another_one_is_refused(exported, capsys):
-    model_dir, folder, _ = exported
+def test_the_same_export_again_does_nothing_and_another_one_is_refused(folders, capsys):
+    model_dir, folder, _ = folders
     before = {path: os.stat(path).st_mtime_ns for path in Path(folder).rglob("*")}
     export.run(ExportConfig(model_dir=model_dir, export_dir=folder))
     assert "exported from this checkpoint already; nothing to do" in capsys.readouterr().out

@@ -59,16 +59,16 @@ def write_rows(path, rows):
 
 
 @pytest.fixture(scope="module")
-def scored(model, documents, tmp_path_factory) -> Path:
+def finished(model, documents, tmp_path_factory) -> Path:
     """What an uninterrupted run writes: 1,000 rows in parts of 90, all scores."""
-    output = tmp_path_factory.mktemp("scored") / "out"
+    output = tmp_path_factory.mktemp("finished") / "out"
     summary = run_score(model, documents, output, rows_per_part=90)
     assert summary.documents == NUM_ROWS
     return output
 
 
-def test_probabilities_are_those_of_transformers_in_the_rows_order(model, documents, scored):
-    rows, lines = read_rows(documents), read_scores(scored)
+def test_probabilities_are_those_of_transformers_in_the_rows_order(model, documents, finished):
+    rows, lines = read_rows(documents), read_scores(finished)
     assert [line["id"] for line in lines] == [row["id"] for row in rows]
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
     peer = transformers.BertForSequenceClassification.from_pretrained(model).eval()
@@ -88,25 +88,25 @@ def test_probabilities_are_those_of_transformers_in_the_rows_order(model, docume
         assert (np.array(chosen) == (expected >= cuts))[clear].all()
 
 
-def test_manifests_and_success_account_for_every_row(scored):
-    manifests = [json.loads(path.read_text()) for path in sorted(scored.glob("manifests/*"))]
+def test_manifests_and_success_account_for_every_row(finished):
+    manifests = [json.loads(path.read_text()) for path in sorted(finished.glob("manifests/*"))]
     assert [item["rows_in"] for item in manifests] == [90] * 11 + [10]
     assert [item["rows_out"] for item in manifests] == [90] * 11 + [10]
     for item in manifests:
-        part = scored / f"{item['part']}.jsonl.gz"
+        part = finished / f"{item['part']}.jsonl.gz"
         assert part.stat().st_size == item["bytes"]
         assert len(read_part(part)) == item["rows_out"]
-    success = json.loads((scored / "_SUCCESS").read_text())
+    success = json.loads((finished / "_SUCCESS").read_text())
     assert success["parts"] == 12 and success["rows_out"] == NUM_ROWS
     assert sum(item["bytes"] for item in manifests) == success["bytes"]
 
 
-def test_gzip_headers_hold_neither_time_nor_name(scored):
+def test_gzip_headers_hold_neither_time_nor_name(finished):
     # Magic, deflate, no flags, time 0, then the level and the system.
-    assert {path.read_bytes()[:8].hex() for path in scored.glob("part-*")} == {"1f8b080000000000"}
+    assert {path.read_bytes()[:8].hex() for path in finished.glob("part-*")} == {"1f8b080000000000"}
 
 
-def test_a_part_s_bytes_depend_on_its_rows_alone(model, documents, scored, tmp_path):
+def test_a_part_s_bytes_depend_on_its_rows_alone(model, documents, finished, tmp_path):
     """The same rows cut into other files, and compressed, give the same parts."""
     rows = read_rows(documents)
     compressed = tmp_path / "all.jsonl.gz"
@@ -118,7 +118,7 @@ def test_a_part_s_bytes_depend_on_its_rows_alone(model, documents, scored, tmp_p
     for index, source in enumerate([compressed, split]):
         output = tmp_path / f"out-{index}"
         run_score(model, source, output, rows_per_part=90)
-        for path in sorted(scored.glob("part-*")):
+        for path in sorted(finished.glob("part-*")):
             assert (output / path.name).read_bytes() == path.read_bytes()
 
 
@@ -175,9 +175,9 @@ def test_selections_write_the_same_numbers(model, documents, tmp_path):
         assert line["labels"] == top["labels"] == above["labels"]
 
 
-def test_a_rerun_does_only_what_is_missing(model, documents, scored, tmp_path, capsys):
+def test_a_rerun_does_only_what_is_missing(model, documents, finished, tmp_path, capsys):
     output = tmp_path / "out"
-    shutil.copytree(scored, output)
+    shutil.copytree(finished, output)
     (output / "_SUCCESS").unlink()
     (output / "manifests" / "part-00003-of-00012.json").unlink()
     cut_short = output / "part-00007-of-00012.jsonl.gz"
@@ -190,15 +190,15 @@ def test_a_rerun_does_only_what_is_missing(model, documents, scored, tmp_path, c
         path.name for path in output.glob("part-*") if path.stat().st_mtime_ns != before[path.name]
     }
     assert changed == {"part-00003-of-00012.jsonl.gz", "part-00007-of-00012.jsonl.gz"}
-    assert read_tree(output) == read_tree(scored)
+    assert read_tree(output) == read_tree(finished)
     capsys.readouterr()
     assert run_score(model, documents, output, rows_per_part=90).documents == 0
     assert "all 12 parts are there already; nothing to do" in capsys.readouterr().out
 
 
-def test_success_is_not_there_while_a_part_is_missing(model, documents, scored, tmp_path):
+def test_success_is_not_there_while_a_part_is_missing(model, documents, finished, tmp_path):
     output = tmp_path / "out"
-    shutil.copytree(scored, output)
+    shutil.copytree(finished, output)
     name = "part-00003-of-00012"
     (output / f"{name}.jsonl.gz").unlink()
     (output / "manifests" / f"{name}.json").unlink()
@@ -206,17 +206,17 @@ def test_success_is_not_there_while_a_part_is_missing(model, documents, scored, 
     assert run_score(model, documents, output, worker_index=0, **flags).documents == 0
     assert not (output / "_SUCCESS").exists()
     assert run_score(model, documents, output, worker_index=1, **flags).documents == 90
-    assert read_tree(output) == read_tree(scored)
+    assert read_tree(output) == read_tree(finished)
 
 
 def test_a_full_disk_is_one_line_and_leaves_nothing_aside(model, documents, tmp_path):
     output = tmp_path / "out"
     command = [sys.executable, "-m", "trainer.cli", "score", f"--model={model}"]
     command += [f"--input={documents}", f"--output_dir={output}", "--format=parquet"]
-    most = 20 << 10
+    max_bytes = 20 << 10
     child = subprocess.run(
         command,
-        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (most, most)),
+        preexec_fn=lambda: resource.setrlimit(resource.RLIMIT_FSIZE, (max_bytes, max_bytes)),
         capture_output=True,
         text=True,
     )
@@ -227,10 +227,10 @@ def test_a_full_disk_is_one_line_and_leaves_nothing_aside(model, documents, tmp_
 
 
 def test_another_model_changed_input_and_other_settings_are_refused(
-    model, documents, scored, tmp_path
+    model, documents, finished, tmp_path
 ):
     output = tmp_path / "out"
-    shutil.copytree(scored, output)
+    shutil.copytree(finished, output)
     before = read_tree(output)
     other = tmp_path / "model"
     shutil.copytree(model, other)
@@ -371,9 +371,9 @@ def test_a_score_that_is_not_a_number_stops_the_run(model, documents, tmp_path):
     assert not list((tmp_path / "out").glob("manifests/*"))
 
 
-def test_two_runs_cannot_write_one_part(model, documents, scored, tmp_path):
+def test_two_runs_cannot_write_one_part(model, documents, finished, tmp_path):
     output = tmp_path / "out"
-    shutil.copytree(scored, output)
+    shutil.copytree(finished, output)
     name = "part-00003-of-00012"
     (output / "manifests" / f"{name}.json").unlink()
     other = open_output(str(output)).open_part(f"{name}.jsonl.gz", f"manifests/{name}.json")
@@ -382,7 +382,7 @@ def test_two_runs_cannot_write_one_part(model, documents, scored, tmp_path):
         run_score(model, documents, output, rows_per_part=90)
     other.abandon()
     assert run_score(model, documents, output, rows_per_part=90).documents == 90
-    assert read_tree(output) == read_tree(scored)
+    assert read_tree(output) == read_tree(finished)
 
 
 def test_an_output_folder_that_cannot_be_made_exits_2(model, documents, tmp_path, capsys):

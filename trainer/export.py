@@ -1,38 +1,36 @@
 """`multihot export`: the best checkpoint and its calibration to one model folder.
 
-The calibration folds exactly into the head's kernel and bias, so every consumer of the folder
+The calibration folds exactly into the head's kernel and bias. So every consumer of the folder
 (transformers, the SavedModel, `multihot score`) gets calibrated probabilities from a plain sigmoid.
 """
 
+import contextlib
 import dataclasses
 import json
 import os
 import re
 import shutil
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
-import tensorflow as tf
 import transformers
-from safetensors.numpy import save_file
 
 import trainer
 from trainer.config import absolute
 from trainer.data.metadata import TOKENIZER_FOLDER, Metadata, load_metadata
-from trainer.data.packing import choose_packing, min_tokens, with_slots_for_scoring
-from trainer.data.tokenizer import Tokenizer, load_tokenizer
+from trainer.data.packing import choose_score_packing
+from trainer.data.tokenizer import load_tokenizer
 from trainer.errors import UserError
 from trainer.evaluation.results import CALIBRATION_FILE, EVALUATION_FOLDER, METRICS_FILE
-from trainer.model.model import Model, pad_batch
+from trainer.model.model import Model
 from trainer.model.model_folder import (
-    DIGEST_FILE,
-    HEAD_PREFIX,
     MULTIHOT_FILE,
     SAVED_MODEL_FOLDER,
-    digest_saved_model,
+    list_model_files,
+    save_model_folder,
 )
-from trainer.model.pretrained import WEIGHTS_FILE, from_variables
 from trainer.model_config import PackingConfig
 from trainer.run_config import ExportConfig
 from trainer.storage import filesystem
@@ -50,7 +48,7 @@ def run(config: ExportConfig) -> None:
     Raises:
       UserError: if the run has no checkpoint or calibration that fits, or the folder is taken.
     """
-    if _is_exported(config):
+    if _is_up_to_date(config):
         print(f"{config.export_dir}: exported from this checkpoint already; nothing to do")
         return None
     if not filesystem.is_remote(config.export_dir):
@@ -62,10 +60,10 @@ def run(config: ExportConfig) -> None:
         _export(local, url)
 
 
-def _is_exported(config: ExportConfig) -> bool:
+def _is_up_to_date(config: ExportConfig) -> bool:
     """Whether the folder holds the model of the same checkpoint with the same calibration.
 
-    So that a chain of commands that was broken off may be run again.
+    Then a chain of commands that was interrupted can be run again.
     """
     place = config.export_dir.rstrip("/")
     path = f"{place}/{MULTIHOT_FILE}"
@@ -97,10 +95,10 @@ def _is_exported(config: ExportConfig) -> bool:
 def _check_vacant(url: str) -> dict[str, int]:
     """Refuses a folder of Cloud Storage that holds a model or anything but parts of one.
 
-    Without multihot.json, its files are those that an upload left which was broken off.
+    Parts of a model without multihot.json are what an interrupted upload left.
 
     Returns:
-      The generations of these files by name.
+      The generations of these parts by name.
     """
     found = {item.url.removeprefix(f"{url}/"): item for item in list_objects(f"{url}/")}
     strange = sorted(name for name in found if not _UPLOADED.fullmatch(name))
@@ -115,16 +113,11 @@ def _check_vacant(url: str) -> dict[str, int]:
 
 def _upload(folder: str, url: str) -> None:
     """Copies a model folder to Cloud Storage; multihot.json, which makes it one, comes last."""
-    names = [
-        os.path.relpath(os.path.join(place, name), folder)
-        for place, _, files in os.walk(folder)
-        for name in files
-    ]
-    names.remove(MULTIHOT_FILE)
+    names = [name for name in list_model_files(folder) if name != MULTIHOT_FILE]
     try:
         left = _check_vacant(url)
         made = upload_files(url, folder, names, generations=left)
-        # Another one may have taken ours for what a broken-off upload left.
+        # Another export may have taken our files for those of an interrupted upload.
         now = _check_vacant(url)
         for name, item in zip(names, made, strict=True):
             if now.get(name) != item.generation:
@@ -157,31 +150,15 @@ def _export(config: ExportConfig, shown_dir: str) -> None:
         )
     calibration = _read_calibration(config, best)
     _fold(best.model, calibration["scale"], calibration["shift"])
-
-    parent = os.path.dirname(absolute(config.export_dir))
-    os.makedirs(parent, exist_ok=True)
-    aside = absolute(config.export_dir) + ".tmp"
-    shutil.rmtree(aside, ignore_errors=True)
-    os.makedirs(aside)
-    try:
-        packing = _scoring_packing(metadata, best.packing.num_tokens)
-        _write_weights(best.model, aside)
-        _write_config(best, aside, tokenizer)
-        tokenizer.save(aside, best.record.max_seq_length)
-        _write_saved_model(best.model, packing, os.path.join(aside, SAVED_MODEL_FOLDER))
-        # Apart from multihot.json: of equal models two SavedModels differ in names of functions.
-        _write_json(os.path.join(aside, DIGEST_FILE), {"sha256": digest_saved_model(aside)})
-        # Last, because its presence is what says that the folder is a model folder.
-        _write_json(
-            os.path.join(aside, MULTIHOT_FILE),
-            _describe(best, metadata, packing, calibration),
-        )
-        if os.path.isdir(config.export_dir):
-            os.rmdir(config.export_dir)
-        os.rename(aside, config.export_dir)
-    except BaseException:
-        shutil.rmtree(aside, ignore_errors=True)
-        raise
+    split = metadata.split("train")
+    padding = metadata.max_seq_length + 1 - len(split.length_histogram)
+    packing = choose_score_packing(
+        np.pad(split.length_histogram, (0, padding)), np.asarray(split.window_histogram),
+        best.packing.num_tokens, metadata.max_windows,
+    )  # fmt: skip
+    with _written_aside(absolute(config.export_dir)) as aside:
+        description = _describe(best, metadata, packing, calibration)
+        save_model_folder(aside, best.model, tokenizer, packing, description)
     if filesystem.is_remote(shown_dir):
         _upload(config.export_dir, shown_dir)
     consumers = (
@@ -192,6 +169,23 @@ def _export(config: ExportConfig, shown_dir: str) -> None:
         f"{SAVED_MODEL_FOLDER}/ and multihot score. Next: multihot score "
         f"--model={shown_dir} --input=FILES --output_dir=DIR"
     )
+
+
+@contextlib.contextmanager
+def _written_aside(folder: str) -> Iterator[str]:
+    """An empty folder that takes the place of `folder` at the end of the block, or goes."""
+    os.makedirs(os.path.dirname(folder), exist_ok=True)
+    aside = folder + ".tmp"
+    shutil.rmtree(aside, ignore_errors=True)
+    os.makedirs(aside)
+    try:
+        yield aside
+        if os.path.isdir(folder):
+            os.rmdir(folder)
+        os.rename(aside, folder)
+    except BaseException:
+        shutil.rmtree(aside, ignore_errors=True)
+        raise
 
 
 def _read_calibration(config: ExportConfig, best: LoadedRun) -> dict[str, Any]:
@@ -229,7 +223,7 @@ def _read_calibration(config: ExportConfig, best: LoadedRun) -> dict[str, Any]:
 
 
 def _fold(model: Model, scale: list[float], shift: list[float]) -> None:
-    """Puts scale x logit + shift into the head: both of its products are linear in the kernel."""
+    """Folds scale x logit + shift into the head, whose logits are linear in kernel and bias."""
     classifier = model.head.classifier
     factor = np.asarray(scale, np.float64)
     kernel, bias = classifier.kernel.numpy(), classifier.bias.numpy()
@@ -237,109 +231,10 @@ def _fold(model: Model, scale: list[float], shift: list[float]) -> None:
     classifier.bias.assign((bias * factor + np.asarray(shift, np.float64)).astype(np.float32))
 
 
-def _scoring_packing(metadata: Metadata, num_tokens: int) -> PackingConfig:
-    """A micro-batch for texts like the training split's, which may be as long as allowed."""
-    split, longest, most = metadata.split("train"), metadata.max_seq_length, metadata.max_windows
-    packing = choose_packing(
-        split.length_histogram, max(num_tokens, min_tokens(longest, most)), longest=longest,
-        window_histogram=split.window_histogram, document_windows=most,
-    )  # fmt: skip
-    return with_slots_for_scoring(packing)
-
-
-def _write_weights(model: Model, folder: str) -> None:
-    values = {name: variable.numpy() for name, variable in model.named_variables().items()}
-    encoder = from_variables(values, model.config)
-    if model.config.head == "cls":
-        tensors = {f"bert.{name}": value for name, value in encoder.items()}
-        tensors["classifier.weight"] = np.ascontiguousarray(values["head/classifier/kernel"].T)
-        tensors["classifier.bias"] = values["head/classifier/bias"]
-        own = [name for name in values if name.startswith("head/window_pooling/")]
-    else:
-        tensors = encoder
-        own = [name for name in values if name.startswith("head/")]
-    tensors |= {f"{HEAD_PREFIX}{name}": values[name] for name in own}
-    save_file(tensors, os.path.join(folder, WEIGHTS_FILE), metadata={"format": "pt"})
-
-
-def _write_config(best: LoadedRun, folder: str, tokenizer: Tokenizer) -> None:
-    sizes, labels = best.record.model, best.record.labels
-    is_standard = sizes.head == "cls"
-    transformers.BertConfig(
-        architectures=["BertForSequenceClassification" if is_standard else "BertModel"],
-        vocab_size=sizes.vocab_size,
-        hidden_size=sizes.hidden_size,
-        num_hidden_layers=sizes.num_layers,
-        num_attention_heads=sizes.num_attention_heads,
-        intermediate_size=sizes.intermediate_size,
-        hidden_act=sizes.hidden_act,
-        hidden_dropout_prob=sizes.hidden_dropout,
-        attention_probs_dropout_prob=sizes.attention_dropout,
-        max_position_embeddings=sizes.max_position_embeddings,
-        type_vocab_size=sizes.type_vocab_size,
-        initializer_range=sizes.initializer_range,
-        layer_norm_eps=sizes.layer_norm_eps,
-        pad_token_id=tokenizer.pad_id,
-        problem_type="multi_label_classification",
-        id2label=dict(enumerate(labels)),
-        label2id={label: index for index, label in enumerate(labels)},
-    ).save_pretrained(folder)
-
-
-def _write_saved_model(model: Model, packing: PackingConfig, folder: str) -> None:
-    module = tf.Module()
-    module.model = model
-
-    def answer(logits: tf.Tensor) -> dict[str, tf.Tensor]:
-        return {"logits": logits, "probabilities": tf.sigmoid(logits)}
-
-    def tokens(name: str) -> tf.TensorSpec:
-        return tf.TensorSpec([None, None], tf.int32, name=name)
-
-    @tf.function(
-        input_signature=[tokens("input_ids"), tokens("attention_mask"), tokens("token_type_ids")],
-        autograph=False,
-    )
-    def serve(input_ids, attention_mask, token_type_ids):  # type: ignore[no-untyped-def]
-        batch, groups, rows = pad_batch(input_ids, attention_mask, token_type_ids)
-        return answer(model(batch, row_groups=groups, num_documents=rows))
-
-    def ids(name: str, size: int) -> tf.TensorSpec:
-        return tf.TensorSpec([size], tf.int32, name=name)
-
-    num_tokens, num_windows = packing.num_tokens, packing.max_windows
-
-    @tf.function(
-        input_signature=[
-            ids("input_ids", num_tokens),
-            ids("position_ids", num_tokens),
-            ids("segment_ids", num_tokens),
-            ids("window_starts", num_windows),
-            ids("window_document", num_windows),
-        ],
-        autograph=False,
-    )
-    def packed(input_ids, position_ids, segment_ids, window_starts, window_document):  # type: ignore[no-untyped-def]
-        batch = {
-            "input_ids": input_ids,
-            "position_ids": position_ids,
-            "segment_ids": segment_ids,
-            "window_starts": window_starts,
-            "window_document": window_document,
-        }
-        return answer(
-            model(batch, row_groups=packing.row_groups, num_documents=packing.max_documents)
-        )
-
-    tf.saved_model.save(module, folder, signatures={"serving_default": serve, "packed": packed})
-
-
 def _describe(
-    best: LoadedRun,
-    metadata: Metadata,
-    packing: PackingConfig,
-    calibration: dict[str, Any],
+    best: LoadedRun, metadata: Metadata, packing: PackingConfig, calibration: dict[str, Any]
 ) -> dict[str, Any]:
+    """What multihot.json says."""
     record = best.record
     return {
         "format_version": _FORMAT_VERSION,
@@ -367,12 +262,6 @@ def _describe(
         "versions": record.versions
         | {"multihot_export": trainer.__version__, "transformers": transformers.__version__},
     }
-
-
-def _write_json(path: str, values: dict[str, Any]) -> None:
-    with open(path, "w", encoding="utf-8") as file:
-        json.dump(values, file, indent=1, ensure_ascii=False)
-        file.write("\n")
 
 
 if __name__ == "__main__":

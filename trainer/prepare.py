@@ -16,11 +16,11 @@ import sys
 import time
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
 import numpy as np
 
-from trainer.beam import open_runner
+from trainer.beam.runners import BeamRunner, open_runner
 from trainer.config import PrepareConfig
 from trainer.data.metadata import TOKENIZER_FOLDER, Metadata, Split
 from trainer.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
@@ -42,9 +42,6 @@ from trainer.runtime.workers import WorkerPool, process_pool
 from trainer.sources.labels import read_label_file
 from trainer.sources.reader import fingerprints
 from trainer.storage import filesystem
-
-if TYPE_CHECKING:
-    from trainer.beam.runners import BeamRunner
 
 SHARD_BYTES = 32 << 20
 MIN_SHARDS = 4
@@ -88,7 +85,7 @@ def run(config: PrepareConfig) -> Timing:
 
 def _prepare(
     config: PrepareConfig,
-    runner: "BeamRunner | None",
+    runner: BeamRunner | None,
     shown_dir: str,
     mirror: DataMirror | None = None,
 ) -> Timing:
@@ -196,7 +193,7 @@ def _check_previous(config: PrepareConfig, previous: Metadata) -> None:
 
 @contextlib.contextmanager
 def _open_pool(
-    config: PrepareConfig, runner: "BeamRunner | None", work_dir: str
+    config: PrepareConfig, runner: BeamRunner | None, work_dir: str
 ) -> Iterator[WorkerPool]:
     """What does the work of both passes: processes of this machine, or a Beam runner's workers."""
     if runner is None:

@@ -1,31 +1,32 @@
-"""`multihot score`: a corpus to scores, in planned parts, restartable.
+"""`multihot score`: a corpus to scores, in planned parts; an interrupted run can be started again.
 
-The pipeline itself is in pipeline.py, the plan in plan.py, the output folder in parts.py.
+The plan is in plan.py, the stages from rows to probabilities in pipeline.py, the output folder in
+parts.py.
 """
 
 import contextlib
-import functools
 import itertools
 import os
 import sys
 import time
-from collections.abc import Callable, Generator, Sequence
+from collections.abc import Iterable, Sequence
 from dataclasses import dataclass
-from typing import TYPE_CHECKING, Any
+from typing import Any
 
+import tensorflow as tf
 from tqdm import tqdm
 
-from trainer.beam import open_runner
+from trainer.beam.runners import BeamRunner, open_runner
 from trainer.config import LOCAL_RUNNER, ScoreConfig, absolute
-from trainer.data.packing import choose_score_packing
 from trainer.errors import UserError
 from trainer.model.model_folder import ModelFolder, load_model_folder
 from trainer.runtime.cluster import read_cluster
 from trainer.runtime.devices import choose_scoring_precision, make_scoring_strategy
 from trainer.scoring.batches import TokenBatch, check_finite
-from trainer.scoring.parts import FOLDERS, PlanProgress, begin_part, rejected_file
-from trainer.scoring.pipeline import Compilations, sample_lengths, scored_blocks
+from trainer.scoring.parts import FOLDERS, Manifest, PartWriter, PlanProgress, begin_part
+from trainer.scoring.pipeline import Compilations, ScoringPipeline, sample_packing
 from trainer.scoring.plan import (
+    Input,
     Plan,
     check_plan,
     describe_inputs,
@@ -35,18 +36,15 @@ from trainer.scoring.plan import (
     save_plan,
     wait_for_plan,
 )
-from trainer.scoring.writers import open_results
+from trainer.scoring.writers import ResultLayout
 from trainer.sources.input_files import absolute_name, format_of, location
 from trainer.sources.listing import FileVersions, for_each_file, list_files
 from trainer.sources.reader import check_all_columns, column_names
-from trainer.sources.rows import REJECTED_FOLDER, Columns, allowed_rejections, describe_rejections
+from trainer.sources.rows import Columns
 from trainer.storage import filesystem
 from trainer.storage.filesystem import disk_errors
 from trainer.storage.output_folder import OutputFolder, open_output
 from trainer.storage.temporary import own_temporary_files
-
-if TYPE_CHECKING:
-    from trainer.beam.runners import BeamRunner
 
 # Flags that change what is written; a rerun has to give them as they were.
 _SETTINGS = (
@@ -62,15 +60,34 @@ _SETTINGS = (
 
 @dataclass(frozen=True)
 class ScoreSummary:
-    """What a call scored: documents, seconds from the plan to the last part, compilations here."""
+    """What a call did: documents, seconds from the plan to the last part, compilations."""
 
     documents: int
     seconds: float
     compilations: Compilations | None = None
 
 
+@dataclass(frozen=True)
+class ScoringRun:
+    """What a call reads, the model that it runs, and what it writes.
+
+    `folder` is the output folder. `versions` say what the input files, `paths`, were when the call
+    began. `settings` are what plan.json says of the flags.
+    """
+
+    config: ScoreConfig
+    folder: OutputFolder
+    paths: Sequence[str]
+    versions: FileVersions
+    columns: Columns
+    strategy: tf.distribute.Strategy
+    model: ModelFolder
+    layout: ResultLayout
+    settings: dict[str, Any]
+
+
 def run(config: ScoreConfig) -> ScoreSummary:
-    """Scores every row of this worker's parts that is not scored yet, and says what was done.
+    """Scores every row of this worker's parts that are not done yet, and says what was done.
 
     Raises:
       UserError: if an input, the model or the output folder is not usable, the folder was begun
@@ -84,49 +101,59 @@ def run(config: ScoreConfig) -> ScoreSummary:
 
 def _run(config: ScoreConfig) -> ScoreSummary:
     runner = open_runner(config.runner, config.beam_options)
-    columns = Columns(text=config.text_field, id=config.id_field, kept=config.keep_columns)
-    folder = open_output(config.output_dir)
     worker_index, num_workers = _find_worker(config)
-    paths = list_files(config.input, config.input_format, config.source_split, config.tfds_data_dir)
-    _check_inputs(config, paths, columns)
-    versions = FileVersions([absolute_name(path) for path in paths])
-    if worker_index:
-        wait_for_plan(folder, config.start_timeout)
-    strategy = make_scoring_strategy(config)
-    # Beam's workers run the SavedModel, as it was exported.
-    precision = "float32" if runner else choose_scoring_precision(config.precision, strategy)
-    with strategy.scope():
-        model = load_model_folder(config.model, precision)
+    this = _open_run(config, worker_index)
     start = time.perf_counter()
-    folder.make(FOLDERS)
-    plan = _settle_plan(config, folder, model, columns, precision, paths, worker_index)
-    progress = PlanProgress(folder, plan, worker_index, num_workers)
+    this.folder.make(FOLDERS)
+    if worker_index:
+        plan = wait_for_plan(this.folder, config.start_timeout)
+    else:
+        plan = _load_or_make_plan(this)
+    progress = PlanProgress(this.folder, plan, worker_index, num_workers)
     progress.load()
     if worker_index:
-        known = recall_inputs(plan, paths, progress.waiting)
-        check_plan(plan, folder.url, model.fingerprint, _settings(config, precision), known)
+        _check_plan(this, plan, recall_inputs(plan, this.paths, progress.waiting))
     if progress.has_ended:
         progress.clear_up()
-        print(f"{folder.url}: all {progress.num_done} parts are there already; nothing to do")
+        num_done = len(progress.done)
+        print(f"{this.folder.url}: all {num_done} parts are there already; nothing to do")
         return ScoreSummary(0, 0.0)
-    _check_rejected(config, folder, plan, progress)
-    compilations = None
+    progress.check_rejected(config.max_rejected)
     if runner is None:
-        compilations = Compilations()
-        start_stream = functools.partial(
-            scored_blocks, model, columns, plan, strategy=strategy, compilations=compilations
-        )
-        documents = _score_parts(config, folder, model, plan, progress, versions, start_stream)
+        documents, compilations = _score_here(this, progress)
     else:
-        documents = _score_by_beam(runner, config, folder, model, columns, plan, progress, versions)
+        documents, compilations = _score_by_beam(this, progress, runner), None
     progress.gather()
-    _check_rejected(config, folder, plan, progress)
+    progress.check_rejected(config.max_rejected)
     if progress.is_complete and not any(item.rows_in for item in progress.done):
         raise UserError(f"--input={','.join(config.input)}: no rows; expected at least one")
     progress.finish()
     summary = ScoreSummary(documents, time.perf_counter() - start, compilations)
-    _print_summary(folder, plan, progress, summary)
+    _print_summary(this, progress, summary)
     return summary
+
+
+def _open_run(config: ScoreConfig, worker_index: int) -> ScoringRun:
+    """Finds the inputs, checks them, and loads the model."""
+    columns = Columns(text=config.text_field, id=config.id_field, kept=config.keep_columns)
+    folder = open_output(config.output_dir)
+    paths = list_files(config.input, config.input_format, config.source_split, config.tfds_data_dir)
+    _check_inputs(config, paths, columns)
+    versions = FileVersions([absolute_name(path) for path in paths])
+    if worker_index:
+        # Before the model takes memory and devices: the wait may be a long one.
+        wait_for_plan(folder, config.start_timeout)
+    strategy = make_scoring_strategy(config)
+    precision = "float32"  # As in the SavedModel, which Beam's workers run.
+    if config.runner == LOCAL_RUNNER:
+        precision = choose_scoring_precision(config.precision, strategy)
+    with strategy.scope():
+        model = load_model_folder(config.model, precision)
+    layout = ResultLayout(
+        config.format, model.labels, model.thresholds, config.selection(), config.keep_columns
+    )
+    settings = _settings(config, precision)
+    return ScoringRun(config, folder, paths, versions, columns, strategy, model, layout, settings)
 
 
 def _find_worker(config: ScoreConfig) -> tuple[int, int]:
@@ -177,168 +204,105 @@ def _check_kept(paths: Sequence[str], columns: Columns) -> None:
 def _settings(config: ScoreConfig, precision: str) -> dict[str, Any]:
     """What plan.json says of the flags: as JSON gives it back."""
     settings = {name: getattr(config, name) for name in _SETTINGS} | {"precision": precision}
-    # Micro-batches of other shapes differ in the last digits: a folder is all of one kind.
+    # Micro-batches of other shapes differ in the last digits, so local and Beam's parts never mix.
     kind = LOCAL_RUNNER if config.runner == LOCAL_RUNNER else "beam"
     return settings | {"keep_columns": list(config.keep_columns), "runner": kind}
 
 
-def _settle_plan(
-    config: ScoreConfig,
-    folder: OutputFolder,
-    model: ModelFolder,
-    columns: Columns,
-    precision: str,
-    paths: Sequence[str],
-    worker_index: int,
-) -> Plan:
-    """The plan that the output folder was begun with; from worker 0 a new one if there is none."""
-    if worker_index:
-        return wait_for_plan(folder, config.start_timeout)
-    settings = _settings(config, precision)
-    inputs = describe_inputs(paths)
+def _load_or_make_plan(this: ScoringRun) -> Plan:
+    """The plan that the output folder was begun with, or a new one if there is none."""
+    config, folder, model = this.config, this.folder, this.model
+    inputs = describe_inputs(this.paths)
     plan = load_plan(folder)
     if plan is None:
         parts = plan_parts(inputs, config.rows_per_part)
+        packing = model.packing  # The only shape that the SavedModel takes.
         if config.runner == LOCAL_RUNNER:
-            packing = choose_score_packing(
-                *sample_lengths(parts, columns, model), config.tokens_per_batch, model.max_windows
-            )
-        else:
-            # The SavedModel takes micro-batches of one shape.
-            packing = model.packing
-        plan = Plan(model.fingerprint, settings, packing, inputs, parts)
+            packing = sample_packing(parts, this.columns, model, config.tokens_per_batch)
+        plan = Plan(model.fingerprint, this.settings, packing, inputs, parts)
         if save_plan(folder, plan):
             return plan
         # Another process with the same --worker_index was quicker, or is about to be.
         plan = wait_for_plan(folder, config.start_timeout)
-    check_plan(plan, folder.url, model.fingerprint, settings, inputs)
+    _check_plan(this, plan, inputs)
     return plan
 
 
-def _score_parts(
-    config: ScoreConfig,
-    folder: OutputFolder,
-    model: ModelFolder,
-    plan: Plan,
-    progress: PlanProgress,
-    versions: FileVersions,
-    start_stream: Callable[
-        [Sequence[int], Callable[[int], object]], Generator[TokenBatch, None, None]
-    ],
-) -> int:
-    """Scores this worker's parts that are not done, in order; returns how many documents.
+def _check_plan(this: ScoringRun, plan: Plan, inputs: Sequence[Input]) -> None:
+    check_plan(plan, this.folder.url, this.model.fingerprint, this.settings, inputs)
 
-    `start_stream` takes the parts that wait and what to call with the number of rows done.
-    """
-    open_writer = functools.partial(
-        open_results, format=config.format, labels=model.labels, thresholds=model.thresholds,
-        selection=config.selection(), kept_columns=config.keep_columns,
-    )  # fmt: skip
-    # Parts on their way to a store lie in a temporary file.
-    is_remote = filesystem.is_remote(config.output_dir)
-    where = "TMPDIR" if is_remote else f"--output_dir={config.output_dir}"
+
+def _score_here(this: ScoringRun, progress: PlanProgress) -> tuple[int, Compilations]:
+    """Scores this worker's parts that are not done, in order; counts the documents."""
+    pipeline = ScoringPipeline(this.model, this.columns, progress.plan, this.strategy)
     waiting = progress.waiting
-    rows = {index: plan.parts[index].num_rows for index in progress.mine}
+    rows = {index: progress.plan.parts[index].num_rows for index in progress.mine}
     total = sum(rows.values())
     skipped = total - sum(rows[index] for index in waiting)
     documents = 0
     with (
         tqdm(desc="score", total=total, initial=skipped, unit=" documents", mininterval=1) as bar,
-        contextlib.closing(start_stream(waiting, bar.update)) as stream,
+        contextlib.closing(pipeline.run(waiting, bar.update)) as stream,
     ):
-        for index, blocks in itertools.groupby(stream, lambda block: block.part):
-            writer = begin_part(folder, plan, index, open_writer)
+        for index, batches in itertools.groupby(stream, lambda batch: batch.part):
+            writer = begin_part(this.folder, progress.plan, index, this.layout)
             if writer is None:  # An earlier run, with other workers, was still at it.
                 progress.gather()
                 continue
             with contextlib.closing(writer):
-                for block in blocks:
-                    check_finite(config.model, block.ids, block.probabilities)
-                    with disk_errors(where):
-                        writer.write(
-                            block.ids, block.probabilities, block.kept,
-                            block.num_truncated, block.rejected,
-                        )  # fmt: skip
-                versions.check(row_range.path for row_range in plan.parts[index].row_ranges)
-                with disk_errors(where):
-                    manifest = progress.manifests[index] = writer.commit()
+                manifest = progress.manifests[index] = _write_part(this, writer, batches)
             documents += manifest.rows_out
             progress.refresh()
-            _check_rejected(config, folder, plan, progress)
-    return documents
+            progress.check_rejected(this.config.max_rejected)
+    return documents, pipeline.compilations
 
 
-def _score_by_beam(
-    runner: "BeamRunner",
-    config: ScoreConfig,
-    folder: OutputFolder,
-    model: ModelFolder,
-    columns: Columns,
-    plan: Plan,
-    progress: PlanProgress,
-    versions: FileVersions,
-) -> int:
-    """The same by a Beam runner, in any order."""
+def _write_part(this: ScoringRun, writer: PartWriter, batches: Iterable[TokenBatch]) -> Manifest:
+    config = this.config
+    # Parts on their way to a store lie in a temporary file.
+    is_remote = filesystem.is_remote(config.output_dir)
+    where = "TMPDIR" if is_remote else f"--output_dir={config.output_dir}"
+    for batch in batches:
+        check_finite(config.model, batch.scores)
+        with disk_errors(where):
+            writer.write(batch.scores)
+        writer.note(batch.num_truncated, batch.rejected)
+    this.versions.check(row_range.path for row_range in writer.part.row_ranges)
+    with disk_errors(where):
+        return writer.commit()
+
+
+def _score_by_beam(this: ScoringRun, progress: PlanProgress, runner: BeamRunner) -> int:
+    """Scores the parts that are not done by a Beam runner, in any order; counts the documents."""
     from trainer.beam.score_pipeline import ScoreJob, score_parts
 
     job = ScoreJob(
-        output_dir=absolute(config.output_dir),
-        model=absolute(config.model),
-        fingerprint=model.fingerprint,
-        columns=columns,
-        max_seq_length=model.max_seq_length,
-        window_stride=model.window_stride,
-        max_windows=model.max_windows,
-        labels=model.labels,
-        thresholds=model.thresholds,
-        selection=config.selection(),
-        versions=versions,
-    )
+        absolute(this.config.output_dir), absolute(this.config.model), this.model.fingerprint,
+        this.columns, this.layout, this.versions,
+    )  # fmt: skip
     waiting = progress.waiting
 
     def on_written() -> None:
         progress.gather()
-        _check_rejected(config, folder, plan, progress)
+        progress.check_rejected(this.config.max_rejected)
 
-    score_parts(runner, job, plan, waiting, on_written)
-    written = (progress.manifests[place] for place in waiting)
+    score_parts(runner, job, progress.plan, waiting, on_written)
+    written = (progress.manifests[index] for index in waiting)
     return sum(manifest.rows_out for manifest in written if manifest is not None)
 
 
-def _check_rejected(
-    config: ScoreConfig, folder: OutputFolder, plan: Plan, progress: PlanProgress
-) -> None:
-    """Checks the rows that could not be used so far, in all parts, against --max_rejected."""
-    limit = config.max_rejected
-    num_rows = sum(part.num_rows for part in plan.parts)
-    with_rejected = [item for item in progress.done if item.rows_rejected]
-    rejected = sum(item.rows_rejected for item in with_rejected)
-    if rejected > allowed_rejections(limit, num_rows):
-        (lines,) = folder.read([rejected_file(with_rejected[0].part)])
-        where = f"{folder.url}/{REJECTED_FOLDER}"
-        raise describe_rejections(lines or b"", rejected, num_rows, limit, where)
-
-
-def _print_summary(
-    folder: OutputFolder, plan: Plan, progress: PlanProgress, summary: ScoreSummary
-) -> None:
-    totals = {
-        name: sum(getattr(manifest, f"rows_{name}") for manifest in progress.done)
-        for name in ("out", "rejected", "truncated")
-    }
-    compilations = summary.compilations
-    compiled = (
-        ""
-        if compilations is None
-        else (
+def _print_summary(this: ScoringRun, progress: PlanProgress, summary: ScoreSummary) -> None:
+    totals, compilations, compiled = progress.totals(), summary.compilations, ""
+    if compilations is not None:
+        compiled = (
             f"; packing was compiled {compilations.packing} times, the forward pass "
             f"{compilations.forward}"
         )
-    )
-    of_all = "" if progress.is_complete else f" of {len(plan.parts):,}"
+    of_all = "" if progress.is_complete else f" of {len(progress.manifests):,}"
     print(
-        f"{folder.url}: {totals['out']:,} documents in {progress.num_done:,}{of_all} parts "
-        f"({totals['truncated']:,} cut at the model's longest, {totals['rejected']:,} rejected); "
+        f"{this.folder.url}: {totals['rows_out']:,} documents in {len(progress.done):,}{of_all} "
+        f"parts ({totals['rows_truncated']:,} cut at the model's longest, "
+        f"{totals['rows_rejected']:,} rejected); "
         f"{summary.documents:,} of them now, in {summary.seconds:.1f} s "
         f"({summary.documents / summary.seconds:,.0f} a second){compiled}"
     )

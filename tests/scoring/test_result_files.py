@@ -13,7 +13,7 @@ import pytest
 from trainer.config import ScoreConfig
 from trainer.errors import UserError
 from trainer.scoring import writers
-from trainer.scoring.writers import ENDINGS, RESULT_FIELDS, open_results
+from trainer.scoring.writers import ENDINGS, DocumentScores, ResultLayout, open_results
 
 LABELS = ("red", "10% off", "grün", "never")
 THRESHOLDS = np.array([0.5, 0.25, 0.75, np.nan])
@@ -30,11 +30,13 @@ def make_rows(count, seed=0):
 
 def write_file(format, selection, rows, pieces=1, columns=COLUMNS):
     file = io.BytesIO()
-    writer = open_results(file, format, LABELS, THRESHOLDS, selection, columns)
-    ids, probabilities, kept = rows
-    for piece in np.array_split(np.arange(len(ids)), pieces):
-        chosen = slice(piece[0], piece[-1] + 1) if len(piece) else slice(0, 0)
-        writer.write(ids[chosen], probabilities[chosen], kept[chosen])
+    layout = ResultLayout(format, LABELS, THRESHOLDS, selection, columns)
+    writer = open_results(file, layout)
+    documents = DocumentScores(*rows)
+    for piece in np.array_split(np.arange(len(documents.ids)), pieces):
+        writer.write(
+            documents.rows(piece[0], piece[-1] + 1) if len(piece) else documents.rows(0, 0)
+        )
     writer.close()
     assert not file.closed
     return file.getvalue()
@@ -54,8 +56,9 @@ def test_a_writer_that_is_given_up_does_not_mind_its_file_closed(format, monkeyp
     complaints = []
     monkeypatch.setattr(sys, "unraisablehook", complaints.append)
     file = io.BytesIO()
-    writer = open_results(file, format, LABELS, THRESHOLDS, ("all", 0), COLUMNS)
-    writer.write(*make_rows(5))
+    layout = ResultLayout(format, LABELS, THRESHOLDS, ("all", 0), COLUMNS)
+    writer = open_results(file, layout)
+    writer.write(DocumentScores(*make_rows(5)))
     writer.discard()
     file.close()
     del writer
@@ -68,7 +71,7 @@ def test_both_formats_say_the_same(selection):
     rows = make_rows(50)
     lines, table = (write_file(format, selection, rows) for format in ENDINGS)
     for line, row, values in zip(read_lines(lines), read_table(table), rows[1], strict=True):
-        assert list(line) == list(row) == [*RESULT_FIELDS, *COLUMNS]
+        assert list(line) == list(row) == ["id", "labels", "scores", *COLUMNS]
         assert line["id"] == row["id"] and line["labels"] == row["labels"]
         expected = dict(zip(LABELS, values.tolist(), strict=True))
         assert list(line["scores"]) == list(row["scores"])

@@ -1,5 +1,6 @@
 """Score lines: which labels and scores are written, in which order, with how many digits."""
 
+import io
 import json
 
 import numpy as np
@@ -7,7 +8,7 @@ import pytest
 from hypothesis import given, settings
 from hypothesis import strategies as st
 
-from trainer.scoring.writers import LineFormatter
+from trainer.scoring.writers import DocumentScores, LineWriter, ResultLayout
 
 OFF = '10% "off"'
 LABELS = ("red", OFF, "grün", "never")
@@ -15,10 +16,14 @@ THRESHOLDS = np.array([0.5, 0.25, 0.75, np.nan])
 PROBABILITIES = np.array([[0.5, 0.24999999, 0.9, 1.0], [0.1, 0.1, 0.7499999, 1e-7]], np.float32)
 
 
+def format_pieces(selection, ids, probabilities, labels=LABELS, thresholds=THRESHOLDS):
+    """The lines of documents without kept columns, in the pieces in which they are written."""
+    writer = LineWriter(io.BytesIO(), ResultLayout("jsonl", labels, thresholds, selection))
+    return list(writer.format(DocumentScores(ids, probabilities, [()] * len(ids))))
+
+
 def format_lines(selection, ids=("a", "b"), probabilities=PROBABILITIES):
-    text = b"".join(
-        LineFormatter(LABELS, THRESHOLDS, selection).format(ids, probabilities)
-    ).decode()
+    text = b"".join(format_pieces(selection, ids, probabilities)).decode()
     assert text.endswith("\n")
     return text.splitlines()
 
@@ -64,8 +69,7 @@ def test_any_id_survives():
 
 
 def test_no_documents_give_no_bytes():
-    formatter = LineFormatter(LABELS, THRESHOLDS, ("top", 2))
-    assert list(formatter.format([], np.zeros((0, 4), np.float32))) == []
+    assert format_pieces(("top", 2), [], np.zeros((0, 4), np.float32)) == []
 
 
 @settings(max_examples=60, deadline=None)
@@ -74,8 +78,8 @@ def test_no_documents_give_no_bytes():
 def test_selections_are_those_of_a_stable_sort(steps, selection):
     probabilities = np.array(steps, np.float32) / 4
     labels = tuple("abcdefg")
-    formatter = LineFormatter(labels, np.full(7, 0.5), selection)
-    lines = b"".join(formatter.format(["x"] * len(steps), probabilities)).splitlines()
+    pieces = format_pieces(selection, ["x"] * len(steps), probabilities, labels, np.full(7, 0.5))
+    lines = b"".join(pieces).splitlines()
     kind, number = selection
     for line, row in zip(lines, probabilities, strict=True):
         order = np.argsort(-row, kind="stable")
@@ -89,8 +93,8 @@ def test_four_thousand_labels_are_written_in_bounded_pieces():
     """The 5 best of 4,000 labels: 262 documents at a time, and no more text than is asked for."""
     rng = np.random.default_rng(0)
     probabilities = rng.random((1000, 4000), np.float32)
-    formatter = LineFormatter([f"l{i}" for i in range(4000)], np.full(4000, np.nan), ("top", 5))
-    pieces = list(formatter.format([str(i) for i in range(1000)], probabilities))
+    ids, labels = [str(i) for i in range(1000)], [f"l{i}" for i in range(4000)]
+    pieces = format_pieces(("top", 5), ids, probabilities, labels, np.full(4000, np.nan))
     assert [piece.count(b"\n") for piece in pieces] == [262, 262, 262, 214]
     lines = b"".join(pieces).splitlines()
     best = np.argsort(-probabilities[999])[:5]

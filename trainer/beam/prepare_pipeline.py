@@ -1,14 +1,12 @@
-"""The workers of a Beam runner in the place of a pool of processes.
+"""`prepare` by Beam: workers of a runner in the place of a pool of processes.
 
-`prepare` is pure functions of ranges and shards that leave large things in files of the work
-folder, with decisions between them that need all results. So its Beam pipelines are these functions
-mapped, one pipeline a pass, and its shards are the local command's, byte for byte. Arguments and
-results are files of that folder too: a pipeline's own graph is limited to some megabytes.
+`prepare` maps pure functions over row ranges and shards, and makes decisions between the passes
+that need all results. So each pass is one pipeline that maps such a function, and the shards are
+the local command's, byte for byte. Arguments and results are files of the work folder: a
+pipeline's own graph is limited to some megabytes.
 
-Arguments and results of tasks as files: JSON, with arrays beside it, and nothing that runs code.
-
-One file holds one value: a `.npz` whose entry `value` is UTF-8 JSON and whose others are the arrays
-that it refers to.
+One file holds one value: a `.npz` whose entry `value` is UTF-8 JSON and whose other entries are the
+arrays that it refers to. Reading it runs no code, as reading a pickle would.
 """
 
 import dataclasses
@@ -33,7 +31,7 @@ from trainer.preparation.shards import WrittenRange
 from trainer.preparation.statistics import SplitStatistics
 from trainer.sources.rows import BadRow, RowRange
 
-# What is built again when a value is read; anything else is refused.
+# The types that a value may hold.
 _RECORDS: dict[str, Any] = {
     kind.__name__: kind
     for kind in (BadRow, ScannedRange, RowRange, Shard, SplitStatistics, WrittenRange)
@@ -42,7 +40,7 @@ _CONTAINERS: dict[str, Any] = {"list": list, "tuple": tuple, "set": set}
 
 
 def save_value(path: str, value: Any) -> None:
-    """Writes a value, so that the name is there only with all of it, whoever else writes it too."""
+    """Writes a value whole or not at all, even where several workers write the same file."""
     arrays: list[np.ndarray] = []
     text = json.dumps(_encode(value, arrays))
     aside = f"{path}.{uuid.uuid4().hex}.tmp"
@@ -106,18 +104,17 @@ class BeamPool:
     """Maps functions over tasks by a Beam runner, as a pool of processes does by processes."""
 
     def __init__(self, runner: BeamRunner, work_dir: str) -> None:
-        """Makes the pool.
-
-        Args:
-          runner: what runs the pipelines.
-          work_dir: a folder that all workers share.
-        """
+        """Makes the pool; all workers have to share the folder `work_dir`."""
         self._runner = runner
         self._work_dir = os.path.abspath(work_dir)
         self._num_calls = 0
 
     def map(self, function: Callable[..., Any], /, *arguments: Iterable[Any]) -> Iterator[Any]:
-        """Calls a function, which pickles, with the first of all arguments, the second, and so on.
+        """Calls a function with the first of all arguments, with the second of all, and so on.
+
+        Args:
+          function: pickles.
+          *arguments: as many of each as there are calls.
 
         Returns:
           The results in order, once all are there.
@@ -130,26 +127,20 @@ class BeamPool:
         os.mkdir(folder)
         num_tasks = 0
         for num_tasks, task in enumerate(zip(*arguments, strict=True), 1):
-            save_value(_task_path(folder, num_tasks - 1), task)
+            save_value(_path(folder, "task", num_tasks - 1), task)
         if num_tasks:
             print(f"{self._runner}: {num_tasks:,} tasks of {_name(function)}", flush=True)
             build = partial(_build, function=function, folder=folder, num_tasks=num_tasks)
-            counters = self._runner.run(build)
-            shown = (f"{name} {count:,}" for name, count in sorted(counters.items()))
-            print(f"{self._runner}: {', '.join(shown)}", flush=True)
-        return (load_value(_result_path(folder, index)) for index in range(num_tasks))
+            self._runner.run(build)
+        return (load_value(_path(folder, "result", index)) for index in range(num_tasks))
 
 
 def _name(function: Any) -> str:
     return getattr(function, "func", function).__name__
 
 
-def _task_path(folder: str, index: int) -> str:
-    return os.path.join(folder, f"task-{index:06d}.npz")
-
-
-def _result_path(folder: str, index: int) -> str:
-    return os.path.join(folder, f"result-{index:06d}.npz")
+def _path(folder: str, kind: str, index: int) -> str:
+    return os.path.join(folder, f"{kind}-{index:06d}.npz")
 
 
 def _build(
@@ -164,10 +155,10 @@ def _build(
 
 
 def _call(index: int, function: Callable[..., Any], folder: str) -> None:
-    """Does one task; done again, it leaves the same files."""
+    """Does one task; a call that Beam repeats leaves the same files."""
     with marked_faults():
-        result = function(*load_value(_task_path(folder, index)))
-        save_value(_result_path(folder, index), result)
+        result = function(*load_value(_path(folder, "task", index)))
+        save_value(_path(folder, "result", index), result)
     for name, count in _counts(result).items():
         Metrics.counter(NAMESPACE, name).inc(count)
 

@@ -1,9 +1,9 @@
-"""Which Beam runner runs a pipeline, with which options, and what came of it.
+"""Beam runners: which one runs a pipeline, with which options, and what came of it.
 
-A worker's fault that a user can see to, carried through Beam as one line.
+Apache Beam is imported only when a runner is asked for: the local commands do without it.
 
-A runner hands an exception of a worker on as the text of its traceback, and each runner does so in
-its own way. What the command line would have said of it is put into that text as JSON behind a
+A runner hands on a worker's exception as the text of its traceback, and each runner does so in its
+own way. What the command line would say of the exception is put into that text as JSON behind a
 marker, and looked for there.
 """
 
@@ -11,23 +11,23 @@ import contextlib
 import io
 import json
 import logging
+from collections import Counter
 from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
-import apache_beam as beam
-from apache_beam.metrics import MetricsFilter
-from apache_beam.options.pipeline_options import PipelineOptions
-from apache_beam.portability.api import beam_provision_api_pb2
-from apache_beam.runners.portability.fn_api_runner.fn_runner import (
-    ExtendedProvisionInfo,
-    FnApiRunner,
-)
-from apache_beam.runners.portability.portable_runner import JobServiceHandle
-from apache_beam.runners.runner import PipelineRunner, PipelineState, create_runner
-
+from trainer.config import LOCAL_RUNNER
 from trainer.errors import RunAgain, UserError
 from trainer.storage import filesystem
 
+if TYPE_CHECKING:
+    import apache_beam as beam
+    from apache_beam.options.pipeline_options import PipelineOptions
+    from apache_beam.runners.runner import PipelineRunner
+
+# Of our own counters.
+NAMESPACE = "multihot"
 _MARKER = "multihot-fault:"
+_IN_THIS_PROCESS = ("direct", "directrunner", "fnapirunner")
 
 
 class WorkerFault(Exception):
@@ -36,7 +36,7 @@ class WorkerFault(Exception):
 
 @contextlib.contextmanager
 def marked_faults() -> Iterator[None]:
-    """Marks what is raised in the block and has a line of its own on the command line.
+    """Marks exceptions of the block that the command line reports in one line.
 
     Raises:
       WorkerFault: in the place of a UserError, a RunAgain, an OSError, or what TensorFlow says of a
@@ -61,7 +61,7 @@ def _marked(error: Exception) -> WorkerFault:
     return WorkerFault(_MARKER + json.dumps(fault))
 
 
-def find_fault(error: BaseException) -> Exception | None:
+def _find_fault(error: BaseException) -> Exception | None:
     """The exception that a worker marked, if it is why a pipeline failed."""
     text = str(error)
     start = text.find(_MARKER)
@@ -76,48 +76,53 @@ def find_fault(error: BaseException) -> Exception | None:
     return RunAgain(fault["message"]) if fault["again"] else UserError(fault["message"])
 
 
-# Under which the counters of our own stand.
-NAMESPACE = "multihot"
-_IN_THIS_PROCESS = ("direct", "directrunner", "fnapirunner")
+def open_runner(name: str, options: Sequence[str]) -> "BeamRunner | None":
+    """The runner of `--runner` with its `--beam_options`; None where the command runs by itself.
+
+    Raises:
+      UserError: if Beam has no such runner or option.
+    """
+    return None if name == LOCAL_RUNNER else BeamRunner(name, options)
 
 
 class BeamRunner:
-    """A runner and its options, checked; runs one pipeline after the other."""
+    """A runner and its options, checked; runs one pipeline after the other.
+
+    Attributes:
+      is_local: whether everything runs on this machine, which holds what is grouped in memory.
+    """
 
     def __init__(self, name: str, arguments: Sequence[str]) -> None:
-        """Finds the runner.
-
-        Args:
-          name: of the runner, as `--runner`.
-          arguments: Beam's own options, as `--beam_options`.
-
-        Raises:
-          UserError: if there is no such runner or option.
-        """
+        """Finds the runner; the arguments and errors are those of `open_runner`."""
         self._name = name
         self._arguments = _whole_arguments(arguments)
-        self._is_local = name.lower() in _IN_THIS_PROCESS
+        self.is_local = name.lower() in _IN_THIS_PROCESS
         _check_options(self._arguments)
-        self._make_pipeline()  # What is wrong with either is found before anything is read.
-        # What fails locally is raised; a cluster's progress is worth seeing.
+        self._make_pipeline()  # Finds what is wrong with either before anything is read.
+        # A local failure is raised anyway; of a cluster the log shows the progress.
         logging.getLogger("apache_beam").setLevel(
-            logging.CRITICAL if self._is_local else logging.INFO
+            logging.CRITICAL if self.is_local else logging.INFO
         )
 
     def __str__(self) -> str:
         return self._name
 
-    @property
-    def is_local(self) -> bool:
-        """Whether all runs on this machine, and what is grouped is held in its memory."""
-        return self._is_local
+    def _options(self) -> "PipelineOptions":
+        from apache_beam.options.pipeline_options import PipelineOptions
 
-    def _options(self) -> PipelineOptions:
         return PipelineOptions(self._arguments, runner=self._name)
 
-    def _make_runner(self) -> PipelineRunner:
-        if self._is_local:
-            # By that name Beam would first try Prism, a server that it has to download.
+    def _make_runner(self) -> "PipelineRunner":
+        from apache_beam.portability.api import beam_provision_api_pb2
+        from apache_beam.runners.portability.fn_api_runner.fn_runner import (
+            ExtendedProvisionInfo,
+            FnApiRunner,
+        )
+        from apache_beam.runners.portability.portable_runner import JobServiceHandle
+        from apache_beam.runners.runner import create_runner
+
+        if self.is_local:
+            # By its name Beam would first try Prism, a server that it has to download.
             options = JobServiceHandle.encode_pipeline_options(self._options().get_all_options())
             info = beam_provision_api_pb2.ProvisionInfo(pipeline_options=options)
             return FnApiRunner(provision_info=ExtendedProvisionInfo(info))
@@ -128,15 +133,17 @@ class BeamRunner:
                 f"--runner={self._name}: {error}; expected local or the name of a Beam runner"
             ) from None
 
-    def _make_pipeline(self) -> beam.Pipeline:
+    def _make_pipeline(self) -> "beam.Pipeline":
+        import apache_beam as beam
+
         runner = self._make_runner()
         try:
             return beam.Pipeline(runner=runner, options=self._options())
         except ValueError as error:
             raise UserError(f"--beam_options={','.join(self._arguments)}: {error}") from None
 
-    def run(self, build: Callable[[beam.Pipeline], object]) -> dict[str, int]:
-        """Builds a pipeline, runs it to its end, and returns its counters by name.
+    def run(self, build: "Callable[[beam.Pipeline], object]") -> None:
+        """Builds a pipeline, runs it to its end, and prints its counters.
 
         A cluster's job is cancelled when this command is interrupted: nobody would look at it.
 
@@ -144,6 +151,9 @@ class BeamRunner:
           UserError, RunAgain, OSError: what a worker marked; UserError also for a job that did not
             end well.
         """
+        from apache_beam.metrics import MetricsFilter
+        from apache_beam.runners.runner import PipelineState
+
         pipeline = self._make_pipeline()
         build(pipeline)
         try:
@@ -151,15 +161,15 @@ class BeamRunner:
             try:
                 state = result.wait_until_finish()
             except KeyboardInterrupt:
-                if not self._is_local:
+                if not self.is_local:
                     print(f"{self._name}: interrupted; cancelling the job", flush=True)
                     result.cancel()
                 raise
         except Exception as error:
-            fault = find_fault(error)
+            fault = _find_fault(error)
             if fault is not None:
                 raise fault from None
-            # Dataflow raises what others return: that the job did not end well.
+            # Where other runners return the state of a job that did not end well, Dataflow raises.
             state = getattr(getattr(error, "result", None), "state", None)
             if state is None:
                 raise
@@ -168,16 +178,16 @@ class BeamRunner:
                 f"--runner={self._name}: the job ended as {state}; see the runner's own log, and "
                 "start the same command again"
             )
-        found = result.metrics().query(MetricsFilter().with_namespace(NAMESPACE))["counters"]
-        counters: dict[str, int] = {}
-        for item in found:
-            name = item.key.metric.name
-            counters[name] = counters.get(name, 0) + item.result
-        return counters
+        counters: Counter[str] = Counter()
+        ours = MetricsFilter().with_namespace(NAMESPACE)
+        for item in result.metrics().query(ours)["counters"]:
+            counters[item.key.metric.name] += item.result
+        shown = (f"{name} {count:,}" for name, count in sorted(counters.items()))
+        print(f"{self._name}: {', '.join(shown)}", flush=True)
 
 
 def _whole_arguments(arguments: Sequence[str]) -> list[str]:
-    """Puts together again what a comma within an option's value took apart."""
+    """Joins again what a comma within an option's value split."""
     whole: list[str] = []
     for argument in arguments:
         if argument.startswith("-") or not whole:
@@ -188,7 +198,9 @@ def _whole_arguments(arguments: Sequence[str]) -> list[str]:
 
 
 def _check_options(arguments: Sequence[str]) -> None:
-    """Checks Beam's own options; its parser would end the process, or pass unknown ones over."""
+    """Checks Beam's own options; its parser would end the process, or ignore unknown ones."""
+    from apache_beam.options.pipeline_options import PipelineOptions
+
     parsers: list = []
     PipelineOptions([]).get_all_options(add_extra_args_fn=parsers.append)
     said = io.StringIO()

@@ -1,4 +1,14 @@
-"""The model folder as a reader sees it: tokenizer, labels, thresholds and model."""
+"""The model folder: what `multihot export` writes, and how `multihot score` reads it.
+
+    config.json         sizes and labels, for transformers
+    model.safetensors   the weights, calibration folded in
+    tokenizer.json, …   the tokenizer
+    saved_model/        the signatures `serving_default` and `packed`
+    saved_model.json    the SavedModel's digest
+    multihot.json       labels, thresholds, lengths, packing, fingerprints
+
+multihot.json is written last: its presence says that the folder is a model folder.
+"""
 
 import contextlib
 import dataclasses
@@ -10,60 +20,52 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
-from safetensors.numpy import load_file
+import tensorflow as tf
+from safetensors.numpy import load_file, save_file
 
 from trainer.config import from_dict
 from trainer.data.tokenizer import Tokenizer, TokenLimits, load_tokenizer
 from trainer.errors import UserError
-from trainer.model.model import Model, build_model
+from trainer.model.model import INPUTS, Model, build_model, pad_batch
 from trainer.model.pretrained import (
     CONFIG_FILE,
     WEIGHTS_FILE,
+    from_variables,
     model_config,
     read_tensors,
     to_variables,
 )
-from trainer.model_config import PackingConfig
+from trainer.model_config import ModelConfig, PackingConfig
 from trainer.storage import filesystem
 from trainer.storage.gcs import download_folder
 from trainer.storage.temporary import temporary_folder
 
 MULTIHOT_FILE = "multihot.json"
 SAVED_MODEL_FOLDER = "saved_model"
-DIGEST_FILE = "saved_model.json"
+_DIGEST_FILE = "saved_model.json"
 # Where our head's tensors live when transformers' classes have no place for them.
-HEAD_PREFIX = "multihot."
+_HEAD_PREFIX = "multihot."
 _FIELDS = {"labels", "head", "max_seq_length", "packing", "thresholds", "fingerprints"}
 
 
 @dataclass(frozen=True)
-class ModelFolder:
-    """A model folder, ready to score.
+class TextEncoder:
+    """Texts to windows of token ids, as a model folder says.
 
     Attributes:
       tokenizer: what turns a text into ids.
-      labels: L names.
       max_seq_length: longest window in tokens, [CLS] and [SEP] included.
       window_stride, max_windows: as `Tokenizer.encode_windows` takes them.
-      thresholds: float64 [L], NaN for a label that is never predicted.
-      packing: the shape of the micro-batches that the SavedModel's `packed` takes.
-      model: whose logits' sigmoids are calibrated probabilities.
-      fingerprint: of the folder's weights, labels, thresholds and tokenizer (SHA-256).
     """
 
     tokenizer: Tokenizer
-    labels: tuple[str, ...]
     max_seq_length: int
     window_stride: int
     max_windows: int
-    thresholds: np.ndarray
-    packing: PackingConfig
-    model: Model
-    fingerprint: str
 
     @property
     def token_limits(self) -> TokenLimits:
-        """What documents that come tokenised have to keep to."""
+        """The limits of documents that come tokenised."""
         return TokenLimits.of(self.tokenizer, self.max_seq_length, self.max_windows)
 
     def encode(self, texts: list[str]) -> tuple[list[list[list[int]]], list[bool]]:
@@ -71,6 +73,25 @@ class ModelFolder:
         return self.tokenizer.encode_windows(
             texts, self.max_seq_length, self.window_stride, self.max_windows
         )
+
+
+@dataclass(frozen=True)
+class ModelFolder(TextEncoder):
+    """A model folder, ready to score.
+
+    Attributes:
+      labels: L names.
+      thresholds: float64 [L], NaN for a label that is never predicted.
+      packing: the shape of the micro-batches that the SavedModel's `packed` takes.
+      model: whose logits' sigmoids are calibrated probabilities.
+      fingerprint: of the folder's weights, labels, thresholds and tokenizer (SHA-256).
+    """
+
+    labels: tuple[str, ...]
+    thresholds: np.ndarray
+    packing: PackingConfig
+    model: Model
+    fingerprint: str
 
 
 def load_model_folder(folder: str, precision: str = "float32") -> ModelFolder:
@@ -93,10 +114,10 @@ def local_model(folder: str, below: bool = False) -> Iterator[str]:
 
     Args:
       folder: what `multihot export` wrote, here or in Cloud Storage.
-      below: with the folders in it, so with the SavedModel.
+      below: whether the copy has the folders in it too, and so the SavedModel.
 
     Raises:
-      UserError: as what happens inside, the URL in the place of the local folder.
+      UserError: that of the block, with the URL in the place of the copy's path.
     """
     if not filesystem.is_remote(folder):
         yield folder
@@ -110,7 +131,43 @@ def local_model(folder: str, below: bool = False) -> Iterator[str]:
             raise UserError(str(error).replace(copy, folder.rstrip("/"))) from None
 
 
+def load_text_encoder(folder: str) -> TextEncoder:
+    """What a local model folder says of texts, without its model.
+
+    Raises:
+      UserError: if it is not a model folder, or a damaged one.
+    """
+    return _text_encoder(folder, _read_description(folder))
+
+
+def _text_encoder(folder: str, description: dict[str, Any]) -> TextEncoder:
+    tokenizer = load_tokenizer(folder)
+    if tokenizer.fingerprint != description["fingerprints"]["tokenizer"]:
+        raise UserError(f"{folder}: its tokenizer is not the one of {MULTIHOT_FILE}; export again")
+    return TextEncoder(
+        tokenizer,
+        description["max_seq_length"],
+        # Folders that are older than windows do not name them.
+        description.get("window_stride", 0),
+        description.get("max_windows", 1),
+    )
+
+
 def _load_local(folder: str, precision: str) -> ModelFolder:
+    description = _read_description(folder)
+    encoder = _text_encoder(folder, description)
+    thresholds = [np.nan if cut is None else cut for cut in description["thresholds"]]
+    return ModelFolder(
+        **vars(encoder),
+        labels=tuple(description["labels"]),
+        thresholds=np.asarray(thresholds, np.float64),
+        packing=from_dict(PackingConfig, description["packing"]),
+        model=_load_model(folder, description, precision),
+        fingerprint=_fingerprint(folder),
+    )
+
+
+def _read_description(folder: str) -> dict[str, Any]:
     path = os.path.join(folder, MULTIHOT_FILE)
     try:
         with open(path, encoding="utf-8") as file:
@@ -123,22 +180,7 @@ def _load_local(folder: str, precision: str) -> ModelFolder:
         raise UserError(f"{path}: damaged ({error}); export the model again") from None
     if not isinstance(description, dict) or not _FIELDS.issubset(description):
         raise UserError(f"{path}: damaged (fields are missing); export the model again")
-    tokenizer = load_tokenizer(folder)
-    if tokenizer.fingerprint != description["fingerprints"]["tokenizer"]:
-        raise UserError(f"{folder}: its tokenizer is not the one of {MULTIHOT_FILE}; export again")
-    thresholds = [np.nan if cut is None else cut for cut in description["thresholds"]]
-    return ModelFolder(
-        tokenizer,
-        tuple(description["labels"]),
-        description["max_seq_length"],
-        # Folders of before there were windows say nothing of them.
-        description.get("window_stride", 0),
-        description.get("max_windows", 1),
-        np.asarray(thresholds, np.float64),
-        from_dict(PackingConfig, description["packing"]),
-        _load_model(folder, description, precision),
-        _fingerprint(folder),
-    )
+    return description
 
 
 def _load_model(folder: str, description: dict[str, Any], precision: str) -> Model:
@@ -153,9 +195,9 @@ def _load_model(folder: str, description: dict[str, Any], precision: str) -> Mod
         values["head/classifier/kernel"] = tensors["classifier.weight"].T
         values["head/classifier/bias"] = tensors["classifier.bias"]
     values |= {
-        name.removeprefix(HEAD_PREFIX): value
+        name.removeprefix(_HEAD_PREFIX): value
         for name, value in tensors.items()
-        if name.startswith(HEAD_PREFIX)
+        if name.startswith(_HEAD_PREFIX)
     }
     variables = model.named_variables()
     if set(values) != set(variables):
@@ -168,7 +210,7 @@ def _load_model(folder: str, description: dict[str, Any], precision: str) -> Mod
 
 
 def _fingerprint(folder: str) -> str:
-    """What changes when the model does; its SavedModel has a digest of its own."""
+    """Changes with weights, labels, thresholds and tokenizer; the SavedModel has its own digest."""
     return _digest(folder, (MULTIHOT_FILE, WEIGHTS_FILE, CONFIG_FILE))
 
 
@@ -189,14 +231,17 @@ def check_fingerprint(folder: str, expected: str) -> None:
         )
 
 
-def digest_saved_model(folder: str) -> str:
-    """What changes when anything of a model folder's SavedModel does."""
-    names = [
+def list_model_files(folder: str, below: str = "") -> list[str]:
+    """The files of a local model folder, or of a folder in it, by their paths from it; sorted."""
+    return sorted(
         os.path.relpath(os.path.join(place, name), folder)
-        for place, _, files in os.walk(os.path.join(folder, SAVED_MODEL_FOLDER))
+        for place, _, files in os.walk(os.path.join(folder, below))
         for name in files
-    ]
-    return _digest(folder, sorted(names))
+    )
+
+
+def _digest_saved_model(folder: str) -> str:
+    return _digest(folder, list_model_files(folder, SAVED_MODEL_FOLDER))
 
 
 def check_saved_model(folder: str) -> None:
@@ -206,13 +251,13 @@ def check_saved_model(folder: str) -> None:
       UserError: if it is another, or damaged.
     """
     try:
-        with open(os.path.join(folder, DIGEST_FILE), encoding="utf-8") as file:
+        with open(os.path.join(folder, _DIGEST_FILE), encoding="utf-8") as file:
             expected = json.load(file)["sha256"]
-    except FileNotFoundError:  # Folders of before there was one have none.
+    except FileNotFoundError:  # Older folders have none.
         return
     except (ValueError, KeyError, TypeError):
         expected = None
-    if digest_saved_model(folder) != expected:
+    if _digest_saved_model(folder) != expected:
         raise UserError(
             f"{os.path.join(folder, SAVED_MODEL_FOLDER)}: damaged, or not the one that was "
             "exported; export the model again"
@@ -226,3 +271,106 @@ def _digest(folder: str, names: Sequence[str]) -> str:
         with open(os.path.join(folder, name), "rb") as file:
             digest.update(hashlib.file_digest(file, "sha256").digest())
     return digest.hexdigest()
+
+
+def save_model_folder(
+    folder: str,
+    model: Model,
+    tokenizer: Tokenizer,
+    packing: PackingConfig,
+    description: dict[str, Any],
+) -> None:
+    """Writes a model folder to an empty local folder.
+
+    Args:
+      folder: the folder.
+      model: in float32, with the calibration folded into its head.
+      tokenizer: of the data that it was trained on.
+      packing: the shape of the micro-batches that the SavedModel's `packed` takes.
+      description: what multihot.json says.
+    """
+    _write_weights(model, folder)
+    _write_config(model.config, description["labels"], tokenizer.pad_id, folder)
+    tokenizer.save(folder, description["max_seq_length"])
+    _write_saved_model(model, packing, os.path.join(folder, SAVED_MODEL_FOLDER))
+    # Not in multihot.json, whose bytes count for the fingerprint: the SavedModels of equal models
+    # differ in the names of their functions.
+    _write_json(os.path.join(folder, _DIGEST_FILE), {"sha256": _digest_saved_model(folder)})
+    _write_json(os.path.join(folder, MULTIHOT_FILE), description)
+
+
+def _write_weights(model: Model, folder: str) -> None:
+    values = {name: variable.numpy() for name, variable in model.named_variables().items()}
+    encoder = from_variables(values, model.config)
+    if model.config.head == "cls":
+        tensors = {f"bert.{name}": value for name, value in encoder.items()}
+        tensors["classifier.weight"] = np.ascontiguousarray(values["head/classifier/kernel"].T)
+        tensors["classifier.bias"] = values["head/classifier/bias"]
+        own = [name for name in values if name.startswith("head/window_pooling/")]
+    else:
+        tensors = encoder
+        own = [name for name in values if name.startswith("head/")]
+    tensors |= {f"{_HEAD_PREFIX}{name}": values[name] for name in own}
+    save_file(tensors, os.path.join(folder, WEIGHTS_FILE), metadata={"format": "pt"})
+
+
+def _write_config(sizes: ModelConfig, labels: Sequence[str], pad_id: int, folder: str) -> None:
+    from transformers import BertConfig  # Takes long to import, and readers do without it.
+
+    is_standard = sizes.head == "cls"
+    BertConfig(
+        architectures=["BertForSequenceClassification" if is_standard else "BertModel"],
+        vocab_size=sizes.vocab_size,
+        hidden_size=sizes.hidden_size,
+        num_hidden_layers=sizes.num_layers,
+        num_attention_heads=sizes.num_attention_heads,
+        intermediate_size=sizes.intermediate_size,
+        hidden_act=sizes.hidden_act,
+        hidden_dropout_prob=sizes.hidden_dropout,
+        attention_probs_dropout_prob=sizes.attention_dropout,
+        max_position_embeddings=sizes.max_position_embeddings,
+        type_vocab_size=sizes.type_vocab_size,
+        initializer_range=sizes.initializer_range,
+        layer_norm_eps=sizes.layer_norm_eps,
+        pad_token_id=pad_id,
+        problem_type="multi_label_classification",
+        id2label=dict(enumerate(labels)),
+        label2id={label: index for index, label in enumerate(labels)},
+    ).save_pretrained(folder)
+
+
+def _write_saved_model(model: Model, packing: PackingConfig, folder: str) -> None:
+    module = tf.Module()
+    module.model = model
+
+    def spec(name: str, *shape: int | None) -> tf.TensorSpec:
+        return tf.TensorSpec(shape, tf.int32, name=name)
+
+    def answer(logits: tf.Tensor) -> dict[str, tf.Tensor]:
+        return {"logits": logits, "probabilities": tf.sigmoid(logits)}
+
+    padded = ("input_ids", "attention_mask", "token_type_ids")
+
+    @tf.function(input_signature=[spec(name, None, None) for name in padded], autograph=False)
+    def serve(input_ids, attention_mask, token_type_ids):  # type: ignore[no-untyped-def]
+        batch, groups, rows = pad_batch(input_ids, attention_mask, token_type_ids)
+        return answer(model(batch, row_groups=groups, num_documents=rows))
+
+    tokens = [spec(name, packing.num_tokens) for name in INPUTS[:3]]
+    windows = [spec(name, packing.max_windows) for name in INPUTS[3:]]
+
+    @tf.function(input_signature=tokens + windows, autograph=False)
+    def packed(input_ids, position_ids, segment_ids, window_starts, window_document):  # type: ignore[no-untyped-def]
+        values = (input_ids, position_ids, segment_ids, window_starts, window_document)
+        batch = dict(zip(INPUTS, values, strict=True))
+        return answer(
+            model(batch, row_groups=packing.row_groups, num_documents=packing.max_documents)
+        )
+
+    tf.saved_model.save(module, folder, signatures={"serving_default": serve, "packed": packed})
+
+
+def _write_json(path: str, values: dict[str, Any]) -> None:
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(values, file, indent=1, ensure_ascii=False)
+        file.write("\n")

@@ -1,6 +1,7 @@
-"""Chunks of rows to tokenised blocks of one part, and blocks to micro-batches.
+"""Rows to raw batches, raw batches to token batches, and token batches to micro-batches.
 
-Raw rows of the parts that wait to be scored, some at a time.
+A raw batch is what the tokenizer takes at a time. A token batch is what is packed at a time. Both
+hold consecutive rows of one part.
 """
 
 import itertools
@@ -16,35 +17,55 @@ from trainer.data.tokenizer import TokenLimits, check_windows
 from trainer.errors import UserError
 from trainer.model_config import PackingConfig
 from trainer.scoring.plan import Part
+from trainer.scoring.writers import DocumentScores
 from trainer.sources.reader import read_row_ranges
 from trainer.sources.rows import BadRow, Columns, Row, as_text
 
-_ROWS_A_CHUNK = 512
-_CHARACTERS_A_CHUNK = 1 << 20
+_RAW_BATCH_ROWS = 512
+_RAW_BATCH_CHARACTERS = 1 << 20
 _MAX_RAW_IDS = 50
+# Characters of ids and kept columns. They count because several token batches wait in memory.
+_TOKEN_BATCH_CHARACTERS = 1 << 25
+# Texts to the windows of each and whether tokens of it were lost, as `Tokenizer.encode_windows`.
+Encode = Callable[[list[str]], tuple[list[list[list[int]]], list[bool]]]
 
 
 @dataclass
-class RawBatch:
-    """Consecutive rows of one part, as read; `ends_part` if they are its last.
+class _PartRows:
+    """Consecutive rows of one part.
 
-    `carried` are characters of ids and kept columns, which stay until they are written;
-    `texts` and `windows` go together: a row that comes tokenised has windows and an empty text,
-    and any other a text and None. `kept` holds the values of the kept columns.
+    Attributes:
+      part: index of the part.
+      ids, kept: N ids, and tuples of the kept columns' values.
+      rejected: the rows that cannot be used, which are not among the N.
+      carried: characters of ids and kept columns, which stay in memory until they are written.
     """
 
     part: int
     ids: list[str] = field(default_factory=list)
-    texts: list[str] = field(default_factory=list)
-    windows: list[list[list[int]] | None] = field(default_factory=list)
     kept: list[tuple[Any, ...]] = field(default_factory=list)
     rejected: list[dict[str, Any]] = field(default_factory=list)
-    characters: int = 0
     carried: int = 0
+
+
+@dataclass
+class RawBatch(_PartRows):
+    """Consecutive rows of one part, as read.
+
+    Attributes:
+      texts, windows: of each row either a text and None, or, if it comes tokenised, an empty text
+        and its windows.
+      characters: of texts, ids and kept columns.
+      ends_part: whether they are the part's last rows.
+    """
+
+    texts: list[str] = field(default_factory=list)
+    windows: list[list[list[int]] | None] = field(default_factory=list)
+    characters: int = 0
     ends_part: bool = False
 
     def add(self, row: Row | BadRow, source: str, limits: TokenLimits) -> None:
-        """Takes in the next row, which has to keep to the limits if it comes tokenised."""
+        """Adds the next row; one that comes tokenised and exceeds the limits is rejected."""
         if isinstance(row, Row) and row.windows is not None:
             reason = check_windows(row.windows, limits)
             if reason is not None:
@@ -62,183 +83,167 @@ class RawBatch:
         self.carried += carried
         self.characters += len(row.text) + carried
 
-    def first(self, count: int) -> "RawBatch":
-        """The first of its rows, at most so many."""
-        return RawBatch(
-            self.part, self.ids[:count], self.texts[:count], self.windows[:count], self.kept[:count]
-        )
-
     @property
     def is_full(self) -> bool:
         """Whether there is enough for one call of the tokenizer."""
         num_rows = len(self.ids) + len(self.rejected)
-        return num_rows >= _ROWS_A_CHUNK or self.characters >= _CHARACTERS_A_CHUNK
+        return num_rows >= _RAW_BATCH_ROWS or self.characters >= _RAW_BATCH_CHARACTERS
+
+    def to_windows(
+        self, encode: Encode, max_rows: int | None = None
+    ) -> tuple[list[list[list[int]]], int]:
+        """The windows (lists of ids) of its rows, or the first rows, and how many lost tokens."""
+        rows = zip(self.texts[:max_rows], self.windows[:max_rows], strict=True)
+        encoded, truncated = encode([text for text, windows in rows if windows is None])
+        rest = iter(encoded)
+        documents = [
+            next(rest) if windows is None else windows for windows in self.windows[:max_rows]
+        ]
+        return documents, sum(truncated)
 
 
 def read_raw_batches(
     parts: Sequence[Part], waiting: Sequence[int], columns: Columns, limits: TokenLimits
 ) -> Generator[RawBatch, None, None]:
-    """Reads the rows of the waiting parts, in order; each part ends with its own last chunk.
+    """Reads the rows of the waiting parts, in order; each part has a last batch of its own.
 
     Args:
-      parts: all parts of the plan.
-      waiting: indices of the parts to read, ascending.
+      parts, waiting: all parts of the plan, and the indices of those to read, ascending.
       columns: of the rows.
-      limits: what rows that come tokenised have to keep to; others count as rejected.
+      limits: of rows that come tokenised; a row that exceeds them counts as rejected.
     """
     by_part = itertools.groupby(_read_rows(parts, waiting, columns), lambda item: item[0])
     upcoming = next(by_part, None)
     for index in waiting:
-        chunk = RawBatch(index)
+        batch = RawBatch(index)
         if upcoming is not None and upcoming[0] == index:
             for _, source, row in upcoming[1]:
-                chunk.add(row, source, limits)
-                if chunk.is_full:
-                    yield chunk
-                    chunk = RawBatch(index)
+                batch.add(row, source, limits)
+                if batch.is_full:
+                    yield batch
+                    batch = RawBatch(index)
             upcoming = next(by_part, None)
-        chunk.ends_part = True
-        yield chunk
+        batch.ends_part = True
+        yield batch
 
 
 def _read_rows(
     parts: Sequence[Part], waiting: Sequence[int], columns: Columns
 ) -> Iterator[tuple[int, str, Row | BadRow]]:
     """(part, source, row) of the waiting parts."""
-    pieces = [(index, row_range) for index in waiting for row_range in parts[index].row_ranges]
-    for at, row in read_row_ranges([row_range for _, row_range in pieces], columns):
-        yield pieces[at][0], pieces[at][1].source, row
-
-
-# Characters of ids and kept columns: some such blocks are held at a time.
-_BLOCK_CHARACTERS = 1 << 25
-# Texts to the windows of each and whether tokens of it were lost, as `Tokenizer.encode_windows`.
-Encode = Callable[[list[str]], tuple[list[list[list[int]]], list[bool]]]
+    ranges = [(index, row_range) for index in waiting for row_range in parts[index].row_ranges]
+    for at, row in read_row_ranges([row_range for _, row_range in ranges], columns):
+        yield ranges[at][0], ranges[at][1].source, row
 
 
 @dataclass
-class TokenBatch:
+class TokenBatch(_PartRows):
     """Consecutive rows of one part, tokenised: N documents, enough of them to pack well.
 
     Attributes:
-      part: index of the part.
-      ids, kept: N ids, and tuples of the kept columns' values.
-      tokens: pieces of all tokens one after the other, int32.
-      window_lengths: pieces of the windows' lengths in tokens, int64.
-      window_counts: pieces of the documents' numbers of windows, int64.
-      rejected: the rows that cannot be used.
+      tokens: int32 arrays, whose concatenation holds all tokens.
+      window_lengths, window_counts: int64 arrays, likewise: tokens of each window, and windows of
+        each document.
       num_tokens, num_truncated: tokens, and documents that lost some.
-      carried: characters of ids and kept columns.
-      probabilities: float32 [N, L], filled by micro-batch.
+      probabilities: float32 [N, L], filled one micro-batch after the other.
     """
 
-    part: int
-    ids: list[str] = field(default_factory=list)
-    kept: list[tuple[Any, ...]] = field(default_factory=list)
     tokens: list[np.ndarray] = field(default_factory=list)
     window_lengths: list[np.ndarray] = field(default_factory=list)
     window_counts: list[np.ndarray] = field(default_factory=list)
-    rejected: list[dict[str, Any]] = field(default_factory=list)
     num_tokens: int = 0
     num_truncated: int = 0
-    carried: int = 0
     probabilities: np.ndarray = field(default_factory=lambda: np.zeros((0, 0), np.float32))
 
-    def add(self, chunk: RawBatch, encode: Encode) -> None:
-        """Tokenises a chunk and takes it in.
+    @property
+    def scores(self) -> DocumentScores:
+        """Its documents, once all probabilities are there."""
+        return DocumentScores(self.ids, self.probabilities, self.kept)
 
-        Ids become arrays here: as Python's numbers they would take ten times the memory.
+    def add(self, raw: RawBatch, encode: Encode) -> None:
+        """Tokenises a raw batch and adds it.
+
+        Token ids become arrays here: as Python's numbers they would take ten times the memory.
         """
-        documents, truncated = encode_batch(chunk, encode)
+        documents, num_truncated = raw.to_windows(encode)
         windows = list(itertools.chain.from_iterable(documents))
         lengths = np.fromiter(map(len, windows), np.int64, count=len(windows))
         num_tokens = int(lengths.sum())
         ids = itertools.chain.from_iterable(windows)
-        self.ids += chunk.ids
-        self.kept += chunk.kept
+        self.ids += raw.ids
+        self.kept += raw.kept
         self.tokens.append(np.fromiter(ids, np.int32, count=num_tokens))
         self.window_lengths.append(lengths)
         self.window_counts.append(np.fromiter(map(len, documents), np.int64, count=len(documents)))
-        self.rejected += chunk.rejected
+        self.rejected += raw.rejected
         self.num_tokens += num_tokens
-        self.num_truncated += truncated
-        self.carried += chunk.carried
-
-
-def encode_batch(chunk: RawBatch, encode: Encode) -> tuple[list[list[list[int]]], int]:
-    """The windows (lists of ids) of each of a chunk's rows, and how many rows lost tokens."""
-    encoded, truncated = encode(
-        [text for text, own in zip(chunk.texts, chunk.windows, strict=True) if own is None]
-    )
-    rest = iter(encoded)
-    return [next(rest) if own is None else own for own in chunk.windows], sum(truncated)
+        self.num_truncated += num_truncated
+        self.carried += raw.carried
 
 
 def tokenize(
-    chunks: Iterable[RawBatch], encode: Encode, block_tokens: int, block_documents: int
+    raw_batches: Iterable[RawBatch], encode: Encode, min_tokens: int, min_documents: int
 ) -> Iterator[TokenBatch]:
-    """Tokenises chunks and joins them to blocks, each of one part.
+    """Tokenises raw batches and joins them to token batches, each of one part.
 
-    Args:
-      chunks: as `read_raw_batches` gives them.
-      encode: texts to their lists of windows and whether tokens were lost.
-      block_tokens, block_documents: a block has at least so many of one of them, or as many
-        characters as are too many to wait in memory, or ends its part.
+    A token batch is full with `min_tokens`, with `min_documents`, with too many characters to wait
+    in memory, or at the end of its part.
     """
-    block = None
-    for chunk in chunks:
-        block = block or TokenBatch(chunk.part)
-        block.add(chunk, encode)
+    batch = None
+    for raw in raw_batches:
+        batch = batch or TokenBatch(raw.part)
+        batch.add(raw, encode)
         is_full = (
-            block.num_tokens >= block_tokens
-            or len(block.ids) >= block_documents
-            or block.carried >= _BLOCK_CHARACTERS
+            batch.num_tokens >= min_tokens
+            or len(batch.ids) >= min_documents
+            or batch.carried >= _TOKEN_BATCH_CHARACTERS
         )
-        if chunk.ends_part or is_full:
-            yield block
-            block = None
+        if raw.ends_part or is_full:
+            yield batch
+            batch = None
 
 
 class BatchPacker:
-    """Packs blocks of at least one document into micro-batches, as `pack` does.
+    """Packs token batches of at least one document into micro-batches, as `pack` does.
 
     Attributes:
-      num_traces: how often TensorFlow traced the packing: once, whatever the blocks.
+      num_traces: how often TensorFlow traced the packing: once, whatever the batches.
     """
 
     def __init__(self, packing: PackingConfig) -> None:
-        """Prepares packing into micro-batches of one shape."""
         self.num_traces = 0
 
-        def pack_block(input_ids: tf.RaggedTensor) -> dict[str, tf.Tensor]:
+        def pack_batch(input_ids: tf.RaggedTensor) -> dict[str, tf.Tensor]:
             self.num_traces += 1
             # On the host, so that an accelerator has nothing to do but the forward pass.
             with tf.device("/cpu:0"):
                 return pack(input_ids, packing=packing)
 
+        # Open dimensions: without them TensorFlow would trace the function for every new size.
         spec = tf.RaggedTensorSpec([None, None, None], tf.int32, row_splits_dtype=tf.int64)
-        self._pack = tf.function(pack_block, input_signature=[spec], autograph=False)
+        self._pack = tf.function(pack_batch, input_signature=[spec], autograph=False)
 
-    def __call__(self, block: TokenBatch) -> dict[str, tf.Tensor]:
-        """The micro-batches of a block."""
+    def __call__(self, batch: TokenBatch) -> dict[str, tf.Tensor]:
+        """The micro-batches of a token batch, stacked as `pack` gives them."""
         with tf.device("/cpu:0"):
             by_window = tf.RaggedTensor.from_row_lengths(
-                np.concatenate(block.tokens), np.concatenate(block.window_lengths), validate=False
+                np.concatenate(batch.tokens), np.concatenate(batch.window_lengths), validate=False
             )
-            counts = np.concatenate(block.window_counts)
+            counts = np.concatenate(batch.window_counts)
             documents = tf.RaggedTensor.from_row_lengths(by_window, counts, validate=False)
             return self._pack(documents)
 
 
-def check_finite(model: str, ids: Sequence[str], probabilities: np.ndarray) -> None:
-    """Checks that documents' probabilities, float32 [N, L], are numbers.
+def check_finite(model: str, documents: DocumentScores) -> None:
+    """Checks that all probabilities are numbers.
 
     Raises:
       UserError: naming the model folder and the first document that has one that is not.
     """
-    finite = np.isfinite(probabilities).all(axis=1)
+    finite = np.isfinite(documents.probabilities).all(axis=1)
     if not finite.all():
+        identifier = documents.ids[int(np.argmin(finite))]
         raise UserError(
-            f"{model}: gives document {ids[int(np.argmin(finite))]!r} a score that is not a "
+            f"{model}: gives document {identifier!r} a score that is not a "
             "number; export a model whose weights are finite, or score with --precision=float32"
         )

@@ -1,4 +1,4 @@
-"""The output folder of `score`: parts, their manifests, and what makes it restartable.
+"""The output folder of `score`: parts, their manifests, and what makes a run restartable.
 
     plan.json                       model, settings, inputs with checksums, and the parts
     part-00000-of-00010.jsonl.gz    the scores of its rows, in the rows' order
@@ -6,41 +6,41 @@
     manifests/part-….json           written last: the part is done
     _SUCCESS                        written when every part is
 
-Every name is there only with all of its contents. Workers that share a folder have no server
-between them: part i belongs to worker i modulo their number, whoever finds all manifests there
-writes _SUCCESS, and the folder itself keeps two writers of one part apart (output_folder.py). That
-assignment, and not a stretch of parts to each worker, is balanced however much of the corpus an
-earlier run had done, with whatever number of workers.
+A file has its name only when all of its content is there. Workers share a folder without a server.
+Part i belongs to worker i modulo the number of workers. A consecutive stretch of parts for each
+worker would be unbalanced after an earlier run that ended early, or had another number of workers.
+The worker that finds all manifests writes _SUCCESS. The folder keeps two writers of one part apart
+(output_folder.py).
 """
 
 import dataclasses
 import json
 import time
-from collections.abc import Callable, Sequence
+from collections.abc import Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from functools import partial
-from typing import Any, BinaryIO
-
-import numpy as np
+from typing import Any
 
 from trainer.scoring.plan import Part, Plan
-from trainer.scoring.writers import ENDINGS, ResultWriter
-from trainer.sources.rows import REJECTED_FOLDER
+from trainer.scoring.writers import ENDINGS, DocumentScores, ResultLayout, open_results
+from trainer.sources.rows import REJECTED_FOLDER, allowed_rejections, describe_rejections
 from trainer.storage.output_folder import FileInfo, OutputFolder, PartFile
 
 SUCCESS_FILE = "_SUCCESS"
 MANIFEST_FOLDER = "manifests"
 FOLDERS = (MANIFEST_FOLDER, REJECTED_FOLDER)
 _CHECKS_AT_ONCE = 8
-# What other workers have done meanwhile counts for --max_rejected; how often to look.
+_TOTALS = ("rows_in", "rows_out", "rows_rejected", "rows_truncated", "bytes")
+# How often to look for what other workers have done, which counts for --max_rejected.
 _REFRESH_SECONDS = 30.0
 
 
 @dataclass(frozen=True)
 class Manifest:
-    """What a finished part holds: rows read, scored, rejected and cut; size, CRC-32C (hex).
+    """What a finished part holds; `bytes` and `checksum` (CRC-32C, hex) are those of its file.
 
+    `rows_out` have scores, `rows_truncated` of them lost tokens, `rows_rejected` are unusable.
     `rejected_bytes` is the size of the file of rejected rows, 0 if there is none.
     """
 
@@ -71,46 +71,30 @@ def rejected_file(part_name: str) -> str:
 
 
 class PartWriter:
-    """One part being written, aside; `commit` gives it its name, `close` removes the rest."""
+    """One part that is written aside; `commit` gives it its name, `close` removes the rest."""
 
     def __init__(
-        self,
-        folder: OutputFolder,
-        plan: Plan,
-        part: Part,
-        file: PartFile,
-        open_results: Callable[[BinaryIO], ResultWriter],
+        self, folder: OutputFolder, plan: Plan, part: Part, file: PartFile, layout: ResultLayout
     ) -> None:
-        self._folder, self._plan, self._part, self._file = folder, plan, part, file
-        self._results = open_results(file.file)
+        self.part = part
+        self._folder, self._plan, self._file = folder, plan, file
+        self._results = open_results(file.file, layout)
         self._rejected: list[dict[str, Any]] = []
         self._rows_out = 0
         self._rows_truncated = 0
 
-    def write(
-        self,
-        ids: Sequence[str],
-        probabilities: np.ndarray,
-        kept: Sequence[tuple[Any, ...]],
-        num_truncated: int,
-        rejected: list[dict[str, Any]],
-    ) -> None:
-        """Adds N scored rows, and rows that could not be used.
+    def write(self, documents: DocumentScores) -> None:
+        """Adds rows with scores."""
+        self._results.write(documents)
+        self._rows_out += len(documents.ids)
 
-        Args:
-          ids: N ids.
-          probabilities: float32 [N, L].
-          kept: N tuples of the kept columns' values.
-          num_truncated: how many of the N lost tokens.
-          rejected: `source`, `row`, `reason` and `raw` of each row that could not be used.
-        """
-        self._results.write(ids, probabilities, kept)
-        self._rows_out += len(ids)
+    def note(self, num_truncated: int, rejected: Sequence[dict[str, Any]]) -> None:
+        """Counts written rows that lost tokens, and adds rows that could not be used."""
         self._rows_truncated += num_truncated
         self._rejected += rejected
 
     def commit(self) -> Manifest:
-        """Names the part, then its rejected rows and then, which makes it count, its manifest.
+        """Names the part, then its rejected rows, and last its manifest, which makes it count.
 
         Raises:
           UserError: if another process wrote the same part meanwhile.
@@ -119,10 +103,10 @@ class PartWriter:
         found = self._file.name_part()
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self._rejected)
         if lines:
-            self._folder.replace(rejected_file(self._part.name), lines)
+            self._folder.replace(rejected_file(self.part.name), lines)
         assert found.checksum is not None
         manifest = Manifest(
-            part=self._part.name,
+            part=self.part.name,
             rows_in=self._rows_out + len(self._rejected),
             rows_out=self._rows_out,
             rows_rejected=len(self._rejected),
@@ -142,7 +126,7 @@ class PartWriter:
 
 
 def begin_part(
-    folder: OutputFolder, plan: Plan, index: int, open_results: Callable[[BinaryIO], ResultWriter]
+    folder: OutputFolder, plan: Plan, index: int, layout: ResultLayout
 ) -> PartWriter | None:
     """Begins to write a part; None if another process has finished it by now.
 
@@ -151,13 +135,14 @@ def begin_part(
     """
     part = plan.parts[index]
     file = folder.open_part(part_file(part, plan), manifest_file(part))
-    return None if file is None else PartWriter(folder, plan, part, file, open_results)
+    return None if file is None else PartWriter(folder, plan, part, file, layout)
 
 
 class PlanProgress:
-    """Which parts of a plan are done, in a folder that other workers may be writing to too.
+    """Which parts of a plan are done, in a folder that other workers may write to as well.
 
     Attributes:
+      plan: the plan.
       manifests: of each part, or None if it is not done.
       mine: indices of the parts of this worker.
     """
@@ -167,7 +152,8 @@ class PlanProgress:
     ) -> None:
         self.manifests: list[Manifest | None] = [None] * len(plan.parts)
         self.mine = range(worker_index, len(plan.parts), num_workers)
-        self._folder, self._plan = folder, plan
+        self.plan = plan
+        self._folder = folder
         self._num_workers = num_workers
         self._looked = 0.0
 
@@ -177,41 +163,36 @@ class PlanProgress:
         return [index for index in self.mine if self.manifests[index] is None]
 
     @property
-    def num_done(self) -> int:
-        """Parts that are done, whoever did them."""
-        return len(self.done)
-
-    @property
     def done(self) -> list[Manifest]:
-        """The manifests there are."""
+        """The manifests of the parts that are done, whoever did them."""
         return [manifest for manifest in self.manifests if manifest is not None]
 
     def load(self) -> None:
-        """Reads all manifests, and takes back this worker's whose parts are not as written.
+        """Reads all manifests, and removes this worker's whose parts are not as written.
 
-        The file of each of this worker's parts is read for its checksum (in a store that is known
-        without reading); of the others' files the sizes are compared.
+        The checksum of each of this worker's parts is compared, for which a local file is read.
+        Of the other workers' parts only the sizes are compared.
         """
         had_ended = SUCCESS_FILE in self._folder.find("")
-        names = self._folder.find(MANIFEST_FOLDER)
         self.manifests = [None] * len(self.manifests)
-        self._read_new(names)
+        names = self._read_new()
         files = self._compare_sizes()
         files |= {
             f"{REJECTED_FOLDER}/{name}": item
             for name, item in self._folder.find(REJECTED_FOLDER).items()
         }
-        there = [i for i in self.mine if f"{self._plan.parts[i].name}.json" in names]
+        there = [i for i in self.mine if f"{self.plan.parts[i].name}.json" in names]
         with ThreadPoolExecutor(_CHECKS_AT_ONCE) as pool:
             whole = pool.map(partial(self._is_whole, files), there)
         damaged = [index for index, is_whole in zip(there, whole, strict=True) if not is_whole]
         for index in damaged:
             self.manifests[index] = None
         if had_ended and not self.is_complete:
-            # It was written for parts that somebody has removed or damaged since.
+            # Somebody has removed or damaged parts. _SUCCESS goes before the manifests: a kill in
+            # between must not leave it beside a part without one.
             self._folder.remove(SUCCESS_FILE)
         for index in damaged:
-            self._folder.remove(manifest_file(self._plan.parts[index]))
+            self._folder.remove(manifest_file(self.plan.parts[index]))
 
     def _is_whole(self, files: dict[str, FileInfo], index: int) -> bool:
         manifest = self.manifests[index]
@@ -221,17 +202,18 @@ class PlanProgress:
             rejected = files.get(rejected_file(manifest.part))
             if rejected is None or rejected.bytes != manifest.rejected_bytes:
                 return False
-        name = part_file(self._plan.parts[index], self._plan)
+        name = part_file(self.plan.parts[index], self.plan)
         found = files[name] if files[name].checksum else self._folder.sum_up(name)
         return found == FileInfo(manifest.bytes, manifest.checksum)
 
     def refresh(self) -> None:
-        """Notes what other workers have finished, if it is a while since that was done."""
+        """Notes what other workers have finished, at most once in `_REFRESH_SECONDS`."""
         if self._num_workers > 1 and time.monotonic() - self._looked > _REFRESH_SECONDS:
-            self._read_new(self._folder.find(MANIFEST_FOLDER))
+            self._read_new()
 
-    def _read_new(self, names: dict[str, FileInfo]) -> None:
-        parts = self._plan.parts
+    def _read_new(self) -> dict[str, FileInfo]:
+        """Reads the manifests that are not known yet; returns the files in their folder."""
+        names, parts = self._folder.find(MANIFEST_FOLDER), self.plan.parts
         new = [
             index
             for index, manifest in enumerate(self.manifests)
@@ -241,38 +223,55 @@ class PlanProgress:
         for index, content in zip(new, contents, strict=True):
             self.manifests[index] = _parse(content)
         self._looked = time.monotonic()
+        return names
 
     def _compare_sizes(self) -> dict[str, FileInfo]:
-        """Forgets manifests whose parts are not there so; the files that are."""
+        """Forgets manifests whose parts have another size or are gone; returns all files."""
         files = self._folder.find("")
         for index, manifest in enumerate(self.manifests):
-            found = files.get(part_file(self._plan.parts[index], self._plan))
+            found = files.get(part_file(self.plan.parts[index], self.plan))
             if manifest is not None and (found is None or found.bytes != manifest.bytes):
                 self.manifests[index] = None
         return files
 
     def gather(self) -> None:
         """Notes what other workers have finished, and whether all files are there."""
-        self._read_new(self._folder.find(MANIFEST_FOLDER))
+        self._read_new()
         self._compare_sizes()
 
     def finish(self) -> None:
         """Writes _SUCCESS if every part is there, as far as known, whoever did it."""
         if not self.is_complete:
             return
-        fields = ("rows_in", "rows_out", "rows_rejected", "rows_truncated", "bytes")
-        totals = {name: sum(getattr(item, name) for item in self.done) for name in fields}
-        self._folder.create(SUCCESS_FILE, _to_json({"parts": self.num_done} | totals))
+        self._folder.create(SUCCESS_FILE, _to_json({"parts": len(self.done)} | self.totals()))
         self.clear_up()
 
+    def totals(self) -> dict[str, int]:
+        """The sums of the manifests' numbers, by field."""
+        return {name: sum(getattr(item, name) for item in self.done) for name in _TOTALS}
+
+    def check_rejected(self, limit: float) -> None:
+        """Checks that the parts that are done hold no more unusable rows than --max_rejected.
+
+        Raises:
+          UserError: naming the first of them.
+        """
+        num_rows = sum(part.num_rows for part in self.plan.parts)
+        with_rejected = [item for item in self.done if item.rows_rejected]
+        num_rejected = sum(item.rows_rejected for item in with_rejected)
+        if num_rejected > allowed_rejections(limit, num_rows):
+            (lines,) = self._folder.read([rejected_file(with_rejected[0].part)])
+            where = f"{self._folder.url}/{REJECTED_FOLDER}"
+            raise describe_rejections(lines or b"", num_rejected, num_rows, limit, where)
+
     def clear_up(self) -> None:
-        """Removes what killed processes left aside; every part has to be there."""
+        """Removes what killed processes left aside, once every part is there."""
         self._folder.clear_up(FOLDERS)
 
     @property
     def is_complete(self) -> bool:
         """Whether every part is there."""
-        return self.num_done == len(self.manifests)
+        return None not in self.manifests
 
     @property
     def has_ended(self) -> bool:

@@ -1,7 +1,7 @@
 """The plan of a scoring run: which rows go to which part, and what the parts' bytes depend on.
 
-It is made once, by worker 0, written first, and held to: a rerun that would not continue it is
-refused, and other workers wait for it.
+Worker 0 makes the plan once and writes it before any part; other workers wait for it. A rerun with
+another model, other settings or other inputs is refused.
 """
 
 import dataclasses
@@ -76,10 +76,9 @@ def describe_inputs(paths: Sequence[str]) -> tuple[Input, ...]:
 
 
 def recall_inputs(plan: Plan, paths: Sequence[str], parts: Collection[int]) -> tuple[Input, ...]:
-    """The same for a worker that leaves most of it to worker 0.
+    """Sizes and checksums of the files, for a worker that reads only the files of `parts`.
 
-    Sizes are looked up, but of the checksums those only of the files of `parts`; of the others
-    they are taken from the plan.
+    The checksums of the other files are those of the plan.
     """
     needed = {row_range.path for index in parts for row_range in plan.parts[index].row_ranges}
     planned = {item.path: item.checksum for item in plan.inputs}
@@ -129,7 +128,7 @@ def save_plan(folder: OutputFolder, plan: Plan) -> bool:
 
 
 def load_plan(folder: OutputFolder) -> Plan | None:
-    """The plan of an output folder that was begun before, or None.
+    """The plan of an output folder, or None if there is none yet.
 
     Raises:
       UserError: if the folder holds parts without a plan, or a plan that cannot be read.
@@ -185,7 +184,7 @@ def wait_for_plan(folder: OutputFolder, seconds: float) -> Plan:
 def check_plan(
     plan: Plan, output_dir: str, model_fingerprint: str, settings: dict, inputs: Sequence[Input]
 ) -> None:
-    """Checks that going on with a plan continues what was begun.
+    """Checks that a call may continue the plan of an output folder.
 
     Raises:
       UserError: for another model, another setting, or inputs that changed.
