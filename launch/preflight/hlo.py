@@ -2,7 +2,6 @@
 
 import math
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -192,34 +191,23 @@ def parse_module(text: str) -> Module:
       ValueError: if it is not the text of a compiled program.
     """
     computations: dict[str, Computation] = {}
-    entry = ""
-    for is_entry, name, lines in _computations(text):
-        instructions, root = {}, ""
-        for line in lines:
-            if (found := _parse_line(line)) is None:
-                continue
+    instructions: dict[str, Instruction] = {}
+    entry = name = root = ""
+    for line in text.splitlines():
+        if header := _HEADER.match(line):
+            name, instructions, root = header[2], {}, ""
+            entry = name if header[1] else entry
+        elif name and line.startswith("}"):
+            root = root or next(reversed(instructions))
+            computations[name] = Computation(name, instructions, root)
+            name = ""
+        elif name and (found := _parse_line(line)):
             is_root, item = found
             instructions[item.name] = item
             root = item.name if is_root else root
-        computations[name] = Computation(name, instructions, root or next(reversed(instructions)))
-        entry = name if is_entry else entry
     if not entry:
         raise ValueError("no entry computation: not the text of a compiled program")
     return Module(computations, entry)
-
-
-def _computations(text: str) -> Iterator[tuple[bool, str, list[str]]]:
-    """(is entry, name, lines) of each computation."""
-    header: re.Match | None = None
-    lines: list[str] = []
-    for line in text.splitlines():
-        if header is None:
-            header, lines = _HEADER.match(line), []
-        elif line.startswith("}"):
-            yield bool(header[1]), header[2], lines
-            header = None
-        else:
-            lines.append(line)
 
 
 def _parse_line(line: str) -> tuple[bool, Instruction] | None:
@@ -227,7 +215,8 @@ def _parse_line(line: str) -> tuple[bool, Instruction] | None:
     start = _INSTRUCTION.match(line)
     if start is None:
         return None
-    end = _end_of_shape(line, start.end())
+    begin = start.end()
+    end = _end_of_parentheses(line, begin) if line[begin] == "(" else line.index(" ", begin)
     opcode = _OPCODE.match(line, end)
     if opcode is None:
         return None
@@ -236,15 +225,11 @@ def _parse_line(line: str) -> tuple[bool, Instruction] | None:
     return bool(start[1]), Instruction(
         start[2],
         opcode[1],
-        parse_shapes(line[start.end() : end]),
+        parse_shapes(line[begin:end]),
         tuple(_OPERAND.findall(literal)),
         line[close:],
         literal,
     )
-
-
-def _end_of_shape(line: str, start: int) -> int:
-    return _end_of_parentheses(line, start) if line[start] == "(" else line.index(" ", start)
 
 
 def _end_of_parentheses(line: str, start: int) -> int:
