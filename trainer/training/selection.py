@@ -3,6 +3,7 @@
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
+from dataclasses import dataclass
 from typing import NamedTuple
 
 import numpy as np
@@ -68,29 +69,25 @@ class BestCheckpoint:
         return f"{abs(float(self.best)):.4f}"
 
 
+@dataclass
 class Evaluation:
     """The evaluations while training, with the averaged weights if there are any."""
 
-    def __init__(
-        self,
-        record: RunRecord,
-        metadata: Metadata,
-        step: TrainStep,
-        strategy: tf.distribute.Strategy,
-    ) -> None:
-        self._config = record.train
-        self._metadata = metadata
-        self._optimizer = step.optimizer
-        self._loss = step.loss
-        self._correction = exact_correction(record.pos_weights, record.exact_correction)
+    record: RunRecord
+    metadata: Metadata
+    step: TrainStep
+    strategy: tf.distribute.Strategy
+
+    def __post_init__(self) -> None:
         self._predictor = Predictor(
-            step.model, record.packing, strategy, stop_requested=step.stop_requested
-        )
+            self.step.model, self.record.packing, self.strategy,
+            stop_requested=self.step.stop_requested,
+        )  # fmt: skip
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
         """The model with its moving average in place of its weights; nothing without one."""
-        variables, average = self._optimizer.variables, self._optimizer.ema
+        variables, average = self.step.optimizer.variables, self.step.optimizer.ema
         before = [tf.identity(variable) for variable in variables] if average else []
         for variable, value in zip(variables, average, strict=False):
             variable.assign(value)
@@ -106,21 +103,22 @@ class Evaluation:
         Raises:
           StoppedError: if a host requested a stop meanwhile.
         """
-        config, num_labels = self._config, len(self._metadata.labels)
+        config, num_labels = self.record.train, len(self.metadata.labels)
+        correction = exact_correction(self.record.pos_weights, self.record.exact_correction)
         thresholds = np.full(num_labels, _THRESHOLD)
-        num_documents = self._metadata.split(config.eval_split).documents
-        measurement: Measurement = ExactMeasurement(self._correction, thresholds)
+        num_documents = self.metadata.split(config.eval_split).documents
+        measurement: Measurement = ExactMeasurement(correction, thresholds)
         if not fits_exactly(num_documents, num_labels, EXACT_MEMORY):
             measurement = StreamedMeasurement(
-                num_documents, -self._correction.shift, self._correction, thresholds
+                num_documents, -correction.shift, correction, thresholds
             )
         loss, count = 0.0, 0.0
         with self.averaged_weights():
             blocks = self._predictor.predict_blocks(
-                config.data_dir, self._metadata, config.eval_split
+                config.data_dir, self.metadata, config.eval_split
             )
             for block in blocks:
-                added, documents = self._loss(
+                added, documents = self.step.loss(
                     tf.constant(block.logits), tf.constant(block.labels), tf.ones(len(block.ids))
                 )
                 loss, count = loss + float(added), count + float(documents)
