@@ -10,9 +10,9 @@ import sys
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
-from launch.accelerators import GIB, parse_target
+from launch.accelerators import GIB
 from launch.preflight.command import report_step
-from launch.preflight.job_shape import choose_shape, read_metadata
+from launch.preflight.job_shape import Preflight
 from launch.preflight.roofline import StepCost
 from launch.preflight_config import PreflightConfig
 from trainer.flags import parse_flags
@@ -24,14 +24,12 @@ def main() -> None:
     """Compiles each step of --steps three times: with two, three and all layers."""
     arguments = sys.argv[1:] or ["--target=v5e:2x2", "--tokens_per_replica=16384"]
     config = parse_flags(PreflightConfig, arguments)
-    target, shape = parse_target(config.target), choose_shape(config, read_metadata(config))
+    jobs = [Preflight.of(dataclasses.replace(config, full_depth=full)) for full in (False, True)]
     worst = 0.0
     for name in config.steps:
-        extended, whole = (
-            report_step(dataclasses.replace(config, full_depth=full), target, shape, name).cost
-            for full in (False, True)
-        )
-        print(f"{config.target} {name}, {shape.model.num_layers} layers: extended, whole")
+        extended, whole = (report_step(job, name).cost for job in jobs)
+        layers = jobs[0].shape.model.num_layers
+        print(f"{config.target} {name}, {layers} layers: extended, whole")
         for kind, few, many in _compare(extended, whole):
             difference = few / many - 1 if many else 0.0
             print(f"  {few:10.4f} {many:10.4f} {difference:+7.2%}  {kind}", flush=True)

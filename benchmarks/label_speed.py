@@ -61,10 +61,7 @@ def make_step(
     """The train step of a model with so many labels."""
     with strategy.scope():
         model = build_model(ModelConfig(num_labels=num_labels, head=head, **BERT_BASE))
-        variables = model.named_variables()
-        optimizer = AdamW(
-            OptimizerConfig(), list(variables.values()), list(variables), 12, 1_000_000
-        )
+        optimizer = AdamW(OptimizerConfig(), model.named_variables(), 12, 1_000_000)
     ones = np.ones(num_labels, np.float32)
     loss = make_loss(LossConfig(), ones, ones, [1] * num_labels, 1000)
     return TrainStep(strategy, model, optimizer, packing, loss, 0, jit_compile=True)

@@ -10,8 +10,10 @@ os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
 
 from launch.accelerators import GIB, default_topology, parse_target
 from launch.preflight.compilation import compile_programs
+from launch.preflight.job_shape import JobShape
 from launch.preflight.lowering import lower_steps
-from trainer.model_config import ModelConfig, OptimizerConfig, PackingConfig, parse_row_groups
+from trainer.model_config import ModelConfig, PackingConfig, parse_row_groups
+from trainer.run_config import TrainConfig
 
 # BERT-base's vocabulary and width.
 _VOCAB_SIZE, _HIDDEN_SIZE, _HEADS, _INTERMEDIATE_SIZE = 30522, 768, 12, 3072
@@ -38,9 +40,14 @@ def main() -> None:
     tokens = sum(rows * length for rows, length in groups)
     slots = tokens // arguments.tokens_per_document
     packing = PackingConfig(groups, slots, slots)
+    shape = JobShape(
+        model, packing, packing, max_labels=32, tokens_per_document=arguments.tokens_per_document,
+        num_documents=1_000_000,
+    )  # fmt: skip
+    config = TrainConfig(data_dir="none", model_dir="none", precision="mixed_bfloat16")
     print(f"{tokens} tokens a replica in rows of {arguments.row_groups}, {model}", flush=True)
     for target in map(parse_target, arguments.targets.split(",")):
-        programs = lower_steps(model, OptimizerConfig(), packing, packing, replicas=target.chips)
+        programs = lower_steps(config, shape, target.chips)
         for name in ("score", "evaluate", "train"):
             compiled = compile_programs({name: programs[name]}, target)[name]
             print(

@@ -108,14 +108,14 @@ def finished(corpus, tmp_path_factory):
     return str(model_dir), time.monotonic() - began
 
 
-def interrupt_until_finished(config, seconds, number, most, moments):
+def interrupt_until_finished(config, seconds, number, max_interruptions, moments):
     """Starts a run again and again, ends it at random moments, then lets it finish.
 
     Args:
       config: the run's.
       seconds: an uninterrupted run takes.
       number: the signal, SIGKILL or SIGTERM.
-      most: interruptions.
+      max_interruptions: after which the run is left alone.
       moments: random.Random.
 
     Returns:
@@ -124,7 +124,7 @@ def interrupt_until_finished(config, seconds, number, most, moments):
     done = 0
     while True:
         process = start(config)
-        if done < most:
+        if done < max_interruptions:
             try:
                 process.wait(moments.uniform(0.1 * seconds, 1.1 * seconds))
             except subprocess.TimeoutExpired:
@@ -139,20 +139,20 @@ def interrupt_until_finished(config, seconds, number, most, moments):
 
 
 @pytest.mark.parametrize(
-    "number, most",
+    "number, max_interruptions",
     [
         (signal.SIGKILL, NUM_KILLS),
         pytest.param(signal.SIGTERM, 2, marks=pytest.mark.long),
     ],
 )
 def test_interrupted_at_random_moments_it_ends_with_the_same_bits(
-    corpus, finished, tmp_path, number, most
+    corpus, finished, tmp_path, number, max_interruptions
 ):
     reference, seconds = finished
     seed = random.randrange(10**6)
     print("seed of the moments:", seed)
     config = config_of(corpus, tmp_path / "run")
-    interrupt_until_finished(config, seconds, number, most, random.Random(seed))
+    interrupt_until_finished(config, seconds, number, max_interruptions, random.Random(seed))
     assert_same_run(config.model_dir, reference)
     assert not glob.glob(os.path.join(config.model_dir, "**", "*_temp"), recursive=True)
 

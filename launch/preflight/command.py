@@ -1,9 +1,9 @@
 """`multihot preflight`: compiles a job's steps for a TPU slice without one, and says what it needs.
 
-The exact steps of `train` and `score` are lowered here, compiled by libtpu in processes of their
-own, and read: memory as the compiler gives it, time as `roofline.py` reckons it from the compiled
-program. A deep encoder is compiled with two and with three layers and extended from there, since
-its layers are alike.
+The exact steps of `train` and `score` are lowered here. libtpu compiles them in processes of their
+own and counts their memory; `roofline.py` estimates their time from the compiled programs. A deep
+encoder is compiled with two and with three layers only and extended from there, since its layers
+are alike.
 """
 
 import dataclasses
@@ -11,7 +11,6 @@ import json
 import time
 from pathlib import Path
 
-from launch.accelerators import Target, parse_target
 from launch.preflight.compilation import (
     DEFAULT_PYTHON,
     check_compiler,
@@ -20,13 +19,12 @@ from launch.preflight.compilation import (
 )
 from launch.preflight.job_shape import (
     QUANTUM,
-    JobShape,
     Largest,
-    choose_shape,
+    Preflight,
     find_largest,
     model_flops,
     num_parameters,
-    read_metadata,
+    train_config,
 )
 from launch.preflight.lowering import lower_steps
 from launch.preflight.roofline import StepCost, StepReport, extend, measure
@@ -36,8 +34,8 @@ from trainer.data.packing import min_tokens
 from trainer.errors import DoesNotFit
 from trainer.storage.filesystem import write_atomically
 
-# Layers of the programs that are compiled in place of deeper ones. With one layer there would be
-# none but the last, which may compute less than those before it.
+# Layers of the programs that stand in for deeper ones. A single layer would be the last one, which
+# may compute less than the others.
 _SHALLOW, _DEEP = 2, 3
 
 
@@ -49,72 +47,60 @@ def run(config: PreflightConfig) -> None:
       UserError: for anything about the flags, the data or the checkpoint that the user can mend.
     """
     began = time.monotonic()
-    target = parse_target(config.target)
-    shape = choose_shape(config, read_metadata(config))
+    this = Preflight.of(config)
     check_compiler(_compiler_of(config))
-    print("\n".join(describe_job(config, target, shape)), flush=True)
+    print("\n".join(describe_job(this)), flush=True)
     reports: dict[str, StepReport] = {}
     failures: list[DoesNotFit] = []
     for name in config.steps:
         try:
-            reports[name] = report_step(config, target, shape, name)
-            print("\n".join(["", *describe_step(config, target, shape, name, reports[name])]))
-            check_memory(name, reports[name].cost.total_memory, target)
+            reports[name] = report_step(this, name)
+            print("\n".join(["", *describe_step(this, name, reports[name])]))
+            check_memory(name, reports[name].cost.total_memory, this.target)
         except DoesNotFit as error:
             failures.append(error)
             print(f"\n{error}", flush=True)
-    largest = find_batch(config, target, shape, reports) if config.find_batch else None
+    largest = find_batch(this, reports) if config.find_batch else None
     if largest is not None:
-        print("\n".join(["", *describe_largest(config, target, largest)]))
+        print("\n".join(["", *describe_largest(this.target, largest)]))
     print(f"\n{time.monotonic() - began:.0f} s, nothing of it on a TPU", flush=True)
     if config.output is not None:
-        _save(config, target, shape, reports, largest)
+        _save(config.output, this, reports, largest)
     if failures:
         raise failures[0]
 
 
-def report_step(config: PreflightConfig, target: Target, shape: JobShape, name: str) -> StepReport:
+def report_step(this: Preflight, name: str) -> StepReport:
     """Compiles a step for a slice and measures it.
 
     Raises:
       DoesNotFit: if the compiler refuses even the shallow program for its size.
       UserError: if the step does not compile.
     """
-    accumulation = config.gradient_accumulation if name == "train" else 1
-    cost, depths = _cost_of(config, target, shape, name)
+    config, shape = this.config, this.shape
+    cost, depths = _cost_of(this, name)
     packing = shape.packing if name == "train" else shape.scoring_packing
-    # The backward pass is two more products for each one of the forward pass.
-    passes = 3 if name == "train" else 1
+    # The backward pass has two products for each one of the forward pass.
+    passes, micro_batches = (3, config.gradient_accumulation) if name == "train" else (1, 1)
     return StepReport(
         cost,
-        passes * accumulation * model_flops(shape.model, packing),
-        accumulation * shape.documents_per_batch(packing),
+        passes * micro_batches * model_flops(shape.model, packing),
+        micro_batches * shape.documents_per_batch(packing),
         config.num_train_epochs if name == "train" else 1.0,
         depths,
     )
 
 
-def _cost_of(
-    config: PreflightConfig, target: Target, shape: JobShape, name: str
-) -> tuple[StepCost, tuple[int, ...]]:
-    """The cost of a step at its full depth, and the depths that were compiled for it."""
-    layers = shape.model.num_layers
+def _cost_of(this: Preflight, name: str) -> tuple[StepCost, tuple[int, ...]]:
+    """The cost of a step at its full depth, and the depths of the programs that it comes from."""
+    config, target, layers = this.config, this.target, this.shape.model.num_layers
     depths = (layers,) if config.full_depth or layers <= _DEEP else (_SHALLOW, _DEEP)
-    programs = {
-        str(depth): lower_steps(
-            shape.with_layers(depth).model,
-            config.optimizer,
-            shape.packing,
-            shape.scoring_packing,
-            replicas=target.chips,
-            accumulation=config.gradient_accumulation,
-            precision="float32" if config.precision == "float32" else "mixed_bfloat16",
-            loss_config=config.objective,
-            max_labels=shape.max_labels,
-            steps=[name],
-        )[name]
-        for depth in depths
-    }
+    programs = {}
+    for depth in depths:
+        model = dataclasses.replace(this.shape.model, num_layers=depth)
+        shape = dataclasses.replace(this.shape, model=model)
+        lowered = lower_steps(train_config(config), shape, target.chips, [name])
+        programs[str(depth)] = lowered[name]
     compiled = compile_programs(
         programs, target, name, python=_compiler_of(config), least_effort=config.least_effort
     )
@@ -129,67 +115,55 @@ def _compiler_of(config: PreflightConfig) -> Path:
     return Path(config.compiler) if config.compiler else DEFAULT_PYTHON
 
 
-def find_batch(
-    config: PreflightConfig, target: Target, shape: JobShape, reports: dict[str, StepReport]
-) -> Largest:
+def find_batch(this: Preflight, reports: dict[str, StepReport]) -> Largest:
     """Looks for the largest --tokens_per_replica whose train step fits.
 
     Args:
-      config: the flags; the search begins at its --tokens_per_replica.
-      target: the slice.
-      shape: of the job.
-      reports: what is known already, by step.
+      this: the job; the search begins at its --tokens_per_replica.
+      reports: of the steps that are compiled already, by name.
 
     Raises:
       UserError: if a step does not compile.
     """
-    known = {}
-    if "train" in reports:
-        known[config.tokens_per_replica] = reports["train"].cost.total_memory
-    metadata = read_metadata(config)
+    start = this.config.tokens_per_replica
+    known = {start: reports["train"].cost.total_memory} if "train" in reports else {}
 
     def memory_of(tokens: int) -> float:
         if tokens not in known:
             print(f"compiling with --tokens_per_replica={tokens}", flush=True)
-            larger = dataclasses.replace(config, tokens_per_replica=tokens)
             try:
-                cost, _ = _cost_of(larger, target, choose_shape(larger, metadata), "train")
-                known[tokens] = cost.total_memory
+                known[tokens] = _cost_of(this.with_tokens(tokens), "train")[0].total_memory
             except DoesNotFit:
                 known[tokens] = float("inf")
         return known[tokens]
 
     # Weights, two slots and gradients, float32.
-    fixed = 4 * 4 * num_parameters(shape.model)
-    least = min_tokens(metadata.max_seq_length, metadata.max_windows)
-    least = -(-least // QUANTUM) * QUANTUM
-    return find_largest(memory_of, target.hbm_bytes, config.tokens_per_replica, fixed, least)
+    fixed = 4 * 4 * num_parameters(this.shape.model)
+    smallest = min_tokens(this.metadata.max_seq_length, this.metadata.max_windows)
+    smallest = -(-smallest // QUANTUM) * QUANTUM
+    return find_largest(memory_of, this.target.hbm_bytes, start, fixed, smallest)
 
 
 def _save(
-    config: PreflightConfig,
-    target: Target,
-    shape: JobShape,
-    reports: dict[str, StepReport],
-    largest: Largest | None,
+    output: str, this: Preflight, reports: dict[str, StepReport], largest: Largest | None
 ) -> None:
-    """Writes all figures to --output."""
-    steps = {}
-    for name, report in reports.items():
-        steps[name] = dataclasses.asdict(report) | {
+    steps = {
+        name: dataclasses.asdict(report)
+        | {
             "total_memory": report.cost.total_memory,
             "seconds": report.cost.seconds,
-            "utilisation": report.utilisation(target.kind.bf16_flops),
+            "utilisation": report.utilisation(this.target.kind.bf16_flops),
             "documents_per_second_per_chip": report.documents_per_second(),
-            "chip_hours": report.chip_hours(shape.num_documents),
+            "chip_hours": report.chip_hours(this.shape.num_documents),
         }
+        for name, report in reports.items()
+    }
     content = {
-        "config": dataclasses.asdict(config),
-        "target": dataclasses.asdict(target),
-        "shape": dataclasses.asdict(shape),
+        "config": dataclasses.asdict(this.config),
+        "target": dataclasses.asdict(this.target),
+        "shape": dataclasses.asdict(this.shape),
         "steps": steps,
         "largest": largest and dataclasses.asdict(largest),
     }
-    assert config.output is not None
-    write_atomically(config.output, json.dumps(content, indent=1) + "\n")
-    print(f"{config.output}: all figures")
+    write_atomically(output, json.dumps(content, indent=1) + "\n")
+    print(f"{output}: all figures")

@@ -1,4 +1,4 @@
-"""Compiles lowered programs for a TPU slice, in processes of their own, and reads what comes."""
+"""Compiles lowered programs for a TPU slice, each in a process of its own."""
 
 import json
 import re
@@ -8,6 +8,7 @@ from collections.abc import Mapping
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass, field
 from pathlib import Path
+from typing import NoReturn
 
 from launch.accelerators import GIB, Target
 from trainer.errors import DoesNotFit, UserError
@@ -18,9 +19,9 @@ _COMPILER = Path(__file__).with_name("tpu_compiler.py")
 # Where `make compiler` installs it.
 DEFAULT_PYTHON = Path(__file__).parents[2] / ".venv-preflight" / "bin" / "python"
 
-# A message of libtpu's goes on with tables and stack traces; its first lines say what is wrong.
+# libtpu's messages end with tables and stack traces; the first lines say what is wrong.
 _MESSAGE_CHARACTERS = 300
-# How it tells of a program that does not fit: "(64.00G) exceeds available HBM (15.75G)", or "Used
+# Its messages on a program that does not fit: "(64.00G) exceeds available HBM (15.75G)", or "Used
 # 26.05G of 15.75G hbm".
 _TOO_LARGE = (
     re.compile(r"\((\d+(?:\.\d+)?)([KMGT])\) exceeds available HBM"),
@@ -34,14 +35,14 @@ MEMORY_KINDS = ("arguments", "outputs", "temporaries", "code")
 
 @dataclass(frozen=True)
 class Compiled:
-    """What the compiler says of one program on one chip of a slice.
+    """One program on one chip of a slice, as the compiler describes it.
 
     Attributes:
-      seconds: that compilation took here.
+      seconds: of the compilation.
       flops, bytes_accessed: of one execution on one chip by XLA's cost model, which counts
         on-chip memory as well as HBM.
-      optimal_seconds: of one execution by the same model, as the compiler gives it: each custom
-        call of the entry computation counts one second short.
+      optimal_seconds: of one execution by the same model, which counts each custom call of the
+        entry computation as -1 s.
       arguments: bytes of weights, slots and inputs.
       outputs: bytes of results that do not reuse the memory of an argument.
       temporaries: bytes of activations and gradients, at their peak.
@@ -79,18 +80,16 @@ def compile_programs(
     *,
     python: Path = DEFAULT_PYTHON,
     least_effort: bool = False,
-    processes: int | None = None,
 ) -> dict[str, Compiled]:
     """Compiles programs for one replica on each chip of a slice.
 
     Args:
       programs: serialized HLO modules by name, as `lowering` makes them.
       target: the slice.
-      step: that all the programs are, for messages; default: each has a name of its own.
+      step: name of the programs' step, for messages; default: that of each program.
       python: interpreter of an environment with jax and the newest libtpu.
-      least_effort: compiles in about half the time, for a check of what compiles at all; the
-        program takes more memory and time than the one that a TPU would run.
-      processes: that compile at once; default: one a core, as far as there are programs.
+      least_effort: compiles in about half the time; the program takes more memory and time than
+        the one that a TPU would run.
 
     Raises:
       DoesNotFit: if a program is so large that the compiler gives up.
@@ -101,26 +100,18 @@ def compile_programs(
     def compile_one(name: str) -> Compiled:
         return _compile(step or name, programs[name], target, python, least_effort)
 
-    with ThreadPoolExecutor(processes or count_cores()) as pool:
+    with ThreadPoolExecutor(count_cores()) as pool:
         return dict(zip(programs, pool.map(compile_one, programs), strict=True))
 
 
 def check_compiler(python: Path) -> None:
-    """Checks that there is a compiler.
-
-    Raises:
-      UserError: if there is none.
-    """
+    """Raises a UserError if there is no compiler."""
     if not python.exists():
         raise UserError(f"{python}: no compiler for TPUs; run `make compiler`")
 
 
 def check_memory(name: str, memory: float, target: Target) -> None:
-    """Checks that a step that needs `memory` bytes a chip fits.
-
-    Raises:
-      DoesNotFit: if it does not.
-    """
+    """Raises a DoesNotFit if a step needs more bytes a chip (`memory`) than a program can have."""
     if memory > target.hbm_bytes:
         raise DoesNotFit(
             f"{target.topology}: the {name} step does not fit: it needs {memory / GIB:.2f} GiB a "
@@ -150,28 +141,14 @@ def _compile(
             raise UserError(f"{target.topology}: the compiler ended with {reason}")
         report = json.loads(process.stdout)
         if "error" in report:
-            raise _explain(report["error"], name, target)
+            _raise(report["error"], name, target)
         (text,) = texts.glob("*.after_codegen.txt")
-        return Compiled(
-            report["seconds"],
-            report["flops"],
-            report["bytes_accessed"],
-            report["optimal_seconds"],
-            report["arguments"],
-            report["outputs"] - report["aliased"],
-            report["temporaries"],
-            report["code"],
-            text.read_text(),
-        )
+        return Compiled(**report, text=text.read_text())
 
 
-def _explain(error: str, name: str, target: Target) -> DoesNotFit | UserError:
+def _raise(error: str, name: str, target: Target) -> NoReturn:
     message = " ".join(error.split())[:_MESSAGE_CHARACTERS].rstrip(".")
     sizes = [match for pattern in _TOO_LARGE if (match := pattern.search(message))]
     if sizes:
-        needed = float(sizes[0][1]) * _UNITS[sizes[0][2]]
-        try:
-            check_memory(name, needed, target)
-        except DoesNotFit as does_not_fit:
-            return does_not_fit
-    return UserError(f"{target.topology}: the {name} step does not compile: {message}")
+        check_memory(name, float(sizes[0][1]) * _UNITS[sizes[0][2]], target)
+    raise UserError(f"{target.topology}: the {name} step does not compile: {message}")

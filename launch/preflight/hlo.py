@@ -1,8 +1,7 @@
-"""The text of a compiled program (HLO) as data: what an estimate of its time has to know of it."""
+"""The text of a compiled program (HLO) as data, as far as an estimate of its time needs it."""
 
 import math
 import re
-from collections.abc import Iterator
 from dataclasses import dataclass, field
 from functools import cached_property
 
@@ -23,7 +22,7 @@ _OP_NAME = re.compile(r'op_name="([^"]*)"')
 _CYCLES = re.compile(r'"estimated_cycles":"(\d+)"')
 _TRIPS = re.compile(r'"known_trip_count":\{"n":"(\d+)"\}')
 
-# Memory spaces in a layout: HBM has none, or S(0); others are on the chip, or the host's.
+# Memory spaces in a layout: HBM has none, or S(0); the others are on the chip, or the host's.
 _HBM = 0
 
 
@@ -57,7 +56,7 @@ class Shape:
 
     @property
     def bytes(self) -> int:
-        """That it takes in memory, padding included; 0 for a token."""
+        """In memory, with padding; 0 for a token."""
         sizes = list(self.sizes)
         for dimension, tile in zip(self.minor_to_major, reversed(self.tile), strict=False):
             sizes[dimension] = -(-sizes[dimension] // tile) * tile
@@ -65,7 +64,7 @@ class Shape:
 
 
 def _bits(kind: str) -> int:
-    # Of the many 8-bit floats all names begin so.
+    # The names of all 8-bit floats begin so.
     return 8 if kind.startswith("f8") else _BITS.get(kind, 0)
 
 
@@ -75,10 +74,10 @@ class Instruction:
 
     Attributes:
       name, opcode: such as `fusion.12` and `fusion`.
-      shapes: of the result; a tuple's, nested ones too, one after the other.
+      shapes: of the result; of a tuple, those of all its arrays in order.
       operands: names of instructions of the same computation.
       text: the rest of the line: attributes, metadata, the backend's notes.
-      literal: what stands in the parentheses: operands, a parameter's number, a constant.
+      literal: the text in parentheses: operands, a parameter's number, or a constant.
     """
 
     name: str
@@ -97,7 +96,7 @@ class Instruction:
 
     @property
     def op_name(self) -> str:
-        """What it was made of, as the framework called that; "" if unknown."""
+        """TensorFlow's name of the operation that it comes from; "" if unknown."""
         match = _OP_NAME.search(self.text)
         return match[1] if match else ""
 
@@ -151,13 +150,11 @@ class Module:
     entry: str
 
     def trip_count(self, loop: Instruction) -> int:
-        """How often the body of a `while` runs; 1 if the text does not say.
-
-        The compiler notes it, or the loop's condition compares a counter from 0 with a constant.
-        """
+        """How often the body of a `while` runs; 1 if the text does not say."""
         match = _TRIPS.search(loop.text)
         if match:
             return int(match[1])
+        # Without the compiler's note: the condition compares a counter from 0 with a constant.
         condition = self.computations[loop.called[0]]
         bounds = [
             int(item.literal)
@@ -168,7 +165,7 @@ class Module:
 
 
 def parse_shapes(text: str) -> tuple[Shape, ...]:
-    """`(f32[8,128]{1,0:T(8,128)S(1)}, u32[])` as its arrays, one after the other."""
+    """The arrays in a text such as `(f32[8,128]{1,0:T(8,128)S(1)}, u32[])`, in order."""
     return tuple(_read_shape(match) for match in _SHAPE.finditer(text))
 
 
@@ -188,40 +185,29 @@ def _read_shape(match: re.Match) -> Shape:
 
 
 def parse_module(text: str) -> Module:
-    """A compiled program's text.
+    """The program with that text.
 
     Raises:
-      ValueError: if it is none.
+      ValueError: if it is not the text of a compiled program.
     """
     computations: dict[str, Computation] = {}
-    entry = ""
-    for is_entry, name, lines in _computations(text):
-        instructions, root = {}, ""
-        for line in lines:
-            if (found := _parse_line(line)) is None:
-                continue
+    instructions: dict[str, Instruction] = {}
+    entry = name = root = ""
+    for line in text.splitlines():
+        if header := _HEADER.match(line):
+            name, instructions, root = header[2], {}, ""
+            entry = name if header[1] else entry
+        elif name and line.startswith("}"):
+            root = root or next(reversed(instructions))
+            computations[name] = Computation(name, instructions, root)
+            name = ""
+        elif name and (found := _parse_line(line)):
             is_root, item = found
             instructions[item.name] = item
             root = item.name if is_root else root
-        computations[name] = Computation(name, instructions, root or next(reversed(instructions)))
-        entry = name if is_entry else entry
     if not entry:
         raise ValueError("no entry computation: not the text of a compiled program")
     return Module(computations, entry)
-
-
-def _computations(text: str) -> Iterator[tuple[bool, str, list[str]]]:
-    """(is entry, name, lines) of each computation."""
-    header: re.Match | None = None
-    lines: list[str] = []
-    for line in text.splitlines():
-        if header is None:
-            header, lines = _HEADER.match(line), []
-        elif line.startswith("}"):
-            yield bool(header[1]), header[2], lines
-            header = None
-        else:
-            lines.append(line)
 
 
 def _parse_line(line: str) -> tuple[bool, Instruction] | None:
@@ -229,7 +215,8 @@ def _parse_line(line: str) -> tuple[bool, Instruction] | None:
     start = _INSTRUCTION.match(line)
     if start is None:
         return None
-    end = _end_of_shape(line, start.end())
+    begin = start.end()
+    end = _end_of_parentheses(line, begin) if line[begin] == "(" else line.index(" ", begin)
     opcode = _OPCODE.match(line, end)
     if opcode is None:
         return None
@@ -238,19 +225,15 @@ def _parse_line(line: str) -> tuple[bool, Instruction] | None:
     return bool(start[1]), Instruction(
         start[2],
         opcode[1],
-        parse_shapes(line[start.end() : end]),
+        parse_shapes(line[begin:end]),
         tuple(_OPERAND.findall(literal)),
         line[close:],
         literal,
     )
 
 
-def _end_of_shape(line: str, start: int) -> int:
-    return _end_of_parentheses(line, start) if line[start] == "(" else line.index(" ", start)
-
-
 def _end_of_parentheses(line: str, start: int) -> int:
-    """The place behind the parenthesis that closes the one at `start`."""
+    """The index after the parenthesis that closes the one at `start`."""
     depth = 0
     for match in re.compile(r"[()]").finditer(line, start):
         depth += 1 if match[0] == "(" else -1

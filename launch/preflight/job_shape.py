@@ -1,6 +1,7 @@
-"""What a job would run: its model's sizes and its micro-batches' shapes, from data or assumed.
+"""The sizes of a job's programs, from the data or assumed, and the largest micro-batch that fits.
 
-The largest micro-batch that fits, from few compilations: memory is nearly linear in tokens.
+What `train` and `score` choose is asked of their own code. This file adds what they need not know:
+lengths where there is no data folder, counts of parameters and FLOP, and the search for a batch.
 """
 
 import dataclasses
@@ -10,18 +11,18 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from launch.accelerators import Target, parse_target
 from launch.preflight_config import PreflightConfig
 from trainer.data.metadata import Metadata, Split, load_metadata
-from trainer.data.packing import add_histograms, choose_packing, choose_score_packing
-from trainer.errors import UserError
-from trainer.model.pretrained import model_config, resolve_checkpoint
+from trainer.data.packing import choose_score_packing
 from trainer.model_config import ModelConfig, PackingConfig
-from trainer.storage import filesystem
+from trainer.run_config import TrainConfig
+from trainer.training.setup import choose_model_config, choose_run_packing, local_checkpoint
 
-# Spread of the logarithms of assumed lengths; most corpora of texts lie between 0.5 and 1.
+# The spread of the logarithms of assumed lengths; it is 0.5 to 1 in most corpora of texts.
 _SPREAD = 0.75
 _HISTOGRAM_DOCUMENTS = 1_000_000
-# Of a document, where there are so many that they travel as indices.
+# Labels of an assumed document, where there are so many that they travel as indices.
 _MAX_LABELS = 32
 # The share of a micro-batch's tokens that packing fills, at least.
 FILL = 0.97
@@ -29,13 +30,13 @@ FILL = 0.97
 
 @dataclass(frozen=True)
 class JobShape:
-    """A job, as far as the sizes of its programs go.
+    """The sizes of a job's programs.
 
     Attributes:
-      model: sizes.
+      model: sizes of the model.
       packing: of a micro-batch in training and evaluation.
       scoring_packing: of a micro-batch in scoring.
-      max_labels: that a document has.
+      max_labels: the most labels that a document has.
       tokens_per_document: on average, all windows together.
       num_documents: of the training split, or of the assumed corpus.
     """
@@ -47,44 +48,67 @@ class JobShape:
     tokens_per_document: float
     num_documents: int
 
-    def with_layers(self, num_layers: int) -> "JobShape":
-        """The same with another number of encoder layers."""
-        model = dataclasses.replace(self.model, num_layers=num_layers)
-        return dataclasses.replace(self, model=model)
-
     def documents_per_batch(self, packing: PackingConfig) -> float:
         """Documents that a micro-batch holds on average."""
         return FILL * packing.num_tokens / self.tokens_per_document
 
 
-def choose_shape(config: PreflightConfig, metadata: Metadata) -> JobShape:
-    """The shape that `train` and `score` would choose.
+@dataclass(frozen=True)
+class Preflight:
+    """A job on a slice: the flags, and what follows from them."""
 
-    Args:
-      config: the flags.
-      metadata: of --data_dir, or from `assume_metadata`.
+    config: PreflightConfig
+    target: Target
+    metadata: Metadata
+    shape: JobShape
+
+    @classmethod
+    def of(cls, config: PreflightConfig) -> "Preflight":
+        """The job of a command's flags.
+
+        Raises:
+          UserError: for anything about the flags, the data or the checkpoint.
+        """
+        target, metadata = parse_target(config.target), read_metadata(config)
+        return cls(config, target, metadata, choose_shape(config, metadata))
+
+    def with_tokens(self, tokens_per_replica: int) -> "Preflight":
+        """The same with another size of micro-batches in training."""
+        config = dataclasses.replace(self.config, tokens_per_replica=tokens_per_replica)
+        shape = choose_shape(config, self.metadata)
+        return dataclasses.replace(self, config=config, shape=shape)
+
+
+def train_config(config: PreflightConfig) -> TrainConfig:
+    """The flags with which `train` runs the same step on a TPU."""
+    names = {item.name for item in dataclasses.fields(TrainConfig)}
+    shared = {name: value for name, value in vars(config).items() if name in names}
+    precision = "mixed_bfloat16" if config.precision == "auto" else config.precision
+    # `train` requires both folders; neither is read.
+    folders = {"data_dir": config.data_dir or "none", "model_dir": "none"}
+    return TrainConfig(**shared | folders | {"precision": precision})
+
+
+def choose_shape(config: PreflightConfig, metadata: Metadata) -> JobShape:
+    """The shape that `train` chooses, and `score` for texts like those of the training split.
 
     Raises:
       UserError: for a checkpoint that is damaged or too small for the data, or for micro-batches
         that cannot hold the longest document.
     """
-    split = metadata.split("train")
-    histograms = [item.window_histogram for item in metadata.splits.values()]
-    packing = choose_packing(
-        split.length_histogram, config.tokens_per_replica, config.chosen_row_groups,
-        metadata.max_seq_length,
-        split.window_histogram, len(add_histograms(histograms)) - 1,
-    )  # fmt: skip
+    training, split = train_config(config), metadata.split("train")
+    packing = choose_run_packing(training, metadata)
     lengths = np.zeros(metadata.max_seq_length + 1, np.int64)
     lengths[: len(split.length_histogram)] = split.length_histogram
-    scoring_packing = choose_score_packing(
-        lengths, np.asarray(split.window_histogram, np.int64), config.tokens_per_batch,
-        metadata.max_windows,
-    )  # fmt: skip
+    windows = np.asarray(split.window_histogram, np.int64)
+    asked_by = f"the data in {config.data_dir}" if config.data_dir else "--max_seq_length"
+    remedy = "take documents that were prepared for this checkpoint"
+    with local_checkpoint(config.init_checkpoint) as folder:
+        model = choose_model_config(training, metadata, folder, asked_by, remedy)
     return JobShape(
-        choose_sizes(config, metadata),
+        model,
         packing,
-        scoring_packing,
+        choose_score_packing(lengths, windows, config.tokens_per_batch, metadata.max_windows),
         split.max_labels_per_document,
         split.tokens / split.documents,
         split.documents,
@@ -92,10 +116,10 @@ def choose_shape(config: PreflightConfig, metadata: Metadata) -> JobShape:
 
 
 def read_metadata(config: PreflightConfig) -> Metadata:
-    """metadata.json of --data_dir, or what is assumed without one.
+    """The metadata of --data_dir, or assumed ones without it.
 
     Raises:
-      UserError: if there is no such folder, or it has no training split.
+      UserError: if the folder has none that can be read.
     """
     if config.data_dir is not None:
         return load_metadata(config.data_dir)
@@ -115,9 +139,7 @@ def read_metadata(config: PreflightConfig) -> Metadata:
         max_labels_per_document=min(_MAX_LABELS, num_labels),
     )
     labels = tuple(map(str, range(num_labels)))
-    return Metadata(
-        labels, longest, config.assumed_vocab_size(), "", {"train": split}, {}, {}
-    )  # fmt: skip
+    return Metadata(labels, longest, config.assumed_vocab_size(), "", {"train": split}, {}, {})
 
 
 def assume_lengths(mean: float, longest: int) -> tuple[int, ...]:
@@ -127,46 +149,10 @@ def assume_lengths(mean: float, longest: int) -> tuple[int, ...]:
     below = np.array(
         [(1 + math.erf((edge - middle) / (_SPREAD * math.sqrt(2)))) / 2 for edge in edges]
     )
-    # What is shorter than [CLS], a token and [SEP], and what is cut, is as long as these edges.
+    # Shorter documents count as [CLS], a token and [SEP], longer ones are cut at the longest.
     shares = np.diff(np.concatenate([[0.0], below, [1.0]]))
     counts = np.round(shares * _HISTOGRAM_DOCUMENTS).astype(int)
     return (0, 0, 0, *counts.tolist())
-
-
-def choose_sizes(config: PreflightConfig, metadata: Metadata) -> ModelConfig:
-    """The model's sizes.
-
-    Raises:
-      UserError: for a checkpoint that is damaged, or too small for the data.
-    """
-    rates = config.hidden_dropout, config.attention_dropout
-    if config.init_checkpoint is None:
-        return ModelConfig(
-            vocab_size=metadata.vocab_size,
-            num_labels=len(metadata.labels),
-            hidden_size=config.hidden_size,
-            num_layers=config.num_layers,
-            num_attention_heads=config.num_attention_heads,
-            intermediate_size=config.intermediate_size,
-            max_position_embeddings=metadata.max_seq_length,
-            hidden_dropout=config.hidden_dropout,
-            attention_dropout=config.attention_dropout,
-            head=config.head,
-            window_pooling=config.window_pooling,
-        )
-    with filesystem.local_copy(config.init_checkpoint) as local:
-        sizes = model_config(resolve_checkpoint(local), len(metadata.labels), config.head, *rates)
-    for name, found, needed in (
-        ("vocab_size", sizes.vocab_size, metadata.vocab_size),
-        ("max_position_embeddings", sizes.max_position_embeddings, metadata.max_seq_length),
-    ):
-        if found < needed:
-            where = f"the data in {config.data_dir}" if config.data_dir else "--max_seq_length"
-            raise UserError(
-                f"--init_checkpoint={config.init_checkpoint}: its {name} is {found}, but {where} "
-                f"needs {needed}; take documents that were prepared for this checkpoint"
-            )
-    return dataclasses.replace(sizes, window_pooling=config.window_pooling)
 
 
 def num_parameters(model: ModelConfig) -> int:
@@ -200,7 +186,7 @@ def model_flops(model: ModelConfig, packing: PackingConfig) -> float:
         head = 2 * packing.max_documents * size * labels
     left_out = 0
     if model.head == "cls":
-        # What follows the last attention is for each window's [CLS] alone.
+        # In the last layer, all that follows the attention is computed for each [CLS] alone.
         left_out = (tokens - packing.max_windows) * after_attention
         head += 2 * packing.max_windows * size * size
     return float(model.num_layers * layer - left_out + head)
@@ -208,20 +194,20 @@ def model_flops(model: ModelConfig, packing: PackingConfig) -> float:
 
 # Sizes are multiples of it, so that rows come out whole.
 QUANTUM = 512
-# Guesses before the search settles for what it has.
-_MOST_TRIALS = 6
+# Sizes that a search compiles at most.
+_MAX_TRIALS = 6
 
 
 @dataclass(frozen=True)
 class Largest:
-    """What a search found.
+    """The result of a search.
 
     Attributes:
-      tokens: the largest size that was seen to fit; 0 if none was.
+      tokens: the largest size that fits, of those compiled; 0 if none does.
       memory: bytes that it needs.
-      refused: the smallest size that was seen not to fit, with the bytes that it needs (infinite
-        where the compiler did not say), or None.
-      trials: sizes that were looked at.
+      refused: the smallest size that does not fit, with the bytes that it needs (infinite where the
+        compiler did not say), or None.
+      trials: sizes that were compiled.
     """
 
     tokens: int
@@ -231,37 +217,41 @@ class Largest:
 
 
 def find_largest(
-    memory_of: Callable[[int], float], limit: float, start: int, fixed: float, least: int
+    memory_of: Callable[[int], float], limit: float, start: int, fixed: float, smallest: int
 ) -> Largest:
     """Looks for the largest number of tokens whose memory is within a limit.
 
-    The next guess is where the line through two measured sizes meets the limit, between what is
-    known to fit and what is known not to. It ends when the line meets the limit less than
-    `QUANTUM` above a size that fits.
+    Memory is nearly linear in tokens. So the next guess is where the line through two known sizes
+    meets the limit, above all sizes that fit and below those that do not. The search ends when
+    that is less than `QUANTUM` above a size that fits.
 
     Args:
-      memory_of: bytes that so many tokens need, infinity for more than can be told.
+      memory_of: bytes that so many tokens need; infinite where the compiler does not say.
       limit: bytes that there are.
-      start: the first guess, whose memory is looked up first.
-      fixed: bytes that do not grow with the tokens, about: for the second guess.
-      least: the smallest size to look at.
+      start: the first guess.
+      fixed: about the bytes that do not grow with the tokens, for the second guess.
+      smallest: the smallest size to look at.
     """
     known: dict[int, float] = {}
-    guess = max(least, start)
-    while guess not in known and len(known) < _MOST_TRIALS:
+    guess = max(smallest, start)
+    while guess not in known and len(known) < _MAX_TRIALS:
         known[guess] = memory_of(guess)
-        guess = _next_guess(known, limit, fixed, least)
-    fits = [tokens for tokens, memory in known.items() if memory <= limit]
-    refused = [tokens for tokens, memory in known.items() if memory > limit]
-    best = max(fits, default=0)
-    above = (min(refused), known[min(refused)]) if refused else None
-    return Largest(best, known.get(best, 0.0), above, len(known))
+        guess = _next_guess(known, limit, fixed, smallest)
+    low, high = _bounds(known, limit)
+    refused = None if high is None else (high, known[high])
+    return Largest(low, known.get(low, 0.0), refused, len(known))
 
 
-def _next_guess(known: dict[int, float], limit: float, fixed: float, least: int) -> int:
-    """The next size to look at; one that is known already ends the search."""
+def _bounds(known: dict[int, float], limit: float) -> tuple[int, int | None]:
+    """The largest size that fits (0 if none does), and the smallest that does not (or None)."""
     low = max((tokens for tokens, memory in known.items() if memory <= limit), default=0)
     high = min((tokens for tokens, memory in known.items() if memory > limit), default=None)
+    return low, high
+
+
+def _next_guess(known: dict[int, float], limit: float, fixed: float, smallest: int) -> int:
+    """The next size to look at; a known one ends the search."""
+    low, high = _bounds(known, limit)
     finite = {tokens: memory for tokens, memory in known.items() if math.isfinite(memory)}
     if high is not None and known[high] == math.inf and len(finite) < 2:
         guess = (low + high) / 2
@@ -276,4 +266,4 @@ def _next_guess(known: dict[int, float], limit: float, fixed: float, least: int)
     rounded = int(guess) // QUANTUM * QUANTUM
     if high is not None:
         rounded = min(rounded, (high - 1) // QUANTUM * QUANTUM)
-    return max(rounded, low, least)
+    return max(rounded, low, smallest)

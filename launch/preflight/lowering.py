@@ -3,32 +3,28 @@
 from collections.abc import Callable, Collection
 from typing import Any
 
-import numpy as np
 import tensorflow as tf
 from tensorflow.compiler.tf2xla.ops import gen_xla_ops
 from tensorflow.python.distribute import one_device_strategy
 
+from launch.preflight.job_shape import JobShape
 from trainer.data.input_pipeline import no_labels
 from trainer.data.packing import empty_micro_batch
-from trainer.model.model import Model, build_model
+from trainer.model.model import build_model
 from trainer.model.predictor import Predictor
-from trainer.model_config import LossConfig, ModelConfig, OptimizerConfig, PackingConfig
-from trainer.training.losses import Loss, make_loss
-from trainer.training.optimizer import AdamW
-from trainer.training.step import TrainStep
+from trainer.model_config import PackingConfig
+from trainer.run_config import TrainConfig
+from trainer.training.run_record import RunRecord
+from trainer.training.setup import build_step
 
-# Only scales the schedule; any number gives the same program.
 _TOTAL_DOCUMENTS = 1_000_000
-# Of a document, where there are so many that they travel as indices.
-_MAX_LABELS = 32
-
 STEPS = ("train", "evaluate", "score")
 
 
 class SliceStrategy(tf.distribute.Strategy):
-    """One replica's view of a slice: reductions over replicas stay operations of the program.
+    """One replica's view of a slice: sums over replicas stay operations of the program.
 
-    TPUStrategy makes the same program of a step, but only next to a TPU. Its operations can be
+    TPUStrategy makes the same program of a step, but needs a TPU. This one's programs can be
     compiled here; they cannot run.
     """
 
@@ -62,8 +58,8 @@ def lower(function: Callable[..., Any], *arguments: Any) -> bytes:
     """A serialized HLO module of a function of tensors.
 
     Args:
-      function: what to lower; the variables that it reads become further parameters of the
-        program, those that it updates further outputs, which take their parameter's memory.
+      function: what to lower. Variables that it reads become further parameters of the program.
+        Those that it updates become further outputs too, in the memory of their parameter.
       *arguments: nested TensorSpecs of static shapes.
 
     Raises:
@@ -80,29 +76,14 @@ def lower(function: Callable[..., Any], *arguments: Any) -> bytes:
 
 
 def lower_steps(
-    model_config: ModelConfig,
-    optimizer_config: OptimizerConfig,
-    packing: PackingConfig,
-    scoring_packing: PackingConfig,
-    *,
-    replicas: int,
-    accumulation: int = 1,
-    precision: str = "mixed_bfloat16",
-    loss_config: LossConfig | None = None,
-    max_labels: int = _MAX_LABELS,
-    steps: Collection[str] = STEPS,
+    config: TrainConfig, shape: JobShape, replicas: int, steps: Collection[str] = STEPS
 ) -> dict[str, bytes]:
     """Lowers the steps of a job.
 
     Args:
-      model_config, optimizer_config: sizes and rates.
-      packing: of a micro-batch in training and evaluation.
-      scoring_packing: of a micro-batch in scoring.
-      replicas: chips that share a step; in scoring they have nothing to tell each other.
-      accumulation: micro-batches a replica in each train step.
-      precision: `mixed_bfloat16` or `float32`.
-      loss_config: the loss; default: weighted cross-entropy.
-      max_labels: of a document, where there are so many that they travel as indices.
+      config: of training; its precision is not `auto`.
+      shape: sizes of the model and of micro-batches.
+      replicas: chips that share a step; in scoring they do not communicate.
       steps: which ones to lower.
 
     Returns:
@@ -110,73 +91,44 @@ def lower_steps(
       clipping, AdamW), `evaluate` (logits, and the sum of requests to stop) and `score`
       (probabilities).
     """
-    model, strategy = build_model(model_config, precision), SliceStrategy(replicas)
-    lowered = {}
+    strategy, lowered = SliceStrategy(replicas), {}
     if "train" in steps:
-        loss = _make_loss(loss_config or LossConfig(), model_config.num_labels)
-        lowered["train"] = _lower_train(
-            strategy, model, optimizer_config, packing, accumulation, loss, max_labels
-        )
+        lowered["train"] = _lower_train(config, shape, strategy)
+    model = build_model(shape.model, config.precision)
     if "evaluate" in steps:
-        evaluation = Predictor(model, packing, strategy)
-        inputs = _micro_batch(packing), tf.TensorSpec([])
+        evaluation = Predictor(model, shape.packing, strategy)
+        inputs = _micro_batch(shape.packing), tf.TensorSpec([])
         lowered["evaluate"] = lower(evaluation.predict, *inputs)
     if "score" in steps:
-        scoring = Predictor(model, scoring_packing)
+        scoring = Predictor(model, shape.scoring_packing)
         lowered["score"] = lower(
-            lambda batch: tf.sigmoid(scoring.logits(batch)), _micro_batch(scoring_packing)
+            lambda batch: tf.sigmoid(scoring.logits(batch)), _micro_batch(shape.scoring_packing)
         )
     return lowered
 
 
-def _make_loss(config: LossConfig, num_labels: int) -> Loss:
-    # Weights and counts are constants of the program; any numbers give the same one.
-    ones = np.ones(num_labels, np.float32)
-    counts = [_TOTAL_DOCUMENTS // 10] * num_labels
-    return make_loss(config, ones, ones, counts, _TOTAL_DOCUMENTS)
-
-
-def _lower_train(
-    strategy: SliceStrategy,
-    model: Model,
-    config: OptimizerConfig,
-    packing: PackingConfig,
-    accumulation: int,
-    loss: Loss,
-    max_labels: int,
-) -> bytes:
-    variables = model.named_variables()
-    optimizer = AdamW(
-        config,
-        list(variables.values()),
-        list(variables),
-        model.config.num_layers,
-        _TOTAL_DOCUMENTS,
-    )
-    step = TrainStep(
-        strategy,
-        model,
-        optimizer,
-        packing,
-        loss,
-        seed=0,
-        # The whole step is lowered as one program, as on a TPU.
-        jit_compile=False,
-    )
-    labels = no_labels(packing.max_documents, model.config.num_labels, max_labels)
+def _lower_train(config: TrainConfig, shape: JobShape, strategy: SliceStrategy) -> bytes:
+    """The step that `train` builds, lowered as one program, as on a TPU."""
+    num_labels, packing = shape.model.num_labels, shape.packing
+    # Weights, counts and the end of the schedule are constants; any give the same operations.
+    ones = (1.0,) * num_labels
+    counts = (_TOTAL_DOCUMENTS // 10,) * num_labels, _TOTAL_DOCUMENTS
+    record = RunRecord(
+        config, shape.model, packing, (), ones, ones, True, packing.max_length, _TOTAL_DOCUMENTS,
+        "", "", config.precision, config.gradient_accumulation, {},
+    )  # fmt: skip
+    step = build_step(record, counts, {}, strategy, jit_compile=False)
+    labels = no_labels(packing.max_documents, num_labels, shape.max_labels)
     batches = {
-        name: tf.TensorSpec([accumulation, *spec.shape], spec.dtype)
+        name: tf.TensorSpec([config.gradient_accumulation, *spec.shape], spec.dtype)
         for name, spec in (_micro_batch(packing) | labels).items()
     }
     batches["position"] = tf.TensorSpec([3], tf.int64)
     count = tf.TensorSpec([], tf.int64)
     return lower(
         lambda *arguments: strategy.run(step.replica_step, args=arguments),
-        batches,
-        count,
-        count,
-        tf.TensorSpec([], tf.float32),
-    )
+        batches, count, count, tf.TensorSpec([], tf.float32),
+    )  # fmt: skip
 
 
 def _micro_batch(packing: PackingConfig) -> dict[str, tf.TensorSpec]:

@@ -1,13 +1,11 @@
-"""How long a compiled program takes on a chip, from its text: a roofline of each instruction.
+"""The time of a compiled program on a chip, from its text: a roofline of each instruction.
 
-An instruction takes the larger of its matrix products at the chip's peak and of its bytes of HBM at
-the chip's bandwidth; instructions run one after the other. Asynchronous copies between HBM and the
-chip take the bandwidth that instructions leave, and whoever waits for one waits for what is left of
-it. Sums over replicas add their bytes at the rate of the links. Nothing else is counted: no vector
-arithmetic, no product that fills its unit badly, no gap between instructions. So this is a lower
-bound, and the compiler's own cost models, which know of these, stand beside it.
-
-What one step costs a chip, memory and time: measured on compiled programs, extended in depth.
+An instruction takes the larger of two times: its matrix products at the chip's peak, and its bytes
+of HBM at the chip's bandwidth. Instructions run one after the other. Asynchronous copies between
+HBM and the chip take the bandwidth that instructions leave; whoever waits for a copy waits for the
+rest of it. Sums over replicas add their bytes at the rate of the links. Vector arithmetic, products
+that fill their unit badly and gaps between instructions are left out. So this is a lower bound; the
+compiler's own cost models, which have these, stand beside it.
 """
 
 import dataclasses
@@ -16,10 +14,7 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from launch.accelerators import Rates
-from launch.preflight.compilation import (
-    MEMORY_KINDS,
-    Compiled,
-)
+from launch.preflight.compilation import MEMORY_KINDS, Compiled
 from launch.preflight.hlo import Computation, Instruction, Module, parse_module
 from launch.preflight.traffic import (
     ASYNCHRONOUS,
@@ -34,10 +29,10 @@ from launch.preflight.traffic import (
 
 @dataclass(frozen=True)
 class Cost:
-    """What one instruction, or several of one kind, cost in one execution of the program.
+    """The cost of one instruction, or of several, in one execution of the program.
 
     Attributes:
-      seconds: waiting for copies included.
+      seconds: with the waiting for copies.
       flops: of matrix products.
       hbm: bytes read from and written to HBM.
       flops_seconds, hbm_seconds: these at the chip's peak and bandwidth.
@@ -59,7 +54,7 @@ class Cost:
         return Cost(*(a + b for a, b in zip(self._values(), other._values(), strict=True)))
 
     def times(self, factor: float) -> "Cost":
-        """As often."""
+        """The cost of so many executions."""
         return Cost(*(value * factor for value in self._values()))
 
     def _values(self) -> tuple[float, ...]:
@@ -68,28 +63,95 @@ class Cost:
 
 @dataclass
 class _Channel:
-    """The copies under way between HBM and the chip, in the order in which they began."""
+    """The copies under way between HBM and the chip: bytes left, in the order of their starts."""
 
     left: dict[str, float] = field(default_factory=dict)
 
     def work(self, num_bytes: float) -> None:
-        """Moves as many bytes of the copies."""
+        """Moves so many bytes of the copies, the earliest first."""
         for name in list(self.left):
             moved = min(num_bytes, self.left[name])
             self.left[name] -= moved
             num_bytes -= moved
 
     def finish(self, name: str) -> float:
-        """Bytes to move until copy `name` is there, those begun before it first."""
+        """Bytes to move until copy `name` is there; earlier ones go first."""
         total = 0.0
         while name in self.left:
-            earlier = next(iter(self.left))
-            total += self.left.pop(earlier)
+            total += self.left.pop(next(iter(self.left)))
         return total
 
 
+@dataclass(frozen=True)
+class _Estimator:
+    module: Module
+    rates: Rates
+    by_cycles: bool
+
+    def costs(self, computation: Computation) -> Iterator[tuple[str, Cost]]:
+        """(name, cost) of every instruction that runs, loops as often as they do."""
+        channel = _Channel()
+        for item in computation.instructions.values():
+            if item.opcode in FREE:
+                continue
+            called = [self.module.computations[name] for name in item.called]
+            if item.opcode == "while":
+                trips = self.module.trip_count(item)
+                for name, cost in self.costs(called[-1]):
+                    yield name, cost.times(trips)
+            elif item.opcode in ("call", "conditional"):
+                # Of several branches, the longest one counts.
+                branches = [list(self.costs(branch)) for branch in called]
+                yield from max(branches, key=lambda costs: sum(cost.seconds for _, cost in costs))
+            else:
+                yield describe(item), self._run(item, computation, channel)
+
+    def _run(self, item: Instruction, computation: Computation, channel: _Channel) -> Cost:
+        """An instruction's cost beside the copies under way, or of waiting for one."""
+        cost = self._alone(item, computation)
+        if item.opcode in ASYNCHRONOUS:
+            channel.left[item.name] = cost.hbm
+            return cost
+        start = _start_of(item, computation)
+        if start in channel.left:
+            return Cost(channel.finish(start) / self.rates.hbm)
+        seconds = max(cost.seconds, cost.cycle_seconds) if self.by_cycles else cost.seconds
+        channel.work(seconds * self.rates.hbm - cost.hbm)
+        return dataclasses.replace(cost, seconds=seconds)
+
+    def _alone(self, item: Instruction, computation: Computation) -> Cost:
+        """An instruction's cost by itself."""
+        module, rates = self.module, self.rates
+        if item.opcode.endswith(("-done", "-update")):
+            return Cost()
+        if item.opcode in ASYNCHRONOUS:
+            moved = moved_bytes(module, item)
+            return Cost(hbm=moved, hbm_seconds=moved / rates.hbm)
+        if item.opcode.removesuffix("-start") in COLLECTIVES:
+            # A ring passes on all bytes but its own part, twice: to sum, and to spread the sums.
+            share = (rates.replicas - 1) / rates.replicas
+            seconds = 2 * share * link_bytes(item) / rates.links
+            return Cost(seconds, link_seconds=seconds, count=1)
+        moved = hbm_bytes(module, item, computation)
+        flops = matmul_flops(module, item, computation)
+        at_peak, at_bandwidth = flops / rates.flops, moved / rates.hbm
+        cycle_seconds = item.estimated_cycles / rates.clock
+        seconds = max(at_peak, at_bandwidth)
+        return Cost(seconds, flops, moved, at_peak, at_bandwidth, cycle_seconds, count=1)
+
+
+def _start_of(item: Instruction, computation: Computation) -> str:
+    """The name of the instruction whose end `item` waits for; "" if it waits for none."""
+    if not item.opcode.endswith("-done"):
+        return ""
+    start = computation.instructions[item.operands[0]]
+    while start.opcode.endswith("-update"):
+        start = computation.instructions[start.operands[0]]
+    return start.name
+
+
 def estimate(module: Module, rates: Rates, *, by_cycles: bool = False) -> dict[str, Cost]:
-    """What a program's operations cost, by what they were made of (`describe`).
+    """The costs of a program's operations, by name (`describe`).
 
     Args:
       module: the compiled program.
@@ -98,8 +160,9 @@ def estimate(module: Module, rates: Rates, *, by_cycles: bool = False) -> dict[s
         is longer than the roofline's.
     """
     costs: dict[str, Cost] = {}
-    for label, cost in _costs(module, module.computations[module.entry], rates, by_cycles):
-        costs[label] = costs.get(label, Cost()) + cost
+    estimator = _Estimator(module, rates, by_cycles)
+    for name, cost in estimator.costs(module.computations[module.entry]):
+        costs[name] = costs.get(name, Cost()) + cost
     return costs
 
 
@@ -109,9 +172,9 @@ def total(costs: dict[str, Cost]) -> Cost:
 
 
 def missing_seconds(module: Module) -> int:
-    """What `optimal_seconds` is short of: one second for each custom call of the entry computation.
+    """The seconds that `Compiled.optimal_seconds` is short of: one for each custom call.
 
-    Those that allocate a buffer are counted rightly.
+    Calls of the entry computation count; those that allocate a buffer do not.
     """
     return sum(
         item.opcode == "custom-call" and 'custom_call_target="AllocateBuffer"' not in item.text
@@ -127,101 +190,12 @@ def has_loops(module: Module) -> bool:
     )
 
 
-def _costs(
-    module: Module, computation: Computation, rates: Rates, by_cycles: bool
-) -> Iterator[tuple[str, Cost]]:
-    channel = _Channel()
-    for item in computation.instructions.values():
-        if item.opcode in FREE:
-            continue
-        if item.opcode == "while":
-            trips = module.trip_count(item)
-            body = module.computations[item.called[-1]]
-            for label, cost in _costs(module, body, rates, by_cycles):
-                yield label, cost.times(trips)
-        elif item.opcode in ("call", "conditional"):
-            yield from _costs_of_branch(module, item, rates, by_cycles)
-        else:
-            cost = _cost(module, item, computation, rates)
-            start = _start_of(item, computation)
-            yield describe(item), _run(item, cost, rates, channel, by_cycles, start)
-
-
-def _costs_of_branch(
-    module: Module, item: Instruction, rates: Rates, by_cycles: bool
-) -> Iterator[tuple[str, Cost]]:
-    """The costs of what an instruction calls; of several branches, the longest one's."""
-    called = [module.computations[name] for name in item.called]
-    branches = [list(_costs(module, branch, rates, by_cycles)) for branch in called]
-    yield from max(branches, key=lambda costs: sum(cost.seconds for _, cost in costs))
-
-
-def _cost(module: Module, item: Instruction, computation: Computation, rates: Rates) -> Cost:
-    """The cost of one instruction by itself, which is not a copy to wait for."""
-    opcode = item.opcode.removesuffix("-start")
-    if item.opcode.endswith(("-done", "-update")):
-        return Cost()
-    if item.opcode in ASYNCHRONOUS:
-        moved = moved_bytes(module, item)
-        return Cost(hbm=moved, hbm_seconds=moved / rates.hbm)
-    if opcode in COLLECTIVES:
-        # A ring passes on all bytes but its own part, twice: to sum, and to spread the sums.
-        share = (rates.replicas - 1) / rates.replicas
-        seconds = 2 * share * link_bytes(item) / rates.links
-        return Cost(seconds, link_seconds=seconds, count=1)
-    moved = hbm_bytes(module, item, computation)
-    flops = matmul_flops(module, item, computation)
-    at_peak, at_bandwidth = flops / rates.flops, moved / rates.hbm
-    return Cost(
-        max(at_peak, at_bandwidth),
-        flops,
-        moved,
-        at_peak,
-        at_bandwidth,
-        item.estimated_cycles / rates.clock,
-        count=1,
-    )
-
-
-def _start_of(item: Instruction, computation: Computation) -> str:
-    """The name of the instruction that began what `item` ends; "" if it ends nothing."""
-    if not item.opcode.endswith("-done"):
-        return ""
-    start = computation.instructions[item.operands[0]]
-    while start.opcode.endswith("-update"):
-        start = computation.instructions[start.operands[0]]
-    return start.name
-
-
-def _run(
-    item: Instruction, cost: Cost, rates: Rates, channel: _Channel, by_cycles: bool, start: str
-) -> Cost:
-    """Its cost beside the copies that are under way, and what waiting for one takes.
-
-    Args:
-      item: the instruction.
-      cost: of it by itself.
-      rates: of the chip.
-      channel: the copies.
-      by_cycles: as for `estimate`.
-      start: of the copy that it ends; "" if none.
-    """
-    if item.opcode in ASYNCHRONOUS:
-        channel.left[item.name] = cost.hbm
-        return cost
-    if start in channel.left:
-        return Cost(channel.finish(start) / rates.hbm)
-    seconds = max(cost.seconds, cost.cycle_seconds) if by_cycles else cost.seconds
-    channel.work(seconds * rates.hbm - cost.hbm)
-    return dataclasses.replace(cost, seconds=seconds)
-
-
 def describe(item: Instruction) -> str:
-    """What an instruction was made of, in the framework's terms, one name for all layers."""
+    """The TensorFlow operation that an instruction comes from, with one name for all layers."""
     name = item.op_name.partition(";")[0]
     if name.startswith("XlaAllReduce") or item.opcode.removesuffix("-start") in COLLECTIVES:
         return "sum over replicas"
-    # The step's second function.
+    # The step's second function, `TrainStep.update`.
     if name.startswith("StatefulPartitionedCall_1"):
         return "update of the weights"
     parts = [re.sub(r"(_\d+)+$", "", part) for part in name.split("/")]
@@ -231,7 +205,7 @@ def describe(item: Instruction) -> str:
     if kept[0] == "gradient_tape":
         kept = [*kept[1:], "(backward)"]
     elif len(kept) == 1 and parts[0] == "StatefulPartitionedCall":
-        # Gradients that are written out have no layer in their names.
+        # Gradients that our own code computes have no layer in their names.
         kept.append("(backward, dropout and LayerNorm)")
     return "/".join(kept)
 
@@ -242,12 +216,11 @@ class StepCost:
 
     Attributes:
       memory: bytes of HBM by kind (`MEMORY_KINDS`).
-      xla_flops: by XLA's cost model, which counts all arithmetic; None where there are loops, whose
-        bodies it counts once.
-      xla_seconds: by the same model, which takes on-chip memory for HBM, sums over replicas added;
-        None likewise.
-      cycle_seconds: by the compiler's estimate of cycles, or by the roofline where that is longer
-        or the compiler has none.
+      xla_flops: of all arithmetic, by XLA's cost model; None where there are loops, whose bodies it
+        counts once.
+      xla_seconds: by the same model, which takes on-chip memory for HBM, plus the sums over
+        replicas; None where there are loops.
+      cycle_seconds: by the compiler's estimate of cycles, or by the roofline where that is longer.
       costs: by the roofline, for each kind of operation.
     """
 
@@ -292,7 +265,7 @@ def measure(compiled: Compiled, rates: Rates) -> StepCost:
 
 
 def extend(shallow: StepCost, deep: StepCost, more_layers: float) -> StepCost:
-    """The cost of a deeper step: each layer costs what the last one of `deep` does.
+    """The cost of a step with more layers, each of which costs as much as the last one of `deep`.
 
     Args:
       shallow, deep: the same step with some number of layers, and with one more.
@@ -320,13 +293,13 @@ def extend(shallow: StepCost, deep: StepCost, more_layers: float) -> StepCost:
 
 @dataclass(frozen=True)
 class StepReport:
-    """What is known of one step.
+    """One step of a job.
 
     Attributes:
       cost: of one execution on one chip.
-      model_flops: useful FLOP of it (`job_shape.model_flops`).
-      documents: that one chip takes in one execution, on average.
-      passes: times that it sees the corpus.
+      model_flops: its useful FLOP (`job_shape.model_flops`).
+      documents: of one execution on one chip, on average.
+      passes: over the corpus.
       compiled_layers: depths of the programs that the cost comes from.
     """
 
@@ -337,17 +310,17 @@ class StepReport:
     compiled_layers: tuple[int, ...]
 
     def utilisation(self, peak: float) -> tuple[float, float]:
-        """Least and most of the chip's peak (FLOP a second) that is useful work."""
+        """The lowest and the highest share of the chip's peak (FLOP a second) in useful work."""
         shortest, longest = self.cost.seconds
         return self.model_flops / longest / peak, self.model_flops / shortest / peak
 
     def documents_per_second(self) -> tuple[float, float]:
-        """Least and most documents a second of one chip."""
+        """The fewest and the most documents a second of one chip."""
         shortest, longest = self.cost.seconds
         return self.documents / longest, self.documents / shortest
 
     def chip_hours(self, num_documents: int) -> tuple[float, float]:
-        """Least and most hours that a chip, or as many chips together, takes for the corpus."""
+        """The fewest and the most hours of chips, all together, for the corpus."""
         slowest, fastest = self.documents_per_second()
         hours = num_documents * self.passes / 3600
         return hours / fastest, hours / slowest

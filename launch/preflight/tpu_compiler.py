@@ -1,16 +1,21 @@
 """Compiles programs for a TPU slice with libtpu, no TPU needed: a process of its own.
 
-The newest libtpu, which this wants, aborts next to TensorFlow for TPUs. So this file runs in an
+This needs the newest libtpu, which aborts next to TensorFlow for TPUs. So this file runs in an
 environment that holds jax and libtpu and neither TensorFlow nor this project's other files:
 
-    .venv-preflight/bin/python launch/tpu_compiler.py --topology=v5e:2x2 --replicas=4 train.hlo
+    .venv-preflight/bin/python launch/preflight/tpu_compiler.py --topology=v5e:2x2 --replicas=4 \
+        train.hlo
 
-The file holds a serialized HLO module. One line of JSON goes to standard output: either `error` or
-`seconds` (of compilation), `flops`, `bytes_accessed` and `optimal_seconds` (of one replica by XLA's
-cost model, which counts on-chip memory as well as HBM, and each custom call of the entry
-computation as -1 s) and the bytes of one chip's HBM by kind: `arguments`, `outputs`, `aliased`
-(outputs that reuse an argument's memory), `temporaries` and `code`. With --texts the
-compiler writes texts of the program there; `*.after_codegen.txt` is the one that a chip would run.
+The file holds a serialized HLO module. Standard output gets one line of JSON, either `error` or:
+
+- `seconds` of compilation;
+- `flops`, `bytes_accessed` and `optimal_seconds` of one replica by XLA's cost model, which counts
+  on-chip memory as well as HBM, and each custom call of the entry computation as -1 s;
+- bytes of one chip's HBM: `arguments`, `outputs` (but those in the memory of an argument),
+  `temporaries` and `code`.
+
+With --texts the compiler writes texts of the program there; a chip would run
+`*.after_codegen.txt`.
 """
 
 import argparse
@@ -19,11 +24,11 @@ import os
 import time
 from typing import Any
 
-# Without these libtpu asks a metadata server that no machine but a TPU VM has.
+# Without these libtpu asks a metadata server, which only TPU VMs have.
 os.environ.setdefault("TPU_SKIP_MDS_QUERY", "1")
 os.environ.setdefault("TPU_WORKER_HOSTNAMES", "localhost")
 os.environ.setdefault("TPU_ACCELERATOR_TYPE", "v5litepod-4")
-# Several compilations at once share no chip, so need no lock on one.
+# Compilations that run at once share no chip, so they need no lock.
 os.environ.setdefault("ALLOW_MULTIPLE_LIBTPU_LOAD", "1")
 
 import numpy as np
@@ -37,7 +42,7 @@ def read_program(path: str) -> ir.Module:
     """A serialized HLO module in StableHLO, the language that the compiler's client takes.
 
     TensorFlow ends a program with a copy of each updated variable. StableHLO has no such
-    operation; without it the compiler itself decides where one is needed.
+    operation, so these go; the compiler itself copies where it has to.
     """
     with open(path, "rb") as file:
         serialized = _jax.mlir.hlo_to_stablehlo(file.read())
@@ -66,7 +71,7 @@ def compile_program(
       path: of the serialized HLO module.
       devices: of a topology.
       optimization_level: 0 for the compiler's default, 1 for its least effort.
-      texts: folder for texts of the program, if they are wanted.
+      texts: folder for texts of the program, or None.
     """
     options = _jax.CompileOptions()
     options.num_replicas = len(devices)
@@ -75,8 +80,8 @@ def compile_program(
     )
     options.executable_build_options.optimization_level = optimization_level
     if texts is not None:
-        # The executable could give its text too, but not if it holds what only libtpu knows, as
-        # programs for v6e do.
+        # The executable's own text fails where the program holds operations that only libtpu
+        # knows, as programs for v6e do.
         debug_options = options.executable_build_options.debug_options
         debug_options.xla_dump_to, debug_options.xla_dump_hlo_as_text = texts, True
     program = read_program(path)
@@ -93,8 +98,7 @@ def compile_program(
         "bytes_accessed": cost["bytes accessed"],
         "optimal_seconds": cost["optimal_seconds"],
         "arguments": memory.argument_size_in_bytes,
-        "outputs": memory.output_size_in_bytes,
-        "aliased": memory.alias_size_in_bytes,
+        "outputs": memory.output_size_in_bytes - memory.alias_size_in_bytes,
         "temporaries": memory.temp_size_in_bytes,
         "code": memory.generated_code_size_in_bytes,
     }

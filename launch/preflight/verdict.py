@@ -1,19 +1,20 @@
-"""The words of `multihot preflight`: what was compiled, what it needs, how far to trust it."""
-
-from __future__ import annotations
+"""What `multihot preflight` prints: what was compiled, what it needs, how far to trust it."""
 
 import math
 import textwrap
 from collections.abc import Iterator, Sequence
-from typing import TYPE_CHECKING
 
 from launch.accelerators import GIB, Target
-from launch.preflight.job_shape import FILL, QUANTUM, JobShape, Largest, num_parameters
-from launch.preflight.roofline import StepCost
-from launch.preflight_config import PreflightConfig
-
-if TYPE_CHECKING:
-    from launch.preflight.roofline import StepReport
+from launch.preflight.job_shape import (
+    FILL,
+    QUANTUM,
+    JobShape,
+    Largest,
+    Preflight,
+    num_parameters,
+    train_config,
+)
+from launch.preflight.roofline import StepCost, StepReport
 
 _TRUST = (
     "memory is the compiler's own count. Time was never measured on a TPU: the roofline leaves "
@@ -23,8 +24,9 @@ _TRUST = (
 )
 
 
-def describe_job(config: PreflightConfig, target: Target, shape: JobShape) -> Iterator[str]:
+def describe_job(this: Preflight) -> Iterator[str]:
     """What is going to be compiled."""
+    config, target, shape = this.config, this.target, this.shape
     model, kind = shape.model, target.kind
     yield (
         f"{target.topology}: {target.chips} chips, each {target.hbm_bytes / GIB:.2f} GiB of HBM "
@@ -34,8 +36,7 @@ def describe_job(config: PreflightConfig, target: Target, shape: JobShape) -> It
     )
     yield (
         f"model: {model.num_layers} layers, {model.hidden_size} wide, {model.num_labels} labels, "
-        f"{num_parameters(model) / 1e6:.1f} M parameters, "
-        f"{'float32' if config.precision == 'float32' else 'mixed_bfloat16'}"
+        f"{num_parameters(model) / 1e6:.1f} M parameters, {train_config(config).precision}"
     )
     where = f"of {config.data_dir}" if config.data_dir else "assumed, as there is no --data_dir"
     yield (
@@ -48,10 +49,9 @@ def describe_job(config: PreflightConfig, target: Target, shape: JobShape) -> It
             yield f"{name}: {packing.num_tokens} tokens a micro-batch in rows of {rows}"
 
 
-def describe_step(
-    config: PreflightConfig, target: Target, shape: JobShape, name: str, report: StepReport
-) -> Iterator[str]:
+def describe_step(this: Preflight, name: str, report: StepReport) -> Iterator[str]:
     """What one step needs."""
+    config, target, shape = this.config, this.target, this.shape
     cost, layers = report.cost, shape.model.num_layers
     compiled = " and ".join(map(str, report.compiled_layers))
     if report.compiled_layers == (layers,):
@@ -91,7 +91,7 @@ def describe_step(
         f"  documents: {_range(report.documents_per_second(), 1)} a second and chip "
         f"({FILL:.0%} of the tokens filled)"
     )
-    yield from _describe_corpus(config, target, shape, name, report)
+    yield from _describe_corpus(this, name, report)
     yield from _describe_costs(cost, config.costs)
 
 
@@ -132,16 +132,14 @@ def split_memory(shape: JobShape, name: str, cost: StepCost, has_average: bool) 
     }
 
 
-def _describe_corpus(
-    config: PreflightConfig, target: Target, shape: JobShape, name: str, report: StepReport
-) -> Iterator[str]:
-    hours = report.chip_hours(shape.num_documents)
+def _describe_corpus(this: Preflight, name: str, report: StepReport) -> Iterator[str]:
+    hours = report.chip_hours(this.shape.num_documents)
     passes = f" x {report.passes:g} epochs" if name == "train" else ""
     line = (
-        f"  corpus: {shape.num_documents} documents{passes} take {_range(hours, 1)} chip-hours, "
-        f"{_range(hours, 60 / target.chips)} minutes on this slice"
+        f"  corpus: {this.shape.num_documents} documents{passes} take {_range(hours, 1)} "
+        f"chip-hours, {_range(hours, 60 / this.target.chips)} minutes on this slice"
     )
-    price = config.price_per_chip_hour
+    price = this.config.price_per_chip_hour
     yield line + (f", at {price:g} a chip-hour {_range(hours, price)}" if price else "")
 
 
@@ -157,7 +155,7 @@ def _describe_costs(cost: StepCost, count: int) -> Iterator[str]:
         )
 
 
-def describe_largest(config: PreflightConfig, target: Target, largest: Largest) -> Iterator[str]:
+def describe_largest(target: Target, largest: Largest) -> Iterator[str]:
     """What --find_batch found."""
     if largest.tokens:
         yield (
@@ -174,12 +172,7 @@ def describe_largest(config: PreflightConfig, target: Target, largest: Largest) 
 
 
 def _range(values: Sequence[float], factor: float) -> str:
-    """`12 to 34`: two numbers times a factor, with three digits."""
-    low, high = (f"{value * factor:.3g}" for value in values)
-    low, high = (_plain(text) for text in (low, high))
+    """`12 to 34`: two numbers times a factor, with three digits and without an exponent."""
+    texts = [f"{value * factor:.3g}" for value in values]
+    low, high = (f"{float(text):.0f}" if "e+" in text else text for text in texts)
     return low if low == high else f"{low} to {high}"
-
-
-def _plain(text: str) -> str:
-    """Without an exponent."""
-    return f"{float(text):.0f}" if "e+" in text else text

@@ -14,11 +14,11 @@ from launch.accelerators import parse_target
 from launch.preflight.command import find_batch, report_step
 from launch.preflight.compilation import DEFAULT_PYTHON, compile_programs
 from launch.preflight.job_shape import (
+    JobShape,
+    Preflight,
     assume_lengths,
-    choose_shape,
     model_flops,
     num_parameters,
-    read_metadata,
 )
 from launch.preflight.lowering import lower, lower_steps
 from launch.preflight.roofline import StepCost
@@ -31,6 +31,7 @@ from trainer.errors import DoesNotFit, UserError
 from trainer.flags import parse_flags
 from trainer.model.model import build_model
 from trainer.model_config import ModelConfig, OptimizerConfig, PackingConfig
+from trainer.run_config import TrainConfig
 
 needs_compiler = pytest.mark.skipif(
     not DEFAULT_PYTHON.exists(), reason="the compiler for TPUs is missing; run `make compiler`"
@@ -56,9 +57,15 @@ SMALL = [
 ]  # fmt: skip
 
 
+def lowered(model, packing, scoring_packing, precision="mixed_bfloat16", **changes):
+    shape = JobShape(model, packing, scoring_packing, 32, tokens_per_document=1, num_documents=1)
+    config = TrainConfig(data_dir="none", model_dir="none", precision=precision, **changes)
+    return lower_steps(config, shape, CHIPS)
+
+
 @pytest.fixture(scope="module")
 def programs():
-    return lower_steps(MODEL, OptimizerConfig(), PACKING, SCORING, replicas=CHIPS)
+    return lowered(MODEL, PACKING, SCORING)
 
 
 @needs_compiler
@@ -101,26 +108,14 @@ def test_what_else_a_run_may_choose_compiles(
     head, pooling, num_labels, accumulation, ema_decay, precision
 ):
     model = dataclasses.replace(
-        MODEL,
-        vocab_size=1024,
-        hidden_size=128,
-        num_layers=1,
-        num_attention_heads=2,
-        intermediate_size=256,
-        head=head,
-        window_pooling=pooling,
-        num_labels=num_labels,
-    )
+        MODEL, vocab_size=1024, hidden_size=128, num_layers=1, num_attention_heads=2,
+        intermediate_size=256, head=head, window_pooling=pooling, num_labels=num_labels,
+    )  # fmt: skip
     packing = PackingConfig(((4, 128),), max_documents=16, max_windows=24)
-    programs = lower_steps(
-        model,
-        OptimizerConfig(ema_decay=ema_decay),
-        packing,
-        packing,
-        replicas=CHIPS,
-        accumulation=accumulation,
-        precision=precision,
-    )
+    programs = lowered(
+        model, packing, packing, precision,
+        gradient_accumulation=accumulation, optimizer=OptimizerConfig(ema_decay=ema_decay),
+    )  # fmt: skip
     compiled = compile_programs(programs, parse_target("v5e"), least_effort=True)
     # Weights and two slots, and the average of the weights where there is one.
     copies = compiled["train"].arguments / compiled["evaluate"].arguments
@@ -229,7 +224,7 @@ def test_the_command_reports_memory_by_kind_and_time_as_a_range(reported, name):
     figures, shown = reported
     step = figures["steps"][name]
     assert step["compiled_layers"] == [2, 3]
-    shape = choose_shape(small_config(num_layers=4), read_metadata(small_config()))
+    shape = Preflight.of(small_config(num_layers=4)).shape
     parts = split_memory(shape, name, StepCost(**step["cost"]), has_average=False)
     assert sum(parts.values()) == pytest.approx(step["total_memory"], rel=1e-9)
     assert parts["weights"] == 4 * num_parameters(shape.model)
@@ -251,7 +246,7 @@ def test_a_slice_sums_the_gradients_of_all_its_chips(reported):
     """15/16 of 4 bytes a parameter, twice, at 100 GB/s; little tensors are padded."""
     figures, _ = reported
     costs = figures["steps"]["train"]["cost"]["costs"]
-    shape = choose_shape(small_config(num_layers=4), read_metadata(small_config()))
+    shape = Preflight.of(small_config(num_layers=4)).shape
     least = 2 * 15 / 16 * 4 * num_parameters(shape.model) / 100e9
     assert least < costs["sum over replicas"]["link_seconds"] < 1.2 * least
 
@@ -259,9 +254,8 @@ def test_a_slice_sums_the_gradients_of_all_its_chips(reported):
 @needs_compiler
 def test_depth_extends_what_shallow_programs_need(reported):
     figures, _ = reported
-    config = small_config(num_layers=4, full_depth=True)
-    target, shape = parse_target("v5e:4x4"), choose_shape(config, read_metadata(config))
-    whole = report_step(config, target, shape, "train")
+    config = small_config(num_layers=4, full_depth=True, target="v5e:4x4")
+    whole = report_step(Preflight.of(config), "train")
     assert whole.compiled_layers == (4,)
     extended = figures["steps"]["train"]
     assert extended["total_memory"] == pytest.approx(whole.cost.total_memory, rel=0.05)
@@ -276,8 +270,7 @@ def test_the_largest_batch_is_found():
     config = small_config(num_layers=1, row_groups=None, tokens_per_replica=1024)
     kind = dataclasses.replace(parse_target("v5e").kind, hbm_bytes=24 << 20)
     target = dataclasses.replace(parse_target("v5e"), kind=kind)
-    shape = choose_shape(config, read_metadata(config))
-    largest = find_batch(config, target, shape, {})
+    largest = find_batch(dataclasses.replace(Preflight.of(config), target=target), {})
     assert 0.8 * target.hbm_bytes < largest.memory <= target.hbm_bytes
     assert largest.tokens > 1024 and largest.trials <= 5
 
@@ -326,7 +319,7 @@ def test_mistakes_are_one_line(arguments, message, capsys):
 def test_the_data_folder_says_what_is_learned(corpus):
     config = parse_flags(PreflightConfig, ["--target=v5e", f"--data_dir={corpus}"])
     metadata = load_metadata(str(corpus))
-    shape = choose_shape(config, read_metadata(config))
+    shape = Preflight.of(config).shape
     split = metadata.split("train")
     assert shape.model.num_labels == len(metadata.labels)
     assert shape.model.vocab_size == metadata.vocab_size

@@ -16,8 +16,8 @@ from trainer.data.tokenizer import load_tokenizer
 from trainer.errors import UserError
 from trainer.model.model import build_model
 from trainer.model.pretrained import from_variables, load_pretrained, model_config, read_tensors
-from trainer.model_config import PackingConfig
-from trainer.training.losses import weighted_bce
+from trainer.model_config import LossConfig, PackingConfig
+from trainer.training.losses import make_loss
 
 NUM_LABELS = 20
 PACKING = PackingConfig(((6, 128), (3, 256), (3, 512)), 40, 40)
@@ -159,6 +159,8 @@ def test_every_gradient_equals_pytorchs_with_positive_weights(pair, documents):
         for name, parameter in theirs.named_parameters()
     }
 
+    ones = np.ones(len(weights))
+    weighted = make_loss(LossConfig(), weights, ones, ones, len(documents))
     variables = ours.named_variables()
     totals = {name: np.zeros(variable.shape, np.float32) for name, variable in variables.items()}
     for batch in micro_batches(documents):
@@ -166,7 +168,7 @@ def test_every_gradient_equals_pytorchs_with_positive_weights(pair, documents):
         hot = np.where(index[:, None] >= 0, labels[np.maximum(index, 0)], 0)
         with tf.GradientTape() as tape:
             logits = ours(batch, row_groups=PACKING.row_groups, num_documents=PACKING.max_documents)
-            loss, _ = weighted_bce(logits, hot, batch["document_mask"], weights)
+            loss, _ = weighted(logits, hot, batch["document_mask"])
             loss /= len(documents)
         gradients = tape.gradient(loss, variables)
         for name in totals:

@@ -18,12 +18,17 @@ from trainer.training.losses import (
     logit_offset,
     make_loss,
     positive_weights,
-    weighted_bce,
 )
 
 LABELS = ("common", "rare", "never", "always")
 COUNTS = (2000, 10, 0, 8000)
 DOCUMENTS = 8000
+
+
+def weighted_bce(logits, labels, mask, weights):
+    """The default loss, as (sum, number of documents)."""
+    ones = np.ones(len(weights))
+    return make_loss(LossConfig(), weights, ones, ones, DOCUMENTS)(logits, labels, mask)
 
 
 def reference_loss(logits, labels, mask, weights):
@@ -87,7 +92,7 @@ def test_empty_slots_count_nothing_even_if_their_logits_are_nan(batch):
 
 
 def test_empty_micro_batch_is_zero_of_weight_zero():
-    total, count = weighted_bce(tf.fill([4, 3], np.nan), tf.zeros([4, 3]), tf.zeros(4), tf.ones(3))
+    total, count = weighted_bce(tf.fill([4, 3], np.nan), tf.zeros([4, 3]), tf.zeros(4), np.ones(3))
     assert (float(total), float(count)) == (0.0, 0.0)
 
 
@@ -102,7 +107,7 @@ def test_sums_over_micro_batches_give_the_loss_of_the_whole(batch):
 
 def test_low_precision_logits_are_computed_in_float32():
     logits = tf.constant([[12.0, -12.0]], tf.bfloat16)
-    total, _ = weighted_bce(logits, tf.constant([[1.0, 0.0]]), tf.ones(1), tf.ones(2))
+    total, _ = weighted_bce(logits, tf.constant([[1.0, 0.0]]), tf.ones(1), np.ones(2))
     assert total.dtype == tf.float32
     assert float(total) == pytest.approx(np.log1p(np.exp(-12.0)), rel=1e-5)
 

@@ -39,7 +39,7 @@ def make_problem(seed=0, steps=12):
 
 def make_optimizer(config, weights):
     variables = [tf.Variable(weight) for weight in weights]
-    return AdamW(config, variables, NAMES, LAYERS, TOTAL)
+    return AdamW(config, dict(zip(NAMES, variables, strict=True)), LAYERS, TOTAL)
 
 
 def run(optimizer, gradients, jit_compile=False):

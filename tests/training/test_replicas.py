@@ -1,7 +1,6 @@
 """One semantics for any number of replicas: the same documents, masks, gradients and weights."""
 
 import functools
-from functools import partial
 
 import numpy as np
 import pytest
@@ -13,8 +12,9 @@ from trainer.data.packing import choose_packing
 from trainer.evaluation.predictions import concatenate
 from trainer.model.model import build_model
 from trainer.model.predictor import Predictor
-from trainer.model_config import ModelConfig
-from trainer.training.losses import weighted_bce
+from trainer.model_config import LossConfig, ModelConfig, OptimizerConfig
+from trainer.training.losses import make_loss
+from trainer.training.optimizer import AdamW
 from trainer.training.step import GROWTH_STEPS, INITIAL_SCALE, LossScale, TrainStep
 
 MICRO_BATCHES = 4
@@ -73,16 +73,18 @@ def make_step(stream, strategy, dropout=0.0, precision="float32", max_bad_steps=
         optimizer = Sgd(list(model.named_variables().values()))
         scale = LossScale() if precision == "mixed_float16" else None
     weights = np.linspace(1, 5, stream.num_labels, dtype=np.float32)
+    ones = np.ones(stream.num_labels)
+    loss = make_loss(LossConfig(), weights, ones, ones, stream.num_documents)
     return TrainStep(
-        strategy, model, optimizer, stream.packing, partial(weighted_bce, pos_weights=weights), 7,
+        strategy, model, optimizer, stream.packing, loss, 7,
         jit_compile=False, loss_scale=scale, max_bad_steps=max_bad_steps,
     )  # fmt: skip
 
 
-def deal(stream, strategy):
+def distribute(stream, strategy):
     def of_host(context):
-        share = HostShard(context.num_replicas_in_sync, 0, context.num_replicas_in_sync)
-        return shard_steps(read_micro_batches(stream, seed=1), stream, MICRO_BATCHES, share)
+        shard = HostShard(context.num_replicas_in_sync, 0, context.num_replicas_in_sync)
+        return shard_steps(read_micro_batches(stream, seed=1), stream, MICRO_BATCHES, shard)
 
     return iter(strategy.distribute_datasets_from_function(of_host))
 
@@ -117,7 +119,7 @@ def test_four_replicas_are_one_replica_with_accumulation_four(stream, dropout):
     runs = [make_step(stream, strategy, dropout) for strategy in strategies]
     alone, several = runs
     initial = values(alone.optimizer.variables)
-    iterators = [deal(stream, strategy) for strategy in strategies]
+    iterators = [distribute(stream, strategy) for strategy in strategies]
     total = len(list(read_micro_batches(stream, seed=1)))
     assert total % MICRO_BATCHES, "the end has to be uneven"
     for _ in range(-(-total // MICRO_BATCHES)):
@@ -135,7 +137,7 @@ def test_four_replicas_are_one_replica_with_accumulation_four(stream, dropout):
 
     for step, strategy in zip(runs, strategies, strict=True):
         assign(step, initial)
-        iterator = deal(stream, strategy)
+        iterator = distribute(stream, strategy)
         take(step, iterator, 12)
         take(step, iterator, 8)
         assert step.run.experimental_get_tracing_count() == 1
@@ -165,7 +167,7 @@ def test_evaluation_on_several_replicas_counts_every_document_once(corpus, strea
 def test_a_requested_stop_ends_the_loop_after_the_step_under_way(stream):
     strategy = one_device()
     step = make_step(stream, strategy)
-    iterator = deal(stream, strategy)
+    iterator = distribute(stream, strategy)
     assert take(step, iterator, 3)["stop"] == 0
     step.stop_requested.assign(True)
     report = take(step, iterator, 10)
@@ -174,16 +176,12 @@ def test_a_requested_stop_ends_the_loop_after_the_step_under_way(stream):
 
 
 def test_float16_rescales_after_an_overflow_and_goes_on(stream):
-    from trainer.model_config import OptimizerConfig
-    from trainer.training.optimizer import AdamW
 
     strategy = one_device()
     step = make_step(stream, strategy, precision="mixed_float16")
     variables = step.model.named_variables()
-    step.optimizer = AdamW(
-        OptimizerConfig(warmup=0.0), list(variables.values()), list(variables), 2, 10**6
-    )
-    iterator = deal(stream, strategy)
+    step.optimizer = AdamW(OptimizerConfig(warmup=0.0), variables, 2, 10**6)
+    iterator = distribute(stream, strategy)
     # Far above what float16 holds (65,504), so that the first steps overflow.
     step.loss_scale.scale.assign(2.0**30)
     before = values(variables.values())
@@ -218,6 +216,6 @@ def test_float16_gradients_are_those_of_float32(stream):
     found = []
     for precision in ("float32", "mixed_float16"):
         step = make_step(stream, strategy, precision=precision)
-        take(step, deal(stream, strategy), 1)
+        take(step, distribute(stream, strategy), 1)
         found.append(values(step.optimizer.seen))
     assert difference(found[1], found[0]) < 0.01

@@ -1,7 +1,6 @@
 """Evaluations while training, held in memory or streamed, give the same figures."""
 
 import dataclasses
-from functools import partial
 
 import numpy as np
 import pytest
@@ -12,9 +11,9 @@ from trainer.data.packing import choose_packing
 from trainer.evaluation.predictions import concatenate
 from trainer.model.model import build_model
 from trainer.model.predictor import Predictor
-from trainer.model_config import ModelConfig, OptimizerConfig
+from trainer.model_config import LossConfig, ModelConfig, OptimizerConfig
 from trainer.run_config import TrainConfig
-from trainer.training.losses import weighted_bce
+from trainer.training.losses import make_loss
 from trainer.training.optimizer import AdamW
 from trainer.training.run_record import RunRecord
 from trainer.training.selection import Evaluation
@@ -38,11 +37,10 @@ def evaluation(corpus):
     )
     model = build_model(sizes, seed=1)
     model.head.classifier.kernel.assign(model.head.classifier.kernel * 200.0)
-    variables = model.named_variables()
-    optimizer = AdamW(OptimizerConfig(), list(variables.values()), list(variables), 1, 100)
+    optimizer = AdamW(OptimizerConfig(), model.named_variables(), 1, 100)
     weights = np.linspace(1, 5, num_labels, dtype=np.float32)
     strategy = tf.distribute.OneDeviceStrategy("/cpu:0")
-    loss = partial(weighted_bce, pos_weights=weights)
+    loss = make_loss(LossConfig(), weights, np.ones(num_labels), [1] * num_labels, 100)
     step = TrainStep(strategy, model, optimizer, packing, loss, 7, False)
     record = RunRecord(
         TrainConfig(data_dir=corpus, model_dir="unused", eval_split="test"), sizes, packing,

@@ -1,7 +1,5 @@
 """The step: one semantics whatever the accumulation, no NaN from nothing, one trace."""
 
-from functools import partial
-
 import numpy as np
 import pytest
 import tensorflow as tf
@@ -12,8 +10,8 @@ from trainer.data.packing import choose_packing, empty_micro_batch
 from trainer.evaluation.predictions import concatenate
 from trainer.model.model import build_model
 from trainer.model.predictor import Predictor
-from trainer.model_config import ModelConfig, OptimizerConfig
-from trainer.training.losses import weighted_bce
+from trainer.model_config import LossConfig, ModelConfig, OptimizerConfig
+from trainer.training.losses import make_loss
 from trainer.training.optimizer import AdamW
 from trainer.training.step import TrainStep, read_position
 
@@ -29,35 +27,20 @@ def stream(corpus):
 
 def make_step(stream, dropout=RATE, jit_compile=False):
     config = ModelConfig(
-        vocab_size=1024,
-        num_labels=stream.num_labels,
-        hidden_size=32,
-        num_layers=2,
-        num_attention_heads=2,
-        intermediate_size=64,
-        max_position_embeddings=128,
-        hidden_dropout=dropout,
-        attention_dropout=dropout,
-    )
+        vocab_size=1024, num_labels=stream.num_labels, hidden_size=32, num_layers=2,
+        num_attention_heads=2, intermediate_size=64, max_position_embeddings=128,
+        hidden_dropout=dropout, attention_dropout=dropout,
+    )  # fmt: skip
     model = build_model(config, seed=1)
-    variables = model.named_variables()
     optimizer = AdamW(
-        OptimizerConfig(learning_rate=1e-3),
-        list(variables.values()),
-        list(variables),
-        config.num_layers,
+        OptimizerConfig(learning_rate=1e-3), model.named_variables(), config.num_layers,
         stream.num_documents,
-    )
+    )  # fmt: skip
     weights = np.linspace(1, 5, stream.num_labels, dtype=np.float32)
-    return TrainStep(
-        tf.distribute.OneDeviceStrategy("/cpu:0"),
-        model,
-        optimizer,
-        stream.packing,
-        partial(weighted_bce, pos_weights=weights),
-        7,
-        jit_compile,
-    )
+    ones = np.ones(stream.num_labels)
+    loss = make_loss(LossConfig(), weights, ones, ones, stream.num_documents)
+    strategy = tf.distribute.OneDeviceStrategy("/cpu:0")
+    return TrainStep(strategy, model, optimizer, stream.packing, loss, 7, jit_compile)
 
 
 def steps_of(stream, accumulation):

@@ -1,7 +1,7 @@
-"""A run's checkpoints and its best weights: saved while it goes on, and read only if whole.
+"""A run's checkpoints and its best weights: saved while training goes on, read only if whole.
 
-A model folder holds `config.json` (the run), `checkpoints/` (the newest few, to resume), `best/`
-(the weights that evaluation liked best) and `metrics.jsonl`.
+A run's folder holds `config.json` (the run's record), `checkpoints/` (the newest few, to resume
+from), `best/` (the weights with the best evaluation) and `metrics.jsonl`.
 """
 
 import hashlib
@@ -26,24 +26,11 @@ from trainer.training.checkpoint_folder import (
     DamagedError,
     Values,
     Variables,
-    check_shapes,
     one_line,
 )
-from trainer.training.run_record import RunRecord, load_record, start_record
+from trainer.training.run_record import RunRecord, load_record
 
-# A run's record belongs to what this module is asked for, though it has a room of its own.
-__all__ = [
-    "Checkpoints",
-    "LoadedRun",
-    "RunRecord",
-    "check_shapes",
-    "fingerprint_weights",
-    "load_best",
-    "load_record",
-    "start_record",
-]
-
-# Said of devices and other workers, not of a folder that is full or cannot be written to.
+# Errors of devices and other workers, not of a folder that is full or cannot be written to.
 _NOT_OF_FILES = (
     tf.errors.UnavailableError,
     tf.errors.AbortedError,
@@ -52,8 +39,8 @@ _NOT_OF_FILES = (
     tf.errors.InternalError,
 )
 
-# Checkpoints waiting to be written, each a copy of the variables: a best one and a newest one.
-_MOST_PENDING = 2
+# Checkpoints that wait to be written, each a copy of all variables: one best and one newest.
+_MAX_PENDING = 2
 
 _logger = logging.getLogger(__name__)
 
@@ -61,21 +48,21 @@ _logger = logging.getLogger(__name__)
 class Checkpoints:
     """The newest checkpoints of a run, and the best one.
 
-    They are written by a thread of their own, from a copy of the variables as they are at the
-    call, so that training goes on meanwhile. TensorFlow's own asynchronous checkpoints
-    (`CheckpointOptions(enable_async=True)`) copy as soundly, on one device and on mirrored ones,
-    but keep an error to themselves until the next write, so that a disk that is full at the last
-    checkpoint would go unnoticed. Here `save`, `save_best`, `wait` and `close` raise it.
+    A thread writes them from a copy that is made at the call, so that training goes on meanwhile.
+    TensorFlow's own asynchronous checkpoints (`CheckpointOptions(enable_async=True)`) copy as
+    soundly, but raise an error only at the next write: a disk that is full at the last checkpoint
+    would go unnoticed. Here `save`, `save_best`, `wait` and `close` raise it: a UserError where a
+    checkpoint cannot be written, as for want of room or permission.
     """
 
     def __init__(
         self, model_dir: str, variables: Variables, keep: int, is_chief: bool = True
     ) -> None:
-        """Touches nothing yet.
+        """Makes the writer; reads and writes nothing yet.
 
         Args:
           model_dir: folder of the run, the same one for all hosts.
-          variables: what to keep, as {"model": {name: variable}, ...}; on several replicas
+          variables: what to save, as {"model": {name: variable}, ...}; on several replicas
             mirrored ones, which a host can read by itself.
           keep: how many of the newest to keep.
           is_chief: whether this host writes and removes; the others only read.
@@ -92,13 +79,10 @@ class Checkpoints:
         self._error: Exception | None = None
 
     def save(self, step: int) -> None:
-        """Begins to save everything under the number of steps taken.
+        """Begins to save all variables under the number of steps taken.
 
-        When it is saved, older checkpoints than the newest `keep`, those that `restore` found
-        damaged, and all but the last of the best are removed.
-
-        Raises:
-          UserError: if an earlier one could not be saved: no room, or no permission to write.
+        Then it removes all but the newest `keep` checkpoints, those that `restore` found damaged,
+        and all but the last of the best.
         """
         self._begin(self._save, step, self._variables)
 
@@ -106,26 +90,16 @@ class Checkpoints:
         """Begins to save the weights as the best so far.
 
         The best before it stays until the next `save`: a run that is killed in between resumes
-        from a checkpoint that knows of no better one.
-
-        Raises:
-          UserError: as `save`.
+        from a checkpoint in whose variables that one is the best.
         """
         self._begin(self._best.write, step, {"model": self._variables["model"]})
 
     def wait(self) -> None:
-        """Returns when everything is saved.
-
-        Raises:
-          UserError: if something could not be saved: no room, or no permission to write.
-        """
-        while self._pending:
-            self._pending.popleft().result()
-        if self._error is not None:
-            raise self._error
+        """Returns when everything is saved."""
+        self._wait(0)
 
     def close(self) -> None:
-        """Waits as `wait` does; nothing can be saved afterwards."""
+        """Waits as `wait` does, and ends the writer."""
         try:
             self.wait()
         finally:
@@ -147,7 +121,7 @@ class Checkpoints:
                 continue
             self._tidy(step)
             return True
-        # Killed while it saved its first checkpoint, a run leaves one step without a manifest.
+        # A run that is killed while it saves its first checkpoint leaves one without a manifest.
         if steps or len(unlisted) > 1:
             raise UserError(
                 f"{self._newest.path}: none of {len(steps) + len(unlisted)} checkpoints can be "
@@ -157,7 +131,7 @@ class Checkpoints:
         return False
 
     def _tidy(self, restored: int | None) -> None:
-        """Removes what killed runs left behind, now that it is known where this one stands."""
+        """Removes what killed runs left; `restored` is the step to go on from, or None."""
         if not self._is_chief:
             return
         for folder in (self._newest, self._best):
@@ -171,19 +145,22 @@ class Checkpoints:
                 folder.remove(step)
         best = self._best.steps()
         if restored is not None and best and best[0] <= restored:
-            # The later ones are of steps that are still to be taken again.
+            # The run will take the steps of the later ones again.
             for step in best:
                 if step > restored:
                     self._best.remove(step)
 
-    def _begin(self, write: Callable[[int, Values], None], step: int, variables: Variables) -> None:
-        """Hands a copy of variables to the writer; raises what it could not save before."""
-        if not self._is_chief:
-            return
-        while len(self._pending) >= _MOST_PENDING:
+    def _wait(self, pending: int) -> None:
+        """Returns when at most so many writes are pending; raises the error of an earlier one."""
+        while len(self._pending) > pending:
             self._pending.popleft().result()
         if self._error is not None:
             raise self._error
+
+    def _begin(self, write: Callable[[int, Values], None], step: int, variables: Variables) -> None:
+        if not self._is_chief:
+            return
+        self._wait(_MAX_PENDING - 1)
         values = {
             group: {name: variable.numpy() for name, variable in members.items()}
             for group, members in variables.items()
@@ -191,7 +168,7 @@ class Checkpoints:
         self._pending.append(self._writer.submit(self._run, write, step, values))
 
     def _run(self, write: Callable[[int, Values], None], step: int, values: Values) -> None:
-        """Writes, unless something before could not be: the last checkpoint knows of the best."""
+        # Not after an error: a checkpoint whose best one is not there must not be written.
         if self._error is not None:
             return
         try:
@@ -208,7 +185,6 @@ class Checkpoints:
             self._error = error
 
     def _save(self, step: int, values: Values) -> None:
-        """Saves a checkpoint, then removes what it makes superfluous."""
         self._newest.write(step, values)
         self._damaged.discard(step)
         others = [other for other in self._newest.steps() if other != step]
@@ -223,7 +199,7 @@ class Checkpoints:
 
 @dataclass(frozen=True)
 class LoadedRun:
-    """A run's best model, ready to predict. `fingerprint` is that of its weights (SHA-256)."""
+    """A run's best model, ready to predict; `fingerprint` is the SHA-256 of its weights."""
 
     model: Model
     record: RunRecord
@@ -234,11 +210,6 @@ class LoadedRun:
     def packing(self) -> PackingConfig:
         """The shape of a micro-batch."""
         return self.record.packing
-
-    @property
-    def pos_weights(self) -> np.ndarray:
-        """The weights of positives, float32 [L]."""
-        return np.asarray(self.record.pos_weights, np.float32)
 
 
 def load_best(model_dir: str) -> LoadedRun:

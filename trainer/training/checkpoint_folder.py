@@ -3,9 +3,9 @@
     step-30.index, step-30.data-00000-of-00001    what TensorFlow writes
     step-30.json                                  the manifest, written last
 
-The manifest lists the files with their sizes and CRC-32C; what no manifest lists does not exist. A
-step that is saved again goes to `step-30-again.*` (and back to `step-30.*`), so that its manifest,
-replaced in one stroke, speaks of whole files at any moment.
+The manifest lists the files with their sizes and CRC-32C; a file that no manifest lists does not
+count. A step that is saved again goes to `step-30-again.*`, and the next time back to `step-30.*`.
+So the manifest, which is replaced atomically, lists whole files at any moment.
 """
 
 import contextlib
@@ -27,7 +27,6 @@ _MANIFEST = re.compile(r"step-(\d+)\.json")
 _FILE = re.compile(r"(step-(\d+)(?:-again)?)[._].*")
 _UNFINISHED = re.compile(r".*(_temp|\.tmp|\.tempstate\d*)")
 
-
 CHECKPOINT_FOLDER = "checkpoints"
 BEST_FOLDER = "best"
 
@@ -35,7 +34,7 @@ BEST_FOLDER = "best"
 Values = dict[str, dict[str, np.ndarray]]
 Variables = dict[str, dict[str, tf.Variable]]
 
-# What TensorFlow raises for a checkpoint that is not as it was written.
+# TensorFlow raises any of these for a checkpoint that is not as it was written.
 _DAMAGED = (
     tf.errors.DataLossError,
     tf.errors.NotFoundError,
@@ -65,10 +64,9 @@ class _Manifest:
 
     @property
     def prefix(self) -> str:
-        """What the names of all files begin with; empty if there is no index among them."""
-        ending = ".index"
-        found = (file.name for file in self.files if file.name.endswith(ending))
-        return next(found, "").removesuffix(ending)
+        """The common start of all names; empty if there is no index among the files."""
+        found = (file.name for file in self.files if file.name.endswith(".index"))
+        return next(found, "").removesuffix(".index")
 
 
 class CheckpointFolder:
@@ -89,7 +87,7 @@ class CheckpointFolder:
         return sorted(finished - set(self.steps()))
 
     def find(self, step: int) -> str:
-        """The prefix of a checkpoint's files, each of them compared with the manifest.
+        """The path of a checkpoint, its files compared with the manifest.
 
         Raises:
           DamagedError: naming the file that is missing or not as it was written.
@@ -108,7 +106,7 @@ class CheckpointFolder:
         return os.path.join(self.path, manifest.prefix)
 
     def read(self, step: int, variables: Variables) -> None:
-        """Reads a checkpoint, compared with its manifest first, into variables.
+        """Reads a checkpoint into variables, once its files are compared with the manifest.
 
         Raises:
           DamagedError: naming the file that is missing or not as it was written.
@@ -116,7 +114,7 @@ class CheckpointFolder:
         """
         path = self.find(step)
         try:
-            check_shapes(path, variables)
+            _check_shapes(path, variables)
             status = tf.train.Checkpoint(**variables).read(path)
             status.assert_existing_objects_matched().expect_partial()
         except UserError:
@@ -127,14 +125,14 @@ class CheckpointFolder:
             raise DamagedError(f"{path}: cannot be read ({one_line(error)})") from None
 
     def write(self, step: int, values: Values) -> None:
-        """Writes a checkpoint: the files, to the disk, and then the manifest.
+        """Writes a checkpoint: the files to the disk, then the manifest.
 
         Args:
-          step: of which an earlier checkpoint is replaced.
+          step: an earlier checkpoint of the same step is replaced.
           values: arrays as {group: {name: value}}, to be read as variables of those names.
 
         Raises:
-          OSError, tf.errors.OpError: if it cannot be written; what there was before stays.
+          OSError, tf.errors.OpError: if it cannot be written; an earlier one stays as it was.
         """
         filesystem.make_folder(self.path)
         before = self._prefix(step)
@@ -153,7 +151,7 @@ class CheckpointFolder:
             write_atomically(self._manifest_path(step), json.dumps(asdict(manifest)) + "\n")
             self._flush([])
         finally:
-            # Of a write that failed, the files that no manifest lists; else those before it.
+            # After a failure the new files, which no manifest lists; else those of an earlier one.
             with contextlib.suppress(OSError, tf.errors.OpError):
                 self._remove_files(step, keep=self._prefix(step))
 
@@ -163,7 +161,7 @@ class CheckpointFolder:
         self._remove_files(step)
 
     def remove_unfinished(self) -> None:
-        """Removes what a killed process was writing aside."""
+        """Removes temporary files that a killed process left."""
         for _, _, name in self._files():
             if _UNFINISHED.fullmatch(name):
                 self._remove(name)
@@ -178,7 +176,7 @@ class CheckpointFolder:
             return []
 
     def _files(self) -> Iterator[tuple[int, str, str]]:
-        """(step, prefix, name) of everything that is ours and no manifest."""
+        """(step, prefix, name) of every checkpoint's files but the manifests."""
         for name in self._names():
             match = _FILE.fullmatch(name)
             if match and not _MANIFEST.fullmatch(name):
@@ -203,7 +201,7 @@ class CheckpointFolder:
         return manifest
 
     def _prefix(self, step: int) -> str | None:
-        """The prefix that a step's manifest speaks of; None without one that can be read."""
+        """The prefix in a step's manifest; None if that is missing or damaged."""
         try:
             return self._read(step).prefix
         except DamagedError:
@@ -216,7 +214,7 @@ class CheckpointFolder:
         return _File(name, size, checksum(path))
 
     def _flush(self, names: Sequence[str]) -> None:
-        """Has local files, and the folder's own list of them, on the disk when it returns."""
+        """Forces local files, and the folder's list of files, onto the disk."""
         if filesystem.is_remote(self.path):
             return
         for path in (*(os.path.join(self.path, name) for name in names), self.path):
@@ -227,7 +225,7 @@ class CheckpointFolder:
                 os.close(descriptor)
 
     def _remove_files(self, step: int, keep: str | None = None) -> None:
-        """Removes a step's files, but for those of one prefix."""
+        """Removes a step's files but those with the prefix `keep`."""
         for found, prefix, name in self._files():
             if found == step and (prefix != keep or _UNFINISHED.fullmatch(name)):
                 self._remove(name)
@@ -241,12 +239,8 @@ class CheckpointFolder:
                 tf.io.gfile.remove(path)
 
 
-def check_shapes(path: str, variables: Variables) -> None:
-    """Compares a checkpoint's tensors with the variables that shall take them.
-
-    Raises:
-      UserError: naming the first tensor of another size.
-    """
+def _check_shapes(path: str, variables: Variables) -> None:
+    """Raises a UserError that names the first tensor of another size than its variable."""
     shapes = tf.train.load_checkpoint(path).get_variable_to_shape_map()
     for group, members in variables.items():
         for name, variable in members.items():
@@ -259,6 +253,6 @@ def check_shapes(path: str, variables: Variables) -> None:
 
 
 def one_line(error: Exception) -> str:
-    """The first line of what an error says, without TensorFlow's names of operations."""
+    """The first line of an error's text, without TensorFlow's names of operations."""
     text = re.sub(r"\{\{.*?\}\}|\[Op:.*?\]", "", str(error)).strip()
     return text.splitlines()[0].strip()[:500] if text else type(error).__name__

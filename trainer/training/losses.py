@@ -1,10 +1,11 @@
-"""The losses of multi-label documents, each as (sum over documents, number of documents).
+"""The losses of multi-label documents, their weights, and the bias that the head starts from.
 
-All of them are sums over labels of a positive and a negative term. With z the logit, p its sigmoid,
-y the label, w the weight of positives and a the weight of the label, a document's loss is the mean
-over labels of a (w y positive(z) + (1 - y) negative(z)).
+A loss is (sum over documents, number of documents). With z the logit, p its sigmoid, y the label, w
+the weight of positives and a the weight of the label, the loss of a document is the mean over
+labels of a (w y positive(z) + (1 - y) negative(z)). The losses differ in these two terms.
 
-How much each label and its positives weigh, and the bias that the head starts from.
+In all functions `label_counts` are the positives of each of the L labels in the training split, and
+`num_documents` its documents.
 """
 
 import json
@@ -38,9 +39,8 @@ def positive_weights(
         (1 - beta^n) / (1 - beta) of negatives and positives; Cui et al. 2019, "Class-Balanced Loss
         Based on Effective Number of Samples"), or the path of a JSON file of {label: weight}, in
         which labels that are not named have weight 1.
-      label_counts: positives of each of the L labels in the training split.
-      num_documents: documents of the training split.
-      cap: largest weight; 1 / cap is the smallest.
+      label_counts, num_documents: of the training split.
+      cap: the largest weight; 1 / cap is the smallest.
       labels: the L label names.
 
     Returns:
@@ -72,18 +72,13 @@ def positive_weights(
 def label_weights(kind: str, label_counts: Sequence[int], num_documents: int) -> np.ndarray:
     """The weight of each label's whole term, positives and negatives alike.
 
-    With `balanced_classes` a label's negatives weigh w0 = N / (2 n0) and its positives
-    w1 = N / (2 n1), as scikit-learn's `compute_class_weight("balanced")` gives them for the label's
-    column: w0 for the label, times w1 / w0 = n0 / n1 for its positives (`positive_weights`). All
-    labels then count the same, however rare; with `balanced`, a common label counts less.
-
-    Args:
-      kind: as for `positive_weights`; 1 for all labels with every other kind.
-      label_counts: positives of each of the L labels in the training split.
-      num_documents: documents N of the training split.
+    With `balanced_classes` the n0 negatives of a label weigh w0 = N / (2 n0) and its n1 positives
+    w1 = N / (2 n1), as scikit-learn's `compute_class_weight("balanced")` gives them. Here w0 is the
+    weight of the label, and `positive_weights` gives w1 / w0 = n0 / n1. All labels then count the
+    same, however rare; with `balanced`, a common label counts less.
 
     Returns:
-      float32 [L]; 1 for a label without positives or without negatives.
+      float32 [L]; 1 with every other kind, and for a label without positives or without negatives.
     """
     positives = np.asarray(label_counts, np.float64)
     negatives = num_documents - positives
@@ -104,10 +99,8 @@ def _warn_one_sided(side: str, names: list[str]) -> None:
         shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
         _logger.warning(
             "%d labels have no %s in the training split and cannot be learned: %s",
-            len(names),
-            side,
-            shown,
-        )
+            len(names), side, shown,
+        )  # fmt: skip
 
 
 def _read_weights(path: str, labels: Sequence[str]) -> np.ndarray:
@@ -144,14 +137,9 @@ def initial_bias(
 ) -> np.ndarray:
     """The head's bias before training: each label's log-odds, shifted by its positive weight.
 
-    Starting from the prior (Lin et al. 2017, "Focal Loss for Dense Object Detection", section 3.3)
-    spares the encoder from learning a constant that stands in for the bias. Weight w moves the
-    logit that minimises weighted cross-entropy by log w, so the start moves with it.
-
-    Args:
-      label_counts: positives of each of the L labels in the training split.
-      num_documents: documents of the training split.
-      pos_weights: [L] as `positive_weights` gives them.
+    With the prior as the start (Lin et al. 2017, "Focal Loss for Dense Object Detection", section
+    3.3), the encoder need not learn a constant in its place. A positive weight w moves the logit
+    that minimises weighted cross-entropy by log w, so it moves the start too.
 
     Returns:
       float32 [L].
@@ -167,10 +155,12 @@ def log_odds(label_counts: Sequence[int], num_documents: int) -> np.ndarray:
     return np.log((positives + LOG_ODDS_SMOOTHING) / (negatives + LOG_ODDS_SMOOTHING))
 
 
-# (logits [D, L], labels [D, L], document_mask [D]) to (sum, weight).
+# (logits [D, L], labels [D, L], document_mask [D]) to (sum, number of documents).
 Loss = Callable[[tf.Tensor, tf.Tensor, tf.Tensor], tuple[tf.Tensor, tf.Tensor]]
-# Wu et al. 2020, section 4.1, for COCO: the smoothed map alpha + sigmoid(beta (r - mu)) of the
-# rebalancing weight r; and of the regularisation the scale lambda of negatives and kappa.
+# Logits to the (positive, negative) terms of each label.
+Terms = Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor]]
+# Wu et al. 2020, section 4.1, their values for COCO: alpha, beta and mu of the rebalancing weight;
+# lambda, the scale of negatives, and kappa, the share of the bias, of the regularisation.
 _REBALANCE_ALPHA, _REBALANCE_BETA, _REBALANCE_MU = 0.1, 10.0, 0.2
 _NEGATIVE_SCALE = 5.0
 _BIAS_SHARE = 0.05
@@ -189,8 +179,7 @@ def make_loss(
       config: its name and its constants.
       pos_weights: float [L], of positives against negatives.
       label_weights: float [L], of whole labels.
-      label_counts: positives of each of the L labels in the training split.
-      num_documents: documents of the training split.
+      label_counts, num_documents: of the training split.
 
     Returns:
       A function of logits ([D, L], any float dtype; computed in float32), multi-hot labels [D, L]
@@ -199,7 +188,7 @@ def make_loss(
       scalars; (0, 0) if all slots are empty.
     """
     label_weights = np.asarray(label_weights, np.float64)
-    terms: Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor]] = cross_entropy
+    terms: Terms = cross_entropy
     rebalance = None
     if config.loss == "focal":
         terms = partial(focal, gamma=config.focal_gamma)
@@ -228,28 +217,17 @@ def make_loss(
     )
 
 
-def weighted_bce(
-    logits: tf.Tensor, labels: tf.Tensor, document_mask: tf.Tensor, pos_weights: tf.Tensor
-) -> tuple[tf.Tensor, tf.Tensor]:
-    """Sigmoid cross-entropy whose positives weigh `pos_weights`, as (sum, weight).
-
-    What torch's BCEWithLogitsLoss(pos_weight=w) averages. Arguments and result are those of
-    `make_loss`'s functions; pos_weights is float [L].
-    """
-    return _reduce(logits, labels, document_mask, cross_entropy, pos_weights)
-
-
 def _reduce(
     logits: tf.Tensor,
     labels: tf.Tensor,
     document_mask: tf.Tensor,
-    terms: Callable[[tf.Tensor], tuple[tf.Tensor, tf.Tensor]],
+    terms: Terms,
     pos_weights: tf.Tensor,
-    label_weights: tf.Tensor | None = None,
-    label_smoothing: float = 0.0,
-    rebalance: Callable[[tf.Tensor], tf.Tensor] | None = None,
+    label_weights: tf.Tensor,
+    label_smoothing: float,
+    rebalance: Callable[[tf.Tensor], tf.Tensor] | None,
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """Terms to (sum, weight), as `make_loss` describes."""
+    """The loss that `make_loss` describes; `rebalance` gives a further weight [D, L]."""
     mask = tf.cast(document_mask, tf.float32)
     # Selecting before the loss, not only multiplying after it, keeps 0 x NaN out of the gradient.
     logits = tf.where(mask[:, None] > 0, tf.cast(logits, tf.float32), 0.0)
@@ -259,16 +237,14 @@ def _reduce(
         # Szegedy et al. 2016, with the two classes of a label.
         labels = labels * (1 - label_smoothing) + label_smoothing / 2
     positive, negative = terms(logits)
-    per_label = labels * tf.cast(pos_weights, tf.float32) * positive + (1 - labels) * negative
-    if label_weights is not None:
-        per_label *= label_weights
+    per_label = (labels * pos_weights * positive + (1 - labels) * negative) * label_weights
     if weights is not None:
         per_label *= weights
     return tf.reduce_sum(tf.reduce_mean(per_label, axis=-1) * mask), tf.reduce_sum(mask)
 
 
 def cross_entropy(logits: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-    """-log p and -log(1 - p)."""
+    """-log p and -log(1 - p), which with weights is torch's BCEWithLogitsLoss(pos_weight=w)."""
     # tf.nn.weighted_cross_entropy_with_logits has the wrong gradient at logit 0 (0 and 1 instead
     # of -w / 2 and 1 / 2), and cancels for confident negatives, most of a rare label's documents.
     return tf.nn.softplus(-logits), tf.nn.softplus(logits)
@@ -290,7 +266,7 @@ def asymmetric(
     """-(1 - p)^g+ log p and -q^g- log(1 - q), where q = max(p - margin, 0).
 
     Ridnik et al. 2021, "Asymmetric Loss For Multi-Label Classification": negatives below the margin
-    count nothing at all, which also forgives missing labels.
+    do not count, which also forgives labels that are missing.
     """
     positive, negative = cross_entropy(logits)
     left = -negative
@@ -308,8 +284,8 @@ def asymmetric(
 def class_balanced_weights(label_counts: Sequence[int]) -> np.ndarray:
     """1 / effective number of each label's positives, scaled to a mean of 1; float64 [L].
 
-    Cui et al. 2019, equations 6 and 12, where a class is a label: the whole term of a rare label
-    counts more. A label without positives weighs as one that has a single one.
+    Cui et al. 2019, equations 6 and 12, with labels for classes: the whole term of a rare label
+    counts more. A label without positives weighs as much as one with a single positive.
     """
     weights = 1 / effective_number(np.maximum(np.asarray(label_counts, np.float64), 1))
     return weights / weights.mean()
@@ -318,15 +294,14 @@ def class_balanced_weights(label_counts: Sequence[int]) -> np.ndarray:
 def negative_tolerant(
     logits: tf.Tensor, prior: np.ndarray, gamma: float
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """Focal terms of logits that are shifted by the prior, the negative's slope flattened.
+    """Focal terms of logits that are shifted by the prior, the negative one with a flatter slope.
 
     With v = -kappa prior: focal(z - v) for positives and focal(lambda (z - v)) / lambda for
     negatives. Wu et al. 2020, "Distribution-Balanced Loss for Multi-Label Classification in
-    Long-Tailed Datasets", section 3.2; with the focal factor as Huang et al. 2021, "Balancing
+    Long-Tailed Datasets", section 3.2. The focal factor is that of Huang et al. 2021, "Balancing
     Methods for Multi-label Text Classification with Long-Tailed Class Distribution", section 3.
 
-    Args:
-      prior: float [L], log-odds of the labels, the paper's b.
+    The prior is the paper's b: float [L], the log-odds of the labels.
     """
     shifted = logits + tf.constant(_BIAS_SHARE * prior, tf.float32)
     positive, _ = focal(shifted, gamma)
@@ -335,17 +310,11 @@ def negative_tolerant(
 
 
 def rebalancing_weights(labels: tf.Tensor, label_counts: Sequence[int]) -> tf.Tensor:
-    """What a document's term of a label weighs, given that its other labels bring it up too.
+    """The weight of each term, less for a label that a document has beside rarer ones.
 
     r = (1 / n_l) / sum over the document's labels of 1 / n, mapped to
     alpha + sigmoid(beta (r - mu)) (Wu et al. 2020, section 3.1). A document without labels has
-    r = infinity, and so the largest weight.
-
-    Args:
-      labels: multi-hot float [D, L].
-
-    Returns:
-      float32 [D, L].
+    r = infinity, and so the largest weight. Labels are multi-hot float [D, L]; so is the result.
     """
     counts = np.maximum(np.asarray(label_counts, np.float64), 1)
     rarity = tf.constant(1 / counts, tf.float32)
@@ -364,10 +333,9 @@ def adjusted(logits: tf.Tensor, offset: np.ndarray) -> tuple[tf.Tensor, tf.Tenso
 
 
 def logit_offset(config: LossConfig, label_counts: Sequence[int], num_documents: int) -> np.ndarray:
-    """What the loss adds to the logits by itself, which the head's first bias need not hold.
+    """What the loss itself adds to the logits, so that the head's first bias leaves it out.
 
-    Returns:
-      float64 [L]: tau times the labels' log-odds for `logit_adjusted`, else 0.
+    float64 [L]: tau times the labels' log-odds for `logit_adjusted`, else 0.
     """
     if config.loss != "logit_adjusted":
         return np.zeros(len(label_counts))
@@ -375,8 +343,5 @@ def logit_offset(config: LossConfig, label_counts: Sequence[int], num_documents:
 
 
 def has_exact_correction(config: LossConfig) -> bool:
-    """Whether log(pos_weights), taken off the logits, gives unweighted log-odds again.
-
-    True of cross-entropy on hard labels, whatever a whole label weighs.
-    """
+    """Whether logits less log(pos_weights) are log-odds again: for cross-entropy on hard labels."""
     return config.loss in ("weighted_bce", "class_balanced") and not config.label_smoothing

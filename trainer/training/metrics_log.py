@@ -1,4 +1,4 @@
-"""What a run reports while it goes on: metrics.jsonl, TensorBoard, a progress bar."""
+"""The metrics log of a run: rows of metrics.jsonl, TensorBoard, and a progress bar."""
 
 import json
 import logging
@@ -16,15 +16,15 @@ from trainer.storage.filesystem import write_atomically
 METRICS_FILE = "metrics.jsonl"
 _TENSORBOARD_FOLDER = "tensorboard"
 
-# Every flush of the board uploads its file again, so that on a store only the clock (two minutes)
-# and our own flushes cause one.
+# Scalars that TensorBoard's writer holds before it flushes. On a store each flush uploads the whole
+# file again, so there only its timer (two minutes) and our own flushes cause one.
 _QUEUE, _REMOTE_QUEUE = 10, 1_000_000
 
 _logger = logging.getLogger(__name__)
 
 
 class MetricsLog:
-    """The record of a run; on resume it is cut to the step that was restored."""
+    """Reports a run; a resumed run's rows are first cut to the step that was restored."""
 
     def __init__(
         self,
@@ -34,9 +34,12 @@ class MetricsLog:
         total_documents: int,
         is_chief: bool = True,
     ) -> None:
-        """Opens it for a run that stands at `step`, `documents` of `total_documents` consumed.
+        """Opens the files.
 
         Args:
+          model_dir: folder of the run.
+          step, documents: where the run stands.
+          total_documents: where it ends.
           is_chief: whether this host reports; the others write and show nothing.
         """
         self._is_chief = is_chief
@@ -56,7 +59,7 @@ class MetricsLog:
         )  # fmt: skip
 
     def restart_clock(self) -> None:
-        """Leaves out of the next speed what is not training, such as an evaluation."""
+        """Leaves what came since the last steps, such as an evaluation, out of the next speed."""
         self._began = time.perf_counter()
 
     def log_steps(
@@ -79,7 +82,7 @@ class MetricsLog:
             "step": step,
             "documents": documents,
             "epoch": documents / num_documents,
-            # JSON has no infinity; where all steps were skipped there is no loss either.
+            # If all steps were skipped, there is no loss. JSON has no infinity.
             "loss": sums["loss"] / sums["loss_documents"] if sums["loss_documents"] else None,
             "learning_rate": sums["learning_rate"],
             "grad_norm": sums["grad_norm"] if math.isfinite(sums["grad_norm"]) else None,
@@ -90,7 +93,7 @@ class MetricsLog:
             "tokens_per_second": sums["tokens"] / seconds,
             "seconds": seconds,
         }
-        self._rows.add(row)
+        self._add(row)
         loss = "-" if row["loss"] is None else f"{row['loss']:.4f}"
         self._bar.set_postfix(
             loss=loss, tokens_per_second=f"{row['tokens_per_second']:.0f}",
@@ -106,18 +109,20 @@ class MetricsLog:
         """Reports an evaluation: numbers to file and board, a line to the screen."""
         if not self._is_chief:
             return
-        row = {"step": step, "documents": documents, "split": split, "evaluation": metrics}
-        self._rows.add(row)
+        self._add({"step": step, "documents": documents, "split": split, "evaluation": metrics})
         with self._board.as_default(step=step):
             for name, value in metrics.items():
                 tf.summary.scalar(f"{split}/{name}", value)
         shown = ", ".join(f"{name} {value:.4f}" for name, value in metrics.items())
         self._bar.write(f"step {step}: {split} {shown}")
 
-    def flush(self) -> None:
-        """Has all rows so far on the disk or in the store when it returns.
+    def _add(self, row: dict[str, Any]) -> None:
+        self._rows.add(json.dumps(row).encode() + b"\n")
 
-        Call it before a checkpoint is saved: a run that resumes there finds all rows before it.
+    def flush(self) -> None:
+        """Returns once all rows are on the disk or in the store.
+
+        Call it before a checkpoint is saved, so that a run that resumes there has all rows before.
 
         Raises:
           OSError, RunAgain: if they cannot be written.
@@ -137,19 +142,19 @@ class MetricsLog:
 
 
 class _LocalRows:
-    """The rows of a file, each written as it comes."""
+    """The rows of a file; each is written at once."""
 
     def __init__(self, path: str, step: int) -> None:
         _cut(path, step)
         self._path = path
         self._file = open(path, "ab")  # noqa: SIM115 (closed by close)
 
-    def add(self, row: dict[str, Any]) -> None:
+    def add(self, line: bytes) -> None:
         try:
-            self._file.write(_line(row))
+            self._file.write(line)
             self._file.flush()
         except OSError as error:
-            # Writing, unlike opening, does not say which file it is.
+            # An error of writing, unlike one of opening, does not name the file.
             raise OSError(error.errno, error.strerror, self._path) from None
 
     def flush(self) -> None:
@@ -160,15 +165,15 @@ class _LocalRows:
 
 
 class _RemoteRows:
-    """The rows of an object, which cannot be appended to: kept, and uploaded all again."""
+    """The rows of an object: nothing can be appended to it, so each flush uploads all rows."""
 
     def __init__(self, url: str, step: int) -> None:
         self._url = url
         self._lines = _cut(url, step)
         self._is_changed = False
 
-    def add(self, row: dict[str, Any]) -> None:
-        self._lines.append(_line(row))
+    def add(self, line: bytes) -> None:
+        self._lines.append(line)
         self._is_changed = True
 
     def flush(self) -> None:
@@ -176,19 +181,14 @@ class _RemoteRows:
             write_atomically(self._url, b"".join(self._lines))
             self._is_changed = False
 
-    def close(self) -> None:
-        self.flush()
-
-
-def _line(row: dict[str, Any]) -> bytes:
-    return json.dumps(row).encode() + b"\n"
+    close = flush
 
 
 def _cut(path: str, step: int) -> list[bytes]:
-    """The lines of the rows up to `step`; drops the others from the file.
+    """The lines of the rows up to `step`; removes the others from the file.
 
-    A last line without an end was being written when a run was killed; any other line that is no
-    row is damage, which is said.
+    A killed run leaves a last line without an end. Any other line that is no row is damage, and is
+    warned about.
     """
     if not filesystem.exists(path):
         return []

@@ -1,22 +1,22 @@
 """AdamW in plain TensorFlow: clip, update, decay, layer-wise rates, schedule and average.
 
-Keras' optimizers clip each replica's gradient before summing it across replicas; here the caller
-sums first and hands over aggregated gradients, so that clipping sees what the update uses.
-Nothing branches on a tensor: a skipped update is one whose scalars make every operation the
-identity, which costs no pass over the weights and compiles with XLA on every device.
+Keras' optimizers clip each replica's gradient before they sum over replicas. Here the caller sums
+first and passes aggregated gradients, so that clipping sees the gradient of the update. Nothing
+branches on a tensor: the scalars of a skipped update make every operation the identity, which
+takes no further pass over the weights and compiles with XLA on every device.
 """
 
 import math
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 
 import numpy as np
 import tensorflow as tf
 
 from trainer.model_config import OptimizerConfig
 
-# An average over fewer steps than its horizon would be mostly the initial weights; as in
-# tf.train.ExponentialMovingAverage(num_updates), its decay rises as (1 + t) / (10 + t).
+# An average over few steps would consist mostly of the initial weights. As in
+# tf.train.ExponentialMovingAverage(num_updates), the decay rises as (1 + t) / (10 + t).
 EMA_WARMUP_STEPS = 10.0
 
 
@@ -29,8 +29,8 @@ class AdamW:
       e <- e + (1 - min(ema_decay, t / (9 + t))) (w - e)
     where d is 0 for biases and LayerNorm.
 
-    Build it after the weights are loaded (the average starts from them) and in the strategy's
-    scope; call `apply` once a step in every replica, with the same gradients.
+    Make it in the strategy's scope, after the weights are loaded: the average starts from them.
+    Call `apply` once a step in every replica, with the same gradients.
 
     Attributes:
       iterations: int64 variable, updates applied.
@@ -44,42 +44,29 @@ class AdamW:
     def __init__(
         self,
         config: OptimizerConfig,
-        variables: Sequence[tf.Variable],
-        names: Sequence[str],
+        variables: Mapping[str, tf.Variable],
         num_layers: int,
         total_documents: int,
     ) -> None:
         """Makes the slots.
 
         Args:
-          config: rates and decays.
-          variables: the weights, float32.
-          names: theirs, such as `encoder/layer_0/attention/qkv/kernel`; unique.
-          num_layers: encoder layers, for the layer-wise rates.
+          variables: the weights, float32, by name, such as `encoder/layer_0/attention/qkv/kernel`.
+          num_layers: of the encoder, for the layer-wise rates.
           total_documents: documents that the whole run consumes; the schedule ends there.
         """
-        assert len(variables) == len(names) == len(set(names)), names
         assert total_documents > 0, total_documents
         self.config = config
-        self.variables = list(variables)
-        self.names = list(names)
+        self.names, self.variables = list(variables), list(variables.values())
         self.total_documents = total_documents
-        self.rate_factors = [_rate_factor(name, num_layers, config) for name in names]
-        self.decays = [0.0 if _is_undecayed(name) else config.weight_decay for name in names]
+        self.rate_factors = [_rate_factor(name, num_layers, config) for name in self.names]
+        self.decays = [0.0 if _is_undecayed(name) else config.weight_decay for name in self.names]
         self.iterations = tf.Variable(0, dtype=tf.int64, trainable=False, name="iterations")
         self.skipped = tf.Variable(0, dtype=tf.int64, trainable=False, name="skipped")
-        self.m = [
-            _slot("m", name, tf.zeros(w.shape)) for w, name in zip(variables, names, strict=True)
-        ]
-        self.v = [
-            _slot("v", name, tf.zeros(w.shape)) for w, name in zip(variables, names, strict=True)
-        ]
-        self.ema = []
-        if config.ema_decay > 0:
-            self.ema = [
-                _slot("ema", name, tf.convert_to_tensor(w))
-                for w, name in zip(variables, names, strict=True)
-            ]
+        self.m = [_slot("m", name, tf.zeros(w.shape)) for name, w in variables.items()]
+        self.v = [_slot("v", name, tf.zeros(w.shape)) for name, w in variables.items()]
+        averaged = variables if config.ema_decay > 0 else {}
+        self.ema = [_slot("ema", name, tf.convert_to_tensor(w)) for name, w in averaged.items()]
 
     def state(self) -> dict[str, tf.Variable]:
         """Every variable of the optimizer by a stable name, for checkpoints."""
@@ -95,8 +82,8 @@ class AdamW:
         """The scheduled rate, before layer factors.
 
         Args:
-          documents_consumed: int64 scalar, documents of all steps before this one. (Counted so,
-            the first step has rate 0 if there is a warmup, as in transformers' schedules.)
+          documents_consumed: int64 scalar, documents of all steps before this one; so the first
+            step of a warmup has rate 0, as in transformers' schedules.
 
         Returns:
           float32 scalar: rises linearly over `warmup` of `total_documents`, then falls to 0 at
@@ -138,7 +125,7 @@ class AdamW:
         """
         config = self.config
         dense = [None if g is None else tf.convert_to_tensor(g) for g in gradients]
-        norm = _global_norm([g for g in dense if g is not None])
+        norm = tf.sqrt(2.0 * tf.add_n([tf.nn.l2_loss(g) for g in dense if g is not None]))
         applied = tf.math.is_finite(norm) & tf.math.is_finite(loss)
         rate = self.learning_rate(documents_consumed)
         clip = config.clip_norm / tf.maximum(norm, config.clip_norm) if config.clip_norm else 1.0
@@ -154,7 +141,7 @@ class AdamW:
         return {"grad_norm": norm, "learning_rate": rate, "skipped": 1 - count}
 
     def _step_scalars(self, applied: tf.Tensor, rate: tf.Tensor) -> dict[str, tf.Tensor]:
-        """What all weights' updates share; decays 1 and rates 0, the identity, if not applied."""
+        """What the updates of all weights share; if not applied, decays of 1 and rates of 0."""
         config = self.config
         updates = tf.cast(self.iterations + 1, tf.float32)
         beta1, correction1 = _moment_decay(config.adam_beta1, updates)
@@ -201,10 +188,6 @@ def _slot(kind: str, name: str, value: tf.Tensor) -> tf.Variable:
 def _add(variable: tf.Variable, value: tf.Tensor) -> None:
     """Adds to this replica's copy; a mirrored variable's `assign_add` would aggregate first."""
     tf.raw_ops.AssignAddVariableOp(resource=variable.handle, value=value)
-
-
-def _global_norm(gradients: Sequence[tf.Tensor]) -> tf.Tensor:
-    return tf.sqrt(2.0 * tf.add_n([tf.nn.l2_loss(gradient) for gradient in gradients]))
 
 
 def _moment_decay(decay: float, updates: tf.Tensor) -> tuple[float, tf.Tensor]:

@@ -1,4 +1,4 @@
-"""A run's config.json: what was asked for, and whether a rerun asks for the same."""
+"""A run's config.json: the flags, what follows from them, and whether a rerun has the same."""
 
 import dataclasses
 import json
@@ -16,9 +16,9 @@ from trainer.training.checkpoint_folder import CHECKPOINT_FOLDER, CheckpointFold
 
 CONFIG_FILE = "config.json"
 
-# Flags that may differ when a run is resumed: they change neither the data nor the arithmetic.
-# Everything else must be the same, or the rerun would not be the run that was never interrupted.
-# Devices and accumulation may change because the micro-batches of a step stay those of the record.
+# Flags that may differ when a run is resumed, because they change neither data nor arithmetic. With
+# any other flag changed, the run would not end with the bits of one that was never interrupted.
+# Devices and accumulation may change because the record fixes the micro-batches of a step.
 RESUMABLE_FLAGS = (
     "data_dir",
     "model_dir",
@@ -37,12 +37,13 @@ RESUMABLE_FLAGS = (
 
 @dataclass(frozen=True)
 class RunRecord:
-    """A run's config.json: what was asked for, and what followed from it and the data.
+    """A run's config.json: the flags, and what follows from them and the data.
 
-    `pos_weights` and `label_weights` are [L]: of positives against negatives, and of whole labels.
-    `exact_correction` says whether log(pos_weights), taken off the logits, undoes the weights.
-    `micro_batches_per_step` is K: replicas times accumulation when the run began, and what it
-    keeps whatever it is resumed on.
+    Attributes:
+      pos_weights, label_weights: [L], of positives against negatives, and of whole labels.
+      exact_correction: whether logits less log(pos_weights) are log-odds again.
+      micro_batches_per_step: K, replicas times accumulation when the run began; it stays the same
+        on whatever devices the run is resumed.
     """
 
     train: TrainConfig
@@ -95,8 +96,7 @@ def start_record(model_dir: str, record: RunRecord, is_chief: bool = True) -> Ru
       is_chief: whether this host writes; the others only read.
 
     Returns:
-      `record`, on a resumed run with the micro-batches a step and the precision that it began
-      with, whatever devices it is on now.
+      `record`; a resumed run keeps the precision and the micro-batches a step that it began with.
 
     Raises:
       UserError: naming what changed since the run was started.
@@ -136,11 +136,8 @@ def start_record(model_dir: str, record: RunRecord, is_chief: bool = True) -> Ru
             f"{model_dir}: holds a model of other sizes than --init_checkpoint now has; give the "
             "same checkpoint to resume it, or another --model_dir"
         )
-    return dataclasses.replace(
-        record,
-        micro_batches_per_step=before.micro_batches_per_step,
-        precision=before.precision,
-    )
+    kept = {name: getattr(before, name) for name in ("micro_batches_per_step", "precision")}
+    return dataclasses.replace(record, **kept)
 
 
 def _check_nothing_left(model_dir: str) -> None:

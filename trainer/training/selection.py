@@ -1,12 +1,10 @@
-"""Evaluations while training, the best one of them, and when to stop early.
-
-Where the loop of steps ends: at an evaluation, a checkpoint, or to show progress.
-"""
+"""Evaluations while training, the best of them, early stopping, and when a checkpoint is due."""
 
 import math
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
+from typing import NamedTuple
 
 import numpy as np
 import tensorflow as tf
@@ -31,29 +29,23 @@ _THRESHOLD = 0.5
 _SHOWN_METRICS = ("mean_average_precision", "micro_average_precision", "micro_f1", "macro_f1")
 
 
-@dataclass(frozen=True)
 class BestCheckpoint:
-    """What picks the best checkpoint and ends a run early, in variables a checkpoint keeps.
+    """What picks the best checkpoint and ends a run early, in variables that a checkpoint keeps.
 
     Attributes:
-      best: float64, the best value so far, as something to maximise.
-      evaluations, without_gain: int64, made so far, and since the best one.
-      pending: int64, 1 from the step that an evaluation is due at until it is made.
+      best: float64, the best value so far; a loss is negated, so that larger is better.
+      evaluations, without_gain: int64, evaluations made, and those since the best one.
+      pending: int64, 1 from the step after which an evaluation is due until it is made.
     """
 
-    best: tf.Variable
-    evaluations: tf.Variable
-    without_gain: tf.Variable
-    pending: tf.Variable
-
-    @classmethod
-    def fresh(cls) -> "BestCheckpoint":
-        """Of a run that has not been evaluated yet."""
-        count = [tf.Variable(0, dtype=tf.int64, trainable=False) for _ in range(3)]
-        return cls(tf.Variable(-math.inf, dtype=tf.float64, trainable=False), *count)
+    def __init__(self) -> None:
+        self.best = tf.Variable(-math.inf, dtype=tf.float64, trainable=False)
+        self.evaluations, self.without_gain, self.pending = (
+            tf.Variable(0, dtype=tf.int64, trainable=False) for _ in range(3)
+        )
 
     def update(self, config: TrainConfig, metrics: dict[str, float]) -> bool:
-        """Counts an evaluation; True if it is the best so far (or the first)."""
+        """Counts an evaluation; True if it is the first, or the best so far."""
         value = metrics[config.best_metric]
         value = -value if config.best_metric == "loss" else value
         better = int(self.evaluations) == 0 or value > float(self.best)
@@ -73,33 +65,29 @@ class BestCheckpoint:
         return documents >= total_documents
 
     def shown_best(self) -> str:
-        """The best metric as people expect it."""
+        """The best metric, a loss as a positive number."""
         return f"{abs(float(self.best)):.4f}"
 
 
+@dataclass
 class Evaluation:
     """The evaluations while training, with the averaged weights if there are any."""
 
-    def __init__(
-        self,
-        record: RunRecord,
-        metadata: Metadata,
-        step: TrainStep,
-        strategy: tf.distribute.Strategy,
-    ) -> None:
-        self._config = record.train
-        self._metadata = metadata
-        self._optimizer = step.optimizer
-        self._loss = step.loss
-        self._correction = exact_correction(record.pos_weights, record.exact_correction)
+    record: RunRecord
+    metadata: Metadata
+    step: TrainStep
+    strategy: tf.distribute.Strategy
+
+    def __post_init__(self) -> None:
         self._predictor = Predictor(
-            step.model, record.packing, strategy, stop_requested=step.stop_requested
-        )
+            self.step.model, self.record.packing, self.strategy,
+            stop_requested=self.step.stop_requested,
+        )  # fmt: skip
 
     @contextmanager
     def averaged_weights(self) -> Iterator[None]:
         """The model with its moving average in place of its weights; nothing without one."""
-        variables, average = self._optimizer.variables, self._optimizer.ema
+        variables, average = self.step.optimizer.variables, self.step.optimizer.ema
         before = [tf.identity(variable) for variable in variables] if average else []
         for variable, value in zip(variables, average, strict=False):
             variable.assign(value)
@@ -115,24 +103,25 @@ class Evaluation:
         Raises:
           StoppedError: if a host requested a stop meanwhile.
         """
-        config, num_labels = self._config, len(self._metadata.labels)
+        config, num_labels = self.record.train, len(self.metadata.labels)
+        correction = exact_correction(self.record.pos_weights, self.record.exact_correction)
         thresholds = np.full(num_labels, _THRESHOLD)
-        num_documents = self._metadata.split(config.eval_split).documents
-        measurement: Measurement = ExactMeasurement(self._correction, thresholds)
+        num_documents = self.metadata.split(config.eval_split).documents
+        measurement: Measurement = ExactMeasurement(correction, thresholds)
         if not fits_exactly(num_documents, num_labels, EXACT_MEMORY):
             measurement = StreamedMeasurement(
-                num_documents, -self._correction.shift, self._correction, thresholds
+                num_documents, -correction.shift, correction, thresholds
             )
         loss, count = 0.0, 0.0
         with self.averaged_weights():
             blocks = self._predictor.predict_blocks(
-                config.data_dir, self._metadata, config.eval_split
+                config.data_dir, self.metadata, config.eval_split
             )
             for block in blocks:
-                part = self._loss(
+                added, documents = self.step.loss(
                     tf.constant(block.logits), tf.constant(block.labels), tf.ones(len(block.ids))
                 )
-                loss, count = loss + float(part[0]), count + float(part[1])
+                loss, count = loss + float(added), count + float(documents)
                 measurement.add(block)
         measured = measurement.result()
         warn_if_constant(np.std(measured.documents.logits, axis=0), num_documents)
@@ -142,50 +131,34 @@ class Evaluation:
 _CHECKPOINTS_A_RUN = 10
 
 
-@dataclass(frozen=True)
-class Milestones:
-    """The counts of documents and steps at which a run does something beside steps.
+class NextCheckpoint(NamedTuple):
+    """The counts at which a checkpoint is due, at whichever the run reaches first."""
 
-    Evaluations and, by default, checkpoints are due at counts of documents, because the number of
-    steps of an epoch is not known beforehand.
+    steps: float
+    documents: int
+
+
+def next_evaluation(record: RunRecord, epoch_documents: int, evaluations: int) -> int:
+    """Documents at which the next evaluation is due.
+
+    Not steps, because the number of steps of an epoch is not known beforehand.
+
+    Args:
+      record: the run.
+      epoch_documents: documents of an epoch.
+      evaluations: made so far.
     """
+    due = math.ceil((evaluations + 1) * (record.train.evaluate_every * epoch_documents))
+    return min(due, record.total_documents)
 
-    total_documents: int
-    documents_per_evaluation: float
-    documents_per_checkpoint: int
-    steps_per_checkpoint: int | None
-    steps_per_loop: int
 
-    @classmethod
-    def of(
-        cls, config: TrainConfig, num_documents: int, total_documents: int, steps_per_loop: int
-    ) -> "Milestones":
-        """Those of a run over `num_documents` an epoch and `total_documents` in all."""
-        return cls(
-            total_documents,
-            config.evaluate_every * num_documents,
-            math.ceil(total_documents / _CHECKPOINTS_A_RUN),
-            config.checkpoint_every,
-            steps_per_loop,
-        )
+def next_checkpoint(record: RunRecord, steps: int, documents: int) -> NextCheckpoint:
+    """When a run that stands at these counts next saves a checkpoint.
 
-    def next_evaluation(self, evaluations: int) -> int:
-        """Documents at which the next evaluation is due, `evaluations` done."""
-        due = math.ceil((evaluations + 1) * self.documents_per_evaluation)
-        return min(due, self.total_documents)
-
-    def next_stop(self, steps: int, documents: int, evaluations: int) -> tuple[int, int]:
-        """(most steps, documents until which) to go on from here in one loop on the device."""
-        until = self.next_evaluation(evaluations)
-        if self.steps_per_checkpoint:
-            left = self.steps_per_checkpoint - steps % self.steps_per_checkpoint
-            return min(self.steps_per_loop, left), until
-        every = self.documents_per_checkpoint
-        return self.steps_per_loop, min(until, (documents // every + 1) * every)
-
-    def is_checkpoint_due(self, steps: int, documents: int, documents_before: int) -> bool:
-        """Whether a loop that began at `documents_before` ended where a checkpoint is due."""
-        if self.steps_per_checkpoint:
-            return steps % self.steps_per_checkpoint == 0
-        every = self.documents_per_checkpoint
-        return documents // every > documents_before // every
+    It goes by steps with --checkpoint_every, else by tenths of the run's documents.
+    """
+    every = record.train.checkpoint_every
+    if every:
+        return NextCheckpoint(steps + every - steps % every, record.total_documents)
+    every = math.ceil(record.total_documents / _CHECKPOINTS_A_RUN)
+    return NextCheckpoint(math.inf, (documents // every + 1) * every)

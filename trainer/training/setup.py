@@ -1,11 +1,17 @@
-"""What a run starts from: its data's tokenizer, its model, its record, its step."""
+"""What a run starts from: tokenizer, model sizes, packing, record and compiled step.
 
+`multihot preflight` chooses and builds by the same functions, so that it compiles the very step
+that `multihot train` runs.
+"""
+
+import contextlib
 import dataclasses
 import hashlib
 import json
 import logging
 import os
 import platform
+from collections.abc import Iterator, Sequence
 
 import keras
 import numpy as np
@@ -14,12 +20,14 @@ import tensorflow as tf
 import trainer
 from trainer.data.input_pipeline import count_documents
 from trainer.data.metadata import TOKENIZER_FOLDER, Metadata
+from trainer.data.packing import add_histograms, choose_packing
 from trainer.data.tokenizer import load_tokenizer
 from trainer.errors import UserError
 from trainer.model.model import Model, build_model
 from trainer.model.pretrained import load_pretrained, model_config, resolve_checkpoint
 from trainer.model_config import ModelConfig, PackingConfig
 from trainer.run_config import TrainConfig
+from trainer.runtime.devices import choose_precision
 from trainer.storage import filesystem
 from trainer.training.losses import (
     has_exact_correction,
@@ -37,11 +45,7 @@ _logger = logging.getLogger(__name__)
 
 
 def check_tokenizer(data_dir: str, metadata: Metadata) -> None:
-    """Checks that the tokenizer beside the shards is the one that prepared them.
-
-    Raises:
-      UserError: if it is another.
-    """
+    """Raises a UserError if the tokenizer beside the shards is not the one that prepared them."""
     tokenizer = load_tokenizer(os.path.join(data_dir, TOKENIZER_FOLDER))
     if tokenizer.fingerprint != metadata.tokenizer_fingerprint:
         raise UserError(
@@ -51,15 +55,67 @@ def check_tokenizer(data_dir: str, metadata: Metadata) -> None:
         )
 
 
+def choose_run_packing(config: TrainConfig, metadata: Metadata) -> PackingConfig:
+    """The shape of a run's micro-batches: from the training split's lengths, if not from flags.
+
+    They also hold the longest document of --eval_split, which a data folder may lack.
+
+    Raises:
+      UserError: if a micro-batch cannot hold the longest document.
+    """
+    split = metadata.split("train")
+    groups = config.chosen_row_groups
+    held = [
+        metadata.splits[name] for name in ("train", config.eval_split) if name in metadata.splits
+    ]
+    windows = add_histograms([item.window_histogram for item in held])
+    return choose_packing(
+        split.length_histogram, config.tokens_per_replica, groups, metadata.max_seq_length,
+        split.window_histogram, len(windows) - 1,
+    )  # fmt: skip
+
+
 def choose_model(
     config: TrainConfig, metadata: Metadata
 ) -> tuple[ModelConfig, dict[str, np.ndarray]]:
-    """The model's sizes, and the pretrained values (none from scratch).
+    """The model's sizes, and the pretrained values by name (none from scratch).
 
     Raises:
       UserError: for a checkpoint that is damaged, or too small for the data.
     """
-    if config.init_checkpoint is None:
+    remedy = (
+        "prepare the data with this checkpoint's tokenizer and a --max_seq_length that it allows"
+    )
+    asked_by = f"the data in {config.data_dir}"
+    with local_checkpoint(config.init_checkpoint) as folder:
+        sizes = choose_model_config(config, metadata, folder, asked_by, remedy)
+        return sizes, {} if folder is None else load_pretrained(folder, sizes)
+
+
+@contextlib.contextmanager
+def local_checkpoint(name: str | None) -> Iterator[str | None]:
+    """The local folder of --init_checkpoint, for the block a copy where it is in gs://."""
+    if name is None:
+        yield None
+        return
+    with filesystem.local_copy(name) as local:
+        yield resolve_checkpoint(local)
+
+
+def choose_model_config(
+    config: TrainConfig, metadata: Metadata, folder: str | None, asked_by: str, remedy: str
+) -> ModelConfig:
+    """The model's sizes.
+
+    Args:
+      config, metadata: the flags and the data.
+      folder: what `local_checkpoint` gave.
+      asked_by, remedy: for messages: what asks for larger sizes, and what to do.
+
+    Raises:
+      UserError: for a checkpoint that is damaged, or too small.
+    """
+    if folder is None:
         return ModelConfig(
             vocab_size=metadata.vocab_size,
             num_labels=len(metadata.labels),
@@ -72,24 +128,19 @@ def choose_model(
             attention_dropout=config.attention_dropout,
             head=config.head,
             window_pooling=config.window_pooling,
-        ), {}
+        )
     rates = config.hidden_dropout, config.attention_dropout
-    with filesystem.local_copy(config.init_checkpoint) as local:
-        folder = resolve_checkpoint(local)
-        sizes = model_config(folder, len(metadata.labels), config.head, *rates)
-        sizes = dataclasses.replace(sizes, window_pooling=config.window_pooling)
-        values = load_pretrained(folder, sizes)
+    sizes = model_config(folder, len(metadata.labels), config.head, *rates)
     for name, found, needed in (
         ("vocab_size", sizes.vocab_size, metadata.vocab_size),
         ("max_position_embeddings", sizes.max_position_embeddings, metadata.max_seq_length),
     ):
         if found < needed:
             raise UserError(
-                f"--init_checkpoint={config.init_checkpoint}: its {name} is {found}, but the data "
-                f"in {config.data_dir} needs {needed}; prepare the data with this checkpoint's "
-                "tokenizer and a --max_seq_length that it allows"
+                f"--init_checkpoint={config.init_checkpoint}: its {name} is {found}, but "
+                f"{asked_by} needs {needed}; {remedy}"
             )
-    return sizes, values
+    return dataclasses.replace(sizes, window_pooling=config.window_pooling)
 
 
 def make_record(
@@ -97,17 +148,17 @@ def make_record(
     metadata: Metadata,
     sizes: ModelConfig,
     packing: PackingConfig,
-    precision: str,
-    replicas: int,
+    strategy: tf.distribute.Strategy,
 ) -> RunRecord:
-    """What config.json says of a run on `replicas` replicas."""
+    """What config.json says of a run on the replicas of a strategy."""
     shards = [
         (name, shard.checksum)
         for name in ("train", config.eval_split)
         for shard in metadata.split(name).shards
     ]
     data = json.dumps([metadata.labels, metadata.max_seq_length, shards])
-    counts = metadata.split("train").label_counts, metadata.split("train").documents
+    split = metadata.split("train")
+    counts = split.label_counts, split.documents
     positive = positive_weights(config.pos_weight, *counts, config.max_pos_weight, metadata.labels)
     return RunRecord(
         train=config,
@@ -118,11 +169,11 @@ def make_record(
         label_weights=tuple(label_weights(config.pos_weight, *counts).tolist()),
         exact_correction=has_exact_correction(config.objective),
         max_seq_length=metadata.max_seq_length,
-        total_documents=count_documents(metadata.split("train").documents, config.num_train_epochs),
+        total_documents=count_documents(split.documents, config.num_train_epochs),
         data_fingerprint=hashlib.sha256(data.encode()).hexdigest(),
         tokenizer_fingerprint=metadata.tokenizer_fingerprint,
-        precision=precision,
-        micro_batches_per_step=replicas * config.gradient_accumulation,
+        precision=choose_precision(config.precision, strategy),
+        micro_batches_per_step=strategy.num_replicas_in_sync * config.gradient_accumulation,
         versions={
             "multihot": trainer.__version__,
             "tensorflow": tf.__version__,
@@ -134,7 +185,7 @@ def make_record(
 
 def build_step(
     record: RunRecord,
-    metadata: Metadata,
+    counts: tuple[Sequence[int], int],
     values: dict[str, np.ndarray],
     strategy: tf.distribute.Strategy,
     jit_compile: bool,
@@ -143,14 +194,12 @@ def build_step(
 
     Args:
       record: the run.
-      metadata: of its data, whose label counts the head's bias starts from.
-      values: pretrained weights by name; the rest is initialised by the run's seed.
+      counts: documents of each of the L labels, and of all, in the training split.
+      values: pretrained weights by name; the run's seed initialises the others.
       strategy: whose replicas run the step.
       jit_compile: whether XLA compiles it.
     """
-    config, split = record.train, metadata.split("train")
-    counts = split.label_counts, split.documents
-    pos_weights = np.asarray(record.pos_weights, np.float32)
+    config, pos_weights = record.train, np.asarray(record.pos_weights, np.float32)
     loss = make_loss(config.objective, pos_weights, np.asarray(record.label_weights), *counts)
     with strategy.scope():
         model = build_model(record.model, record.precision, config.seed)
@@ -158,9 +207,8 @@ def build_step(
         model.head.classifier.bias.assign(
             initial_bias(*counts, pos_weights) - logit_offset(config.objective, *counts)
         )
-        variables = model.named_variables()
         optimizer = AdamW(
-            config.optimizer, list(variables.values()), list(variables), record.model.num_layers,
+            config.optimizer, model.named_variables(), record.model.num_layers,
             record.total_documents,
         )  # fmt: skip
         loss_scale = LossScale() if record.precision == "mixed_float16" else None
@@ -174,6 +222,6 @@ def _assign(model: Model, values: dict[str, np.ndarray]) -> None:
     variables = model.named_variables()
     for name, value in values.items():
         variables[name].assign(value)
-    fresh = sorted(set(variables) - set(values))
     if values:
-        _logger.info("not in the checkpoint, so initialised afresh: %s", ", ".join(fresh))
+        fresh = ", ".join(sorted(set(variables) - set(values)))
+        _logger.info("not in the checkpoint, so initialised afresh: %s", fresh)

@@ -1,10 +1,6 @@
-"""The train step, and the loop of steps that runs on the device.
+"""The train step, the loop of steps that runs on the device, and float16's loss scale."""
 
-The loss scale of float16: gradients too small for it are kept by multiplying the loss.
-
-Micikevicius et al. 2018, "Mixed Precision Training", section 3.2, with the dynamic scale that
-became common after it: halved after a step that overflows, doubled after many that do not.
-"""
+from dataclasses import dataclass
 
 import tensorflow as tf
 
@@ -20,7 +16,10 @@ GROWTH_STEPS = 2000
 
 
 class LossScale:
-    """A scale that follows what overflows; make it in the strategy's scope.
+    """A factor on the loss, so that float16 holds small gradients; make it in the strategy's scope.
+
+    Micikevicius et al. 2018, "Mixed Precision Training", section 3.2, with the dynamic scale that
+    became common after it: halved after a step that overflows, doubled after many that do not.
 
     Attributes:
       scale: float32 variable, a power of two, at least 1.
@@ -35,7 +34,7 @@ class LossScale:
         """Counts one step, in a replica; `is_finite` (bool scalar) is the same in all of them."""
         scale, good_steps = tf.convert_to_tensor(self.scale), self.good_steps + 1
         grows = is_finite & (good_steps >= GROWTH_STEPS)
-        # A scale that float32 cannot hold would never come back.
+        # A scale beyond float32's range would be infinite, and halving would not bring it back.
         grown = tf.where(scale < 2.0**126, scale * 2.0, scale)
         smaller = tf.maximum(scale / 2.0, 1.0)
         scale = tf.where(is_finite, tf.where(grows, grown, scale), smaller)
@@ -82,68 +81,54 @@ def read_position(variable: tf.Variable) -> Position:
     return Position(*(int(value) for value in variable.numpy()))
 
 
+@dataclass(eq=False)
 class TrainStep:
-    """One update from K micro-batches, written against `strategy.run`.
+    """One update from K micro-batches; make it outside of the strategy's scope.
 
     Attributes:
-      model, loss, optimizer, loss_scale: what learns, and how; the scale is for float16, else None.
+      strategy: whose replicas run the step.
+      model: what learns.
+      optimizer: of the model's variables, in their order; takes aggregated gradients.
+      packing: the shape of a micro-batch.
+      loss: what is minimised.
+      seed: of the dropout masks.
+      jit_compile: whether XLA compiles the step's two halves.
+      loss_scale: for float16, else None.
+      max_bad_steps: steps in a row without a finite loss and gradient that end the loop.
       progress: how far the run is.
-      stop_requested: bool variable of this host; once it is true, all hosts end the loop after the
-        same step, which may be the one under way.
+      stop_requested: bool variable of this host, which any thread may set; once it is true, all
+        hosts end the loop after the same step, which may be the one under way.
     """
 
-    def __init__(
-        self,
-        strategy: tf.distribute.Strategy,
-        model: Model,
-        optimizer: AdamW,
-        packing: PackingConfig,
-        loss: Loss,
-        seed: int,
-        jit_compile: bool,
-        loss_scale: LossScale | None = None,
-        max_bad_steps: int = 20,
-    ) -> None:
-        """Makes the compiled parts; call it outside of the strategy's scope.
+    strategy: tf.distribute.Strategy
+    model: Model
+    optimizer: AdamW
+    packing: PackingConfig
+    loss: Loss
+    seed: int
+    jit_compile: bool
+    loss_scale: LossScale | None = None
+    max_bad_steps: int = 20
 
-        Args:
-          strategy: whose replicas run the step.
-          model: what learns; its variables are the optimizer's, in the same order.
-          optimizer: takes aggregated gradients.
-          packing: the shape of a micro-batch.
-          loss: what is minimised.
-          seed: of the dropout masks.
-          jit_compile: whether XLA compiles the step's two halves.
-          loss_scale: for float16, else None.
-          max_bad_steps: steps in a row without a finite loss and gradient that end the loop.
-        """
-        self._strategy = strategy
-        self.model = model
-        self.optimizer = optimizer
-        self._packing = packing
-        self.loss = loss
-        self._seed = seed
-        self.loss_scale = loss_scale
-        self._max_bad_steps = max_bad_steps
-        self._variables = list(model.named_variables().values())
-        rates = (model.config.hidden_dropout, model.config.attention_dropout)
-        self._has_dropout = any(rates)
+    def __post_init__(self) -> None:
+        self._variables = list(self.model.named_variables().values())
+        config, jit_compile = self.model.config, self.jit_compile
+        self._has_dropout = any((config.hidden_dropout, config.attention_dropout))
         self.compute = tf.function(self._accumulate, jit_compile=jit_compile, autograph=False)
         self.update = tf.function(self._apply, jit_compile=jit_compile, autograph=False)
         self.progress = TrainProgress()
-        # Any thread may set it.
         self.stop_requested = tf.Variable(False, trainable=False)
 
     def _differentiate(
         self, batch: MicroBatches, step: tf.Tensor, index: tf.Tensor, scale: tf.Tensor
     ) -> tuple[tf.Tensor, tf.Tensor, list[tf.Tensor]]:
         """(loss sum, documents, gradients of the scaled sum) of one micro-batch."""
-        dropout = Dropout(step_key(self._seed, step, index)) if self._has_dropout else None
+        dropout = Dropout(step_key(self.seed, step, index)) if self._has_dropout else None
         with tf.GradientTape() as tape:
             logits = self.model(
                 {name: batch[name] for name in INPUTS},
-                row_groups=self._packing.row_groups,
-                num_documents=self._packing.max_documents,
+                row_groups=self.packing.row_groups,
+                num_documents=self.packing.max_documents,
                 dropout=dropout,
             )
             labels = dense_labels(batch, self.model.config.num_labels)
@@ -182,7 +167,6 @@ class TrainStep:
     def _apply(
         self, gradients: list[tf.Tensor], consumed: tf.Tensor, loss: tf.Tensor
     ) -> dict[str, tf.Tensor]:
-        """The optimizer's update, and the loss scale's."""
         report = self.optimizer.apply(gradients, consumed, loss)
         if self.loss_scale is not None:
             self.loss_scale.update(report["skipped"] == 0)
@@ -191,10 +175,10 @@ class TrainStep:
     def replica_step(
         self, batches: MicroBatches, steps: tf.Tensor, consumed: tf.Tensor, stop: tf.Tensor
     ) -> dict[str, tf.Tensor]:
-        """One replica's part of a step; all replicas return the same, but for `position`.
+        """One replica's part of a step; all replicas return the same values but `position`.
 
         Args:
-          batches: this replica's share, as `shard_steps` gives it.
+          batches: this replica's shard of the step, as `shard_steps` gives it.
           steps, consumed: int64 scalars, steps taken and documents consumed before this one.
           stop: float32 scalar, 1 if this host asks for a stop.
 
@@ -234,15 +218,12 @@ class TrainStep:
     def run(
         self, iterator: tf.data.Iterator, max_steps: tf.Tensor, until: tf.Tensor
     ) -> dict[str, tf.Tensor]:
-        """Takes steps on the device until one of four things ends the loop.
-
-        These are: `max_steps` steps; `until` documents consumed; a host that requested a stop; too
-        many bad steps in a row.
+        """Takes steps on the device, until a host requests a stop or too many in a row are bad.
 
         Args:
           iterator: over `shard_steps`, distributed by the strategy.
-          max_steps: int64 scalar tensor, so that other values do not trace again.
-          until: int64 scalar tensor.
+          max_steps, until: steps to take and documents to have consumed at most; int64 scalar
+            tensors, so that other values do not trace again.
 
         Returns:
           Sums over the steps: `documents`, `tokens`, `skipped`, `steps`, and over those that were
@@ -256,7 +237,7 @@ class TrainStep:
         while (
             step < max_steps
             and progress.documents < until
-            and progress.bad_steps < self._max_bad_steps
+            and progress.bad_steps < self.max_bad_steps
             and stop == 0
         ):
             arguments = (
@@ -266,9 +247,9 @@ class TrainStep:
                 # Through the all-reduce, so that all hosts leave after the same step.
                 tf.cast(self.stop_requested, tf.float32),
             )
-            reports = self._strategy.run(self.replica_step, args=arguments)
+            reports = self.strategy.run(self.replica_step, args=arguments)
             report = {
-                name: self._strategy.experimental_local_results(value)[0]
+                name: self.strategy.experimental_local_results(value)[0]
                 for name, value in reports.items()
             }
             progress.advance(report["documents"], report["position"], report["skipped"] > 0)
