@@ -116,7 +116,10 @@ def _prepare(
         inputs.versions.check()
         indexes = write_text_indexes(corpus, plan.split_names, work_dir, plan.num_labels)
         splits = describe_splits(plan, shards, statistics, indexes, corpus.num_rejected)
-        call = inputs.description | {"rejected": corpus.num_rejected, "seed": config.seed}
+        call = inputs.describe(corpus.fingerprints) | {
+            "rejected": corpus.num_rejected,
+            "seed": config.seed,
+        }
         call |= {"splits": list(splits), "flags": _sum_up_flags(config_as_given)}
         metadata = _describe(previous, corpus, tokenizer, plan, splits, call)
         checks = check_splits(

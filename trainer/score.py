@@ -195,10 +195,9 @@ def _settle_plan(
     if worker_index:
         return wait_for_plan(folder, config.start_timeout)
     settings = _settings(config, precision)
-    inputs = describe_inputs(paths)
     plan = load_plan(folder)
     if plan is None:
-        parts = plan_parts(inputs, config.rows_per_part)
+        inputs, parts = plan_parts(paths, config.rows_per_part)
         if config.runner == LOCAL_RUNNER:
             packing = choose_score_packing(
                 *sample_lengths(parts, columns, model), config.tokens_per_batch, model.max_windows
@@ -211,6 +210,8 @@ def _settle_plan(
             return plan
         # Another process with the same --worker_index was quicker, or is about to be.
         plan = wait_for_plan(folder, config.start_timeout)
+    else:
+        inputs = describe_inputs(paths)
     check_plan(plan, folder.url, model.fingerprint, settings, inputs)
     return plan
 

@@ -31,12 +31,13 @@ from trainer.errors import UserError
 from trainer.preparation.scan import ScannedRange
 from trainer.preparation.shards import WrittenRange
 from trainer.preparation.statistics import SplitStatistics
+from trainer.sources.extents import Extent
 from trainer.sources.rows import BadRow, RowRange
 
 # What is built again when a value is read; anything else is refused.
 _RECORDS: dict[str, Any] = {
     kind.__name__: kind
-    for kind in (BadRow, ScannedRange, RowRange, Shard, SplitStatistics, WrittenRange)
+    for kind in (BadRow, Extent, ScannedRange, RowRange, Shard, SplitStatistics, WrittenRange)
 }
 _CONTAINERS: dict[str, Any] = {"list": list, "tuple": tuple, "set": set}
 

@@ -3,8 +3,6 @@
 A worker tokenises a range and leaves its records in one file, ordered by shard. When all
 ranges are done, a worker gathers a shard's records from all of them and shuffles them. So a
 shard's bytes depend on the rows and the seed, and not on how many workers there were.
-
-The second pass of `prepare` as a whole: rows tokenised, shards written, all counted.
 """
 
 import functools
@@ -22,7 +20,7 @@ from trainer.data.metadata import Shard, Split
 from trainer.data.records import encode_record, frame_records, frame_starts
 from trainer.data.tokenizer import Tokenizer, load_tokenizer
 from trainer.preparation.corpus import Corpus
-from trainer.preparation.row_index import make_array, map_ragged, segment_path
+from trainer.preparation.row_index import make_array, map_ragged, range_path
 from trainer.preparation.statistics import (
     SplitStatistics,
     empty_tally,
@@ -112,7 +110,7 @@ def records_path(work_dir: str, index: int) -> str:
     return os.path.join(work_dir, f"records-{index:06d}.bin")
 
 
-def write_segment(
+def write_range(
     plan: WritePlan,
     index: int,
     row_range: RowRange,
@@ -131,7 +129,7 @@ def write_segment(
       label_map: int [names], the row index's label numbers to final ones, or -1.
     """
     tokenizer, known = _tokenizer(plan.tokenizer_dir)
-    with np.load(segment_path(plan.work_dir, index)) as rows:
+    with np.load(range_path(plan.work_dir, index)) as rows:
         positions = rows["positions"]
         label_offsets, labels = map_ragged(rows["label_offsets"], rows["labels"], label_map)
     records: list[list[bytes]] = [[] for _ in plan.shard_names]
@@ -239,16 +237,16 @@ def _batches(row_range: RowRange, columns: Columns, positions: np.ndarray) -> It
         yield batch
 
 
-def write_shard(plan: WritePlan, number: int, offsets_path: str, num_segments: int) -> Shard:
+def write_shard(plan: WritePlan, number: int, offsets_path: str, num_ranges: int) -> Shard:
     """Gathers one shard's records from all ranges, shuffles them and writes the shard.
 
     Args:
       plan: what all shards share.
       number: the shard's place in `plan.shard_names`.
-      offsets_path: file of int64 [num_segments, shards + 1], the ranges' `shard_offsets`.
-      num_segments: number of ranges.
+      offsets_path: file of int64 [num_ranges, shards + 1], the ranges' `shard_offsets`.
+      num_ranges: number of ranges.
     """
-    shape = (num_segments, len(plan.shard_names) + 1)
+    shape = (num_ranges, len(plan.shard_names) + 1)
     offsets = np.memmap(offsets_path, np.int64, "r", shape=shape)[:, number : number + 2]
     name = plan.shard_names[number]
     path = os.path.join(plan.work_dir, name)
@@ -293,25 +291,25 @@ def write_corpus(
     Returns:
       The shards in the order of `plan.shard_names`, and what was counted.
     """
-    num_segments, num_shards = len(corpus.row_ranges), len(plan.shard_names)
+    num_ranges, num_shards = len(corpus.row_ranges), len(plan.shard_names)
     offsets_path = os.path.join(plan.work_dir, "offsets.bin")
-    offsets = make_array(offsets_path, np.int64, (num_segments, num_shards + 1))
+    offsets = make_array(offsets_path, np.int64, (num_ranges, num_shards + 1))
     num_splits = len(plan.split_names)
     statistics = empty_tally(num_splits, plan.max_seq_length, plan.num_labels)
-    write = partial(write_segment, plan, label_map=corpus.label_map)
+    write = partial(write_range, plan, label_map=corpus.label_map)
     with tqdm(
         total=corpus.row_index.num_rows, desc="pass 2: tokenising", unit=" documents", mininterval=1
     ) as progress:
         places, same_places = itertools.tee(corpus.ranks(num_splits))
         splits, ranks = (splits for splits, _ in places), (ranks for _, ranks in same_places)
-        written = pool.map(write, range(num_segments), corpus.row_ranges, splits, ranks)
+        written = pool.map(write, range(num_ranges), corpus.row_ranges, splits, ranks)
         rows = np.diff(corpus.row_index.first_rows).tolist()
         for index, row_range in enumerate(written):
             offsets[index] = row_range.shard_offsets
             statistics.merge(row_range.statistics)
             progress.update(rows[index])
     offsets.flush()
-    gather = partial(write_shard, plan, offsets_path=offsets_path, num_segments=num_segments)
+    gather = partial(write_shard, plan, offsets_path=offsets_path, num_ranges=num_ranges)
     return list(pool.map(gather, range(num_shards))), statistics
 
 

@@ -1,4 +1,4 @@
-"""Raw rows, streamed in flat memory: the one entrance, whatever the format and wherever it lies.
+"""Raw rows, streamed in flat memory, whatever their format and wherever they lie.
 
 A file is cut into ranges that can be read one by one, in any order and by any process, and that
 give the same rows however the file was cut. A row that cannot be used does not stop the stream: it
@@ -9,47 +9,23 @@ import dataclasses
 import os
 from collections.abc import Iterator, Sequence
 from functools import partial
+from typing import cast
 
 from trainer.errors import UserError
-from trainer.sources.formats.base import format_module
+from trainer.sources.extents import Extent
+from trainer.sources.formats.base import find_format
+from trainer.sources.formats.lines import LineFormat, cut_bytes
 from trainer.sources.input_files import (
     changed,
-    format_of,
     is_data_set,
     is_divisible,
     location,
     source_names,
 )
-from trainer.sources.listing import for_each_file, list_files
+from trainer.sources.listing import for_each_file
 from trainer.sources.rows import BadRow, Columns, Row, RowRange
 from trainer.storage import filesystem
 from trainer.storage.filesystem import checksum
-
-__all__ = [
-    "BadRow",
-    "Columns",
-    "Row",
-    "RowRange",
-    "can_enter",
-    "check_all_columns",
-    "check_columns",
-    "column_names",
-    "fingerprint",
-    "fingerprints",
-    "is_tokenised",
-    "list_files",
-    "num_bytes",
-    "plan_row_ranges",
-    "read_row_range",
-    "read_row_ranges",
-    "source_names",
-    "total_bytes",
-    "true_or_false_columns",
-    "whole_file",
-]
-
-# Formats whose own schema says which columns hold truth values.
-_WITH_SCHEMA = ("parquet", "arrow", "tfds")
 
 
 def whole_file(name: str) -> RowRange:
@@ -64,7 +40,7 @@ def check_columns(name: str, columns: Columns) -> None:
       UserError: naming the column that is missing or wrong, and those that were found.
     """
     try:
-        format_module(name).check_columns(name, columns)
+        find_format(name).check_columns(name, columns)
     except OSError as error:
         if is_data_set(name) or filesystem.is_remote(location(name)):
             raise
@@ -83,21 +59,17 @@ def check_all_columns(names: Sequence[str], columns: Columns) -> None:
 
 def column_names(name: str) -> list[str] | None:
     """The columns of a file, as far as its beginning tells; None if there are none."""
-    return format_module(name).column_names(name)
+    return find_format(name).column_names(name)
 
 
-def true_or_false_columns(name: str) -> tuple[str, ...]:
+def truth_value_columns(name: str) -> tuple[str, ...]:
     """The columns that hold truth values only, where a format's schema says so."""
-    if format_of(name)[0] not in _WITH_SCHEMA:
-        return ()
-    return format_module(name).true_or_false(name)  # type: ignore[attr-defined]
+    return find_format(name).truth_value_columns(name)
 
 
 def is_tokenised(name: str) -> bool:
     """Whether the rows of a file are token ids and not text."""
-    if format_of(name)[0] != "tfrecord":
-        return False
-    return format_module(name).is_tokenised(name)  # type: ignore[attr-defined]
+    return find_format(name).is_tokenised(name)
 
 
 def num_bytes(name: str) -> int:
@@ -148,9 +120,14 @@ def fingerprints(names: Sequence[str]) -> list[tuple[int, str]]:
     return list(tqdm(found, "checksums", len(names), unit=" files", delay=1, leave=False))
 
 
+def hashed_by_readers(name: str) -> bool:
+    """Whether those who read all of a file know its fingerprint then, and need no pass for it."""
+    return is_divisible(name) and not filesystem.is_remote(location(name))
+
+
 def can_enter(name: str) -> bool:
     """Whether rows in the middle of a file are reached without reading those before them."""
-    return is_divisible(name) or format_module(name).ENTERS
+    return is_divisible(name) or find_format(name).reaches_any_row
 
 
 def plan_row_ranges(name: str, rows_per_part: int) -> list[RowRange]:
@@ -160,7 +137,41 @@ def plan_row_ranges(name: str, rows_per_part: int) -> list[RowRange]:
     range begins.
     """
     source = source_names([name])[name]
-    return format_module(name).plan_row_ranges(name, source, rows_per_part)
+    return find_format(name).plan_row_ranges(name, source, rows_per_part)
+
+
+def plan_and_fingerprint(name: str, rows_per_part: int) -> tuple[list[RowRange], tuple[int, str]]:
+    """`plan_row_ranges` and `fingerprint`; a plain local file of lines is read once for both."""
+    if not hashed_by_readers(name):
+        return plan_row_ranges(name, rows_per_part), fingerprint(name)
+    source = source_names([name])[name]
+    row_ranges, extent = _line_format(name).plan_lines(name, source, rows_per_part)
+    return row_ranges, extent.fingerprint
+
+
+def _line_format(name: str) -> LineFormat:
+    return cast(LineFormat, find_format(name))
+
+
+def cut_file(name: str, source: str, range_bytes: int) -> list[RowRange]:
+    """Ranges of a plain file of lines for `read_extent`, cut by bytes, without reading it."""
+    return cut_bytes(name, source, num_bytes(name), range_bytes)
+
+
+def read_extent(row_range: RowRange, columns: Columns, extent: Extent) -> Iterator[Row | BadRow]:
+    """Streams the rows that begin in a range of `cut_file`; their numbers count from its start.
+
+    Args:
+      row_range: of a plain file of lines.
+      columns: what to read.
+      extent: an empty one; in the end it says where those lines are, and how many.
+    """
+    return _line_format(row_range.path).read_extent(row_range, columns, extent)
+
+
+def rows_are_numbered_anew(name: str) -> bool:
+    """Whether the rows of a plain file of lines are numbered by its lines."""
+    return not _line_format(name).has_own_positions
 
 
 def read_row_range(row_range: RowRange, columns: Columns) -> Iterator[Row | BadRow]:
@@ -169,7 +180,7 @@ def read_row_range(row_range: RowRange, columns: Columns) -> Iterator[Row | BadR
     Raises:
       UserError: if the file cannot be read on (cut short, damaged), or a table lacks a column.
     """
-    return format_module(row_range.path).read_rows(row_range, columns)
+    return find_format(row_range.path).read_rows(row_range, columns)
 
 
 def read_row_ranges(
@@ -177,8 +188,8 @@ def read_row_ranges(
 ) -> Iterator[tuple[int, Row | BadRow]]:
     """Streams the rows of several ranges, in order; there may be gaps between them.
 
-    Segments of one file that follow each other are read in one go; so are those with gaps between
-    them if the file's middle cannot be reached but through its beginning.
+    Ranges of one file that follow each other are read in one go. So are those with gaps between
+    them if the file's middle is reached through its beginning only.
 
     Yields:
       The range's place in `row_ranges`, and a row.

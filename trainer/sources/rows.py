@@ -190,6 +190,14 @@ def plain_value(value: Any) -> Any:
     raise ValueError(_complaint(value) or f"found {type(value).__name__}")
 
 
+def decode_bytes(value: Any) -> Any:
+    """Bytes as text, or why they are none; any other value as it is."""
+    try:
+        return value.decode("utf-8") if isinstance(value, bytes) else value
+    except UnicodeDecodeError as error:
+        return Unreadable(f"bytes that are not UTF-8 ({error.reason})")
+
+
 def as_text(value: Any) -> str:
     """A kept value as text: text as it is, null as empty text, all else as JSON."""
     if isinstance(value, str):

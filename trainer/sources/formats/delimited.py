@@ -11,19 +11,17 @@ from collections.abc import Iterator
 from typing import Any
 
 from trainer.errors import UserError
-from trainer.sources.formats.base import cut_rows, require_columns
+from trainer.sources.formats.base import Format, cut_rows, require_columns
 from trainer.sources.formats.lines import (
     MAX_LINE_BYTES,
     LongLine,
     bounded_lines,
-    damaged,
     too_long,
     without_mark,
 )
-from trainer.sources.input_files import format_of, location, open_decompressed
+from trainer.sources.input_files import damaged, format_of, location, open_decompressed
 from trainer.sources.rows import BadRow, Columns, Row, RowRange, cut_raw, row_of_values
 
-ENTERS = False
 _NO_FIELD_LIMIT = 2**31 - 1  # Lines and records are bounded here instead.
 
 
@@ -161,48 +159,6 @@ def _too_long(lines: _Lines) -> Iterator[tuple[str, str] | LongLine]:
         lines.long_line = None
 
 
-def column_names(name: str) -> list[str]:
-    """The columns of a table's header.
-
-    Raises:
-      UserError: if the file does not begin with one.
-    """
-    try:
-        header = next(_records(name), None)
-    except OSError as error:
-        raise damaged(name, "the beginning", error) from None
-    if not isinstance(header, list):
-        reason = "no rows" if header is None else "its first line cannot be read"
-        raise UserError(f"{name}: {reason}, expected a header with the names of the columns")
-    return header
-
-
-def check_columns(name: str, columns: Columns) -> None:
-    """Checks that the header has the columns, each once."""
-    found = column_names(name)
-    is_bare = location(name).lower().endswith((".tsv", ".txt"))
-    hint = (
-        "; if the lines are id<TAB>labels<TAB>text, without a header, say so with "
-        "--input_format=libmultilabel"
-        if is_bare
-        else ""
-    )
-    require_columns(name, found, columns, hint=hint)
-    counts = Counter(found)
-    for column in columns.all:
-        if counts[column] > 1:
-            raise UserError(
-                f"{name}: {counts[column]} columns are called {column!r}, expected one; rename "
-                "the others"
-            )
-
-
-def plan_row_ranges(name: str, source: str, rows_per_part: int) -> list[RowRange]:
-    """Cuts a table into ranges; it is read once, so that row numbers are exact."""
-    num_rows = sum(1 for _ in _numbered(name))
-    return cut_rows(name, source, num_rows, rows_per_part)
-
-
 def _numbered(name: str) -> Iterator[tuple[int, list[str] | tuple[str, str] | LongLine]]:
     """(row number, record) of all rows but the header."""
     position = 0
@@ -214,25 +170,55 @@ def _numbered(name: str) -> Iterator[tuple[int, list[str] | tuple[str, str] | Lo
         raise damaged(name, f"row {max(position, 0)}", error) from None
 
 
-def read_rows(row_range: RowRange, columns: Columns) -> Iterator[Row | BadRow]:
-    """The rows of a range.
+class DelimitedFormat(Format):
+    """Tables of values between commas or tabs."""
 
-    Raises:
-      UserError: if the file is damaged, cut short, or lacks a column.
-    """
-    check_columns(row_range.path, columns)
-    header = column_names(row_range.path)
-    places = [(column, header.index(column)) for column in columns.all if column in header]
-    for position, record in _numbered(row_range.path):
-        if position < row_range.start:
-            continue
-        if row_range.end is not None and position >= row_range.end:
-            break
-        if isinstance(record, LongLine):
-            yield too_long(position, record)
-        elif isinstance(record, tuple):
-            reason, line = record
-            yield BadRow(position, reason, cut_raw(line[:2000]))
-        else:
-            values = {column: record[place] for column, place in places}
-            yield row_of_values(row_range, position, values, columns)
+    def column_names(self, name: str) -> list[str]:
+        try:
+            header = next(_records(name), None)
+        except OSError as error:
+            raise damaged(name, "the beginning", error) from None
+        if not isinstance(header, list):
+            reason = "no rows" if header is None else "its first line cannot be read"
+            raise UserError(f"{name}: {reason}, expected a header with the names of the columns")
+        return header
+
+    def check_columns(self, name: str, columns: Columns) -> None:
+        found = self.column_names(name)
+        is_bare = location(name).lower().endswith((".tsv", ".txt"))
+        hint = (
+            "; if the lines are id<TAB>labels<TAB>text, without a header, say so with "
+            "--input_format=libmultilabel"
+            if is_bare
+            else ""
+        )
+        require_columns(name, found, columns, hint=hint)
+        counts = Counter(found)
+        for column in columns.all:
+            if counts[column] > 1:
+                raise UserError(
+                    f"{name}: {counts[column]} columns are called {column!r}, expected one; rename "
+                    "the others"
+                )
+
+    def plan_row_ranges(self, name: str, source: str, rows_per_part: int) -> list[RowRange]:
+        num_rows = sum(1 for _ in _numbered(name))
+        return cut_rows(name, source, num_rows, rows_per_part)
+
+    def read_rows(self, row_range: RowRange, columns: Columns) -> Iterator[Row | BadRow]:
+        self.check_columns(row_range.path, columns)
+        header = self.column_names(row_range.path)
+        places = [(column, header.index(column)) for column in columns.all if column in header]
+        for position, record in _numbered(row_range.path):
+            if position < row_range.start:
+                continue
+            if row_range.end is not None and position >= row_range.end:
+                break
+            if isinstance(record, LongLine):
+                yield too_long(position, record)
+            elif isinstance(record, tuple):
+                reason, line = record
+                yield BadRow(position, reason, cut_raw(line[:2000]))
+            else:
+                values = {column: record[place] for column, place in places}
+                yield row_of_values(row_range, position, values, columns)
