@@ -16,8 +16,8 @@ from trainer.errors import UserError
 from trainer.preparation import corpus
 from trainer.sources import input_files
 from trainer.sources.extents import Extent
-from trainer.sources.formats.lines import MAX_LINE_BYTES
-from trainer.sources.reader import cut_file, fingerprint, plan_row_ranges, read_extent
+from trainer.sources.formats.lines import MAX_LINE_BYTES, cut_bytes, line_format
+from trainer.sources.reader import fingerprint, plan_row_ranges
 from trainer.sources.rows import Columns
 from trainer.storage import filesystem
 
@@ -119,9 +119,12 @@ def test_ranges_cut_at_any_byte_have_every_line_once(tmp_path, range_bytes, endi
     lines = [b"line %d" % number * (number % 9) for number in range(40)]
     path.write_bytes(b"\xef\xbb\xbf" + b"\n".join(lines) + ending)
     whole, texts = Extent(), []
-    for row_range in cut_file(str(path), "rows.txt", range_bytes):
+    for row_range in cut_bytes(str(path), "rows.txt", path.stat().st_size, range_bytes):
         extent = Extent()
-        texts += [row.text for row in read_extent(row_range, Columns(), extent)]
+        texts += [
+            row.text
+            for row in line_format(row_range.path).read_extent(row_range, Columns(), extent)
+        ]
         whole.join(extent)
     assert texts == [line.decode() for line in lines if line]
     (planned,) = plan_row_ranges(str(path), 1000)
@@ -133,9 +136,9 @@ def test_a_line_over_several_ranges_belongs_to_the_first(tmp_path):
     path = tmp_path / "rows.txt"
     path.write_bytes(b"first\n" + b"x" * (MAX_LINE_BYTES + 1) + b"\nlast\n")
     extents = []
-    for row_range in cut_file(str(path), "rows.txt", 10 << 20):
+    for row_range in cut_bytes(str(path), "rows.txt", path.stat().st_size, 10 << 20):
         extents.append(Extent())
-        list(read_extent(row_range, Columns(), extents[-1]))
+        list(line_format(row_range.path).read_extent(row_range, Columns(), extents[-1]))
     assert [extent.num_rows for extent in extents] == [2, 0, 0, 1]
     whole = Extent()
     for extent in extents:

@@ -79,7 +79,7 @@ def encode_record(
     document_id: str,
     windows: Sequence[list[int]],
     labels: list[int],
-    slices: Sequence[str] = (),
+    kept: Sequence[str] = (),
 ) -> bytes:
     """One document as a serialised `tf.train.Example`, features in the order of their names.
 
@@ -87,7 +87,7 @@ def encode_record(
       document_id: any text.
       windows: one or more lists of token ids, each with [CLS] and [SEP], not padded.
       labels: label indices, sorted and unique.
-      slices: values of the kept columns, in the order of metadata.json's `slice_columns`.
+      kept: values of the kept columns, in the order of metadata.json's `slice_columns`.
     """
     example = _example_class()()
     feature = example.features.feature
@@ -96,8 +96,8 @@ def encode_record(
     feature["input_ids"].int64_list.value.extend(input_ids)
     feature["window_lengths"].int64_list.value.extend(map(len, windows))
     feature["labels"].int64_list.value.extend(labels)
-    if slices:
-        values = [value.encode("utf-8", "replace") for value in slices]
+    if kept:
+        values = [value.encode("utf-8", "replace") for value in kept]
         feature["slices"].bytes_list.value.extend(values)
     serialized: bytes = example.SerializeToString(deterministic=True)
     return serialized
@@ -165,39 +165,33 @@ def _example_class() -> Any:
     from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
     kind = descriptor_pb2.FieldDescriptorProto
+    one, many = kind.LABEL_OPTIONAL, kind.LABEL_REPEATED
     file = descriptor_pb2.FileDescriptorProto(name="multihot/example.proto", package="multihot")
     file.syntax = "proto3"
 
-    def add(message: str, *fields: tuple[str, int, int, int, str | None]) -> Any:
-        added = file.message_type.add(name=message)
-        for field, number, field_type, label, type_name in fields:
-            full_name = f".multihot.{type_name}" if type_name else None
-            added.field.add(
-                name=field, number=number, type=field_type, label=label, type_name=full_name
-            )
-        return added
+    def add_field(
+        message: Any, name: str, number: int, field_type: int, label: int = one, **more: Any
+    ) -> None:
+        message.field.add(name=name, number=number, type=field_type, label=label, **more)
 
-    one, many = kind.LABEL_OPTIONAL, kind.LABEL_REPEATED
-    add("BytesList", ("value", 1, kind.TYPE_BYTES, many, None))
-    add("FloatList", ("value", 1, kind.TYPE_FLOAT, many, None))
-    add("Int64List", ("value", 1, kind.TYPE_INT64, many, None))
-    feature = add(
-        "Feature",
-        ("bytes_list", 1, kind.TYPE_MESSAGE, one, "BytesList"),
-        ("float_list", 2, kind.TYPE_MESSAGE, one, "FloatList"),
-        ("int64_list", 3, kind.TYPE_MESSAGE, one, "Int64List"),
-    )
+    feature = file.message_type.add(name="Feature")
     feature.oneof_decl.add(name="kind")
-    for field in feature.field:
-        field.oneof_index = 0
-    features = add("Features", ("feature", 1, kind.TYPE_MESSAGE, many, "Features.FeatureEntry"))
-    entry = features.nested_type.add(name="FeatureEntry")
-    entry.options.map_entry = True
-    entry.field.add(name="key", number=1, type=kind.TYPE_STRING, label=one)
-    entry.field.add(
-        name="value", number=2, type=kind.TYPE_MESSAGE, label=one, type_name=".multihot.Feature"
-    )
-    add("Example", ("features", 1, kind.TYPE_MESSAGE, one, "Features"))
+    for number, (of, field_type) in enumerate(
+        [("Bytes", kind.TYPE_BYTES), ("Float", kind.TYPE_FLOAT), ("Int64", kind.TYPE_INT64)], 1
+    ):
+        add_field(file.message_type.add(name=f"{of}List"), "value", 1, field_type, many)
+        add_field(
+            feature, f"{of.lower()}_list", number, kind.TYPE_MESSAGE,
+            type_name=f".multihot.{of}List", oneof_index=0,
+        )  # fmt: skip
+    features = file.message_type.add(name="Features")
+    entry = features.nested_type.add(name="FeatureEntry", options={"map_entry": True})
+    add_field(entry, "key", 1, kind.TYPE_STRING)
+    add_field(entry, "value", 2, kind.TYPE_MESSAGE, type_name=".multihot.Feature")
+    entry_name = ".multihot.Features.FeatureEntry"
+    add_field(features, "feature", 1, kind.TYPE_MESSAGE, many, type_name=entry_name)
+    example = file.message_type.add(name="Example")
+    add_field(example, "features", 1, kind.TYPE_MESSAGE, type_name=".multihot.Features")
     pool = descriptor_pool.DescriptorPool()
     pool.Add(file)
     return message_factory.GetMessageClass(pool.FindMessageTypeByName("multihot.Example"))

@@ -28,13 +28,13 @@ from trainer.preparation.scan import (
 )
 from trainer.runtime.workers import WorkerPool
 from trainer.sources.extents import Extent
+from trainer.sources.formats.lines import cut_bytes, line_format
 from trainer.sources.input_files import changed, is_data_set, is_divisible, source_names
 from trainer.sources.listing import for_each_file
 from trainer.sources.reader import (
     check_all_columns,
     column_names,
-    cut_file,
-    rows_are_numbered_anew,
+    num_bytes,
     total_bytes,
 )
 from trainer.sources.rows import (
@@ -43,7 +43,7 @@ from trainer.sources.rows import (
     Columns,
     RowRange,
     allowed_rejections,
-    too_many_rejected,
+    describe_rejections,
 )
 
 VOCABULARY_TEXTS = 100_000
@@ -95,10 +95,9 @@ class Corpus:
         return total
 
 
-def columns_of(config: PrepareConfig, previous: Metadata | None) -> Columns:
-    """The columns that the flags name; those to keep are the folder's, if it has splits already."""
-    kept = config.keep_columns if previous is None else previous.slice_columns
-    return Columns(config.text_field, config.id_field, config.label_field, kept)
+def columns_of(config: PrepareConfig) -> Columns:
+    """The columns that the flags name."""
+    return Columns(config.text_field, config.id_field, config.label_field, config.keep_columns)
 
 
 def hash_seed(config: PrepareConfig, previous: Metadata | None) -> int:
@@ -127,17 +126,17 @@ def read_corpus(
     Raises:
       UserError: if a column is missing, or too many rows are unusable, or too few usable.
     """
-    columns = columns_of(config, previous)
+    columns = columns_of(config)
     check_all_columns(files, columns)
     reader = make_reader(config, previous)
     check_labels(files[0], columns, reader)
     plan = ScanPlan(columns, reader, hash_seed(config, previous), 0.0, work_dir, token_limits)
-    num_bytes = total_bytes(files)
-    cut = _cut_files(files, columns, work_dir, _range_bytes(num_bytes), pool)
+    size = total_bytes(files)
+    cut = _cut_files(files, columns, work_dir, _range_bytes(size), pool)
     row_index, numbering = RowIndex(work_dir), _Numbering()
     share_of_rows = partial(_vocabulary_share, config, previous)
     with open(os.path.join(work_dir, "rejected.jsonl"), "wb") as file:
-        rejected = _RejectedRows(file, _rows_a_group(num_bytes))
+        rejected = _RejectedRows(file, _rows_a_group(size))
         for row_range, scanned in _scan(plan, cut, numbering, share_of_rows, pool):
             row_index.add(scanned)
             rejected.add(row_range, scanned.rejected)
@@ -149,10 +148,7 @@ def read_corpus(
     _check_rows(config, num_rejected, row_index.num_rows, numbering.num_rows, path)
     _check_kept(config, columns, row_index, files)
     labels, dropped = choose_labels(config, reader, row_index)
-    places = {name: place for place, name in enumerate(labels)}
-    label_map = np.array([places.get(name, -1) for name in row_index.names], np.int64)
-    label_counts = np.zeros(len(labels), np.int64)
-    label_counts[label_map[label_map >= 0]] = np.array(row_index.label_counts)[label_map >= 0]
+    label_map, label_counts = _map_labels(row_index, labels)
     corpus = Corpus(
         row_ranges=numbering.row_ranges,
         fingerprints=numbering.fingerprints(),
@@ -168,6 +164,15 @@ def read_corpus(
     )
     _check_splits(config, corpus)
     return corpus
+
+
+def _map_labels(row_index: RowIndex, labels: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """`Corpus.label_map`, and int64 [labels]: the rows of each label."""
+    places = {name: place for place, name in enumerate(labels)}
+    label_map = np.array([places.get(name, -1) for name in row_index.names], np.int64)
+    label_counts = np.zeros(len(labels), np.int64)
+    label_counts[label_map[label_map >= 0]] = np.array(row_index.label_counts)[label_map >= 0]
+    return label_map, label_counts
 
 
 def _range_bytes(num_bytes: int) -> int:
@@ -201,7 +206,7 @@ def _cut_files(
         row_range
         for file in files
         for name in read[file]
-        for row_range in cut_file(name, sources[file], range_bytes)
+        for row_range in cut_bytes(name, sources[file], num_bytes(name), range_bytes)
     ]
 
 
@@ -221,9 +226,9 @@ def _scan(
 ) -> Iterator[tuple[RowRange, ScannedRange]]:
     """Scans ranges that were cut by bytes; yields them with their row numbers, in order.
 
-    The share of texts to keep for a vocabulary depends on the number of rows, which is known in the
-    end. So there are rounds, each four times as long as those before it together. A round takes the
-    number of rows so far, which keeps all texts that the final share keeps, and few more.
+    The share of texts to keep for a vocabulary depends on the number of rows, which is known only
+    at the end. So there are rounds, each three times as long as those before it together. A round
+    keeps the share for the number of rows so far: all texts of the final share, and a few more.
     """
     total = sum((row_range.end or 0) - row_range.start for row_range in cut)
     with tqdm(
@@ -271,7 +276,7 @@ class _Numbering:
         whole.join(extent)
         self.row_ranges.append(row_range)
         self.num_rows += extent.num_rows
-        if not rows_are_numbered_anew(cut.path):
+        if line_format(cut.path).has_own_positions:
             return row_range, scanned
         rejected = [row._replace(position=row.position + first_row) for row in scanned.rejected]
         positions = scanned.positions + first_row
@@ -283,10 +288,10 @@ class _Numbering:
 
 
 class _RejectedRows:
-    """The file of the rows that cannot be used, cut behind the group that has too many of them.
+    """The file of the rows that cannot be used, as JSONL.
 
-    (How many are allowed is known when all rows are counted, and one that has too many may have
-    millions.)
+    If there are too many, it ends with the group of rows, `rows_a_group` of one file, in which they
+    became too many. How many are allowed is known only when all rows are counted.
     """
 
     def __init__(self, file: BinaryIO, rows_a_group: int) -> None:
@@ -298,7 +303,7 @@ class _RejectedRows:
         self._bounds: list[tuple[int, int]] = []
 
     def add(self, row_range: RowRange, rejected: Iterable[BadRow]) -> None:
-        """Writes rows, as JSONL."""
+        """Writes rows."""
         for row in rejected:
             group = row_range.path, row.position // self._rows_a_group
             if group != self._group:
@@ -310,11 +315,7 @@ class _RejectedRows:
             self._num_rejected += 1
 
     def cut(self, max_rejected: int) -> int:
-        """Drops what comes behind the first group that goes beyond what is allowed.
-
-        Returns:
-          The number of rows in the file.
-        """
+        """Ends the file; returns the number of rows that are left in it."""
         bounds = [*self._bounds, (self._num_rejected, self._file.tell())]
         num_rejected, size = next(
             (bound for bound in bounds if bound[0] > max_rejected), bounds[-1]
@@ -342,7 +343,8 @@ def _check_rows(
         raise UserError(f"--input={','.join(config.input)}: no rows; expected at least one")
     limit = config.max_rejected
     if num_rejected > allowed_rejections(limit, num_rows) or not num_usable:
-        raise too_many_rejected(path, num_rejected, num_rows, limit, path)
+        with open(path, "rb") as file:
+            raise describe_rejections(file.readline(), num_rejected, num_rows, limit, path)
 
 
 def _check_kept(

@@ -82,10 +82,10 @@ def gather_inputs(config: PrepareConfig, work_dir: str) -> Inputs:
 
 
 def choose_label_columns(config: PrepareConfig, files: Sequence[str]) -> PrepareConfig:
-    """The flags, with the columns of truth values for labels if there is no column of labels.
+    """The flags, with the columns of truth values as labels if there is no column of labels.
 
-    That is so only where `--label_field` is as it is by default, the files' schema says which
-    columns hold truth values, and all files agree.
+    This needs the default `--label_field`, files whose schema says which columns hold truth values,
+    and the same columns in all files.
     """
     if config.label_field != PrepareConfig.label_field:
         return config
@@ -108,7 +108,7 @@ def choose_label_columns(config: PrepareConfig, files: Sequence[str]) -> Prepare
 def choose_token_limits(
     config: PrepareConfig, previous: Metadata | None, files: Sequence[str]
 ) -> TokenLimits | None:
-    """What the rows that come tokenised keep to; None if there are none.
+    """The limits of rows that come tokenised; None if there are no such rows.
 
     Raises:
       UserError: if there are, and no tokenizer is named that made them.
@@ -118,18 +118,18 @@ def choose_token_limits(
         return None
     if previous is not None:
         tokenizer = load_tokenizer(os.path.join(config.data_dir, TOKENIZER_FOLDER))
-        return TokenLimits.of(tokenizer, previous.max_seq_length, previous.max_windows)
-    if config.tokenizer == "train":
+    elif config.tokenizer != "train":
+        tokenizer = load_tokenizer(config.tokenizer)
+    else:
         raise UserError(
             f"--tokenizer=train: {tokenised} holds token ids, expected text to train on; name "
             "the tokenizer that made them, a folder or a hub id"
         )
-    tokenizer = load_tokenizer(config.tokenizer)
     return TokenLimits.of(tokenizer, config.max_seq_length, config.max_windows)
 
 
 def make_reader(config: PrepareConfig, previous: Metadata | None) -> LabelReader:
-    """What reads the labels of a row, as the flags or the folder's earlier splits say.
+    """The reader of the labels of a row, by the flags or the folder's earlier splits.
 
     Raises:
       UserError: if --labels and --label_field do not go together.
@@ -155,10 +155,10 @@ def make_reader(config: PrepareConfig, previous: Metadata | None) -> LabelReader
 
 
 def check_labels(name: str, columns: Columns, reader: LabelReader) -> None:
-    """Checks that of the first rows of a file some have labels that can be read.
+    """Checks that the labels of one of the first rows of a file can be read.
 
     Raises:
-      UserError: if there are several rows, and none has.
+      UserError: if there are several rows, and those of none can.
     """
     rows = (row for row in read_row_range(whole_file(name), columns) if isinstance(row, Row))
     reasons = []
@@ -178,7 +178,7 @@ def check_labels(name: str, columns: Columns, reader: LabelReader) -> None:
 def choose_labels(
     config: PrepareConfig, reader: LabelReader, row_index: RowIndex
 ) -> tuple[tuple[str, ...], dict[str, int]]:
-    """The labels in order, and those of the data that are too rare, with their documents.
+    """The labels in order, and the number of documents of each label that is too rare.
 
     Raises:
       UserError: if none is left.
@@ -189,9 +189,10 @@ def choose_labels(
     enough = config.min_label_count
     labels = tuple(sorted(name for name, count in counts.items() if count >= enough))
     if not labels:
-        most = max(counts.values(), default=0)
+        commonest = max(counts.values(), default=0)
         raise UserError(
             f"--label_field={','.join(config.label_field)}: no label has --min_label_count="
-            f"{enough} documents, the commonest has {most}; check the column, or lower the count"
+            f"{enough} documents, the commonest has {commonest}; check the column, or lower the "
+            "count"
         )
     return labels, {name: counts[name] for name in sorted(counts) if counts[name] < enough}

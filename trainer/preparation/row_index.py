@@ -208,8 +208,8 @@ class StratifiedSplitter:
 
     def __init__(self, shares: Sequence[float], label_counts: np.ndarray, num_documents: int):
         self._shares = tuple(shares)
-        # The corpus itself counts as one more label, the commonest, which every document has: so
-        # the splits' sizes are balanced by the same rule as their labels.
+        # The corpus counts as one more label, which every document has: the same rule then
+        # balances the sizes of the splits and their labels.
         totals = np.append(np.asarray(label_counts, np.int64), num_documents)
         self._size = len(totals) - 1
         self._totals = totals
@@ -262,19 +262,19 @@ class StratifiedSplitter:
         return rarity
 
     def _choose(self, labels: list[int], text_hash: int) -> int:
-        """The split that lacks these labels most; counts them there."""
-        best, most = 0, -np.inf
+        """The split with the greatest lack of these labels, which are then counted there."""
+        best, greatest = 0, -np.inf
         num_splits = len(self._shares)
         for turn in range(num_splits):
-            # Ties go round with the hash, so that no split is favoured.
+            # The hash decides between equals, so that no split is favoured.
             split = (text_hash + turn) % num_splits
             share, held = self._shares[split], self._held[split]
             lack = sum(
                 (share * (self._seen[label] + 1) - held[label]) * self._weights[label]
                 for label in labels
             )
-            if lack > most + 1e-12:
-                best, most = split, lack
+            if lack > greatest + 1e-12:
+                best, greatest = split, lack
         held = self._held[best]
         for label in labels:
             self._seen[label] += 1

@@ -14,7 +14,7 @@ import numpy as np
 
 from trainer.data.tokenizer import TokenLimits, check_windows
 from trainer.sources.extents import Extent
-from trainer.sources.formats.lines import encode_row
+from trainer.sources.formats.lines import encode_row, line_format
 from trainer.sources.input_files import (
     LINE_FORMATS,
     damaged,
@@ -25,7 +25,6 @@ from trainer.sources.labels import LabelError, LabelReader
 from trainer.sources.reader import (
     can_enter,
     plan_row_ranges,
-    read_extent,
     read_row_range,
     whole_file,
 )
@@ -156,7 +155,8 @@ def scan_range(plan: ScanPlan, index: int, row_range: RowRange) -> ScannedRange:
     rejected: list[BadRow] = []
     below = vocabulary_bound(plan.vocabulary_share)
     with _vocabulary_file(plan, index) as vocabulary:
-        for row in read_extent(row_range, plan.columns, extent):
+        rows = line_format(row_range.path).read_extent(row_range, plan.columns, extent)
+        for row in rows:
             if isinstance(row, BadRow):
                 rejected.append(row)
                 continue

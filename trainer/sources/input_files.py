@@ -21,7 +21,7 @@ FORMATS = {
     ".parquet": "parquet", ".tfrecord": "tfrecord", ".tfrecords": "tfrecord", ".arrow": "arrow",
 }  # fmt: skip
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
-# Formats that compress inside and are read at several places: not compressed once more.
+# Formats that compress inside, and that are not read from beginning to end.
 _OPENED_ANYWHERE = ("parquet", "arrow")
 LINE_FORMATS = ("jsonl", "text", "libmultilabel", "rows")
 # Small enough that a look at a file's first rows does not read all of a small file.
@@ -53,8 +53,10 @@ def absolute_name(name: str) -> str:
 
 
 def source_names(names: Sequence[str]) -> dict[str, str]:
-    """What each name's rows without an id are called by: the file's name, with its folders where
-    several are called the same."""
+    """The name of each file in the ids of its rows without an id.
+
+    It is the file's own name, with its folders if several files have the same name.
+    """
     short = {name: _short_name(name) for name in names}
     counts = Counter(short.values())
     same = [location(absolute_name(name)) for name in names if counts[short[name]] > 1]
@@ -108,7 +110,7 @@ def is_divisible(name: str) -> bool:
 
 
 class _BoundedReader(io.RawIOBase):
-    """A raw stream that is not read ahead, but for some bytes at a time, beyond an end."""
+    """A raw stream of which buffers take little at a time once they come to an end."""
 
     def __init__(self, raw: io.RawIOBase, end: int) -> None:
         super().__init__()
@@ -124,13 +126,9 @@ class _BoundedReader(io.RawIOBase):
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
         return self._raw.seek(offset, whence)
 
-    def tell(self) -> int:
-        return self._raw.tell()
-
     def readinto(self, buffer: Any) -> int:
-        left = self._end - self._raw.tell()
-        view = memoryview(buffer)[: left if left > 0 else _BYTES_BEHIND]
-        return self._raw.readinto(view)
+        size = max(self._end - self._raw.tell(), _BYTES_BEHIND)
+        return self._raw.readinto(memoryview(buffer)[:size])
 
     def close(self) -> None:
         self._raw.close()

@@ -9,12 +9,10 @@ import dataclasses
 import os
 from collections.abc import Iterator, Sequence
 from functools import partial
-from typing import cast
 
 from trainer.errors import UserError
-from trainer.sources.extents import Extent
 from trainer.sources.formats.base import find_format
-from trainer.sources.formats.lines import LineFormat, cut_bytes
+from trainer.sources.formats.lines import line_format
 from trainer.sources.input_files import (
     changed,
     is_data_set,
@@ -145,33 +143,8 @@ def plan_and_fingerprint(name: str, rows_per_part: int) -> tuple[list[RowRange],
     if not hashed_by_readers(name):
         return plan_row_ranges(name, rows_per_part), fingerprint(name)
     source = source_names([name])[name]
-    row_ranges, extent = _line_format(name).plan_lines(name, source, rows_per_part)
+    row_ranges, extent = line_format(name).plan_lines(name, source, rows_per_part)
     return row_ranges, extent.fingerprint
-
-
-def _line_format(name: str) -> LineFormat:
-    return cast(LineFormat, find_format(name))
-
-
-def cut_file(name: str, source: str, range_bytes: int) -> list[RowRange]:
-    """Ranges of a plain file of lines for `read_extent`, cut by bytes, without reading it."""
-    return cut_bytes(name, source, num_bytes(name), range_bytes)
-
-
-def read_extent(row_range: RowRange, columns: Columns, extent: Extent) -> Iterator[Row | BadRow]:
-    """Streams the rows that begin in a range of `cut_file`; their numbers count from its start.
-
-    Args:
-      row_range: of a plain file of lines.
-      columns: what to read.
-      extent: an empty one; in the end it says where those lines are, and how many.
-    """
-    return _line_format(row_range.path).read_extent(row_range, columns, extent)
-
-
-def rows_are_numbered_anew(name: str) -> bool:
-    """Whether the rows of a plain file of lines are numbered by its lines."""
-    return not _line_format(name).has_own_positions
 
 
 def read_row_range(row_range: RowRange, columns: Columns) -> Iterator[Row | BadRow]:

@@ -1,7 +1,4 @@
-"""What a row of raw data is: checked text, id, labels as they stood, kept columns; or why not.
-
-How many unusable rows a command puts up with.
-"""
+"""Rows of raw data: usable ones, checked; unusable ones with the reason; and how many may be so."""
 
 import datetime
 import decimal
@@ -233,26 +230,18 @@ def allowed_rejections(limit: float, num_rows: int) -> int:
     return math.floor(limit * num_rows + 1e-9) if limit < 1 else int(limit)
 
 
-def too_many_rejected(
-    path: str, num_rejected: int, num_rows: int, limit: float, where: str
+def describe_rejections(
+    lines: bytes, num_rejected: int, num_rows: int, limit: float, where: str
 ) -> UserError:
-    """What to raise, with the first of the rejected rows in it.
+    """The error of a command that stops for unusable rows; it shows the first of them.
 
     Args:
-      path: JSONL of rejected rows, at least one, with `source`, `row` and `reason`.
+      lines: the beginning of a JSONL file of rejected rows, or nothing if the file is gone.
       num_rejected: rows that cannot be used.
       num_rows: all rows.
       limit: `--max_rejected`.
       where: the file or folder that holds all of the rejected rows.
     """
-    with open(path, encoding="utf-8") as file:
-        return describe_rejections(next(file).encode(), num_rejected, num_rows, limit, where)
-
-
-def describe_rejections(
-    lines: bytes, num_rejected: int, num_rows: int, limit: float, where: str
-) -> UserError:
-    """The same, given the beginning of such a file, or nothing if it is not there any more."""
     first = json.loads(lines.splitlines()[0]) if lines else None
     example = f"{first['source']}: row {first['row']}: {first['reason']}; " if first else ""
     return UserError(

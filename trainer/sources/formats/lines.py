@@ -7,11 +7,11 @@ import abc
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
-from typing import Any, NamedTuple
+from typing import Any, NamedTuple, cast
 
 from trainer.errors import UserError
 from trainer.sources.extents import Extent
-from trainer.sources.formats.base import Format, cut_rows, require_columns, wrong_type
+from trainer.sources.formats.base import Format, cut_rows, find_format, require_columns, wrong_type
 from trainer.sources.input_files import (
     damaged,
     is_divisible,
@@ -215,13 +215,16 @@ class LineFormat(Format):
                 yield line
 
 
+def line_format(name: str) -> LineFormat:
+    """What reads a file of lines."""
+    return cast(LineFormat, find_format(name))
+
+
 class JsonLines(LineFormat):
     """JSONL: a JSON object a line."""
 
     _ROWS_TO_CHECK = 100
     _LINES_TO_CHECK = 10_000
-    # Of a string, what its type and a message need.
-    _CHECKED_CHARACTERS = 64
 
     def column_names(self, name: str) -> list[str] | None:
         return _field_names(self._first_objects(name)) or None
@@ -252,13 +255,10 @@ class JsonLines(LineFormat):
             if count == 0:
                 _refuse_array(name, line, value)
             if isinstance(value, dict):
-                objects.append({key: self._cut(item) for key, item in value.items()})
+                objects.append({key: _cut(item) for key, item in value.items()})
             if len(objects) >= self._ROWS_TO_CHECK or count >= self._LINES_TO_CHECK:
                 break
         return objects
-
-    def _cut(self, value: Any) -> Any:
-        return value[: self._CHECKED_CHARACTERS] if isinstance(value, str) else value
 
     def _read_line(
         self, row_range: RowRange, columns: Columns, position: int, line: bytes
@@ -271,6 +271,10 @@ class JsonLines(LineFormat):
             return BadRow(position, reason, _shown(line))
         row = row_of_values(row_range, position, value, columns)
         return row._replace(raw=_shown(line)) if isinstance(row, BadRow) and not row.raw else row
+
+
+def _cut(value: Any) -> Any:
+    return value[:64] if isinstance(value, str) else value  # Its type and a message need no more.
 
 
 def _load_json(line: bytes) -> Any:
@@ -387,7 +391,7 @@ class RowCopies(LineFormat):
         return None
 
     def check_columns(self, name: str, columns: Columns) -> None:
-        """The columns were checked where the rows came from."""
+        pass  # They were checked where the rows came from.
 
     def _read_line(
         self, row_range: RowRange, columns: Columns, position: int, line: bytes
