@@ -162,3 +162,21 @@ def test_a_file_that_shrinks_while_it_is_scanned_is_refused(rows, tmp_path, monk
     monkeypatch.setattr(corpus, "_range_bytes", lambda _: 1 << 17)
     with pytest.raises(UserError, match="rows.jsonl: changed while it was read"):
         prepare.run(config(rows, tmp_path / "data", vocab_size=200, max_rejected=10))
+
+
+def test_shards_do_not_depend_on_ranges_and_rounds(rows, tmp_path, monkeypatch):
+    monkeypatch.setattr(
+        prepare, "process_pool", lambda _: contextlib.nullcontext(PoolOfThisProcess())
+    )
+    monkeypatch.setattr(corpus, "VOCABULARY_TEXTS", 500)
+    contents = []
+    for range_bytes, first_round in ((1 << 30, 64), (20_000, 2)):
+        monkeypatch.setattr(corpus, "_range_bytes", lambda _, size=range_bytes: size)
+        monkeypatch.setattr(corpus, "_RANGES_OF_FIRST_ROUND", first_round)
+        data_dir = tmp_path / str(range_bytes)
+        flags = {"vocab_size": 300, "max_rejected": 10}
+        prepare.run(config(rows, data_dir, split="train:0.5,test:0.5", **flags))
+        paths = sorted(path for path in data_dir.rglob("*") if path.is_file())
+        contents.append({str(path.relative_to(data_dir)): path.read_bytes() for path in paths})
+    assert len(contents[0]) > 8
+    assert contents[0] == contents[1]

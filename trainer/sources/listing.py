@@ -66,7 +66,7 @@ class FileVersions:
 
 Result = TypeVar("Result")
 _SAVED_SPLITS, _SAVED_STATE = "dataset_dict.json", "state.json"
-# What `datasets` and the hub lay beside a data set's files, to describe them.
+# Files with which `datasets` and the hub describe a data set.
 _DESCRIPTIONS = frozenset((_SAVED_SPLITS, "dataset_info.json", "dataset_infos.json"))
 _ENDINGS = f"{', '.join(FORMATS)} (or with {', '.join(COMPRESSIONS)})"
 FILES_AT_ONCE = 16

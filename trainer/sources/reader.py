@@ -32,7 +32,7 @@ def whole_file(name: str) -> RowRange:
 
 
 def check_columns(name: str, columns: Columns) -> None:
-    """Checks that a file has the required columns, as far as its beginning tells, of fit types.
+    """Checks by a file's beginning that it has the required columns, of types that can be right.
 
     Raises:
       UserError: naming the column that is missing or wrong, and those that were found.
@@ -49,7 +49,7 @@ def check_all_columns(names: Sequence[str], columns: Columns) -> None:
     """Checks the columns of all files.
 
     Raises:
-      UserError: of the first file that is at fault.
+      UserError: for the first file that has not.
     """
     for _ in for_each_file(names, partial(check_columns, columns=columns)):
         pass
@@ -119,7 +119,7 @@ def fingerprints(names: Sequence[str]) -> list[tuple[int, str]]:
 
 
 def hashed_by_readers(name: str) -> bool:
-    """Whether those who read all of a file know its fingerprint then, and need no pass for it."""
+    """Whether reading all of a file gives its fingerprint too, in the same pass."""
     return is_divisible(name) and not filesystem.is_remote(location(name))
 
 
@@ -134,16 +134,14 @@ def plan_row_ranges(name: str, rows_per_part: int) -> list[RowRange]:
     A file without an index of its rows is read once, so that row numbers are exact wherever a
     range begins.
     """
-    source = source_names([name])[name]
-    return find_format(name).plan_row_ranges(name, source, rows_per_part)
+    return find_format(name).plan_row_ranges(name, rows_per_part)
 
 
 def plan_and_fingerprint(name: str, rows_per_part: int) -> tuple[list[RowRange], tuple[int, str]]:
     """`plan_row_ranges` and `fingerprint`; a plain local file of lines is read once for both."""
     if not hashed_by_readers(name):
         return plan_row_ranges(name, rows_per_part), fingerprint(name)
-    source = source_names([name])[name]
-    row_ranges, extent = line_format(name).plan_lines(name, source, rows_per_part)
+    row_ranges, extent = line_format(name).plan_lines(name, rows_per_part)
     return row_ranges, extent.fingerprint
 
 

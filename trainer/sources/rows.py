@@ -43,11 +43,11 @@ class BadRow(NamedTuple):
 
 
 class LabelIds(tuple[int, ...]):
-    """Labels by their places in the list of labels: never a multi-hot list, however it looks."""
+    """Labels by their places in the list of labels; never read as a multi-hot list."""
 
 
 class Unreadable(NamedTuple):
-    """Stands where a value of a row cannot be read, and says why."""
+    """Stands in the place of a value that cannot be read, and says why."""
 
     reason: str
 
@@ -77,10 +77,10 @@ class Columns:
 class RowRange:
     """Some consecutive rows of a file.
 
-    `start` and `end` are byte offsets for plain (uncompressed) files of lines, whose ranges hold
-    the lines that start in [start, end); they are row numbers for all else. An `end` of None is
-    the end of the file. `first_row` is the row number at `start`. `source` is the file name by
-    which rows without an id are called: "<source>:<row number>".
+    `start` and `end` are byte offsets in plain (uncompressed) files of lines: the range holds the
+    lines that begin in [start, end). In all other files they are row numbers. An `end` of None is
+    the end of the file. `first_row` is the row number at `start`. `source` is the file name in the
+    ids of rows without an id: "<source>:<row number>".
     """
 
     path: str
@@ -113,7 +113,7 @@ def row_beside_text(
     columns: Columns,
     windows: list[list[int]] | None = None,
 ) -> Row | BadRow:
-    """A row whose text, or windows, were checked before; id, labels and kept columns are here."""
+    """A row whose text or windows are checked already; checks id, labels and kept columns."""
     identifier = values.get(columns.id)
     if identifier is None or identifier == "" or identifier != identifier:  # NaN is not itself.
         name = default_id(row_range, position)
@@ -150,7 +150,7 @@ def why_no_text(text: Any) -> str | None:
 
 
 def _encoding_of(text: str) -> str:
-    """What a text with surrogates is not: those of a table stand for bytes that are not UTF-8."""
+    """The encoding that a text with surrogates lacks; a table has them for bytes not in UTF-8."""
     is_escaped = any("\udc80" <= character <= "\udcff" for character in text)
     return "UTF-8" if is_escaped else "valid Unicode"
 
@@ -203,7 +203,7 @@ def as_text(value: Any) -> str:
 
 
 def default_id(row_range: RowRange, position: int) -> str:
-    """What a row without an id is called."""
+    """The id of a row that has none."""
     return f"{row_range.source}:{position}"
 
 

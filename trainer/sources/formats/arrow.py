@@ -96,10 +96,10 @@ class ArrowFiles(ArrowFormat):
             reader = ipc.open_stream(stream)
             yield reader.schema, counted(iter(reader))
 
-    def plan_row_ranges(self, name: str, source: str, rows_per_part: int) -> list[RowRange]:
+    def plan_row_ranges(self, name: str, rows_per_part: int) -> list[RowRange]:
         with self._open(name) as (_, batches):
             num_rows = sum(batch.num_rows for batch in batches)
-        return cut_rows(name, source, num_rows, rows_per_part)
+        return cut_rows(name, num_rows, rows_per_part)
 
     def _batches(
         self, content: Any, row_range: RowRange, names: Sequence[str]
@@ -135,9 +135,9 @@ class ParquetFiles(ArrowFormat):
         ):
             yield file.schema_arrow, file
 
-    def plan_row_ranges(self, name: str, source: str, rows_per_part: int) -> list[RowRange]:
+    def plan_row_ranges(self, name: str, rows_per_part: int) -> list[RowRange]:
         with self._open(name) as (_, file):
-            return cut_rows(name, source, file.metadata.num_rows, rows_per_part)
+            return cut_rows(name, file.metadata.num_rows, rows_per_part)
 
     def _batches(
         self, content: Any, row_range: RowRange, names: Sequence[str]
@@ -157,7 +157,7 @@ class ParquetFiles(ArrowFormat):
 
 @contextlib.contextmanager
 def _one_line_of_damage(name: str, where: Callable[[], str]) -> Iterator[None]:
-    """Says that a file is damaged, and behind which place, instead of what pyarrow raises."""
+    """Turns what pyarrow raises into one line: the file is damaged, and after which place."""
     try:
         yield
     except (OSError, MemoryError, pyarrow.ArrowException, ValueError) as error:
@@ -192,7 +192,7 @@ def _check_offsets(column: Any) -> None:
     try:
         column.validate(full=True)
     except pyarrow.ArrowInvalid:
-        # Perhaps only a text that is not UTF-8, which costs its row alone: looked at as bytes.
+        # A text that is not UTF-8 costs only its own row, so the offsets are checked as of bytes.
         column.cast(_with_bytes(column.type)).validate(full=True)
 
 

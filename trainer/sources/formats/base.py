@@ -7,7 +7,7 @@ from collections.abc import Iterable, Iterator, Sequence
 from typing import cast
 
 from trainer.errors import UserError
-from trainer.sources.input_files import format_of
+from trainer.sources.input_files import format_of, source_names
 from trainer.sources.rows import BadRow, Columns, Row, RowRange
 
 
@@ -32,7 +32,7 @@ class Format(abc.ABC):
         """
 
     @abc.abstractmethod
-    def plan_row_ranges(self, name: str, source: str, rows_per_part: int) -> list[RowRange]:
+    def plan_row_ranges(self, name: str, rows_per_part: int) -> list[RowRange]:
         """Cuts a file into ranges of `rows_per_part` rows, the last one shorter."""
 
     @abc.abstractmethod
@@ -74,8 +74,9 @@ def _load_format(kind: str) -> Format:
     return cast(Format, getattr(found, class_name)())
 
 
-def cut_rows(name: str, source: str, num_rows: int, rows_per_part: int) -> list[RowRange]:
+def cut_rows(name: str, num_rows: int, rows_per_part: int) -> list[RowRange]:
     """Ranges of a file that is cut by row numbers."""
+    source = source_names([name])[name]
     return [
         RowRange(
             name, start, min(start + rows_per_part, num_rows), start,

@@ -4,6 +4,7 @@ A plain file is cut into ranges by bytes, a compressed one by row numbers.
 """
 
 import abc
+import itertools
 import json
 import math
 from collections.abc import Callable, Iterator, Sequence
@@ -18,6 +19,7 @@ from trainer.sources.input_files import (
     location,
     open_decompressed,
     open_file,
+    source_names,
 )
 from trainer.sources.rows import (
     BadRow,
@@ -36,6 +38,8 @@ _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _WIDE_MARKS = (b"\xff\xfe", b"\xfe\xff")
 _SKIPPED_BYTES = 1 << 20
 _SHOWN_BYTES = 1000
+# Of JSONL, whichever comes first.
+_ROWS_TO_CHECK, _LINES_TO_CHECK = 100, 10_000
 
 
 class LongLine(NamedTuple):
@@ -43,6 +47,9 @@ class LongLine(NamedTuple):
 
     num_bytes: int
     beginning: bytes
+
+
+NumberedLines = Iterator[tuple[int, bytes | LongLine]]
 
 
 def bounded_lines(
@@ -101,6 +108,10 @@ def _shown(line: bytes) -> str:
     return cut_raw(line[:2000].decode("utf-8", "replace"))
 
 
+def _whole_file(name: str) -> RowRange:
+    return RowRange(name, 0, None, 0, 0, "")
+
+
 def cut_bytes(name: str, source: str, num_bytes: int, range_bytes: int) -> list[RowRange]:
     """Ranges of a plain file, cut without reading it: `first_row` and `num_rows` are 0."""
     return [
@@ -125,28 +136,25 @@ class LineFormat(Format):
     ) -> Row | BadRow:
         """The row of a line that is not blank."""
 
-    def plan_row_ranges(self, name: str, source: str, rows_per_part: int) -> list[RowRange]:
+    def plan_row_ranges(self, name: str, rows_per_part: int) -> list[RowRange]:
         if is_divisible(name):
-            return self.plan_lines(name, source, rows_per_part)[0]
-        num_rows = sum(1 for _ in self._lines(RowRange(name, 0, None, 0, 0, source), Extent()))
-        return cut_rows(name, source, num_rows, rows_per_part)
+            return self.plan_lines(name, rows_per_part)[0]
+        num_rows = sum(1 for _ in self._lines(_whole_file(name), Extent()))
+        return cut_rows(name, num_rows, rows_per_part)
 
-    def plan_lines(
-        self, name: str, source: str, rows_per_part: int
-    ) -> tuple[list[RowRange], Extent]:
+    def plan_lines(self, name: str, rows_per_part: int) -> tuple[list[RowRange], Extent]:
         """The ranges of a plain file and what the whole of it is, by reading it once."""
-        row_ranges = []
-        start = first_row = 0
-        extent = Extent()
-        for row, _ in enumerate(self._lines(RowRange(name, 0, None, 0, 0, source), extent), 1):
-            if row - first_row == rows_per_part:
-                row_ranges.append(
-                    RowRange(name, start, extent.end, first_row, row - first_row, source)
-                )
-                start, first_row = extent.end, row
-        if extent.num_rows > first_row:
-            num_rows = extent.num_rows - first_row
-            row_ranges.append(RowRange(name, start, extent.end, first_row, num_rows, source))
+        extent, source = Extent(), source_names([name])[name]
+        bounds = [(0, 0)]  # Byte and row number at which a range begins.
+        for row, _ in enumerate(self._lines(_whole_file(name), extent), 1):
+            if row % rows_per_part == 0:
+                bounds.append((extent.end, row))
+        if extent.num_rows > bounds[-1][1]:
+            bounds.append((extent.end, extent.num_rows))
+        row_ranges = [
+            RowRange(name, start, end, first_row, end_row - first_row, source)
+            for (start, first_row), (end, end_row) in itertools.pairwise(bounds)
+        ]
         return row_ranges, extent
 
     def read_rows(self, row_range: RowRange, columns: Columns) -> Iterator[Row | BadRow]:
@@ -162,7 +170,7 @@ class LineFormat(Format):
             elif line and not line.isspace():
                 yield self._read_line(row_range, columns, position, line)
 
-    def _lines(self, row_range: RowRange, extent: Extent) -> Iterator[tuple[int, bytes | LongLine]]:
+    def _lines(self, row_range: RowRange, extent: Extent) -> NumberedLines:
         """(row number, line) of a range.
 
         Raises:
@@ -174,16 +182,12 @@ class LineFormat(Format):
                 line = without_mark(row_range.path, line)
             yield position, line
 
-    def _plain_lines(
-        self, row_range: RowRange, extent: Extent
-    ) -> Iterator[tuple[int, bytes | LongLine]]:
+    def _plain_lines(self, row_range: RowRange, extent: Extent) -> NumberedLines:
         """The lines that begin in [start, end), wherever these are within a line."""
         end = math.inf if row_range.end is None else row_range.end
         with open_file(row_range.path, row_range.end) as file:
-            start = row_range.start
-            if start:
-                file.seek(start - 1)
-                start -= 1
+            if start := row_range.start:
+                start = file.seek(start - 1)
                 for piece in _rest_of_line(file):
                     start += len(piece)
                     if start >= end:
@@ -194,9 +198,7 @@ class LineFormat(Format):
                 extent.num_rows += 1
                 yield row_range.first_row + extent.num_rows - 1, line
 
-    def _compressed_lines(
-        self, row_range: RowRange, extent: Extent
-    ) -> Iterator[tuple[int, bytes | LongLine]]:
+    def _compressed_lines(self, row_range: RowRange, extent: Extent) -> NumberedLines:
         position = 0
         try:
             with open_decompressed(row_range.path) as file:
@@ -210,7 +212,7 @@ class LineFormat(Format):
 
     def _first_lines(self, name: str) -> Iterator[bytes]:
         """The lines of a file from its beginning, blank and overlong ones left out."""
-        for _, line in self._lines(RowRange(name, 0, None, 0, 0, ""), Extent()):
+        for _, line in self._lines(_whole_file(name), Extent()):
             if isinstance(line, bytes) and line and not line.isspace():
                 yield line
 
@@ -222,9 +224,6 @@ def line_format(name: str) -> LineFormat:
 
 class JsonLines(LineFormat):
     """JSONL: a JSON object a line."""
-
-    _ROWS_TO_CHECK = 100
-    _LINES_TO_CHECK = 10_000
 
     def column_names(self, name: str) -> list[str] | None:
         return _field_names(self._first_objects(name)) or None
@@ -256,7 +255,7 @@ class JsonLines(LineFormat):
                 _refuse_array(name, line, value)
             if isinstance(value, dict):
                 objects.append({key: _cut(item) for key, item in value.items()})
-            if len(objects) >= self._ROWS_TO_CHECK or count >= self._LINES_TO_CHECK:
+            if len(objects) >= _ROWS_TO_CHECK or count >= _LINES_TO_CHECK:
                 break
         return objects
 
@@ -339,8 +338,6 @@ class TextLines(LineFormat):
 class LibMultiLabelLines(LineFormat):
     """LibMultiLabel's lines: id<TAB>labels<TAB>text, the labels separated by spaces, no header."""
 
-    _LINES_TO_CHECK = 20
-
     def column_names(self, name: str) -> list[str] | None:
         return ["id", "labels", "text"]
 
@@ -350,8 +347,8 @@ class LibMultiLabelLines(LineFormat):
                 f"--label_field={','.join(columns.labels)}: {name} has one column of labels, "
                 "separated by spaces; leave the flag out"
             )
-        first = zip(self._first_lines(name), range(self._LINES_TO_CHECK), strict=False)
-        widths = [line.count(b"\t") + 1 for line, _ in first]
+        first = itertools.islice(self._first_lines(name), 20)
+        widths = [line.count(b"\t") + 1 for line in first]
         if widths and max(widths) < 3:
             raise UserError(
                 f"{name}: lines of {max(widths)} columns, expected id<TAB>labels<TAB>text; write "

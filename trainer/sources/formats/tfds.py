@@ -1,7 +1,7 @@
 """TensorFlow Datasets: `tfds:NAME[/CONFIG][:VERSION]`, one name a split, in the files' order.
 
-Everything is read by the builder itself, in this process, so that a builder that the caller
-defined, or replaced by a mock, is the one that is used. A whole name is
+The builder itself reads, in this process, so that a builder that the caller defined or replaced by
+a mock is used. A whole name is
 `tfds:NAME[/CONFIG][:VERSION]:SPLIT[@FOLDER]`; NAME may be the folder of a data set on disk.
 """
 
@@ -151,12 +151,12 @@ class TensorFlowDatasets(Format):
             if is_fraction and len(columns.labels) == 1:
                 raise wrong_type(name, column, columns, "fractions", "names, ids, or 0 and 1")
 
-    def plan_row_ranges(self, name: str, source: str, rows_per_part: int) -> list[RowRange]:
+    def plan_row_ranges(self, name: str, rows_per_part: int) -> list[RowRange]:
         dataset = _dataset(name)
         num_rows = int(dataset.cardinality())
         if num_rows < 0:
             num_rows = sum(1 for _ in dataset)
-        return cut_rows(name, source, num_rows, rows_per_part)
+        return cut_rows(name, num_rows, rows_per_part)
 
     def read_rows(self, row_range: RowRange, columns: Columns) -> Iterator[Row | BadRow]:
         import tensorflow as tf

@@ -1,8 +1,8 @@
 """TFRecord files of `tf.train.Example`, parsed without TensorFlow, checksums checked.
 
-Three layouts, told apart record by record: text with labels; Multihot's own token ids; and those of
-google-research/bert (`input_ids`, `input_mask`, `segment_ids`, `label_ids`), from which padding and
-padding examples are taken out.
+There are three layouts, told apart record by record: text with labels; Multihot's own token ids;
+and those of google-research/bert (`input_ids`, `input_mask`, `segment_ids`, `label_ids`), whose
+padding and padding examples are left out.
 """
 
 import functools
@@ -35,7 +35,7 @@ _NUMBERS = ("input_ids", "window_lengths", "input_mask", "segment_ids")
 
 
 def _records(name: str) -> Iterator[bytes | int]:
-    """The records of a file, their checksums checked; the length of one that is over the limit.
+    """The records of a file, their checksums checked; of one over the limit only its length.
 
     Raises:
       UserError: if the file is damaged or cut short.
@@ -106,8 +106,8 @@ class TFRecordFormat(Format):
             given.append("labels")
         require_columns(name, list(found), columns, optional=given)
 
-    def plan_row_ranges(self, name: str, source: str, rows_per_part: int) -> list[RowRange]:
-        return cut_rows(name, source, sum(1 for _ in _records(name)), rows_per_part)
+    def plan_row_ranges(self, name: str, rows_per_part: int) -> list[RowRange]:
+        return cut_rows(name, sum(1 for _ in _records(name)), rows_per_part)
 
     def read_rows(self, row_range: RowRange, columns: Columns) -> Iterator[Row | BadRow]:
         for position, record in enumerate(_records(row_range.path)):
@@ -206,14 +206,14 @@ def _bert_window(features: dict[str, list[Any]]) -> list[int]:
     """BERT's ids without their padding."""
     ids = features["input_ids"]
     mask = features.get("input_mask", [1] * len(ids))
-    row_ranges = features.get("segment_ids", [0] * len(ids))
-    if not len(mask) == len(ids) == len(row_ranges):
+    segment_ids = features.get("segment_ids", [0] * len(ids))
+    if not len(mask) == len(ids) == len(segment_ids):
         raise ValueError(
-            f"{len(ids)} input_ids, {len(mask)} of input_mask and {len(row_ranges)} segment_ids, "
+            f"{len(ids)} input_ids, {len(mask)} of input_mask and {len(segment_ids)} segment_ids, "
             "expected as many of each"
         )
     real = [place for place, is_real in enumerate(mask) if is_real]
-    if any(row_ranges[place] for place in real):
+    if any(segment_ids[place] for place in real):
         raise ValueError("segment_ids of a pair of texts, expected single texts")
     return [ids[place] for place in real]
 
