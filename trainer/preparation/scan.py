@@ -157,18 +157,11 @@ def scan_range(plan: ScanPlan, index: int, row_range: RowRange) -> ScannedRange:
     with _vocabulary_file(plan, index) as vocabulary:
         rows = line_format(row_range.path).read_extent(row_range, plan.columns, extent)
         for row in rows:
-            if isinstance(row, BadRow):
-                rejected.append(row)
-                continue
-            row_labels = _read_labels(plan.labels, row)
+            row_labels = _read_labels(plan, row)
             if isinstance(row_labels, BadRow):
                 rejected.append(row_labels)
                 continue
-            if row.windows is not None:
-                reason = _why_not_ids(row.windows, plan.token_limits)
-                if reason is not None:
-                    rejected.append(BadRow(row.position, reason, shown(row.windows[:1])))
-                    continue
+            assert isinstance(row, Row)
             text_hash = hash_text(row.text if row.windows is None else str(row.windows), plan.seed)
             if text_hash % 2**32 < below:
                 cut = row.text[:_VOCABULARY_TEXT_CHARACTERS]
@@ -202,14 +195,17 @@ def _vocabulary_file(plan: ScanPlan, index: int) -> TextIO:
     return open(path, "w", encoding="utf-8")
 
 
-def _read_labels(reader: LabelReader, row: Row) -> list[str] | BadRow:
+def _read_labels(plan: ScanPlan, row: Row | BadRow) -> list[str] | BadRow:
+    """The labels of a row, or why it cannot be used."""
+    if isinstance(row, BadRow):
+        return row
     try:
-        return reader.read(row.labels)
+        labels = plan.labels.read(row.labels)
     except LabelError as error:
         return BadRow(row.position, str(error), shown(row.labels))
-
-
-def _why_not_ids(windows: list[list[int]], limits: TokenLimits | None) -> str | None:
-    if limits is None:
-        return "token ids, where the rows before it are text; expected files of one kind"
-    return check_windows(windows, limits)
+    if row.windows is None:
+        return labels
+    reason: str | None = "token ids, where the rows before it are text; expected files of one kind"
+    if plan.token_limits is not None:
+        reason = check_windows(row.windows, plan.token_limits)
+    return labels if reason is None else BadRow(row.position, reason, shown(row.windows[:1]))
