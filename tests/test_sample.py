@@ -9,6 +9,7 @@ import pytest
 from trainer import sample
 from trainer.config import SampleConfig
 from trainer.errors import UserError
+from trainer.sources import docstrings
 
 MODULE = '''
 @dataclasses.dataclass
@@ -67,7 +68,7 @@ EXPECTED = {
 def test_labels_come_from_the_code_around_a_docstring(tmp_path):
     path = tmp_path / "module.py"
     path.write_text(textwrap.dedent(MODULE))
-    (documents,) = sample.read_documents([sample.SourceFile(str(path), "p/module.py", "p")])
+    (documents,) = docstrings.read_documents([docstrings.SourceFile(str(path), "p/module.py", "p")])
     found = {document["id"].split(":")[-1]: set(document["labels"]) for document in documents}
     assert found == {name: labels | {"package:p"} for name, labels in EXPECTED.items()}
     first = ast.parse(MODULE).body[0]
@@ -85,24 +86,24 @@ def test_labels_come_from_the_code_around_a_docstring(tmp_path):
 def test_a_file_that_is_no_python_is_passed_over(tmp_path):
     path = tmp_path / "module.py"
     path.write_bytes(b"def \x00(")
-    assert sample.read_documents([sample.SourceFile(str(path), "x.py", "x")]) == [[]]
+    assert docstrings.read_documents([docstrings.SourceFile(str(path), "x.py", "x")]) == [[]]
 
 
 @pytest.fixture(scope="module")
 def documents(tmp_path_factory):
     path = tmp_path_factory.mktemp("sample") / "two.jsonl"
-    summary = sample.write_sample(str(path), 1000, seed=17, num_workers=2)
+    summary = docstrings.write_sample(str(path), 1000, seed=17, num_workers=2)
     return path, summary, [json.loads(line) for line in path.read_text().splitlines()]
 
 
 def test_the_sample_is_the_same_for_any_number_of_processes(documents, tmp_path):
     path, summary, _ = documents
     alone = tmp_path / "one.jsonl"
-    assert sample.write_sample(str(alone), 1000, seed=17, num_workers=1) == summary
+    assert docstrings.write_sample(str(alone), 1000, seed=17, num_workers=1) == summary
     assert alone.read_bytes() == path.read_bytes()
     other = tmp_path / "other.jsonl"
     assert (
-        sample.write_sample(str(other), 1000, seed=18, num_workers=2).fingerprint
+        docstrings.write_sample(str(other), 1000, seed=18, num_workers=2).fingerprint
         != summary.fingerprint
     )
 
@@ -125,19 +126,19 @@ def test_the_sample_is_ragged_skewed_and_without_repetition(documents):
 def test_a_smaller_sample_is_the_beginning_of_a_larger_one(documents, tmp_path):
     path, _, _ = documents
     smaller = tmp_path / "smaller.jsonl"
-    sample.write_sample(str(smaller), 100, seed=17)
+    docstrings.write_sample(str(smaller), 100, seed=17)
     assert path.read_bytes().startswith(smaller.read_bytes())
 
 
 def test_asking_for_too_many_documents_leaves_nothing_behind(tmp_path, monkeypatch):
-    monkeypatch.setattr(sample, "PACKAGES", {"absl": ("absl-py",)})
+    monkeypatch.setattr(docstrings, "PACKAGES", {"absl": ("absl-py",)})
     with pytest.raises(UserError, match="fewer than the 5000 asked for"):
-        sample.write_sample(str(tmp_path / "x.jsonl"), 5000, seed=17, num_workers=1)
+        docstrings.write_sample(str(tmp_path / "x.jsonl"), 5000, seed=17, num_workers=1)
     assert list(tmp_path.iterdir()) == []
 
 
 def test_the_command_records_what_the_sample_is_made_of(tmp_path, monkeypatch, capsys):
-    monkeypatch.setattr(sample, "PACKAGES", {"absl": ("absl-py",)})
+    monkeypatch.setattr(docstrings, "PACKAGES", {"absl": ("absl-py",)})
     path = tmp_path / "x.jsonl.gz"
     sample.run(SampleConfig(output=str(path), num_documents=50))
     first = path.read_bytes()

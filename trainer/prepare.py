@@ -1,10 +1,10 @@
 """`multihot prepare`: raw rows to TFRecord shards, the tokenizer beside them, metadata.json last.
 
-Two passes, both by several processes or by the workers of a Beam runner. The first reduces rows to
-labels, lengths and text hashes, from which labels, splits and a sample for the vocabulary are
-decided. The second tokenises and writes. All is made in a work folder inside the data folder and
-moved to its place at the end, so that a run that fails or is killed leaves nothing under a final
-name.
+There are two passes, each by several processes or by the workers of a Beam runner. The first
+reduces rows to labels, lengths and text hashes; these decide the labels, the splits and the texts
+for the vocabulary. The second tokenises and writes. Everything is made in a work folder inside the
+data folder and moved to its place at the end, so that a run that fails or is killed leaves nothing
+under a final name.
 """
 
 import contextlib
@@ -89,7 +89,7 @@ def _prepare(
     shown_dir: str,
     mirror: DataMirror | None = None,
 ) -> Timing:
-    """The same for a local folder, which `mirror` may have for one in Cloud Storage."""
+    """Prepares a local folder; `mirror` uploads it, if it stands for one in Cloud Storage."""
     started = time.monotonic()
     with open_work_folder(config.data_dir) as work_dir:
         previous = find_metadata(config.data_dir)
@@ -100,21 +100,25 @@ def _prepare(
             _check_previous(config, previous)
         check_vacant(config.data_dir, config.split_shares, is_new=previous is None)
         inputs = gather_inputs(config, work_dir)
-        config_as_given, config = config, choose_label_columns(config, inputs.files)
+        flags, config = _sum_up_flags(config), _settle(config, previous)
+        config = choose_label_columns(config, inputs.files)
         limits = choose_token_limits(config, previous, inputs.files)
         with _open_pool(config, runner, work_dir) as pool:
             corpus = read_corpus(config, previous, inputs.files, limits, work_dir, pool)
             scanned = time.monotonic()
             tokenizer = _choose_tokenizer(config, previous, corpus, work_dir)
             trained = time.monotonic()
-            plan = _plan_writing(config, previous, corpus, work_dir)
+            plan = _plan_writing(config, corpus, work_dir)
             shards, statistics = write_corpus(plan, corpus, pool)
             written = time.monotonic()
         inputs.versions.check()
         indexes = write_text_indexes(corpus, plan.split_names, work_dir, plan.num_labels)
         splits = describe_splits(plan, shards, statistics, indexes, corpus.num_rejected)
-        call = inputs.description | {"rejected": corpus.num_rejected, "seed": config.seed}
-        call |= {"splits": list(splits), "flags": _sum_up_flags(config_as_given)}
+        call = inputs.describe(corpus.fingerprints) | {
+            "rejected": corpus.num_rejected,
+            "seed": config.seed,
+        }
+        call |= {"splits": list(splits), "flags": flags}
         metadata = _describe(previous, corpus, tokenizer, plan, splits, call)
         checks = check_splits(
             metadata, list(splits), statistics, config.data_dir, work_dir, shards_dir=shown_dir
@@ -191,6 +195,19 @@ def _check_previous(config: PrepareConfig, previous: Metadata) -> None:
         )
 
 
+def _settle(config: PrepareConfig, previous: Metadata | None) -> PrepareConfig:
+    """The flags, with what the folder's earlier splits decided in the place of defaults."""
+    if previous is None:
+        return config
+    return dataclasses.replace(
+        config,
+        max_seq_length=previous.max_seq_length,
+        window_stride=previous.window_stride,
+        max_windows=previous.max_windows,
+        keep_columns=previous.slice_columns,
+    )
+
+
 @contextlib.contextmanager
 def _open_pool(
     config: PrepareConfig, runner: BeamRunner | None, work_dir: str
@@ -231,23 +248,15 @@ def _choose_tokenizer(
         tokenizer = train_tokenizer(texts, config.vocab_size)
     else:
         tokenizer = load_tokenizer(config.tokenizer)
-    tokenizer.save(os.path.join(work_dir, TOKENIZER_FOLDER), _max_seq_length(config, previous))
+    tokenizer.save(os.path.join(work_dir, TOKENIZER_FOLDER), config.max_seq_length)
     return tokenizer
 
 
-def _max_seq_length(config: PrepareConfig, previous: Metadata | None) -> int:
-    return config.max_seq_length if previous is None else previous.max_seq_length
-
-
-def _plan_writing(
-    config: PrepareConfig, previous: Metadata | None, corpus: Corpus, work_dir: str
-) -> WritePlan:
+def _plan_writing(config: PrepareConfig, corpus: Corpus, work_dir: str) -> WritePlan:
     """Decides the number of shards, from a generous estimate of two characters a token."""
     names = tuple(config.split_shares)
     documents = corpus.count_documents(len(names))
-    max_seq_length = _max_seq_length(config, previous)
-    max_windows = config.max_windows if previous is None else previous.max_windows
-    max_tokens = max_seq_length * max_windows
+    max_tokens = config.max_seq_length * config.max_windows
     mean_tokens = min(corpus.row_index.characters / corpus.row_index.num_rows / 2, max_tokens)
     record_bytes = BYTES_BESIDE_TOKENS + BYTES_A_TOKEN * mean_tokens
     wanted = np.ceil(documents * record_bytes / SHARD_BYTES).astype(np.int64)
@@ -256,12 +265,11 @@ def _plan_writing(
     else:
         wanted = np.maximum(wanted, MIN_SHARDS)
     return WritePlan(
-        columns=columns_of(config, previous),
+        columns=columns_of(config),
         work_dir=work_dir,
-        tokenizer_dir=os.path.join(work_dir, TOKENIZER_FOLDER),
-        max_seq_length=max_seq_length,
-        window_stride=config.window_stride if previous is None else previous.window_stride,
-        max_windows=max_windows,
+        max_seq_length=config.max_seq_length,
+        window_stride=config.window_stride,
+        max_windows=config.max_windows,
         split_names=names,
         num_shards=tuple(np.minimum(wanted, documents).tolist()),
         num_labels=len(corpus.labels),

@@ -212,10 +212,9 @@ def _settings(config: ScoreConfig, precision: str) -> dict[str, Any]:
 def _load_or_make_plan(this: ScoringRun) -> Plan:
     """The plan that the output folder was begun with, or a new one if there is none."""
     config, folder, model = this.config, this.folder, this.model
-    inputs = describe_inputs(this.paths)
     plan = load_plan(folder)
     if plan is None:
-        parts = plan_parts(inputs, config.rows_per_part)
+        inputs, parts = plan_parts(this.paths, config.rows_per_part)
         packing = model.packing  # The only shape that the SavedModel takes.
         if config.runner == LOCAL_RUNNER:
             packing = sample_packing(parts, this.columns, model, config.tokens_per_batch)
@@ -224,6 +223,8 @@ def _load_or_make_plan(this: ScoringRun) -> Plan:
             return plan
         # Another process with the same --worker_index was quicker, or is about to be.
         plan = wait_for_plan(folder, config.start_timeout)
+    else:
+        inputs = describe_inputs(this.paths)
     _check_plan(this, plan, inputs)
     return plan
 

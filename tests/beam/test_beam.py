@@ -15,7 +15,7 @@ import pytest
 from trainer import prepare, score
 from trainer.config import PrepareConfig, ScoreConfig
 from trainer.errors import UserError
-from trainer.scoring.plan import describe_inputs, plan_parts
+from trainer.scoring.plan import plan_parts
 
 NUM_ROWS = 200
 TWO_PROCESSES = ("--direct_running_mode=multi_processing", "--direct_num_workers=2")
@@ -161,8 +161,7 @@ def test_parts_go_apart_where_their_file_can_be_entered_and_within_the_limit(tmp
     pyarrow.parquet.write_table(pyarrow.Table.from_pylist(rows), tmp_path / "a.parquet")
     with gzip.open(tmp_path / "b.jsonl.gz", "wt") as file:
         file.writelines(json.dumps(row) + "\n" for row in rows)
-    inputs = describe_inputs([str(tmp_path / name) for name in ("a.parquet", "b.jsonl.gz")])
-    parts = plan_parts(inputs, 10)
+    _, parts = plan_parts([str(tmp_path / name) for name in ("a.parquet", "b.jsonl.gz")], 10)
     assert list(_runs(parts, range(18), 5, None)) == [
         *((place,) for place in range(9)), tuple(range(9, 18))
     ]  # fmt: skip

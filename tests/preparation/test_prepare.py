@@ -244,7 +244,7 @@ def test_a_killed_run_leaves_nothing_final_and_a_rerun_starts_clean(sample, prep
     folder = tmp_path / "data"
     command = [sys.executable, "-m", "trainer.cli", "prepare", f"--input={sample}"]
     command += [f"--data_dir={folder}", "--vocab_size=1000", "--max_seq_length=128"]
-    for sign in ("bucket-000000.bin", "segment-000001.npz", "tokenizer/*", "train-*"):
+    for sign in ("range-000000.npz", "bucket-000000.bin", "tokenizer/*", "train-*"):
         process = subprocess.Popen(command, stdout=subprocess.DEVNULL, stderr=subprocess.DEVNULL)
         while process.poll() is None and not any((folder / ".prepare").glob(sign)):
             time.sleep(0.001)

@@ -46,7 +46,7 @@ def inputs(tmp_path):
 
 
 def test_large_files_are_cut_and_small_ones_joined(inputs):
-    parts = plan_parts(describe_inputs(inputs), rows_per_part=10)
+    _, parts = plan_parts(inputs, rows_per_part=10)
     assert [part.num_rows for part in parts] == [10, 10, 8, 4, 10, 10, 1]
     assert [len(part.row_ranges) for part in parts] == [1, 1, 2, 1, 1, 1, 1]
     assert [part.name for part in parts][::6] == ["part-00000-of-00007", "part-00006-of-00007"]
@@ -54,7 +54,7 @@ def test_large_files_are_cut_and_small_ones_joined(inputs):
 
 @pytest.mark.parametrize("rows_per_part", [1, 7, 10, 1000])
 def test_every_row_is_in_one_part_in_order_with_the_same_id(inputs, rows_per_part):
-    parts = plan_parts(describe_inputs(inputs), rows_per_part)
+    _, parts = plan_parts(inputs, rows_per_part)
     rows = [row for part in parts for row in rows_of(part)]
     assert [text for _, text in rows] == [f"text {number}" for number in range(53)]
     assert [name for name, _ in rows[23:30]] == [
@@ -69,7 +69,7 @@ def test_files_of_the_same_name_give_different_ids(tmp_path):
     for folder in ("monday", "tuesday"):
         (tmp_path / folder).mkdir()
         paths.append(write_rows(tmp_path / folder / "notes.jsonl", range(2)))
-    (part,) = plan_parts(describe_inputs(paths), rows_per_part=10)
+    _, (part,) = plan_parts(paths, rows_per_part=10)
     assert [name for name, _ in rows_of(part)] == [
         "monday/notes.jsonl:0", "monday/notes.jsonl:1",
         "tuesday/notes.jsonl:0", "tuesday/notes.jsonl:1",
@@ -77,8 +77,7 @@ def test_files_of_the_same_name_give_different_ids(tmp_path):
 
 
 def make_plan(paths):
-    inputs = describe_inputs(paths)
-    return Plan("f" * 64, dict(SETTINGS), PACKING, inputs, plan_parts(inputs, 10))
+    return Plan("f" * 64, dict(SETTINGS), PACKING, *plan_parts(paths, 10))
 
 
 def test_a_plan_comes_back_as_it_was_saved(tmp_path, inputs):

@@ -25,7 +25,7 @@ from trainer.sources.reader import (
     plan_row_ranges,
     read_row_range,
     read_row_ranges,
-    true_or_false_columns,
+    truth_value_columns,
     whole_file,
 )
 from trainer.sources.rows import BadRow, Columns, LabelIds, Row
@@ -223,7 +223,7 @@ def test_wrong_types_are_told_before_anything_is_read(tmp_path, ending, values, 
 def test_the_truth_columns_of_a_schema(tmp_path):
     table = pyarrow.table({"text": ["x"], "angry": [True], "year": [3], "glad": [False]})
     parquet.write_table(table, tmp_path / "x.parquet")
-    assert true_or_false_columns(str(tmp_path / "x.parquet")) == ("angry", "glad")
+    assert truth_value_columns(str(tmp_path / "x.parquet")) == ("angry", "glad")
 
 
 def test_token_ids_come_as_windows(tmp_path):

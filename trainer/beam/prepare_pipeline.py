@@ -29,12 +29,13 @@ from trainer.errors import UserError
 from trainer.preparation.scan import ScannedRange
 from trainer.preparation.shards import WrittenRange
 from trainer.preparation.statistics import SplitStatistics
+from trainer.sources.extents import Extent
 from trainer.sources.rows import BadRow, RowRange
 
 # The types that a value may hold.
 _RECORDS: dict[str, Any] = {
     kind.__name__: kind
-    for kind in (BadRow, ScannedRange, RowRange, Shard, SplitStatistics, WrittenRange)
+    for kind in (BadRow, Extent, ScannedRange, RowRange, Shard, SplitStatistics, WrittenRange)
 }
 _CONTAINERS: dict[str, Any] = {"list": list, "tuple": tuple, "set": set}
 

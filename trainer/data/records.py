@@ -1,101 +1,29 @@
-"""The record schema: what a shard holds. Of metadata.json, which describes it, see metadata.py.
+"""The record schema: what a shard holds, and how records are written, framed and parsed.
 
-This is the only file that names features. A record is a `tf.train.Example` with `id` (bytes),
-`input_ids` (int64 list: all windows of the document one after another, each with its own [CLS] and
-[SEP], never padded), `window_lengths` (int64 list that says where one ends; it sums to the number
-of `input_ids`), `labels` (int64 list, sorted, unique) and, where columns were kept, `slices` (one
-bytes value a column). Multi-hot is made at read time: storing it dense is waste at 4,000 labels.
+This file alone names the features of a record; metadata.py describes the shards. A record is a
+`tf.train.Example` with these features:
 
-Protocol buffers and TFRecord files by hand, for processes that must not import TensorFlow.
+    id               bytes
+    input_ids        int64 list: all windows of the document one after another, each with its own
+                     [CLS] and [SEP], never padded
+    window_lengths   int64 list: tokens of each window; they sum to the number of `input_ids`
+    labels           int64 list, sorted, unique; multi-hot is made at read time, because storing it
+                     dense is waste at 4,000 labels
+    slices           one bytes value for each kept column, where columns were kept
 
-`tf.train.Example` without TensorFlow: the message built from its description, parsed in C.
+The processes that prepare data do not import TensorFlow. They use a message class of Protocol
+Buffers that is made here.
 """
 
 import functools
 import itertools
 import struct
-from collections.abc import Iterator, Sequence
+from collections.abc import Sequence
 from typing import Any, BinaryIO, NamedTuple
 
 from google_crc32c import value as crc32c
 
-from trainer.data.metadata import (
-    METADATA_FILE,
-    SCHEMA_VERSION,
-    TOKENIZER_FOLDER,
-    Metadata,
-    Shard,
-    Split,
-    load_metadata,
-    naming_damaged_shards,
-    verify_shards,
-)
-from trainer.storage.filesystem import checksum
-
 _FRAME_BYTES = 16  # Of a TFRecord: its length (8), two checksums (4 each).
-_VARINTS: dict[int, bytes] = {}
-
-
-@functools.cache
-def _varint(number: int) -> bytes:
-    """A number in seven-bit groups, the lowest first."""
-    digits, rest = bytearray(), number
-    while rest > 127:
-        digits.append(rest & 127 | 128)
-        rest >>= 7
-    digits.append(rest)
-    return bytes(digits)
-
-
-def _packed_varints(numbers: list[int]) -> bytes:
-    """Varints one after the other; each number's is computed once a process."""
-    try:
-        return b"".join(map(_VARINTS.__getitem__, numbers))
-    except KeyError:
-        _VARINTS.update((number, _varint(number)) for number in numbers)
-        return b"".join(map(_VARINTS.__getitem__, numbers))
-
-
-def encode_field(number: int, payload: bytes) -> bytes:
-    """A length-delimited field of a protocol buffer."""
-    return _varint(number << 3 | 2) + _varint(len(payload)) + payload
-
-
-def encode_int64_feature(encoded_name: bytes, values: list[int]) -> bytes:
-    """An entry of a `tf.train.Features` map that holds whole numbers, none of them negative.
-
-    Args:
-      encoded_name: the feature's name as `encode_field(1, name)` gives it.
-      values: the numbers, in order.
-    """
-    packed = _packed_varints(values)
-    value = encode_field(3, encode_field(1, packed) if packed else b"")
-    return encode_field(1, encoded_name + encode_field(2, value))
-
-
-def encode_bytes_feature(encoded_name: bytes, values: list[bytes]) -> bytes:
-    """An entry of a `tf.train.Features` map that holds byte strings."""
-    strings = b"".join([encode_field(1, value) for value in values])
-    return encode_field(1, encoded_name + encode_field(2, encode_field(1, strings)))
-
-
-def decode_fields(message: bytes) -> Iterator[bytes]:
-    """The payloads of a protocol buffer all of whose fields are length-delimited."""
-    at = 0
-    while at < len(message):
-        _, at = _decode_varint(message, at)
-        length, at = _decode_varint(message, at)
-        yield message[at : at + length]
-        at += length
-
-
-def _decode_varint(message: bytes, at: int) -> tuple[int, int]:
-    """A varint that begins at a place, and the place behind it."""
-    number = shift = 0
-    while message[at] > 127:
-        number |= (message[at] & 127) << shift
-        at, shift = at + 1, shift + 7
-    return number | message[at] << shift, at + 1
 
 
 def frame_records(records: list[bytes]) -> list[bytes]:
@@ -147,64 +75,38 @@ def read_frame(file: BinaryIO, place: int) -> bytes:
     return file.read(length)
 
 
-__all__ = [
-    "METADATA_FILE",
-    "SCHEMA_VERSION",
-    "TOKENIZER_FOLDER",
-    "Metadata",
-    "Records",
-    "Shard",
-    "Split",
-    "checksum",
-    "document_id",
-    "encode_record",
-    "load_metadata",
-    "naming_damaged_shards",
-    "parse_records",
-    "verify_shards",
-]
-_ID_NAME, _INPUT_IDS_NAME, _LABELS_NAME, _SLICES_NAME, _WINDOW_LENGTHS_NAME = (
-    encode_field(1, name) for name in (b"id", b"input_ids", b"labels", b"slices", b"window_lengths")
-)
-
-
 def encode_record(
     document_id: str,
     windows: Sequence[list[int]],
     labels: list[int],
-    slices: Sequence[str] = (),
+    kept: Sequence[str] = (),
 ) -> bytes:
-    """One document as a serialised `tf.train.Example`.
-
-    Written by hand, byte for byte as TensorFlow does, because the processes that prepare data
-    would otherwise each import TensorFlow for it.
+    """One document as a serialised `tf.train.Example`, features in the order of their names.
 
     Args:
       document_id: any text.
       windows: one or more lists of token ids, each with [CLS] and [SEP], not padded.
       labels: label indices, sorted and unique.
-      slices: values of the kept columns, in the order of metadata.json's `slice_columns`.
+      kept: values of the kept columns, in the order of metadata.json's `slice_columns`.
     """
+    example = _example_class()()
+    feature = example.features.feature
+    feature["id"].bytes_list.value.append(document_id.encode("utf-8", "replace"))
     input_ids = windows[0] if len(windows) == 1 else list(itertools.chain(*windows))
-    features = (
-        encode_bytes_feature(_ID_NAME, [document_id.encode("utf-8", "replace")])
-        + encode_int64_feature(_INPUT_IDS_NAME, input_ids)
-        + encode_int64_feature(_LABELS_NAME, labels)
-    )
-    if slices:
-        values = [value.encode("utf-8", "replace") for value in slices]
-        features += encode_bytes_feature(_SLICES_NAME, values)
-    features += encode_int64_feature(_WINDOW_LENGTHS_NAME, list(map(len, windows)))
-    return encode_field(1, features)
+    feature["input_ids"].int64_list.value.extend(input_ids)
+    feature["window_lengths"].int64_list.value.extend(map(len, windows))
+    feature["labels"].int64_list.value.extend(labels)
+    if kept:
+        values = [value.encode("utf-8", "replace") for value in kept]
+        feature["slices"].bytes_list.value.extend(values)
+    serialized: bytes = example.SerializeToString(deterministic=True)
+    return serialized
 
 
 def document_id(record: bytes) -> str:
     """The id of a serialised record that `encode_record` made."""
-    (features,) = decode_fields(record)
-    name, feature = decode_fields(next(decode_fields(features)))
-    assert name == b"id", name
-    (values,) = decode_fields(feature)
-    return next(decode_fields(values)).decode("utf-8")
+    name: str = parse_example(record)["id"][0].decode("utf-8")
+    return name
 
 
 class Records(NamedTuple):
@@ -263,39 +165,33 @@ def _example_class() -> Any:
     from google.protobuf import descriptor_pb2, descriptor_pool, message_factory
 
     kind = descriptor_pb2.FieldDescriptorProto
+    one, many = kind.LABEL_OPTIONAL, kind.LABEL_REPEATED
     file = descriptor_pb2.FileDescriptorProto(name="multihot/example.proto", package="multihot")
     file.syntax = "proto3"
 
-    def add(message: str, *fields: tuple[str, int, int, int, str | None]) -> Any:
-        added = file.message_type.add(name=message)
-        for field, number, field_type, label, type_name in fields:
-            full_name = f".multihot.{type_name}" if type_name else None
-            added.field.add(
-                name=field, number=number, type=field_type, label=label, type_name=full_name
-            )
-        return added
+    def add_field(
+        message: Any, name: str, number: int, field_type: int, label: int = one, **more: Any
+    ) -> None:
+        message.field.add(name=name, number=number, type=field_type, label=label, **more)
 
-    one, many = kind.LABEL_OPTIONAL, kind.LABEL_REPEATED
-    add("BytesList", ("value", 1, kind.TYPE_BYTES, many, None))
-    add("FloatList", ("value", 1, kind.TYPE_FLOAT, many, None))
-    add("Int64List", ("value", 1, kind.TYPE_INT64, many, None))
-    feature = add(
-        "Feature",
-        ("bytes_list", 1, kind.TYPE_MESSAGE, one, "BytesList"),
-        ("float_list", 2, kind.TYPE_MESSAGE, one, "FloatList"),
-        ("int64_list", 3, kind.TYPE_MESSAGE, one, "Int64List"),
-    )
+    feature = file.message_type.add(name="Feature")
     feature.oneof_decl.add(name="kind")
-    for field in feature.field:
-        field.oneof_index = 0
-    features = add("Features", ("feature", 1, kind.TYPE_MESSAGE, many, "Features.FeatureEntry"))
-    entry = features.nested_type.add(name="FeatureEntry")
-    entry.options.map_entry = True
-    entry.field.add(name="key", number=1, type=kind.TYPE_STRING, label=one)
-    entry.field.add(
-        name="value", number=2, type=kind.TYPE_MESSAGE, label=one, type_name=".multihot.Feature"
-    )
-    add("Example", ("features", 1, kind.TYPE_MESSAGE, one, "Features"))
+    for number, (of, field_type) in enumerate(
+        [("Bytes", kind.TYPE_BYTES), ("Float", kind.TYPE_FLOAT), ("Int64", kind.TYPE_INT64)], 1
+    ):
+        add_field(file.message_type.add(name=f"{of}List"), "value", 1, field_type, many)
+        add_field(
+            feature, f"{of.lower()}_list", number, kind.TYPE_MESSAGE,
+            type_name=f".multihot.{of}List", oneof_index=0,
+        )  # fmt: skip
+    features = file.message_type.add(name="Features")
+    entry = features.nested_type.add(name="FeatureEntry", options={"map_entry": True})
+    add_field(entry, "key", 1, kind.TYPE_STRING)
+    add_field(entry, "value", 2, kind.TYPE_MESSAGE, type_name=".multihot.Feature")
+    entry_name = ".multihot.Features.FeatureEntry"
+    add_field(features, "feature", 1, kind.TYPE_MESSAGE, many, type_name=entry_name)
+    example = file.message_type.add(name="Example")
+    add_field(example, "features", 1, kind.TYPE_MESSAGE, type_name=".multihot.Features")
     pool = descriptor_pool.DescriptorPool()
     pool.Add(file)
     return message_factory.GetMessageClass(pool.FindMessageTypeByName("multihot.Example"))

@@ -1,4 +1,4 @@
-"""Data checks of `prepare`: what is remarkable in the splits, as warnings and for the report.
+"""Data checks of `prepare`: repeats, rare labels, lost tokens; as warnings and for the report.
 
 metadata.json keeps them under `checks`:
 
@@ -93,13 +93,7 @@ def check_splits(
         for place, name in enumerate(new_splits)
     }
     across = [
-        {
-            "splits": [first, second],
-            "texts": found.texts,
-            "documents": list(found.documents),
-            "conflicting_texts": found.conflicting,
-            "examples": examples(first, second),
-        }
+        _describe_pair(first, second, found, examples(first, second))
         for (first, second), found in repeats.items()
         if first != second and found.texts
     ]
@@ -141,6 +135,18 @@ def _describe_repeats(found: Repeats, examples: list[list[str]]) -> dict[str, An
     return {
         "repeated_documents": found.documents[0],
         "repeated_texts": found.texts,
+        "conflicting_texts": found.conflicting,
+        "examples": examples,
+    }
+
+
+def _describe_pair(
+    first: str, second: str, found: Repeats, examples: list[list[str]]
+) -> dict[str, Any]:
+    return {
+        "splits": [first, second],
+        "texts": found.texts,
+        "documents": list(found.documents),
         "conflicting_texts": found.conflicting,
         "examples": examples,
     }

@@ -3,9 +3,10 @@
 import contextlib
 import json
 import os
-from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from collections.abc import Callable, Iterable, Iterator, Mapping, Sequence
+from dataclasses import dataclass, replace
 from functools import partial
+from typing import BinaryIO
 
 import numpy as np
 from tqdm import tqdm
@@ -17,26 +18,37 @@ from trainer.errors import UserError
 from trainer.preparation.inputs import check_labels, choose_labels, make_reader
 from trainer.preparation.row_index import RowIndex
 from trainer.preparation.scan import (
+    ScannedRange,
     ScanPlan,
+    copy_rows,
     pieces_of,
-    plan_file,
-    rows_per_segment,
-    scan_segment,
+    scan_range,
+    vocabulary_bound,
     vocabulary_path,
 )
 from trainer.runtime.workers import WorkerPool
-from trainer.sources.input_files import is_data_set, source_names
+from trainer.sources.extents import Extent
+from trainer.sources.formats.lines import cut_bytes, line_format
+from trainer.sources.input_files import changed, is_data_set, is_divisible, source_names
 from trainer.sources.listing import for_each_file
-from trainer.sources.reader import check_all_columns, column_names, total_bytes
+from trainer.sources.reader import (
+    check_all_columns,
+    column_names,
+    num_bytes,
+    total_bytes,
+)
 from trainer.sources.rows import (
     REJECTED_FOLDER,
+    BadRow,
     Columns,
     RowRange,
     allowed_rejections,
-    too_many_rejected,
+    describe_rejections,
 )
 
 VOCABULARY_TEXTS = 100_000
+_SMALL_INPUT_BYTES = 1 << 28
+_RANGES_OF_FIRST_ROUND = 64
 
 
 @dataclass(frozen=True)
@@ -45,22 +57,26 @@ class Corpus:
 
     Attributes:
       row_ranges: where the rows are.
-      row_index: what was noted of them.
+      fingerprints: bytes and CRC-32C (hex) of the files that were read themselves, not as copies.
+      row_index: what was noted of the rows.
       labels: the labels' names in order.
       label_map: int64 [row_index.names], from the row index's label numbers to places in `labels`,
         or -1 where a label was dropped.
       dropped: labels under --min_label_count and their documents.
       splits: uint8 [row_index.num_rows], on disk: the split of each usable row.
       num_rejected: rows that cannot be used.
+      vocabulary_share: the share of texts from which to make a vocabulary.
     """
 
     row_ranges: list[RowRange]
+    fingerprints: Mapping[str, tuple[int, str]]
     row_index: RowIndex
     labels: tuple[str, ...]
     label_map: np.ndarray
     dropped: dict[str, int]
     splits: np.ndarray
     num_rejected: int
+    vocabulary_share: float
 
     def ranks(self, num_splits: int) -> Iterator[tuple[np.ndarray, list[int]]]:
         """For each range its rows' splits, and how many rows each split had before it."""
@@ -79,10 +95,9 @@ class Corpus:
         return total
 
 
-def columns_of(config: PrepareConfig, previous: Metadata | None) -> Columns:
-    """The columns that the flags name; those to keep are the folder's, if it has splits already."""
-    kept = config.keep_columns if previous is None else previous.slice_columns
-    return Columns(config.text_field, config.id_field, config.label_field, kept)
+def columns_of(config: PrepareConfig) -> Columns:
+    """The columns that the flags name."""
+    return Columns(config.text_field, config.id_field, config.label_field, config.keep_columns)
 
 
 def hash_seed(config: PrepareConfig, previous: Metadata | None) -> int:
@@ -111,56 +126,86 @@ def read_corpus(
     Raises:
       UserError: if a column is missing, or too many rows are unusable, or too few usable.
     """
-    columns = columns_of(config, previous)
+    columns = columns_of(config)
     check_all_columns(files, columns)
     reader = make_reader(config, previous)
     check_labels(files[0], columns, reader)
-    row_ranges = _plan_segments(files, columns, work_dir, pool)
-    num_rows = sum(row_range.num_rows for row_range in row_ranges)
-    plan = ScanPlan(
-        columns=columns,
-        labels=reader,
-        seed=hash_seed(config, previous),
-        vocabulary_share=_vocabulary_share(config, previous, num_rows),
-        work_dir=work_dir,
-        token_limits=token_limits,
-    )
-    row_index = RowIndex(work_dir, num_rows)
-    rejected_path = os.path.join(
-        config.data_dir, REJECTED_FOLDER, "-".join(config.split_shares) + ".jsonl"
-    )
-    max_rejected_rows = allowed_rejections(config.max_rejected, num_rows)
-    num_rejected = _scan(plan, row_ranges, row_index, rejected_path, max_rejected_rows, pool)
-    _check_rows(config, num_rejected, row_index.num_rows, num_rows, rejected_path)
+    plan = ScanPlan(columns, reader, hash_seed(config, previous), 0.0, work_dir, token_limits)
+    size = total_bytes(files)
+    cut = _cut_files(files, columns, work_dir, _range_bytes(size), pool)
+    row_index, numbering = RowIndex(work_dir), _Numbering()
+    share_of_rows = partial(_vocabulary_share, config, previous)
+    with open(os.path.join(work_dir, "rejected.jsonl"), "wb") as file:
+        rejected = _RejectedRows(file, _rows_a_group(size))
+        for row_range, scanned in _scan(plan, cut, numbering, share_of_rows, pool):
+            row_index.add(scanned)
+            rejected.add(row_range, scanned.rejected)
+        num_rejected = rejected.cut(allowed_rejections(config.max_rejected, numbering.num_rows))
+    path = os.path.join(config.data_dir, REJECTED_FOLDER, "-".join(config.split_shares) + ".jsonl")
+    _move_rejected(file.name, path, num_rejected)
+    _check_rows(config, num_rejected, row_index.num_rows, numbering.num_rows, path)
     _check_kept(config, columns, row_index, files)
-    labels, dropped = choose_labels(config, plan.labels, row_index)
-    places = {name: place for place, name in enumerate(labels)}
-    label_map = np.array([places.get(name, -1) for name in row_index.names], np.int64)
-    label_counts = np.zeros(len(labels), np.int64)
-    label_counts[label_map[label_map >= 0]] = np.array(row_index.label_counts)[label_map >= 0]
-    splits = row_index.assign_splits(list(config.split_shares.values()), label_map, label_counts)
-    corpus = Corpus(row_ranges, row_index, labels, label_map, dropped, splits, num_rejected)
+    labels, dropped = choose_labels(config, reader, row_index)
+    label_map, label_counts = _map_labels(row_index, labels)
+    corpus = Corpus(
+        row_ranges=numbering.row_ranges,
+        fingerprints=numbering.fingerprints(),
+        row_index=row_index,
+        labels=labels,
+        label_map=label_map,
+        dropped=dropped,
+        splits=row_index.assign_splits(
+            list(config.split_shares.values()), label_map, label_counts, numbering.num_rows
+        ),
+        num_rejected=num_rejected,
+        vocabulary_share=share_of_rows(numbering.num_rows),
+    )
     _check_splits(config, corpus)
     return corpus
 
 
-def _plan_segments(
-    files: Sequence[str], columns: Columns, work_dir: str, pool: WorkerPool
+def _map_labels(row_index: RowIndex, labels: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
+    """`Corpus.label_map`, and int64 [labels]: the rows of each label."""
+    places = {name: place for place, name in enumerate(labels)}
+    label_map = np.array([places.get(name, -1) for name in row_index.names], np.int64)
+    label_counts = np.zeros(len(labels), np.int64)
+    label_counts[label_map[label_map >= 0]] = np.array(row_index.label_counts)[label_map >= 0]
+    return label_map, label_counts
+
+
+def _range_bytes(num_bytes: int) -> int:
+    """Bytes of a range: few where the input is small, so that all cores have some."""
+    return 1 << 20 if num_bytes < _SMALL_INPUT_BYTES else 1 << 22
+
+
+def _rows_a_group(num_bytes: int) -> int:
+    return 1024 if num_bytes < _SMALL_INPUT_BYTES else 4096
+
+
+def _cut_files(
+    files: Sequence[str], columns: Columns, work_dir: str, range_bytes: int, pool: WorkerPool
 ) -> list[RowRange]:
-    """The ranges of all files."""
+    """Ranges of all files, cut by bytes; files that cannot be cut so are copied first."""
     sources = source_names(files)
-    segment_rows = rows_per_segment(total_bytes(files))
-    plan = partial(plan_file, columns=columns, segment_rows=segment_rows)
-    pieces = [piece for found in for_each_file(files, pieces_of) for piece in found]
+    copied = [name for name in files if not is_divisible(name)]
+    pieces = [piece for found in for_each_file(copied, pieces_of) for piece in found]
     copies = [os.path.join(work_dir, f"copy-{index:06d}.jsonl") for index in range(len(pieces))]
     calls = list(zip(pieces, copies, [sources[piece.path] for piece in pieces], strict=True))
+    copy = partial(copy_rows, columns=columns)
     # Data sets in this process: the others have no TensorFlow, nor one defined by a caller.
-    planned = {call: plan(*call) for call in calls if is_data_set(call[0].path)}
-    elsewhere = [call for call in calls if call not in planned]
+    names = {call: copy(*call) for call in calls if is_data_set(call[0].path)}
+    elsewhere = [call for call in calls if call not in names]
     if elsewhere:
-        found = pool.map(plan, *zip(*elsewhere, strict=True))
-        planned |= zip(elsewhere, found, strict=True)
-    return [row_range for call in calls for row_range in planned[call]]
+        names |= zip(elsewhere, pool.map(copy, *zip(*elsewhere, strict=True)), strict=True)
+    read = {name: [name] for name in files} | {name: [] for name in copied}
+    for call in calls:
+        read[call[0].path].append(names[call])
+    return [
+        row_range
+        for file in files
+        for name in read[file]
+        for row_range in cut_bytes(name, sources[file], num_bytes(name), range_bytes)
+    ]
 
 
 def _vocabulary_share(config: PrepareConfig, previous: Metadata | None, num_rows: int) -> float:
@@ -172,41 +217,120 @@ def _vocabulary_share(config: PrepareConfig, previous: Metadata | None, num_rows
 
 def _scan(
     plan: ScanPlan,
-    row_ranges: list[RowRange],
-    row_index: RowIndex,
-    rejected_path: str,
-    max_rejected_rows: int,
+    cut: Sequence[RowRange],
+    numbering: "_Numbering",
+    share_of_rows: Callable[[int], float],
     pool: WorkerPool,
-) -> int:
-    """Scans all ranges into the row index; writes the rejected rows and returns their number.
+) -> Iterator[tuple[RowRange, ScannedRange]]:
+    """Scans ranges that were cut by bytes; yields them with their row numbers, in order.
 
-    It stops behind the range that goes beyond the most that may be rejected.
+    The share of texts to keep for a vocabulary depends on the number of rows, which is known only
+    at the end. So there are rounds, each three times as long as those before it together. A round
+    keeps the share for the number of rows so far: all texts of the final share, and a few more.
     """
-    num_rejected = 0
-    temporary = os.path.join(plan.work_dir, "rejected.jsonl")
-    total = sum(row_range.num_rows for row_range in row_ranges)
-    with (
-        tqdm(total=total, desc="pass 1: reading", unit=" rows", mininterval=1) as progress,
-        open(temporary, "w", encoding="utf-8") as file,
-    ):
-        scans = pool.map(partial(scan_segment, plan), range(len(row_ranges)), row_ranges)
-        for row_range, scanned in zip(row_ranges, scans, strict=True):
-            row_index.add(scanned)
-            for row in scanned.rejected:
-                line = {"source": row_range.source, "row": row.position, "reason": row.reason}
-                file.write(json.dumps(line | {"raw": row.raw}, ensure_ascii=False) + "\n")
-                num_rejected += 1
-            progress.update(row_range.num_rows)
-            if num_rejected > max_rejected_rows:
-                break
+    total = sum((row_range.end or 0) - row_range.start for row_range in cut)
+    with tqdm(
+        total=total, desc="pass 1: reading", unit="B", unit_scale=True, mininterval=1
+    ) as progress:
+        start = 0
+        while start < len(cut):
+            end = min(max(4 * start, _RANGES_OF_FIRST_ROUND), len(cut))
+            scan = partial(
+                scan_range, replace(plan, vocabulary_share=share_of_rows(numbering.num_rows))
+            )
+            scans = pool.map(scan, range(start, end), cut[start:end])
+            for row_range, scanned in zip(cut[start:end], scans, strict=True):
+                yield numbering.add(row_range, scanned)
+                progress.update(scanned.extent.end - scanned.extent.start)
+            start = end
+
+
+class _Numbering:
+    """Puts the scanned ranges of files together: row numbers and fingerprints.
+
+    Attributes:
+      row_ranges: the ranges so far, from line to line, with their row numbers.
+      num_rows: all rows so far, also blank lines and those that cannot be used.
+    """
+
+    def __init__(self) -> None:
+        self.row_ranges: list[RowRange] = []
+        self.num_rows = 0
+        self._extents: dict[str, Extent] = {}
+
+    def add(self, cut: RowRange, scanned: ScannedRange) -> tuple[RowRange, ScannedRange]:
+        """Numbers the rows of the next range.
+
+        Raises:
+          UserError: if it does not begin where the one before it ended: the file was changed.
+        """
+        whole, extent = self._extents.setdefault(cut.path, Extent()), scanned.extent
+        if extent.num_rows and extent.start != whole.end:
+            raise changed(cut.path)
+        first_row = whole.num_rows
+        row_range = RowRange(
+            cut.path, extent.start, extent.end, first_row, extent.num_rows, cut.source
+        )
+        whole.join(extent)
+        self.row_ranges.append(row_range)
+        self.num_rows += extent.num_rows
+        if line_format(cut.path).has_own_positions:
+            return row_range, scanned
+        rejected = [row._replace(position=row.position + first_row) for row in scanned.rejected]
+        positions = scanned.positions + first_row
+        return row_range, replace(scanned, positions=positions, rejected=rejected)
+
+    def fingerprints(self) -> dict[str, tuple[int, str]]:
+        """Bytes and CRC-32C (hex) of each file that was read, by its name."""
+        return {name: extent.fingerprint for name, extent in self._extents.items()}
+
+
+class _RejectedRows:
+    """The file of the rows that cannot be used, as JSONL.
+
+    If there are too many, it ends with the group of rows, `rows_a_group` of one file, in which they
+    became too many. How many are allowed is known only when all rows are counted.
+    """
+
+    def __init__(self, file: BinaryIO, rows_a_group: int) -> None:
+        self._file = file
+        self._rows_a_group = rows_a_group
+        self._group: tuple[str, int] | None = None
+        self._num_rejected = 0
+        # Rejected rows and bytes of the file before each group.
+        self._bounds: list[tuple[int, int]] = []
+
+    def add(self, row_range: RowRange, rejected: Iterable[BadRow]) -> None:
+        """Writes rows."""
+        for row in rejected:
+            group = row_range.path, row.position // self._rows_a_group
+            if group != self._group:
+                self._group = group
+                self._bounds.append((self._num_rejected, self._file.tell()))
+            line = {"source": row_range.source, "row": row.position, "reason": row.reason}
+            line["raw"] = row.raw
+            self._file.write(json.dumps(line, ensure_ascii=False).encode() + b"\n")
+            self._num_rejected += 1
+
+    def cut(self, max_rejected: int) -> int:
+        """Ends the file; returns the number of rows that are left in it."""
+        bounds = [*self._bounds, (self._num_rejected, self._file.tell())]
+        num_rejected, size = next(
+            (bound for bound in bounds if bound[0] > max_rejected), bounds[-1]
+        )
+        self._file.truncate(size)
+        return num_rejected
+
+
+def _move_rejected(path: str, rejected_path: str, num_rejected: int) -> None:
+    """Moves the file of rejected rows to its place in the data folder, if there are any."""
     if num_rejected:
         os.makedirs(os.path.dirname(rejected_path), exist_ok=True)
-        os.replace(temporary, rejected_path)
+        os.replace(path, rejected_path)
     elif os.path.exists(rejected_path):  # Of an earlier run, which ended for them.
         os.remove(rejected_path)
         with contextlib.suppress(OSError):
             os.rmdir(os.path.dirname(rejected_path))
-    return num_rejected
 
 
 def _check_rows(
@@ -217,7 +341,8 @@ def _check_rows(
         raise UserError(f"--input={','.join(config.input)}: no rows; expected at least one")
     limit = config.max_rejected
     if num_rejected > allowed_rejections(limit, num_rows) or not num_usable:
-        raise too_many_rejected(path, num_rejected, num_rows, limit, path)
+        with open(path, "rb") as file:
+            raise describe_rejections(file.readline(), num_rejected, num_rows, limit, path)
 
 
 def _check_kept(
@@ -254,9 +379,10 @@ class VocabularyTexts:
     split: int
 
     def __iter__(self) -> Iterator[str]:
+        below = vocabulary_bound(self.corpus.vocabulary_share)
         for index, first_row in enumerate(self.corpus.row_index.first_rows[:-1]):
             with open(vocabulary_path(self.work_dir, index), encoding="utf-8") as file:
                 for line in file:
-                    row, text = json.loads(line)
-                    if self.corpus.splits[first_row + row] == self.split:
+                    row, hash_bits, text = json.loads(line)
+                    if hash_bits < below and self.corpus.splits[first_row + row] == self.split:
                         yield text

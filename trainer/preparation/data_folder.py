@@ -1,19 +1,17 @@
-"""The data folder while `prepare` writes to it, and the work folder inside of it.
+"""The data folder while `prepare` writes to it: its work folder, and its mirror if it is remote.
 
-    .prepare/              all that is on its way, locked by the process that prepares
-    .prepare/moving.json   the names of what is about to move, written before the first does
+    .prepare/              the work folder: unfinished files, locked by the process that prepares
+    .prepare/moving.json   the names of the files that are about to move, written before they do
 
-A run that is killed while its files move leaves that list, by which the next one takes them back.
-No other file is ever removed or replaced.
+A run that is killed while its files move leaves that list, and the next run moves them back. No
+other file is ever removed or replaced.
 
-A data folder in Cloud Storage, prepared here: what `prepare` reads of it, then what is new.
-
-`prepare` works in a local folder that holds what it needs of the splits that are there: metadata,
-tokenizer and text indexes, but no shards. When it is done, the new files are uploaded,
-metadata.json last, under the condition that nobody has changed it meanwhile; so the folder's reader
-finds the splits as before or all of the new ones. No object is ever replaced or removed: what a
-killed run left is used if this one made the same bytes, as the same command does, and refused
-otherwise. So of several that write to one folder none can spoil another's.
+A data folder in Cloud Storage is prepared in a local mirror. The mirror holds what `prepare` needs
+of the earlier splits: metadata, tokenizer and text indexes, but no shards. At the end the new files
+are uploaded, metadata.json last and only if nobody has changed it since. So a reader finds the
+earlier splits alone, or all of the new ones too. No object is ever replaced or removed: a file that
+a killed run left there is used if it has the bytes of the new one, and refused otherwise. So
+commands that write to one folder at the same time cannot damage each other's files.
 """
 
 import contextlib

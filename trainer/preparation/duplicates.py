@@ -1,8 +1,8 @@
-"""By which texts are found again: a file a split of text hashes, and the repeats among them.
+"""The text index of each split, by which equal texts are found, and the repeats among texts.
 
-`NAME.texts` beside a split's shards holds one ENTRY a document, sorted by text hash; so a split
-that is added later can be compared with those that are there, whose texts are gone. Two files are
-walked together, one range of hashes after the other, so memory stays flat.
+`NAME.texts` beside a split's shards holds one ENTRY for each document, sorted by text hash. A split
+that is added later is compared with the earlier ones by it, because their texts are gone. All files
+are read together, one range of hashes after the other, so memory stays flat.
 """
 
 import bisect
@@ -22,7 +22,7 @@ from trainer.storage.filesystem import checksum
 # `text`: seeded hash; `labels`: hash of the set of labels; `rank`: documents of the split that
 # were read before this one. 16 bytes.
 ENTRY = np.dtype([("text", "<u8"), ("labels", "<u4"), ("rank", "<u4")])
-MOST_EXAMPLES = 5
+MAX_EXAMPLES = 5
 _ENTRIES_AT_A_TIME = 1 << 14
 
 
@@ -35,7 +35,7 @@ class Repeats:
       documents: within a split, those that repeat an earlier one; of two, how many of the first
         split and how many of the second have such a text.
       conflicting: texts whose documents do not all have the same labels.
-      examples: ranks of two documents of equal text, at most MOST_EXAMPLES times.
+      examples: ranks of two documents of equal text, at most MAX_EXAMPLES times.
     """
 
     texts: int
@@ -49,7 +49,7 @@ class Repeats:
         both = zip(self.documents, other.documents, strict=True)
         self.documents = tuple(first + second for first, second in both)
         self.conflicting += other.conflicting
-        self.examples = (self.examples + other.examples)[:MOST_EXAMPLES]
+        self.examples = (self.examples + other.examples)[:MAX_EXAMPLES]
 
 
 @dataclass(frozen=True)
@@ -178,7 +178,7 @@ def _group(entries: np.ndarray) -> _Texts:
 
 def _repeats_within(texts: _Texts) -> Repeats:
     repeated = np.flatnonzero(texts.counts > 1)
-    some = repeated[:MOST_EXAMPLES]
+    some = repeated[:MAX_EXAMPLES]
     return Repeats(
         texts=len(repeated),
         documents=(int((texts.counts - 1).sum()),),
@@ -200,5 +200,5 @@ def _repeats_across(first: _Texts, second: _Texts) -> Repeats:
         texts=len(common),
         documents=(int(first.counts[of_first].sum()), int(second.counts[of_second].sum())),
         conflicting=int((lowest != highest).sum()),
-        examples=list(zip(*(some[:MOST_EXAMPLES].tolist() for some in ranks), strict=True)),
+        examples=list(zip(*(some[:MAX_EXAMPLES].tolist() for some in ranks), strict=True)),
     )

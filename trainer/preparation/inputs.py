@@ -1,13 +1,10 @@
-"""What `prepare` reads: what `--input` names or a sample, and what the flags leave open of it.
-
-The labels of a corpus that is prepared: how they are read, whether they can be, which stay.
-"""
+"""What `prepare` reads: its files or a sample, and the labels: how they are read, which stay."""
 
 import dataclasses
 import itertools
 import os
 import re
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -22,21 +19,40 @@ from trainer.sources.listing import FileVersions, list_files
 from trainer.sources.reader import (
     column_names,
     fingerprints,
+    hashed_by_readers,
     is_tokenised,
     read_row_range,
-    true_or_false_columns,
+    truth_value_columns,
     whole_file,
 )
 from trainer.sources.rows import Columns, Row
 
+_ROWS_TO_CHECK = 100
+
 
 @dataclass(frozen=True)
 class Inputs:
-    """The files to read, their versions, and what metadata.json says about where they came from."""
+    """The files to read and their versions.
+
+    `fingerprints` are those that are known before the rows are read; `sample` describes the sample
+    that the one file is, if it is one.
+    """
 
     files: list[str]
     versions: FileVersions
-    description: dict[str, Any]
+    fingerprints: dict[str, tuple[int, str]]
+    sample: dict[str, Any] | None = None
+
+    def describe(self, read: Mapping[str, tuple[int, str]]) -> dict[str, Any]:
+        """What metadata.json says of the inputs, given the fingerprints of the files just read."""
+        if self.sample is not None:
+            return self.sample
+        found = {**self.fingerprints, **read}
+        described = [
+            {"name": name, "bytes": found[name][0], "checksum": found[name][1]}
+            for name in self.files
+        ]
+        return {"inputs": described}
 
 
 def gather_inputs(config: PrepareConfig, work_dir: str) -> Inputs:
@@ -51,11 +67,8 @@ def gather_inputs(config: PrepareConfig, work_dir: str) -> Inputs:
             config.input, config.input_format, config.source_split, config.tfds_data_dir
         )
         versions = FileVersions(files)
-        described = [
-            {"name": name, "bytes": num_bytes, "checksum": checksum}
-            for name, (num_bytes, checksum) in zip(files, fingerprints(files), strict=True)
-        ]
-        return Inputs(files, versions, {"inputs": described})
+        others = [name for name in files if not hashed_by_readers(name)]
+        return Inputs(files, versions, dict(zip(others, fingerprints(others), strict=True)))
     if len(config.input) > 1:
         raise UserError(f"--input={','.join(config.input)}: expected a sample or files, not both")
     number = re.fullmatch(re.escape(PREFIX) + r"(?::([1-9]\d*))?", samples[0])
@@ -64,26 +77,23 @@ def gather_inputs(config: PrepareConfig, work_dir: str) -> Inputs:
     path = os.path.join(work_dir, "docstrings.jsonl")
     num_documents = int(number[1]) if number[1] else None
     summary = write_sample(path, num_documents, config.seed, config.num_workers)
-    return Inputs(
-        [path],
-        FileVersions([path]),
-        {"inputs": [samples[0]], "sample": dataclasses.asdict(summary)},
-    )
+    sample = {"inputs": [samples[0]], "sample": dataclasses.asdict(summary)}
+    return Inputs([path], FileVersions([path]), {}, sample)
 
 
 def choose_label_columns(config: PrepareConfig, files: Sequence[str]) -> PrepareConfig:
-    """The flags, with the columns of truth values for labels if there is no column of labels.
+    """The flags, with the columns of truth values as labels if there is no column of labels.
 
-    That is so only where `--label_field` is as it is by default, the files' schema says which
-    columns hold truth values, and all files agree.
+    This needs the default `--label_field`, files whose schema says which columns hold truth values,
+    and the same columns in all files.
     """
     if config.label_field != PrepareConfig.label_field:
         return config
-    columns = true_or_false_columns(files[0])
+    columns = truth_value_columns(files[0])
     if not columns or config.label_field[0] in (column_names(files[0]) or ()):
         return config
     for name in files[1:]:
-        if true_or_false_columns(name) != columns:
+        if truth_value_columns(name) != columns:
             raise UserError(
                 f"{name}: other columns of truth values than {files[0]}; say with --label_field "
                 "which columns are the labels"
@@ -98,7 +108,7 @@ def choose_label_columns(config: PrepareConfig, files: Sequence[str]) -> Prepare
 def choose_token_limits(
     config: PrepareConfig, previous: Metadata | None, files: Sequence[str]
 ) -> TokenLimits | None:
-    """What the rows that come tokenised keep to; None if there are none.
+    """The limits of rows that come tokenised; None if there are no such rows.
 
     Raises:
       UserError: if there are, and no tokenizer is named that made them.
@@ -108,21 +118,18 @@ def choose_token_limits(
         return None
     if previous is not None:
         tokenizer = load_tokenizer(os.path.join(config.data_dir, TOKENIZER_FOLDER))
-        return TokenLimits.of(tokenizer, previous.max_seq_length, previous.max_windows)
-    if config.tokenizer == "train":
+    elif config.tokenizer != "train":
+        tokenizer = load_tokenizer(config.tokenizer)
+    else:
         raise UserError(
             f"--tokenizer=train: {tokenised} holds token ids, expected text to train on; name "
             "the tokenizer that made them, a folder or a hub id"
         )
-    tokenizer = load_tokenizer(config.tokenizer)
     return TokenLimits.of(tokenizer, config.max_seq_length, config.max_windows)
 
 
-_ROWS_TO_CHECK = 100
-
-
 def make_reader(config: PrepareConfig, previous: Metadata | None) -> LabelReader:
-    """What reads the labels of a row, as the flags or the folder's earlier splits say.
+    """The reader of the labels of a row, by the flags or the folder's earlier splits.
 
     Raises:
       UserError: if --labels and --label_field do not go together.
@@ -148,10 +155,10 @@ def make_reader(config: PrepareConfig, previous: Metadata | None) -> LabelReader
 
 
 def check_labels(name: str, columns: Columns, reader: LabelReader) -> None:
-    """Checks that of the first rows of a file some have labels that can be read.
+    """Checks that the labels of one of the first rows of a file can be read.
 
     Raises:
-      UserError: if there are several rows, and none has.
+      UserError: if there are several rows, and those of none can.
     """
     rows = (row for row in read_row_range(whole_file(name), columns) if isinstance(row, Row))
     reasons = []
@@ -171,7 +178,7 @@ def check_labels(name: str, columns: Columns, reader: LabelReader) -> None:
 def choose_labels(
     config: PrepareConfig, reader: LabelReader, row_index: RowIndex
 ) -> tuple[tuple[str, ...], dict[str, int]]:
-    """The labels in order, and those of the data that are too rare, with their documents.
+    """The labels in order, and the number of documents of each label that is too rare.
 
     Raises:
       UserError: if none is left.
@@ -182,9 +189,10 @@ def choose_labels(
     enough = config.min_label_count
     labels = tuple(sorted(name for name, count in counts.items() if count >= enough))
     if not labels:
-        most = max(counts.values(), default=0)
+        commonest = max(counts.values(), default=0)
         raise UserError(
             f"--label_field={','.join(config.label_field)}: no label has --min_label_count="
-            f"{enough} documents, the commonest has {most}; check the column, or lower the count"
+            f"{enough} documents, the commonest has {commonest}; check the column, or lower the "
+            "count"
         )
     return labels, {name: counts[name] for name in sorted(counts) if counts[name] < enough}

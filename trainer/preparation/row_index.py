@@ -1,18 +1,15 @@
-"""What `prepare` remembers of a corpus between its two passes: on disk, not in memory.
+"""What `prepare` remembers of a corpus between its two passes, on disk; and the split of each row.
 
-Rows are numbered by their place among all usable rows. For each range there is a file with its
-rows' positions and labels; for each bucket of text hashes one with what the split needs; and one
-byte a row says which split it went to.
+Rows are numbered by their place among all usable rows. One file for each range holds its rows'
+positions, text hashes and labels. One file for each bucket of text hashes holds what splitting
+needs. One byte a row says to which split it went.
 
-Arrays that are too large for the memory, in files.
-
-Which split each document goes to: every split gets its share of every label.
-
-Iterative stratification (Sechidis, Tsoumakas and Vlahavas, 2011: "On the stratification of
-multi-label data"), rarest label first, made to run over a corpus of any size: documents come in
-buckets, and only counters carry over from one bucket to the next.
+Every split gets its share of every label, by iterative stratification (Sechidis, Tsoumakas and
+Vlahavas, 2011: "On the stratification of multi-label data"), rarest label first. It runs over a
+corpus of any size: documents come in buckets, and only counters carry over from one to the next.
 """
 
+import contextlib
 import math
 import os
 from collections.abc import Iterator, Sequence
@@ -26,8 +23,7 @@ from trainer.preparation.scan import ScannedRange
 def make_array(path: str, dtype: Any, shape: tuple[int, ...]) -> "np.memmap[Any, Any]":
     """A new array of zeros in a file, whose room on the disk is taken at once.
 
-    (A file that only says how long it is ends the process by a signal when the disk turns out to
-    be full.)
+    (A sparse file would end the process by a signal when the disk turns out to be full.)
 
     Args:
       path: of the file, which is replaced.
@@ -78,15 +74,14 @@ class RowIndex:
       kept: the kept columns that any row had.
     """
 
-    def __init__(self, work_dir: str, max_rows: int):
+    def __init__(self, work_dir: str):
         self.work_dir = work_dir
         self.names: dict[str, int] = {}
         self.label_counts: list[int] = []
         self.first_rows = [0]
         self.characters = 0
         self.kept: set[str] = set()
-        self._num_buckets = min(MAX_BUCKETS, -(-max(max_rows, 1) // ROWS_PER_BUCKET))
-        self._buckets = [open(self._bucket_path(i), "wb") for i in range(self._num_buckets)]
+        self._num_buckets = 0
 
     @property
     def num_rows(self) -> int:
@@ -103,32 +98,23 @@ class RowIndex:
         counts = np.bincount(scanned.labels, minlength=len(numbers)).tolist()
         for number, count in zip(numbers, counts, strict=True):
             self.label_counts[number] += count
-        labels = np.array(numbers, np.int32)[scanned.labels]
         np.savez(
-            segment_path(self.work_dir, len(self.first_rows) - 1),
+            range_path(self.work_dir, len(self.first_rows) - 1),
             positions=scanned.positions,
+            hashes=scanned.hashes,
             label_offsets=scanned.label_offsets,
-            labels=labels,
+            labels=np.array(numbers, np.int32)[scanned.labels],
         )
-        lengths = np.diff(scanned.label_offsets)
-        bucket_of_row = bucket_of(scanned.hashes, self._num_buckets)
-        for bucket in np.unique(bucket_of_row).tolist():
-            rows = np.flatnonzero(bucket_of_row == bucket)
-            _, row_labels = take_ragged(scanned.label_offsets, labels, rows)
-            block = (
-                np.array([len(rows), len(row_labels)]),
-                rows + self.num_rows,
-                scanned.hashes[rows].view(np.int64),
-                lengths[rows],
-                row_labels,
-            )
-            np.concatenate(block, dtype=np.int64).tofile(self._buckets[bucket])
         self.first_rows.append(self.num_rows + len(scanned.positions))
         self.kept |= scanned.kept
         self.characters += int(scanned.characters.sum())
 
     def assign_splits(
-        self, shares: Sequence[float], label_map: np.ndarray, label_counts: np.ndarray
+        self,
+        shares: Sequence[float],
+        label_map: np.ndarray,
+        label_counts: np.ndarray,
+        num_lines: int,
     ) -> np.ndarray:
         """Assigns every row to a split, stratified by label, equal texts together.
 
@@ -136,12 +122,12 @@ class RowIndex:
           shares: of the splits; they sum to 1.
           label_map: int [names], from a label's number here to its final one, or -1.
           label_counts: int [L], rows of the final labels.
+          num_lines: all rows of the inputs, which set the number of buckets.
 
         Returns:
           uint8 [num_rows], on disk: index into `shares`.
         """
-        for file in self._buckets:
-            file.close()
+        self._fill_buckets(min(MAX_BUCKETS, -(-max(num_lines, 1) // ROWS_PER_BUCKET)))
         path = os.path.join(self.work_dir, "splits.bin")
         assigned = make_array(path, np.uint8, (self.num_rows,))
         if len(shares) > 1:
@@ -151,6 +137,31 @@ class RowIndex:
                 assigned[rows] = splitter.assign(hashes, *mapped)
         assigned.flush()
         return assigned
+
+    def _fill_buckets(self, num_buckets: int) -> None:
+        self._num_buckets = num_buckets
+        with contextlib.ExitStack() as stack:
+            files = [
+                stack.enter_context(open(self._bucket_path(bucket), "wb"))
+                for bucket in range(num_buckets)
+            ]
+            for index, first_row in enumerate(self.first_rows[:-1]):
+                with np.load(range_path(self.work_dir, index)) as found:
+                    hashes, label_offsets = found["hashes"], found["label_offsets"]
+                    labels = found["labels"]
+                lengths = np.diff(label_offsets)
+                bucket_of_row = bucket_of(hashes, num_buckets)
+                for bucket in np.unique(bucket_of_row).tolist():
+                    rows = np.flatnonzero(bucket_of_row == bucket)
+                    _, row_labels = take_ragged(label_offsets, labels, rows)
+                    block = (
+                        np.array([len(rows), len(row_labels)]),
+                        rows + first_row,
+                        hashes[rows].view(np.int64),
+                        lengths[rows],
+                        row_labels,
+                    )
+                    np.concatenate(block, dtype=np.int64).tofile(files[bucket])
 
     def buckets(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
         """The rows again, bucket by bucket, each of which holds a higher range of text hashes.
@@ -181,9 +192,9 @@ def bucket_of(hashes: np.ndarray, num_buckets: int) -> np.ndarray:
     return ((hashes >> np.uint64(32)) * np.uint64(num_buckets) >> np.uint64(32)).astype(np.int64)
 
 
-def segment_path(work_dir: str, index: int) -> str:
-    """Where the rows of range `index` are kept: positions, label_offsets, labels."""
-    return os.path.join(work_dir, f"segment-{index:06d}.npz")
+def range_path(work_dir: str, index: int) -> str:
+    """Where the rows of range `index` are kept: positions, hashes, label_offsets, labels."""
+    return os.path.join(work_dir, f"range-{index:06d}.npz")
 
 
 class StratifiedSplitter:
@@ -197,8 +208,8 @@ class StratifiedSplitter:
 
     def __init__(self, shares: Sequence[float], label_counts: np.ndarray, num_documents: int):
         self._shares = tuple(shares)
-        # The corpus itself counts as one more label, the commonest, which every document has: so
-        # the splits' sizes are balanced by the same rule as their labels.
+        # The corpus counts as one more label, which every document has: the same rule then
+        # balances the sizes of the splits and their labels.
         totals = np.append(np.asarray(label_counts, np.int64), num_documents)
         self._size = len(totals) - 1
         self._totals = totals
@@ -251,19 +262,19 @@ class StratifiedSplitter:
         return rarity
 
     def _choose(self, labels: list[int], text_hash: int) -> int:
-        """The split that lacks these labels most; counts them there."""
-        best, most = 0, -np.inf
+        """The split with the greatest lack of these labels, which are then counted there."""
+        best, greatest = 0, -np.inf
         num_splits = len(self._shares)
         for turn in range(num_splits):
-            # Ties go round with the hash, so that no split is favoured.
+            # The hash decides between equals, so that no split is favoured.
             split = (text_hash + turn) % num_splits
             share, held = self._shares[split], self._held[split]
             lack = sum(
                 (share * (self._seen[label] + 1) - held[label]) * self._weights[label]
                 for label in labels
             )
-            if lack > most + 1e-12:
-                best, most = split, lack
+            if lack > greatest + 1e-12:
+                best, greatest = split, lack
         held = self._held[best]
         for label in labels:
             self._seen[label] += 1

@@ -1,7 +1,7 @@
 """The first pass of `prepare`: rows checked and reduced to labels, lengths and text hashes.
 
-Nothing that grows with the corpus is held in memory: a worker reads one range, its texts go by,
-and what has to be remembered goes to files in the work folder.
+A worker reads one range and keeps nothing of it in memory that grows with the corpus. What has to
+be remembered goes to files in the work folder.
 """
 
 import hashlib
@@ -13,14 +13,23 @@ from typing import TextIO
 import numpy as np
 
 from trainer.data.tokenizer import TokenLimits, check_windows
-from trainer.sources.formats.lines import damaged
-from trainer.sources.formats.row_copy import encode_row
-from trainer.sources.input_files import LINE_FORMATS, format_of, is_divisible, open_decompressed
+from trainer.sources.extents import Extent
+from trainer.sources.formats.lines import encode_row, line_format
+from trainer.sources.input_files import (
+    LINE_FORMATS,
+    damaged,
+    format_of,
+    open_decompressed,
+)
 from trainer.sources.labels import LabelError, LabelReader
-from trainer.sources.reader import can_enter, plan_row_ranges, read_row_range, whole_file
+from trainer.sources.reader import (
+    can_enter,
+    plan_row_ranges,
+    read_row_range,
+    whole_file,
+)
 from trainer.sources.rows import BadRow, Columns, Row, RowRange, shown
 
-_SMALL_INPUT_BYTES = 1 << 28
 _VOCABULARY_TEXT_CHARACTERS = 10_000
 _COPY_BYTES = 1 << 22
 # Of a file that can be entered, so that several processes copy it.
@@ -30,11 +39,11 @@ _CHARACTERS_A_TOKEN = 2
 
 @dataclass(frozen=True)
 class ScanPlan:
-    """What every range's scan is told.
+    """What the scan of every range needs.
 
-    `vocabulary_share` is the share of texts to keep for a vocabulary; `seed` seeds the hashes:
-    the same one for all splits of a data folder, so that a text is found again. `token_limits` is
-    what rows that come tokenised keep to; None if there are none such.
+    `seed` seeds the hashes: it is the same for all splits of a data folder, so that a text is found
+    again. `vocabulary_share` is the share of texts to keep for a vocabulary. `token_limits` are
+    those of rows that come tokenised; None if there are none such.
     """
 
     columns: Columns
@@ -50,6 +59,8 @@ class ScannedRange:
     """The usable rows of a range, N of them, in order.
 
     Attributes:
+      extent: the bytes and lines of the range; all positions count from its start, unless the
+        rows are copies that bring their own.
       positions: int64 [N], row numbers in the file.
       hashes: uint64 [N], seeded, of the texts, or of the ids where rows come tokenised.
       characters: int64 [N], lengths of the texts; of rows that come tokenised an estimate.
@@ -60,6 +71,7 @@ class ScannedRange:
       rejected: the rows that cannot be used.
     """
 
+    extent: Extent
     positions: np.ndarray
     hashes: np.ndarray
     characters: np.ndarray
@@ -70,45 +82,36 @@ class ScannedRange:
     rejected: list[BadRow]
 
 
-def rows_per_segment(num_bytes: int) -> int:
-    """Rows of a row_range: few where the input is small, so that all cores have some."""
-    return 1024 if num_bytes < _SMALL_INPUT_BYTES else 4096
-
-
 def pieces_of(name: str) -> list[RowRange]:
-    """What `plan_file` takes of a file at a time: all of it, or, where it can be entered, less."""
-    if is_divisible(name) or not can_enter(name):
-        return [whole_file(name)]
-    return plan_row_ranges(name, _COPIED_ROWS)
+    """What `copy_rows` takes of a file at a time: all of it, or, where it can be entered, less."""
+    if can_enter(name):
+        return plan_row_ranges(name, _COPIED_ROWS)
+    return [whole_file(name)]
 
 
-def plan_file(
-    piece: RowRange, copy_path: str, source: str, columns: Columns, segment_rows: int
-) -> list[RowRange]:
-    """Cuts a file into ranges; one that cannot be cut by bytes is first copied to lines.
+def copy_rows(piece: RowRange, copy_path: str, source: str, columns: Columns) -> str:
+    """Copies what cannot be cut by bytes to a file of lines.
 
     Args:
       piece: of `pieces_of` the file.
       copy_path: where to put the copy.
-      source: what its rows without an id are called by.
-      columns: what to copy of it.
-      segment_rows: rows of a range.
+      source: the file's name in the ids of rows without an id.
+      columns: what to copy.
+
+    Returns:
+      The name of the copy, its format before the path.
 
     Raises:
       UserError: if the file is damaged.
     """
-    name = piece.path
-    kind, _ = format_of(name)
-    if not is_divisible(name):
-        if kind in LINE_FORMATS:
-            _copy_decompressed(name, copy_path)
-        else:
-            kind = "rows"
-            with open(copy_path, "w", encoding="utf-8", errors="surrogatepass") as copy:
-                rows = read_row_range(replace(piece, source=source), columns)
-                copy.writelines(map(encode_row, rows))
-        name = f"{kind}:{copy_path}"
-    return [replace(row_range, source=source) for row_range in plan_row_ranges(name, segment_rows)]
+    kind, _ = format_of(piece.path)
+    if kind in LINE_FORMATS:
+        _copy_decompressed(piece.path, copy_path)
+        return f"{kind}:{copy_path}"
+    with open(copy_path, "w", encoding="utf-8", errors="surrogatepass") as copy:
+        rows = read_row_range(replace(piece, source=source), columns)
+        copy.writelines(map(encode_row, rows))
+    return f"rows:{copy_path}"
 
 
 def _copy_decompressed(name: str, copy_path: str) -> None:
@@ -129,13 +132,19 @@ def hash_text(text: str, seed: int) -> int:
     )
 
 
+def vocabulary_bound(share: float) -> int:
+    """The lower 32 bits of a text's hash are below it if the text is in a share of all texts."""
+    return int(share * 2**32)
+
+
 def vocabulary_path(work_dir: str, index: int) -> str:
-    """Where the scan of range `index` keeps texts for a vocabulary."""
+    """Where the scan of range `index` keeps texts: lines of [usable row, hash bits, text]."""
     return os.path.join(work_dir, f"vocabulary-{index:06d}.jsonl")
 
 
-def scan_segment(plan: ScanPlan, index: int, row_range: RowRange) -> ScannedRange:
-    """Reads a range's rows and reduces the usable ones to what the split needs."""
+def scan_range(plan: ScanPlan, index: int, row_range: RowRange) -> ScannedRange:
+    """Reads the rows of a range that is cut by bytes; keeps of the usable ones what splits need."""
+    extent = Extent()
     positions: list[int] = []
     hashes: list[int] = []
     characters: list[int] = []
@@ -144,25 +153,20 @@ def scan_segment(plan: ScanPlan, index: int, row_range: RowRange) -> ScannedRang
     names: dict[str, int] = {}
     kept: set[str] = set()
     rejected: list[BadRow] = []
-    below = int(plan.vocabulary_share * 2**32)
+    below = vocabulary_bound(plan.vocabulary_share)
     with _vocabulary_file(plan, index) as vocabulary:
-        for row in read_row_range(row_range, plan.columns):
-            if isinstance(row, BadRow):
-                rejected.append(row)
-                continue
-            row_labels = _read_labels(plan.labels, row)
+        rows = line_format(row_range.path).read_extent(row_range, plan.columns, extent)
+        for row in rows:
+            row_labels = _read_labels(plan, row)
             if isinstance(row_labels, BadRow):
                 rejected.append(row_labels)
                 continue
-            if row.windows is not None:
-                reason = _why_not_ids(row.windows, plan.token_limits)
-                if reason is not None:
-                    rejected.append(BadRow(row.position, reason, shown(row.windows[:1])))
-                    continue
+            assert isinstance(row, Row)
             text_hash = hash_text(row.text if row.windows is None else str(row.windows), plan.seed)
             if text_hash % 2**32 < below:
                 cut = row.text[:_VOCABULARY_TEXT_CHARACTERS]
-                vocabulary.write(json.dumps([len(positions), cut]) + "\n")
+                kept_text = [len(positions), text_hash % 2**32, cut]
+                vocabulary.write(json.dumps(kept_text) + "\n")
             if len(kept) < len(plan.columns.kept):
                 values = zip(plan.columns.kept, row.kept, strict=True)
                 kept.update(name for name, value in values if value is not None)
@@ -174,6 +178,7 @@ def scan_segment(plan: ScanPlan, index: int, row_range: RowRange) -> ScannedRang
             counts.append(len(row_labels))
             labels.extend(names.setdefault(name, len(names)) for name in row_labels)
     return ScannedRange(
+        extent=extent,
         positions=np.array(positions, np.int64),
         hashes=np.array(hashes, np.uint64),
         characters=np.array(characters, np.int64),
@@ -190,14 +195,17 @@ def _vocabulary_file(plan: ScanPlan, index: int) -> TextIO:
     return open(path, "w", encoding="utf-8")
 
 
-def _read_labels(reader: LabelReader, row: Row) -> list[str] | BadRow:
+def _read_labels(plan: ScanPlan, row: Row | BadRow) -> list[str] | BadRow:
+    """The labels of a row, or why it cannot be used."""
+    if isinstance(row, BadRow):
+        return row
     try:
-        return reader.read(row.labels)
+        labels = plan.labels.read(row.labels)
     except LabelError as error:
         return BadRow(row.position, str(error), shown(row.labels))
-
-
-def _why_not_ids(windows: list[list[int]], limits: TokenLimits | None) -> str | None:
-    if limits is None:
-        return "token ids, where the rows before it are text; expected files of one kind"
-    return check_windows(windows, limits)
+    if row.windows is None:
+        return labels
+    reason: str | None = "token ids, where the rows before it are text; expected files of one kind"
+    if plan.token_limits is not None:
+        reason = check_windows(row.windows, plan.token_limits)
+    return labels if reason is None else BadRow(row.position, reason, shown(row.windows[:1]))

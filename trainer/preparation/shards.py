@@ -3,8 +3,6 @@
 A worker tokenises a range and leaves its records in one file, ordered by shard. When all
 ranges are done, a worker gathers a shard's records from all of them and shuffles them. So a
 shard's bytes depend on the rows and the seed, and not on how many workers there were.
-
-The second pass of `prepare` as a whole: rows tokenised, shards written, all counted.
 """
 
 import functools
@@ -18,15 +16,15 @@ from typing import BinaryIO
 import numpy as np
 from tqdm import tqdm
 
-from trainer.data.metadata import Shard, Split
+from trainer.data.metadata import TOKENIZER_FOLDER, Shard, Split
 from trainer.data.records import encode_record, frame_records, frame_starts
 from trainer.data.tokenizer import Tokenizer, load_tokenizer
 from trainer.preparation.corpus import Corpus
-from trainer.preparation.row_index import make_array, map_ragged, segment_path
+from trainer.preparation.row_index import make_array, map_ragged, range_path
 from trainer.preparation.statistics import (
     SplitStatistics,
-    empty_tally,
     known_scripts,
+    no_documents,
     unknown_script,
 )
 from trainer.runtime.workers import WorkerPool
@@ -41,15 +39,14 @@ _RECORDS_AT_A_TIME = 1 << 12
 
 @dataclass(frozen=True)
 class WritePlan:
-    """What every range's and every shard's writing is told.
+    """What the writing of every range and of every shard needs.
 
     Attributes:
       columns: where text and id stand.
-      work_dir: where the side files are.
-      tokenizer_dir: a folder that `load_tokenizer` reads.
+      work_dir: where the side files and the tokenizer are.
       max_seq_length: longest window in tokens.
       window_stride: tokens from one window's start to the next; 0: windows do not overlap.
-      max_windows: the most windows of a document.
+      max_windows: greatest number of windows of a document.
       split_names: the splits.
       num_shards: shards of each split.
       num_labels: L.
@@ -58,7 +55,6 @@ class WritePlan:
 
     columns: Columns
     work_dir: str
-    tokenizer_dir: str
     max_seq_length: int
     window_stride: int
     max_windows: int
@@ -66,6 +62,10 @@ class WritePlan:
     num_shards: tuple[int, ...]
     num_labels: int
     seed: int
+
+    def no_documents(self) -> SplitStatistics:
+        """Statistics to begin with."""
+        return no_documents(len(self.split_names), self.max_seq_length, self.num_labels)
 
     @property
     def shard_names(self) -> list[str]:
@@ -79,7 +79,7 @@ class WritePlan:
 
 @dataclass(frozen=True)
 class WrittenRange:
-    """What came of a range.
+    """The records of a range, in a file of their own.
 
     `shard_offsets` (int64 [shards + 1]) says where each shard's records begin in its file.
     """
@@ -99,9 +99,9 @@ def mix(values: np.ndarray, seed: int) -> np.ndarray:
 
 
 def choose_shards(ranks: np.ndarray, num_shards: int, seed: int) -> np.ndarray:
-    """Shard of each document by its rank within its split: equal numbers, scattered.
+    """Shard of each document by its rank within its split, at random, shards of equal size.
 
-    Every run of `num_shards` ranks goes to all shards, from a random one on.
+    Each run of `num_shards` ranks goes to all shards in turn, from a random one on.
     """
     turns = mix(ranks // num_shards, seed) % np.uint64(num_shards)
     return (ranks % num_shards + turns.astype(np.int64)) % num_shards
@@ -112,7 +112,7 @@ def records_path(work_dir: str, index: int) -> str:
     return os.path.join(work_dir, f"records-{index:06d}.bin")
 
 
-def write_segment(
+def write_range(
     plan: WritePlan,
     index: int,
     row_range: RowRange,
@@ -130,12 +130,12 @@ def write_segment(
       ranks: for each split the documents that earlier ranges put there.
       label_map: int [names], the row index's label numbers to final ones, or -1.
     """
-    tokenizer, known = _tokenizer(plan.tokenizer_dir)
-    with np.load(segment_path(plan.work_dir, index)) as rows:
+    tokenizer, known = _tokenizer(plan.work_dir)
+    with np.load(range_path(plan.work_dir, index)) as rows:
         positions = rows["positions"]
         label_offsets, labels = map_ragged(rows["label_offsets"], rows["labels"], label_map)
     records: list[list[bytes]] = [[] for _ in plan.shard_names]
-    statistics = empty_tally(len(plan.split_names), plan.max_seq_length, plan.num_labels)
+    statistics = plan.no_documents()
     statistics.add_labels(splits, label_offsets, labels)
     bounds, label_list = label_offsets.tolist(), labels.tolist()
     shard_list = _shards_of_rows(plan, splits, ranks).tolist()
@@ -181,9 +181,9 @@ def _windows(
 
 
 @functools.cache
-def _tokenizer(folder: str) -> tuple[Tokenizer, frozenset[str] | None]:
-    """A tokenizer and the scripts that it knows, read once a process."""
-    tokenizer = load_tokenizer(folder)
+def _tokenizer(work_dir: str) -> tuple[Tokenizer, frozenset[str] | None]:
+    """The tokenizer and the scripts that it knows, read once a process."""
+    tokenizer = load_tokenizer(os.path.join(work_dir, TOKENIZER_FOLDER))
     return tokenizer, known_scripts(tokenizer)
 
 
@@ -200,7 +200,7 @@ def _shards_of_rows(plan: WritePlan, splits: np.ndarray, ranks: Sequence[int]) -
 def find_record(
     rank: int, shards: Sequence[Shard], first_shard: int, seed: int
 ) -> tuple[Shard, int]:
-    """Where the document of a rank within its split came to lie: the shard, its place in it.
+    """The shard of the document with a rank within its split, and its place there.
 
     Args:
       rank: how many documents of the split were read before it.
@@ -210,7 +210,7 @@ def find_record(
     """
     number = int(choose_shards(np.array([rank]), len(shards), seed)[0])
     order = _shuffle(first_shard + number, shards[number].documents, seed)
-    # Every run of as many ranks as there are shards put one document into each.
+    # Each run of as many ranks as there are shards put one document into each shard.
     return shards[number], int(np.flatnonzero(order == rank // len(shards))[0])
 
 
@@ -239,23 +239,23 @@ def _batches(row_range: RowRange, columns: Columns, positions: np.ndarray) -> It
         yield batch
 
 
-def write_shard(plan: WritePlan, number: int, offsets_path: str, num_segments: int) -> Shard:
+def write_shard(plan: WritePlan, number: int, offsets_path: str, num_ranges: int) -> Shard:
     """Gathers one shard's records from all ranges, shuffles them and writes the shard.
 
     Args:
       plan: what all shards share.
       number: the shard's place in `plan.shard_names`.
-      offsets_path: file of int64 [num_segments, shards + 1], the ranges' `shard_offsets`.
-      num_segments: number of ranges.
+      offsets_path: file of int64 [num_ranges, shards + 1], the ranges' `shard_offsets`.
+      num_ranges: number of ranges.
     """
-    shape = (num_segments, len(plan.shard_names) + 1)
+    shape = (num_ranges, len(plan.shard_names) + 1)
     offsets = np.memmap(offsets_path, np.int64, "r", shape=shape)[:, number : number + 2]
     name = plan.shard_names[number]
     path = os.path.join(plan.work_dir, name)
     with open(f"{path}.gathered", "w+b") as gathered, open(path, "wb") as file:
         bounds = _gather(plan.work_dir, offsets, gathered)
         order = _shuffle(number, len(bounds) - 1, plan.seed)
-        # Read one by one, for a shard is more than a process should hold.
+        # Read one by one: a shard is too large to hold in memory.
         for at in range(0, len(order), _RECORDS_AT_A_TIME):
             places = order[at : at + _RECORDS_AT_A_TIME]
             sizes = (bounds[places + 1] - bounds[places]).tolist()
@@ -293,25 +293,24 @@ def write_corpus(
     Returns:
       The shards in the order of `plan.shard_names`, and what was counted.
     """
-    num_segments, num_shards = len(corpus.row_ranges), len(plan.shard_names)
+    num_ranges, num_shards = len(corpus.row_ranges), len(plan.shard_names)
     offsets_path = os.path.join(plan.work_dir, "offsets.bin")
-    offsets = make_array(offsets_path, np.int64, (num_segments, num_shards + 1))
-    num_splits = len(plan.split_names)
-    statistics = empty_tally(num_splits, plan.max_seq_length, plan.num_labels)
-    write = partial(write_segment, plan, label_map=corpus.label_map)
+    offsets = make_array(offsets_path, np.int64, (num_ranges, num_shards + 1))
+    statistics = plan.no_documents()
+    write = partial(write_range, plan, label_map=corpus.label_map)
     with tqdm(
         total=corpus.row_index.num_rows, desc="pass 2: tokenising", unit=" documents", mininterval=1
     ) as progress:
-        places, same_places = itertools.tee(corpus.ranks(num_splits))
+        places, same_places = itertools.tee(corpus.ranks(len(plan.split_names)))
         splits, ranks = (splits for splits, _ in places), (ranks for _, ranks in same_places)
-        written = pool.map(write, range(num_segments), corpus.row_ranges, splits, ranks)
+        written = pool.map(write, range(num_ranges), corpus.row_ranges, splits, ranks)
         rows = np.diff(corpus.row_index.first_rows).tolist()
         for index, row_range in enumerate(written):
             offsets[index] = row_range.shard_offsets
             statistics.merge(row_range.statistics)
             progress.update(rows[index])
     offsets.flush()
-    gather = partial(write_shard, plan, offsets_path=offsets_path, num_segments=num_segments)
+    gather = partial(write_shard, plan, offsets_path=offsets_path, num_ranges=num_ranges)
     return list(pool.map(gather, range(num_shards))), statistics
 
 

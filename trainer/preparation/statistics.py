@@ -1,9 +1,8 @@
-"""What the second pass of `prepare` counts while documents go by.
+"""What the second pass of `prepare` counts: lengths, labels, unknown tokens, unknown scripts.
 
-Which scripts (Latin, Cyrillic, ...) a vocabulary knows, and which texts are written in others.
-
-A share of [UNK] alone does not tell: vocabularies hold the single letters of scripts whose words
-they do not know, and such a text becomes one token a letter.
+A script (Latin, Cyrillic, ...) may be unknown to a vocabulary without a single [UNK]: vocabularies
+hold the letters of scripts whose words they do not hold, and such a text becomes one token a
+letter. So scripts are counted as well.
 """
 
 import functools
@@ -17,7 +16,7 @@ import tokenizers
 
 from trainer.data.tokenizer import CONTINUATION, Tokenizer
 
-# A script is known if so many of the vocabulary's pieces have two or more letters, all of it,
+# A script is known if so many pieces of the vocabulary have two or more letters, all of them in it,
 ENOUGH_PIECES = 32
 # or, for those in which a letter is a word, if its letters are this share of the vocabulary. The
 # English vocabulary of BERT has 8 such pieces of Cyrillic, and 1.6 % of it are Chinese characters.
@@ -55,13 +54,13 @@ def known_scripts(tokenizer: Tokenizer) -> frozenset[str] | None:
             pieces.update(scripts.keys())
     enough = dict.fromkeys(pieces, ENOUGH_PIECES)
     enough[LETTERS_ARE_WORDS] = int(ENOUGH_LETTERS * len(vocabulary))
-    # A small vocabulary may have enough of no script; it knows the one that it has most of.
+    # A small vocabulary may have enough of no script; it knows its commonest one.
     known = {script for script, count in pieces.items() if count >= enough[script]}
     return frozenset(known or (script for script, _ in pieces.most_common(1)))
 
 
 def unknown_script(text: str, known: frozenset[str]) -> str | None:
-    """The commonest of the unknown scripts in which most of a text's letters are, if they are.
+    """The commonest unknown script of a text, if over half of its letters are in unknown ones.
 
     Args:
       text: of which the first LOOKED_AT_CHARACTERS count.
@@ -69,7 +68,7 @@ def unknown_script(text: str, known: frozenset[str]) -> str | None:
     """
     head = text[:LOOKED_AT_CHARACTERS]
     if "LATIN" in known:
-        # Most texts are told apart by this much, at a tenth of the cost of counting.
+        # This decides for nearly all Latin texts, at a tenth of the cost of counting.
         ascii_characters = head.encode("ascii", "ignore")
         num_letters = len(ascii_characters.translate(None, _ASCII_BUT_LETTERS))
         if len(head) - len(ascii_characters) <= num_letters:
@@ -85,12 +84,12 @@ class SplitStatistics:
 
     Attributes:
       length_histogram: int64 [S, max_seq_length + 1], windows by their tokens.
-      window_histogram: int64 [S, most windows + 1], documents by their windows.
+      window_histogram: int64 [S, max windows + 1], documents by their windows.
       truncated: int64 [S], documents that lost tokens.
       unknown_tokens: int64 [S], [UNK] in all windows.
       scripts: documents mostly in scripts that the vocabulary does not know, by script.
       label_counts: int64 [S, L].
-      max_labels: int64 [S], the most labels of a document.
+      max_labels: int64 [S], the greatest number of labels of a document.
     """
 
     length_histogram: np.ndarray
@@ -154,8 +153,8 @@ class SplitStatistics:
         self.max_labels = np.maximum(self.max_labels, other.max_labels)
 
 
-def empty_tally(num_splits: int, max_seq_length: int, num_labels: int) -> SplitStatistics:
-    """A statistics of no documents."""
+def no_documents(num_splits: int, max_seq_length: int, num_labels: int) -> SplitStatistics:
+    """The statistics of no documents."""
     return SplitStatistics(
         length_histogram=np.zeros((num_splits, max_seq_length + 1), np.int64),
         window_histogram=np.zeros((num_splits, 2), np.int64),

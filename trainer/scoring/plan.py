@@ -17,7 +17,7 @@ from trainer.errors import RunAgain, UserError
 from trainer.model_config import PackingConfig
 from trainer.sources.input_files import absolute_name, source_names
 from trainer.sources.listing import for_each_file
-from trainer.sources.reader import fingerprints, num_bytes, plan_row_ranges
+from trainer.sources.reader import fingerprints, num_bytes, plan_and_fingerprint
 from trainer.sources.rows import RowRange
 from trainer.storage.filesystem import add_checksum, verify_checksum
 from trainer.storage.output_folder import OutputFolder
@@ -92,7 +92,9 @@ def recall_inputs(plan: Plan, paths: Sequence[str], parts: Collection[int]) -> t
     return tuple(for_each_file(names, recall))
 
 
-def plan_parts(inputs: Sequence[Input], rows_per_part: int) -> tuple[Part, ...]:
+def plan_parts(
+    paths: Sequence[str], rows_per_part: int
+) -> tuple[tuple[Input, ...], tuple[Part, ...]]:
     """Cuts the files into parts of about `rows_per_part` rows, small files together in one.
 
     Raises:
@@ -100,22 +102,25 @@ def plan_parts(inputs: Sequence[Input], rows_per_part: int) -> tuple[Part, ...]:
     """
     groups: list[list[RowRange]] = []
     room = 0
-    names = source_names([item.path for item in inputs])
-    planned = for_each_file(list(names), partial(plan_row_ranges, rows_per_part=rows_per_part))
-    for item, row_ranges in zip(inputs, planned, strict=True):
+    inputs = []
+    names = source_names([absolute_name(path) for path in paths])
+    planned = for_each_file(list(names), partial(plan_and_fingerprint, rows_per_part=rows_per_part))
+    for (path, source), (row_ranges, found) in zip(names.items(), planned, strict=True):
+        inputs.append(Input(path, *found))
         for row_range in row_ranges:
             if row_range.num_rows > room:
                 groups.append([])
                 room = rows_per_part
-            groups[-1].append(dataclasses.replace(row_range, source=names[item.path]))
+            groups[-1].append(dataclasses.replace(row_range, source=source))
             room -= row_range.num_rows
     if not groups:
-        raise UserError(f"--input: no rows in {', '.join(item.path for item in inputs)}")
+        raise UserError(f"--input: no rows in {', '.join(names)}")
     width = max(5, len(str(len(groups))))  # Names in order are parts in order.
-    return tuple(
+    parts = tuple(
         Part(f"part-{index:0{width}d}-of-{len(groups):0{width}d}", tuple(group))
         for index, group in enumerate(groups)
     )
+    return tuple(inputs), parts
 
 
 def save_plan(folder: OutputFolder, plan: Plan) -> bool:

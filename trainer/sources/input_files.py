@@ -21,10 +21,13 @@ FORMATS = {
     ".parquet": "parquet", ".tfrecord": "tfrecord", ".tfrecords": "tfrecord", ".arrow": "arrow",
 }  # fmt: skip
 COMPRESSIONS = {".gz": "gzip", ".zst": "zstd"}
-# Formats that compress inside and are read at several places: not compressed once more.
+# Formats that compress inside, and that are not read from beginning to end.
 _OPENED_ANYWHERE = ("parquet", "arrow")
 LINE_FORMATS = ("jsonl", "text", "libmultilabel", "rows")
-BLOCK_BYTES = 1 << 22
+# Small enough that a look at a file's first rows does not read all of a small file.
+_BLOCK_BYTES = 1 << 18
+# Behind the end of a range there is, as a rule, only the rest of its last line.
+_BYTES_BEHIND = 1 << 16
 _PREFIX = re.compile(rf"({'|'.join((*NAMED_FORMATS, 'rows', 'tfds'))}):(?!//)")
 _TFRECORD_SHARD = re.compile(r"\.tfrecords?-\d{5}-of-\d{5}$")
 
@@ -50,8 +53,10 @@ def absolute_name(name: str) -> str:
 
 
 def source_names(names: Sequence[str]) -> dict[str, str]:
-    """What each name's rows without an id are called by: the file's name, with its folders where
-    several are called the same."""
+    """The name of each file in the ids of its rows without an id.
+
+    It is the file's own name, with its folders if several files have the same name.
+    """
     short = {name: _short_name(name) for name in names}
     counts = Counter(short.values())
     same = [location(absolute_name(name)) for name in names if counts[short[name]] > 1]
@@ -104,14 +109,51 @@ def is_divisible(name: str) -> bool:
     return compression is None and kind in LINE_FORMATS
 
 
-def open_file(name: str) -> Any:
-    """A file or object as a buffered, seekable stream of its bytes."""
-    path = location(name)
-    if filesystem.is_remote(path):
-        from trainer.storage.gcs import open_reader
+class _BoundedReader(io.RawIOBase):
+    """A raw stream of which buffers take little at a time once they come to an end."""
 
-        return open_reader(path)
-    return open(path, "rb", buffering=BLOCK_BYTES)
+    def __init__(self, raw: io.RawIOBase, end: int) -> None:
+        super().__init__()
+        self._raw = raw
+        self._end = end
+
+    def readable(self) -> bool:
+        return True
+
+    def seekable(self) -> bool:
+        return True
+
+    def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
+        return self._raw.seek(offset, whence)
+
+    def readinto(self, buffer: Any) -> int:
+        size = max(self._end - self._raw.tell(), _BYTES_BEHIND)
+        return self._raw.readinto(memoryview(buffer)[:size])
+
+    def close(self) -> None:
+        self._raw.close()
+        super().close()
+
+
+def open_file(name: str, end: int | None = None) -> Any:
+    """A file or object as a buffered, seekable stream of its bytes.
+
+    Args:
+      name: of the file.
+      end: of the bytes that are wanted; the stream goes on behind it, but does not read ahead.
+    """
+    path = location(name)
+    block_bytes = _BLOCK_BYTES
+    if filesystem.is_remote(path):
+        from trainer.storage import gcs
+
+        block_bytes = gcs.BLOCK_BYTES
+        file: Any = gcs.open_reader(path)
+    else:
+        file = open(path, "rb", buffering=block_bytes)
+    if end is None:
+        return file
+    return io.BufferedReader(_BoundedReader(file.detach(), end), block_bytes)
 
 
 def open_decompressed(name: str) -> Any:
@@ -127,7 +169,7 @@ def open_decompressed(name: str) -> Any:
         stream = pyarrow.CompressedInputStream(raw, compression)
     else:
         stream = pyarrow.input_stream(path, compression=compression)
-    return io.BufferedReader(stream, BLOCK_BYTES)
+    return io.BufferedReader(stream, _BLOCK_BYTES)
 
 
 def changed(name: str) -> UserError:
@@ -135,4 +177,12 @@ def changed(name: str) -> UserError:
     return UserError(
         f"{location(name)}: changed while it was read; run the command once more when nobody "
         "writes to it"
+    )
+
+
+def damaged(name: str, where: str, error: Exception) -> UserError:
+    """What to raise where a file cannot be read on."""
+    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
+    return UserError(
+        f"{name}: damaged or cut short somewhere after {where} ({reason}); restore the file"
     )

@@ -1,4 +1,4 @@
-"""A row's labels as people write them, read into names.
+"""Reads the labels of a row, in any of the ways to write them, into names.
 
 Accepted: a list of names; a list of ids, or a multi-hot list, where the names are known; a string
 of names or ids between delimiters; a list that a CSV turned into a string; one 0/1 column a label;
@@ -19,7 +19,7 @@ from trainer.flags import is_unicode
 from trainer.sources.rows import LabelIds, shown
 
 _TRUE, _FALSE = frozenset(("1", "1.0", "true")), frozenset(("0", "0.0", "false", ""))
-_MOST_DIGITS = 18
+_MAX_DIGITS = 18
 _BARE_NUMBERS = re.compile(r"[\[(][\s\d.]*[\])]", re.ASCII)
 # How a list, a tuple or a set that became a string begins.
 _LIST = re.compile(r"\[|\(\s*['\"\d)]|\{\s*['\"\d]|set\(\)", re.ASCII)
@@ -88,13 +88,13 @@ class LabelReader:
     def _numbers(self, items: list[Any]) -> list[Any]:
         """Strings of digits as numbers, if labels are known and these are no names.
 
-        Where all labels are called by numbers, another number is a label that is not known.
+        If all known labels are named by numbers, any other number is an unknown label, not an id.
         """
         can_be_ids = self.names is not None and not all(name.isdecimal() for name in self.names)
         are_ids = can_be_ids and all(
             isinstance(item, str)
             and item.isdecimal()
-            and len(item) <= _MOST_DIGITS
+            and len(item) <= _MAX_DIGITS
             and item not in self.known
             and item not in self.dropped
             for item in items

@@ -1,9 +1,7 @@
-"""The files that inputs name: paths, globs, folders, saved data sets, prefixes of buckets.
+"""The files that inputs name (paths, globs, folders, saved data sets, URLs), and their versions.
 
-Whether the inputs are still what they were when a command looked at them first.
-
-A command reads its inputs more than once, and may take hours: a file that somebody rewrites
-meanwhile would give rows that fit neither its labels nor its plan.
+A command reads its inputs twice, and may take hours. A file that somebody rewrites meanwhile would
+give rows that fit neither their labels nor the plan, so versions are compared at the end.
 """
 
 import fnmatch
@@ -29,9 +27,9 @@ from trainer.storage import filesystem
 
 
 def version_of(name: str) -> tuple[int, ...]:
-    """What changes when a file does: size, time and inode; of an object the generation.
+    """Size, time and inode of a file; the generation of an object.
 
-    Of a data set nothing: those that TensorFlow Datasets prepared are never written to again.
+    A data set has no version: TensorFlow Datasets never writes again to one that it prepared.
     """
     path = location(name)
     if is_data_set(name):
@@ -52,7 +50,6 @@ class FileVersions:
     """The versions of files at one moment."""
 
     def __init__(self, names: Sequence[str]) -> None:
-        """Looks at the files."""
         self._versions = dict(zip(names, for_each_file(names, version_of), strict=True))
 
     def check(self, names: Iterable[str] | None = None) -> None:
@@ -69,7 +66,7 @@ class FileVersions:
 
 Result = TypeVar("Result")
 _SAVED_SPLITS, _SAVED_STATE = "dataset_dict.json", "state.json"
-# What `datasets` and the hub lay beside a data set's files, to describe them.
+# Files with which `datasets` and the hub describe a data set.
 _DESCRIPTIONS = frozenset((_SAVED_SPLITS, "dataset_info.json", "dataset_infos.json"))
 _ENDINGS = f"{', '.join(FORMATS)} (or with {', '.join(COMPRESSIONS)})"
 FILES_AT_ONCE = 16
@@ -256,7 +253,7 @@ def _why_nothing(item: str, source_split: str | None) -> str:
 
 
 def for_each_file(names: Sequence[str], function: Callable[[str], Result]) -> Iterator[Result]:
-    """A function's results for all names, in order; many at once, as each costs a wait, not work.
+    """A function's results for all names, in order; in threads, as each call mostly waits.
 
     Raises:
       Exception: that of the first data set, else of the first file, in order, that raises one.

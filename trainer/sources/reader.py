@@ -1,4 +1,4 @@
-"""Raw rows, streamed in flat memory: the one entrance, whatever the format and wherever it lies.
+"""Raw rows, streamed in flat memory, whatever their format and wherever they lie.
 
 A file is cut into ranges that can be read one by one, in any order and by any process, and that
 give the same rows however the file was cut. A row that cannot be used does not stop the stream: it
@@ -11,45 +11,19 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 
 from trainer.errors import UserError
-from trainer.sources.formats.base import format_module
+from trainer.sources.formats.base import find_format
+from trainer.sources.formats.lines import line_format
 from trainer.sources.input_files import (
     changed,
-    format_of,
     is_data_set,
     is_divisible,
     location,
     source_names,
 )
-from trainer.sources.listing import for_each_file, list_files
+from trainer.sources.listing import for_each_file
 from trainer.sources.rows import BadRow, Columns, Row, RowRange
 from trainer.storage import filesystem
 from trainer.storage.filesystem import checksum
-
-__all__ = [
-    "BadRow",
-    "Columns",
-    "Row",
-    "RowRange",
-    "can_enter",
-    "check_all_columns",
-    "check_columns",
-    "column_names",
-    "fingerprint",
-    "fingerprints",
-    "is_tokenised",
-    "list_files",
-    "num_bytes",
-    "plan_row_ranges",
-    "read_row_range",
-    "read_row_ranges",
-    "source_names",
-    "total_bytes",
-    "true_or_false_columns",
-    "whole_file",
-]
-
-# Formats whose own schema says which columns hold truth values.
-_WITH_SCHEMA = ("parquet", "arrow", "tfds")
 
 
 def whole_file(name: str) -> RowRange:
@@ -58,13 +32,13 @@ def whole_file(name: str) -> RowRange:
 
 
 def check_columns(name: str, columns: Columns) -> None:
-    """Checks that a file has the required columns, as far as its beginning tells, of fit types.
+    """Checks by a file's beginning that it has the required columns, of types that can be right.
 
     Raises:
       UserError: naming the column that is missing or wrong, and those that were found.
     """
     try:
-        format_module(name).check_columns(name, columns)
+        find_format(name).check_columns(name, columns)
     except OSError as error:
         if is_data_set(name) or filesystem.is_remote(location(name)):
             raise
@@ -75,7 +49,7 @@ def check_all_columns(names: Sequence[str], columns: Columns) -> None:
     """Checks the columns of all files.
 
     Raises:
-      UserError: of the first file that is at fault.
+      UserError: for the first file that has not.
     """
     for _ in for_each_file(names, partial(check_columns, columns=columns)):
         pass
@@ -83,21 +57,17 @@ def check_all_columns(names: Sequence[str], columns: Columns) -> None:
 
 def column_names(name: str) -> list[str] | None:
     """The columns of a file, as far as its beginning tells; None if there are none."""
-    return format_module(name).column_names(name)
+    return find_format(name).column_names(name)
 
 
-def true_or_false_columns(name: str) -> tuple[str, ...]:
+def truth_value_columns(name: str) -> tuple[str, ...]:
     """The columns that hold truth values only, where a format's schema says so."""
-    if format_of(name)[0] not in _WITH_SCHEMA:
-        return ()
-    return format_module(name).true_or_false(name)  # type: ignore[attr-defined]
+    return find_format(name).truth_value_columns(name)
 
 
 def is_tokenised(name: str) -> bool:
     """Whether the rows of a file are token ids and not text."""
-    if format_of(name)[0] != "tfrecord":
-        return False
-    return format_module(name).is_tokenised(name)  # type: ignore[attr-defined]
+    return find_format(name).is_tokenised(name)
 
 
 def num_bytes(name: str) -> int:
@@ -148,9 +118,14 @@ def fingerprints(names: Sequence[str]) -> list[tuple[int, str]]:
     return list(tqdm(found, "checksums", len(names), unit=" files", delay=1, leave=False))
 
 
+def hashed_by_readers(name: str) -> bool:
+    """Whether reading all of a file gives its fingerprint too, in the same pass."""
+    return is_divisible(name) and not filesystem.is_remote(location(name))
+
+
 def can_enter(name: str) -> bool:
     """Whether rows in the middle of a file are reached without reading those before them."""
-    return is_divisible(name) or format_module(name).ENTERS
+    return is_divisible(name) or find_format(name).reaches_any_row
 
 
 def plan_row_ranges(name: str, rows_per_part: int) -> list[RowRange]:
@@ -159,8 +134,15 @@ def plan_row_ranges(name: str, rows_per_part: int) -> list[RowRange]:
     A file without an index of its rows is read once, so that row numbers are exact wherever a
     range begins.
     """
-    source = source_names([name])[name]
-    return format_module(name).plan_row_ranges(name, source, rows_per_part)
+    return find_format(name).plan_row_ranges(name, rows_per_part)
+
+
+def plan_and_fingerprint(name: str, rows_per_part: int) -> tuple[list[RowRange], tuple[int, str]]:
+    """`plan_row_ranges` and `fingerprint`; a plain local file of lines is read once for both."""
+    if not hashed_by_readers(name):
+        return plan_row_ranges(name, rows_per_part), fingerprint(name)
+    row_ranges, extent = line_format(name).plan_lines(name, rows_per_part)
+    return row_ranges, extent.fingerprint
 
 
 def read_row_range(row_range: RowRange, columns: Columns) -> Iterator[Row | BadRow]:
@@ -169,7 +151,7 @@ def read_row_range(row_range: RowRange, columns: Columns) -> Iterator[Row | BadR
     Raises:
       UserError: if the file cannot be read on (cut short, damaged), or a table lacks a column.
     """
-    return format_module(row_range.path).read_rows(row_range, columns)
+    return find_format(row_range.path).read_rows(row_range, columns)
 
 
 def read_row_ranges(
@@ -177,8 +159,8 @@ def read_row_ranges(
 ) -> Iterator[tuple[int, Row | BadRow]]:
     """Streams the rows of several ranges, in order; there may be gaps between them.
 
-    Segments of one file that follow each other are read in one go; so are those with gaps between
-    them if the file's middle cannot be reached but through its beginning.
+    Ranges of one file that follow each other are read in one go. So are those with gaps between
+    them if the file's middle is reached through its beginning only.
 
     Yields:
       The range's place in `row_ranges`, and a row.

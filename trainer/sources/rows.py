@@ -1,7 +1,4 @@
-"""What a row of raw data is: checked text, id, labels as they stood, kept columns; or why not.
-
-How many unusable rows a command puts up with.
-"""
+"""Rows of raw data: usable ones, checked; unusable ones with the reason; and how many may be so."""
 
 import datetime
 import decimal
@@ -46,11 +43,11 @@ class BadRow(NamedTuple):
 
 
 class LabelIds(tuple[int, ...]):
-    """Labels by their places in the list of labels: never a multi-hot list, however it looks."""
+    """Labels by their places in the list of labels; never read as a multi-hot list."""
 
 
 class Unreadable(NamedTuple):
-    """Stands where a value of a row cannot be read, and says why."""
+    """Stands in the place of a value that cannot be read, and says why."""
 
     reason: str
 
@@ -80,10 +77,10 @@ class Columns:
 class RowRange:
     """Some consecutive rows of a file.
 
-    `start` and `end` are byte offsets for plain (uncompressed) files of lines, whose ranges hold
-    the lines that start in [start, end); they are row numbers for all else. An `end` of None is
-    the end of the file. `first_row` is the row number at `start`. `source` is the file name by
-    which rows without an id are called: "<source>:<row number>".
+    `start` and `end` are byte offsets in plain (uncompressed) files of lines: the range holds the
+    lines that begin in [start, end). In all other files they are row numbers. An `end` of None is
+    the end of the file. `first_row` is the row number at `start`. `source` is the file name in the
+    ids of rows without an id: "<source>:<row number>".
     """
 
     path: str
@@ -116,7 +113,7 @@ def row_beside_text(
     columns: Columns,
     windows: list[list[int]] | None = None,
 ) -> Row | BadRow:
-    """A row whose text, or windows, were checked before; id, labels and kept columns are here."""
+    """A row whose text or windows are checked already; checks id, labels and kept columns."""
     identifier = values.get(columns.id)
     if identifier is None or identifier == "" or identifier != identifier:  # NaN is not itself.
         name = default_id(row_range, position)
@@ -153,7 +150,7 @@ def why_no_text(text: Any) -> str | None:
 
 
 def _encoding_of(text: str) -> str:
-    """What a text with surrogates is not: those of a table stand for bytes that are not UTF-8."""
+    """The encoding that a text with surrogates lacks; a table has them for bytes not in UTF-8."""
     is_escaped = any("\udc80" <= character <= "\udcff" for character in text)
     return "UTF-8" if is_escaped else "valid Unicode"
 
@@ -190,6 +187,14 @@ def plain_value(value: Any) -> Any:
     raise ValueError(_complaint(value) or f"found {type(value).__name__}")
 
 
+def decode_bytes(value: Any) -> Any:
+    """Bytes as text, or why they are none; any other value as it is."""
+    try:
+        return value.decode("utf-8") if isinstance(value, bytes) else value
+    except UnicodeDecodeError as error:
+        return Unreadable(f"bytes that are not UTF-8 ({error.reason})")
+
+
 def as_text(value: Any) -> str:
     """A kept value as text: text as it is, null as empty text, all else as JSON."""
     if isinstance(value, str):
@@ -198,7 +203,7 @@ def as_text(value: Any) -> str:
 
 
 def default_id(row_range: RowRange, position: int) -> str:
-    """What a row without an id is called."""
+    """The id of a row that has none."""
     return f"{row_range.source}:{position}"
 
 
@@ -225,26 +230,18 @@ def allowed_rejections(limit: float, num_rows: int) -> int:
     return math.floor(limit * num_rows + 1e-9) if limit < 1 else int(limit)
 
 
-def too_many_rejected(
-    path: str, num_rejected: int, num_rows: int, limit: float, where: str
+def describe_rejections(
+    lines: bytes, num_rejected: int, num_rows: int, limit: float, where: str
 ) -> UserError:
-    """What to raise, with the first of the rejected rows in it.
+    """The error of a command that stops for unusable rows; it shows the first of them.
 
     Args:
-      path: JSONL of rejected rows, at least one, with `source`, `row` and `reason`.
+      lines: the beginning of a JSONL file of rejected rows, or nothing if the file is gone.
       num_rejected: rows that cannot be used.
       num_rows: all rows.
       limit: `--max_rejected`.
       where: the file or folder that holds all of the rejected rows.
     """
-    with open(path, encoding="utf-8") as file:
-        return describe_rejections(next(file).encode(), num_rejected, num_rows, limit, where)
-
-
-def describe_rejections(
-    lines: bytes, num_rejected: int, num_rows: int, limit: float, where: str
-) -> UserError:
-    """The same, given the beginning of such a file, or nothing if it is not there any more."""
     first = json.loads(lines.splitlines()[0]) if lines else None
     example = f"{first['source']}: row {first['row']}: {first['reason']}; " if first else ""
     return UserError(

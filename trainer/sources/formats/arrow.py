@@ -1,39 +1,89 @@
-"""Arrow files, of streams (as `datasets` saves them) or with an index, read batch by batch."""
+"""Arrow's record batches as rows: Arrow files, of streams or with an index, and Parquet files."""
 
+import abc
 import contextlib
+import json
 import os
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 from typing import Any
 
-from trainer.errors import UserError
-from trainer.sources.formats.base import cut_rows
-from trainer.sources.formats.columnar import check_schema, rows_of_batches, true_columns
-from trainer.sources.formats.lines import damaged
-from trainer.sources.input_files import open_file
-from trainer.sources.rows import BadRow, Columns, Row, RowRange
+import pyarrow
+from pyarrow import ipc, parquet, types
 
-ENTERS = False
+from trainer.errors import UserError
+from trainer.sources.formats.base import Format, cut_rows, require_columns, wrong_type
+from trainer.sources.input_files import damaged, open_file
+from trainer.sources.rows import (
+    BadRow,
+    Columns,
+    Row,
+    RowRange,
+    Unreadable,
+    decode_bytes,
+    row_of_values,
+)
+
+_BATCH_ROWS = 512
+_BUFFER_BYTES = 1 << 20
 _MAGIC = b"ARROW1"
 # What ends a stream. Without it a file that was cut between two batches would look whole.
 _END_OF_STREAM = b"\xff\xff\xff\xff\0\0\0\0"
 
 
-@contextlib.contextmanager
-def _opened(name: str) -> Iterator[tuple[Any, Iterator[Any]]]:
-    """The schema and the batches of a file; a damaged one is one clear line."""
-    import pyarrow
-    from pyarrow import ipc
+class ArrowFormat(Format):
+    """A format that is read as record batches of one schema."""
 
-    rows = 0
+    @abc.abstractmethod
+    def _open(self, name: str) -> contextlib.AbstractContextManager[tuple[pyarrow.Schema, Any]]:
+        """The schema, and what the subclass takes the batches from.
 
-    def counted(batches: Iterator[Any]) -> Iterator[Any]:
-        nonlocal rows
-        for batch in batches:
-            yield batch
-            rows += batch.num_rows
+        Raises:
+          UserError: if the file is damaged, also while it is open.
+        """
 
-    try:
-        with open_file(name) as stream:
+    @abc.abstractmethod
+    def _batches(
+        self, content: Any, row_range: RowRange, names: Sequence[str]
+    ) -> Iterator[tuple[int, pyarrow.RecordBatch]]:
+        """(number of its first row, batch) of all batches that a range touches."""
+
+    def column_names(self, name: str) -> list[str]:
+        with self._open(name) as (schema, _):
+            return list(schema.names)
+
+    def check_columns(self, name: str, columns: Columns) -> None:
+        with self._open(name) as (schema, _):
+            _check_schema(name, schema, columns)
+
+    def truth_value_columns(self, name: str) -> tuple[str, ...]:
+        with self._open(name) as (schema, _):
+            return tuple(field.name for field in schema if types.is_boolean(field.type))
+
+    def read_rows(self, row_range: RowRange, columns: Columns) -> Iterator[Row | BadRow]:
+        with self._open(row_range.path) as (schema, content):
+            _check_schema(row_range.path, schema, columns)
+            names = [name for name in columns.all if name in schema.names]
+            readers = {name: _label_names(schema, name) for name in columns.labels}
+            for first, batch in self._batches(content, row_range, names):
+                for position, row in _slice_rows(first, batch, row_range, names, readers):
+                    named = dict(zip(names, row, strict=True))
+                    yield row_of_values(row_range, position, named, columns)
+
+
+class ArrowFiles(ArrowFormat):
+    """Arrow files, of streams (as `datasets` saves them) or with an index, from their beginning."""
+
+    @contextlib.contextmanager
+    def _open(self, name: str) -> Iterator[tuple[pyarrow.Schema, Any]]:
+        rows = 0
+
+        def counted(batches: Iterator[Any]) -> Iterator[Any]:
+            nonlocal rows
+            for batch in batches:
+                yield batch
+                rows += batch.num_rows
+
+        with _one_line_of_damage(name, lambda: f"row {rows}"), open_file(name) as stream:
             if stream.read(len(_MAGIC)) == _MAGIC:
                 file = ipc.open_file(stream)
                 batches = map(file.get_batch, range(file.num_record_batches))
@@ -45,10 +95,91 @@ def _opened(name: str) -> Iterator[tuple[Any, Iterator[Any]]]:
             stream.seek(0)
             reader = ipc.open_stream(stream)
             yield reader.schema, counted(iter(reader))
+
+    def plan_row_ranges(self, name: str, rows_per_part: int) -> list[RowRange]:
+        with self._open(name) as (_, batches):
+            num_rows = sum(batch.num_rows for batch in batches)
+        return cut_rows(name, num_rows, rows_per_part)
+
+    def _batches(
+        self, content: Any, row_range: RowRange, names: Sequence[str]
+    ) -> Iterator[tuple[int, pyarrow.RecordBatch]]:
+        first = 0
+        for batch in content:
+            if row_range.end is not None and first >= row_range.end:
+                return
+            if first + batch.num_rows > row_range.start:
+                for name in names:
+                    _check_offsets(batch.column(name))
+                yield first, batch
+            first += batch.num_rows
+
+
+class ParquetFiles(ArrowFormat):
+    """Parquet: only the columns that are needed, a few hundred rows at a time, from any row on."""
+
+    reaches_any_row = True
+
+    @contextlib.contextmanager
+    def _open(self, name: str) -> Iterator[tuple[pyarrow.Schema, Any]]:
+        with (
+            _one_line_of_damage(name, lambda: "its beginning"),
+            open_file(name) as stream,
+            # Buffered, so that a row group of any size is read by pages.
+            parquet.ParquetFile(
+                stream,
+                buffer_size=_BUFFER_BYTES,
+                pre_buffer=False,
+                page_checksum_verification=True,
+            ) as file,
+        ):
+            yield file.schema_arrow, file
+
+    def plan_row_ranges(self, name: str, rows_per_part: int) -> list[RowRange]:
+        with self._open(name) as (_, file):
+            return cut_rows(name, file.metadata.num_rows, rows_per_part)
+
+    def _batches(
+        self, content: Any, row_range: RowRange, names: Sequence[str]
+    ) -> Iterator[tuple[int, pyarrow.RecordBatch]]:
+        first = 0
+        for group in range(content.metadata.num_row_groups):
+            end = first + content.metadata.row_group(group).num_rows
+            if end > row_range.start and (row_range.end is None or first < row_range.end):
+                row = first
+                for batch in content.iter_batches(_BATCH_ROWS, [group], names, use_threads=False):
+                    yield row, batch
+                    row += batch.num_rows
+                    if row_range.end is not None and row >= row_range.end:
+                        return
+            first = end
+
+
+@contextlib.contextmanager
+def _one_line_of_damage(name: str, where: Callable[[], str]) -> Iterator[None]:
+    """Turns what pyarrow raises into one line: the file is damaged, and after which place."""
+    try:
+        yield
     except (OSError, MemoryError, pyarrow.ArrowException, ValueError) as error:
         if isinstance(error, UserError):
             raise
-        raise damaged(name, f"row {rows}", error) from None
+        raise damaged(name, where(), error) from None
+
+
+def _slice_rows(
+    first: int,
+    batch: pyarrow.RecordBatch,
+    row_range: RowRange,
+    names: Sequence[str],
+    readers: dict[str, Callable[[Any], Any] | None],
+) -> Iterator[tuple[int, tuple[Any, ...]]]:
+    """(row number, values of the columns) of those rows of a batch that are in a range."""
+    begin = max(row_range.start - first, 0)
+    end = batch.num_rows if row_range.end is None else min(row_range.end - first, batch.num_rows)
+    for start in range(begin, max(begin, end), _BATCH_ROWS):
+        part = batch.slice(start, min(_BATCH_ROWS, end - start))
+        values = [_values(part.column(name), readers.get(name)) for name in names]
+        yield from enumerate(zip(*values, strict=True), first + start)
 
 
 def _check_offsets(column: Any) -> None:
@@ -57,21 +188,16 @@ def _check_offsets(column: Any) -> None:
     Raises:
       pyarrow.ArrowInvalid: if it does.
     """
-    import pyarrow
-
     column.validate()
     try:
         column.validate(full=True)
     except pyarrow.ArrowInvalid:
-        # Perhaps only a text that is not UTF-8, which costs its row alone: looked at as bytes.
+        # A text that is not UTF-8 costs only its own row, so the offsets are checked as of bytes.
         column.cast(_with_bytes(column.type)).validate(full=True)
 
 
 def _with_bytes(kind: Any) -> Any:
     """A type with bytes in the place of text, as itself or in a list."""
-    import pyarrow
-    from pyarrow import types
-
     if types.is_list(kind):
         return pyarrow.list_(_with_bytes(kind.value_type))
     if types.is_large_list(kind):
@@ -81,50 +207,104 @@ def _with_bytes(kind: Any) -> Any:
     return pyarrow.binary() if types.is_string(kind) else kind
 
 
-def column_names(name: str) -> list[str]:
-    """The columns of the file's schema."""
-    with _opened(name) as (schema, _):
-        return list(schema.names)
+def _check_schema(name: str, schema: pyarrow.Schema, columns: Columns) -> None:
+    """Checks that a schema has the columns, of types that can be right.
+
+    Raises:
+      UserError: naming the column, what was found, and the flag.
+    """
+    require_columns(name, schema.names, columns)
+    for column in columns.all:
+        if schema.names.count(column) > 1:
+            raise wrong_type(name, column, columns, "several columns of that name", "one")
+    text = _value_type(schema.field(columns.text).type)
+    if not (_is_text(text) or _is_bytes(text)):
+        raise wrong_type(name, columns.text, columns, str(text), "text")
+    if columns.id in schema.names:
+        found = _value_type(schema.field(columns.id).type)
+        is_raw = types.is_fixed_size_binary(found)
+        if types.is_nested(found) or types.is_temporal(found) or is_raw:
+            raise wrong_type(name, columns.id, columns, str(found), "text or numbers")
+    for column in columns.labels:
+        found = _value_type(schema.field(column).type)
+        is_flag = len(columns.labels) > 1 and (types.is_floating(found) or types.is_boolean(found))
+        is_plain = _is_text(found) or _is_bytes(found) or types.is_integer(found)
+        is_one_flag = types.is_boolean(found)
+        if not (is_plain or is_flag or is_one_flag or _is_list(found)):
+            expected = "names, ids, lists of them, or 0 and 1"
+            raise wrong_type(name, column, columns, str(found), expected)
 
 
-def check_columns(name: str, columns: Columns) -> None:
-    """Checks the file's schema."""
-    with _opened(name) as (schema, _):
-        check_schema(name, schema, columns)
+def _value_type(found: Any) -> Any:
+    """The type of a column's values: of a dictionary's, where they are numbered."""
+    return found.value_type if types.is_dictionary(found) else found
 
 
-def true_or_false(name: str) -> tuple[str, ...]:
-    """The columns of truth values."""
-    with _opened(name) as (schema, _):
-        return true_columns(schema)
+def _is_text(found: Any) -> bool:
+    return types.is_string(found) or types.is_large_string(found) or types.is_string_view(found)
 
 
-def plan_row_ranges(name: str, source: str, rows_per_part: int) -> list[RowRange]:
-    """Cuts a file into ranges; it is read once to count its rows."""
-    with _opened(name) as (_, batches):
-        num_rows = sum(batch.num_rows for batch in batches)
-    return cut_rows(name, source, num_rows, rows_per_part)
+def _is_bytes(found: Any) -> bool:
+    return types.is_binary(found) or types.is_large_binary(found) or types.is_binary_view(found)
 
 
-def read_rows(row_range: RowRange, columns: Columns) -> Iterator[Row | BadRow]:
-    """The rows of a range."""
-    with _opened(row_range.path) as (schema, batches):
-        check_schema(row_range.path, schema, columns)
-        names = [name for name in columns.all if name in schema.names]
-        numbered = _numbered(batches, row_range, names)
-        yield from rows_of_batches(row_range, numbered, schema, columns)
+def _is_list(found: Any) -> bool:
+    return (
+        types.is_list(found)
+        or types.is_large_list(found)
+        or types.is_fixed_size_list(found)
+        or types.is_list_view(found)
+    )
 
 
-def _numbered(
-    batches: Iterator[Any], row_range: RowRange, names: Sequence[str]
-) -> Iterator[tuple[int, Any]]:
-    """(number of its first row, batch), as far as the range goes, its columns checked."""
-    first = 0
-    for batch in batches:
-        if row_range.end is not None and first >= row_range.end:
-            return
-        if first + batch.num_rows > row_range.start:
-            for name in names:
-                _check_offsets(batch.column(name))
-            yield first, batch
-        first += batch.num_rows
+def _values(column: Any, read: Callable[[Any], Any] | None) -> list[Any]:
+    """The values of a column; bytes as text; `Unreadable` for each that cannot be read."""
+    try:
+        values = column.to_pylist()
+    except (ValueError, OverflowError):  # One text that is not UTF-8, or a date out of range.
+        values = [_value(item) for item in column]
+    kind = _value_type(column.type)
+    if _is_bytes(kind):
+        values = [decode_bytes(value) for value in values]
+    elif _is_list(kind) and _is_bytes(_value_type(kind.value_type)):
+        values = [value and [decode_bytes(item) for item in value] for value in values]
+    return values if read is None else [read(value) for value in values]
+
+
+def _value(item: Any) -> Any:
+    try:
+        return item.as_py()
+    except UnicodeDecodeError as error:
+        return Unreadable(f"bytes that are not UTF-8 ({error.reason})")
+    except (ValueError, OverflowError) as error:
+        return Unreadable(f"a value that cannot be read ({error})")
+
+
+def _label_names(schema: pyarrow.Schema, column: str) -> Callable[[Any], Any] | None:
+    """Class numbers to names, where `datasets` wrote the names into a column's description."""
+    try:
+        described = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
+        names = _class_names(described[column])
+    except (KeyError, TypeError, ValueError, IndexError):
+        return None
+    if not names:
+        return None
+
+    def read(value: Any) -> Any:
+        if isinstance(value, list):
+            return [read(item) for item in value]
+        if isinstance(value, int) and 0 <= value < len(names):
+            return names[value]
+        # `datasets` writes -1 for a class that is not known.
+        return None if value == -1 else value
+
+    return read
+
+
+def _class_names(feature: Any) -> list[str] | None:
+    """The names of a ClassLabel, or of the ClassLabels in a sequence."""
+    if isinstance(feature, list):
+        return _class_names(feature[0])
+    if feature["_type"] == "ClassLabel":
+        return list(feature["names"])
+    return _class_names(feature["feature"])

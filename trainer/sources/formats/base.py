@@ -1,57 +1,82 @@
-"""The formats of raw data, one a module, each giving numbered rows in flat memory.
+"""What every format of raw data offers: columns, row ranges, and numbered rows in flat memory."""
 
-What can be told of columns before anything is read through: that they are there, and fit.
-"""
-
+import abc
+import functools
 import importlib
 from collections.abc import Iterable, Iterator, Sequence
-from typing import Protocol, cast
+from typing import cast
 
 from trainer.errors import UserError
-from trainer.sources.input_files import format_of
+from trainer.sources.input_files import format_of, source_names
 from trainer.sources.rows import BadRow, Columns, Row, RowRange
 
 
-class Format(Protocol):
-    """What a module of this package offers.
+class Format(abc.ABC):
+    """Reads the files of one format.
 
-    `ENTERS` says whether rows in the middle are reached without reading those before them.
+    `reaches_any_row` says whether a row is reached without reading the rows before it.
     """
 
-    ENTERS: bool
+    reaches_any_row = False
 
+    @abc.abstractmethod
     def column_names(self, name: str) -> list[str] | None:
-        """The columns of a file, from its beginning; None if there are none to be told."""
+        """The columns of a file, from its beginning; None if the format has no columns."""
 
+    @abc.abstractmethod
     def check_columns(self, name: str, columns: Columns) -> None:
-        """Checks that a file has the columns, and of a type that can be meant.
+        """Checks that a file has the columns, and that their types can be right.
 
         Raises:
           UserError: naming the column, what was found, and the flag.
         """
 
-    def plan_row_ranges(self, name: str, source: str, rows_per_part: int) -> list[RowRange]:
+    @abc.abstractmethod
+    def plan_row_ranges(self, name: str, rows_per_part: int) -> list[RowRange]:
         """Cuts a file into ranges of `rows_per_part` rows, the last one shorter."""
 
+    @abc.abstractmethod
     def read_rows(self, row_range: RowRange, columns: Columns) -> Iterator[Row | BadRow]:
         """The rows of a range, in order."""
 
+    def truth_value_columns(self, name: str) -> tuple[str, ...]:
+        """The columns that hold truth values only, where the file's schema says so."""
+        return ()
 
-_MODULES = {
-    "jsonl": "jsonl", "csv": "delimited", "tsv": "delimited", "text": "text", "rows": "row_copy",
-    "libmultilabel": "libmultilabel", "parquet": "parquet", "arrow": "arrow",
-    "tfrecord": "tfrecord", "tfds": "tfds",
+    def is_tokenised(self, name: str) -> bool:
+        """Whether the rows are token ids and not text."""
+        return False
+
+
+# The module and the class of each format; a module is imported when a file of its format comes.
+_CLASSES = {
+    "jsonl": ("lines", "JsonLines"), "text": ("lines", "TextLines"),
+    "libmultilabel": ("lines", "LibMultiLabelLines"), "rows": ("lines", "RowCopies"),
+    "csv": ("delimited", "DelimitedFormat"), "tsv": ("delimited", "DelimitedFormat"),
+    "arrow": ("arrow", "ArrowFiles"), "parquet": ("arrow", "ParquetFiles"),
+    "tfrecord": ("tfrecord", "TFRecordFormat"), "tfds": ("tfds", "TensorFlowDatasets"),
 }  # fmt: skip
 
 
-def format_module(name: str) -> Format:
-    """The module that reads a file."""
-    kind, _ = format_of(name)
-    return cast(Format, importlib.import_module(f"trainer.sources.formats.{_MODULES[kind]}"))
+def find_format(name: str) -> Format:
+    """What reads a file.
+
+    Raises:
+      UserError: if the name's ending is not one that is known.
+    """
+    return _load_format(format_of(name)[0])
 
 
-def cut_rows(name: str, source: str, num_rows: int, rows_per_part: int) -> list[RowRange]:
-    """Segments of a file that is cut by row numbers."""
+@functools.cache
+def _load_format(kind: str) -> Format:
+    module, class_name = _CLASSES[kind]
+    found = importlib.import_module(f"trainer.sources.formats.{module}")
+    return cast(Format, getattr(found, class_name)())
+
+
+def cut_rows(name: str, num_rows: int, rows_per_part: int) -> list[RowRange]:
+    """Ranges of a file that is cut by row numbers."""
+    source = source_names([name])[name]
     return [
         RowRange(
             name, start, min(start + rows_per_part, num_rows), start,
@@ -96,7 +121,7 @@ def _list_columns(found: Sequence[str]) -> str:
 
 
 def wrong_type(name: str, column: str, columns: Columns, found: str, expected: str) -> UserError:
-    """What to raise for a column of a type that cannot be meant."""
+    """What to raise for a column whose type cannot be right."""
     return UserError(
         f"{name}: column {column!r} holds {found}, expected {expected}; name the right one with "
         f"{flag_of(column, columns)}"

@@ -1,8 +1,8 @@
 """CSV and TSV (RFC 4180): a header, then rows whose quoted values may hold line ends.
 
-Bytes that are not UTF-8 travel through Python's reader as surrogates and are found where a value
-is used, so that they cost their row and no other. Quotes that do not fit together cost the line
-that they begin on: reading goes on with the next one.
+Bytes that are not UTF-8 pass through Python's reader as surrogates and are found where a value is
+used, so that only their own row is lost. Quotes that do not match cost only the line on which they
+begin: reading goes on with the next line.
 """
 
 import csv
@@ -11,19 +11,17 @@ from collections.abc import Iterator
 from typing import Any
 
 from trainer.errors import UserError
-from trainer.sources.formats.base import cut_rows, require_columns
+from trainer.sources.formats.base import Format, cut_rows, require_columns
 from trainer.sources.formats.lines import (
     MAX_LINE_BYTES,
     LongLine,
     bounded_lines,
-    damaged,
     too_long,
     without_mark,
 )
-from trainer.sources.input_files import format_of, location, open_decompressed
+from trainer.sources.input_files import damaged, format_of, location, open_decompressed
 from trainer.sources.rows import BadRow, Columns, Row, RowRange, cut_raw, row_of_values
 
-ENTERS = False
 _NO_FIELD_LIMIT = 2**31 - 1  # Lines and records are bounded here instead.
 
 
@@ -32,7 +30,7 @@ class _TooLong(Exception):
 
 
 class _Lines:
-    """The physical lines of a table, of which those of a broken record can be given once more."""
+    """The physical lines of a table; those of a broken record can be read again."""
 
     def __init__(self, name: str, file: Any, delimiter: str):
         self._pieces = _physical_lines(name, file, delimiter.encode())
@@ -40,7 +38,7 @@ class _Lines:
         self.record: list[str] = []
         self.long_line: LongLine | None = None
         self.num_bytes = 0
-        # Lines still to come again of a record that was whole but for its width.
+        # Lines still to be read again, of a record of the wrong width.
         self.num_doubtful = 0
 
     def __iter__(self) -> "_Lines":
@@ -59,12 +57,12 @@ class _Lines:
         return line
 
     def end_record(self) -> None:
-        """Forgets the lines of a record that is read."""
+        """Forgets the lines of a record that was read."""
         self.record.clear()
         self.num_bytes = 0
 
     def give_up_record(self) -> str:
-        """The first line of the record being read; the others will be given again."""
+        """The first line of the record being read; the others will be read again."""
         first, *others = self.record
         self._again.extend(reversed(others))
         self.end_record()
@@ -74,8 +72,8 @@ class _Lines:
 def _physical_lines(name: str, file: Any, delimiter: bytes) -> Iterator[str | LongLine]:
     """Lines as CSV has them, ended by any of \\n, \\r\\n and \\r.
 
-    Where the header ends in one of the others, a \\r alone may as well stand in a text (pandas does
-    not quote it), which must not be cut there: it ends a line only if what it parts are rows.
+    If the header does not end in \\r, a lone \\r may be part of a text (pandas does not quote it).
+    It then ends a line only if all pieces around it have as many columns as the header.
     """
     separators = 0
     for number, line in enumerate(bounded_lines(file)):
@@ -97,7 +95,7 @@ def _physical_lines(name: str, file: Any, delimiter: bytes) -> Iterator[str | Lo
 
 
 def _records(name: str) -> Iterator[list[str] | tuple[str, str] | LongLine]:
-    """The records of a table, header first: values, or (reason, line) of one that is broken."""
+    """The records of a table, header first: values, or (reason, line) of a broken record."""
     kind, _ = format_of(name)
     csv.field_size_limit(_NO_FIELD_LIMIT)
     with open_decompressed(name) as file:
@@ -156,51 +154,9 @@ def _too_long(lines: _Lines) -> Iterator[tuple[str, str] | LongLine]:
         reason = f"quotes that do not end within {MAX_LINE_BYTES:,} bytes"
         yield reason, lines.give_up_record()
     if lines.long_line is not None:
-        # Behind what was given up; the order of positions is that of the file but for this line.
+        # The one line out of order: the rest of the record is read again after it.
         yield lines.long_line
         lines.long_line = None
-
-
-def column_names(name: str) -> list[str]:
-    """The columns of a table's header.
-
-    Raises:
-      UserError: if the file does not begin with one.
-    """
-    try:
-        header = next(_records(name), None)
-    except OSError as error:
-        raise damaged(name, "the beginning", error) from None
-    if not isinstance(header, list):
-        reason = "no rows" if header is None else "its first line cannot be read"
-        raise UserError(f"{name}: {reason}, expected a header with the names of the columns")
-    return header
-
-
-def check_columns(name: str, columns: Columns) -> None:
-    """Checks that the header has the columns, each once."""
-    found = column_names(name)
-    is_bare = location(name).lower().endswith((".tsv", ".txt"))
-    hint = (
-        "; if the lines are id<TAB>labels<TAB>text, without a header, say so with "
-        "--input_format=libmultilabel"
-        if is_bare
-        else ""
-    )
-    require_columns(name, found, columns, hint=hint)
-    counts = Counter(found)
-    for column in columns.all:
-        if counts[column] > 1:
-            raise UserError(
-                f"{name}: {counts[column]} columns are called {column!r}, expected one; rename "
-                "the others"
-            )
-
-
-def plan_row_ranges(name: str, source: str, rows_per_part: int) -> list[RowRange]:
-    """Cuts a table into ranges; it is read once, so that row numbers are exact."""
-    num_rows = sum(1 for _ in _numbered(name))
-    return cut_rows(name, source, num_rows, rows_per_part)
 
 
 def _numbered(name: str) -> Iterator[tuple[int, list[str] | tuple[str, str] | LongLine]]:
@@ -214,25 +170,55 @@ def _numbered(name: str) -> Iterator[tuple[int, list[str] | tuple[str, str] | Lo
         raise damaged(name, f"row {max(position, 0)}", error) from None
 
 
-def read_rows(row_range: RowRange, columns: Columns) -> Iterator[Row | BadRow]:
-    """The rows of a range.
+class DelimitedFormat(Format):
+    """Tables of values between commas or tabs."""
 
-    Raises:
-      UserError: if the file is damaged, cut short, or lacks a column.
-    """
-    check_columns(row_range.path, columns)
-    header = column_names(row_range.path)
-    places = [(column, header.index(column)) for column in columns.all if column in header]
-    for position, record in _numbered(row_range.path):
-        if position < row_range.start:
-            continue
-        if row_range.end is not None and position >= row_range.end:
-            break
-        if isinstance(record, LongLine):
-            yield too_long(position, record)
-        elif isinstance(record, tuple):
-            reason, line = record
-            yield BadRow(position, reason, cut_raw(line[:2000]))
-        else:
-            values = {column: record[place] for column, place in places}
-            yield row_of_values(row_range, position, values, columns)
+    def column_names(self, name: str) -> list[str]:
+        try:
+            header = next(_records(name), None)
+        except OSError as error:
+            raise damaged(name, "the beginning", error) from None
+        if not isinstance(header, list):
+            reason = "no rows" if header is None else "its first line cannot be read"
+            raise UserError(f"{name}: {reason}, expected a header with the names of the columns")
+        return header
+
+    def check_columns(self, name: str, columns: Columns) -> None:
+        found = self.column_names(name)
+        is_bare = location(name).lower().endswith((".tsv", ".txt"))
+        hint = (
+            "; if the lines are id<TAB>labels<TAB>text, without a header, say so with "
+            "--input_format=libmultilabel"
+            if is_bare
+            else ""
+        )
+        require_columns(name, found, columns, hint=hint)
+        counts = Counter(found)
+        for column in columns.all:
+            if counts[column] > 1:
+                raise UserError(
+                    f"{name}: {counts[column]} columns are called {column!r}, expected one; rename "
+                    "the others"
+                )
+
+    def plan_row_ranges(self, name: str, rows_per_part: int) -> list[RowRange]:
+        num_rows = sum(1 for _ in _numbered(name))
+        return cut_rows(name, num_rows, rows_per_part)
+
+    def read_rows(self, row_range: RowRange, columns: Columns) -> Iterator[Row | BadRow]:
+        self.check_columns(row_range.path, columns)
+        header = self.column_names(row_range.path)
+        places = [(column, header.index(column)) for column in columns.all if column in header]
+        for position, record in _numbered(row_range.path):
+            if position < row_range.start:
+                continue
+            if row_range.end is not None and position >= row_range.end:
+                break
+            if isinstance(record, LongLine):
+                yield too_long(position, record)
+            elif isinstance(record, tuple):
+                reason, line = record
+                yield BadRow(position, reason, cut_raw(line[:2000]))
+            else:
+                values = {column: record[place] for column, place in places}
+                yield row_of_values(row_range, position, values, columns)

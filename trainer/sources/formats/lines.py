@@ -1,98 +1,94 @@
-"""Files of lines, each line a row: bounded, numbered, cut by bytes or, compressed, by numbers."""
+"""Formats whose files are lines, each line a row: JSONL, text, LibMultiLabel, copies of rows.
 
-from collections.abc import Callable, Iterator
-from typing import Any, NamedTuple
+A plain file is cut into ranges by bytes, a compressed one by row numbers.
+"""
+
+import abc
+import itertools
+import json
+import math
+from collections.abc import Callable, Iterator, Sequence
+from typing import Any, NamedTuple, cast
 
 from trainer.errors import UserError
-from trainer.sources.input_files import format_of, is_divisible, open_decompressed, open_file
-from trainer.sources.rows import BadRow, Row, RowRange, cut_raw
+from trainer.sources.extents import Extent
+from trainer.sources.formats.base import Format, cut_rows, find_format, require_columns, wrong_type
+from trainer.sources.input_files import (
+    damaged,
+    is_divisible,
+    location,
+    open_decompressed,
+    open_file,
+    source_names,
+)
+from trainer.sources.rows import (
+    BadRow,
+    Columns,
+    LabelIds,
+    Row,
+    RowRange,
+    cut_raw,
+    default_id,
+    row_of_values,
+)
 
 # A longer line is no document: it is passed over without ever being held.
 MAX_LINE_BYTES = 32 << 20
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 _WIDE_MARKS = (b"\xff\xfe", b"\xfe\xff")
-# What `prepare` copied was bounded before, but grows by escapes.
-_MAX_COPY_BYTES = 16 * MAX_LINE_BYTES
 _SKIPPED_BYTES = 1 << 20
 _SHOWN_BYTES = 1000
+# Of JSONL, whichever comes first.
+_ROWS_TO_CHECK, _LINES_TO_CHECK = 100, 10_000
 
 
 class LongLine(NamedTuple):
-    """A line over the limit: its length in bytes, and how it begins."""
+    """Stands for a line over the limit: how long it is, and how it begins."""
 
     num_bytes: int
     beginning: bytes
 
 
-def bounded_lines(file: Any, limit: int = MAX_LINE_BYTES) -> Iterator[bytes | LongLine]:
-    """The lines of a stream, their ends included; none over `limit` bytes is ever held."""
+NumberedLines = Iterator[tuple[int, bytes | LongLine]]
+
+
+def bounded_lines(
+    file: Any, limit: int = MAX_LINE_BYTES, on_bytes: Callable[[bytes], None] | None = None
+) -> Iterator[bytes | LongLine]:
+    """The lines of a stream, their ends included; none over `limit` bytes is ever held.
+
+    Args:
+      file: a buffered stream of bytes.
+      limit: of a line.
+      on_bytes: called with all bytes in order, before the line that they belong to comes.
+    """
     while line := file.readline(limit + 1):
+        if on_bytes is not None:
+            on_bytes(line)
         if len(line) <= limit:
             yield line
             continue
         num_bytes, beginning = len(line), line[:_SHOWN_BYTES]
-        while not line.endswith(b"\n"):
-            line = file.readline(_SKIPPED_BYTES)
-            if not line:
-                break
-            num_bytes += len(line)
+        if not line.endswith(b"\n"):
+            for piece in _rest_of_line(file):
+                num_bytes += len(piece)
+                if on_bytes is not None:
+                    on_bytes(piece)
         yield LongLine(num_bytes, beginning)
+
+
+def _rest_of_line(file: Any) -> Iterator[bytes]:
+    """What is left of a line, piece by piece."""
+    while piece := file.readline(_SKIPPED_BYTES):
+        yield piece
+        if piece.endswith(b"\n"):
+            return
 
 
 def too_long(position: int, line: LongLine) -> BadRow:
     """What is said of a line over the limit."""
     reason = f"{line.num_bytes:,} bytes long, expected at most {MAX_LINE_BYTES:,}"
     return BadRow(position, reason, cut_raw(line.beginning.decode("utf-8", "replace")))
-
-
-def numbered_lines(row_range: RowRange) -> Iterator[tuple[int, bytes | LongLine]]:
-    """(row number, line) of a range of a file of lines.
-
-    Raises:
-      UserError: if the file is damaged, cut short, or not in an encoding like UTF-8.
-    """
-    lines = _plain_lines if is_divisible(row_range.path) else _compressed_lines
-    for position, line in lines(row_range):
-        if position == 0 and isinstance(line, bytes):
-            line = without_mark(row_range.path, line)
-        yield position, line
-
-
-def _plain_lines(row_range: RowRange) -> Iterator[tuple[int, bytes | LongLine]]:
-    offset = row_range.start
-    with open_file(row_range.path) as file:
-        file.seek(offset)
-        lines = bounded_lines(file, _limit(row_range.path))
-        for position, line in enumerate(lines, row_range.first_row):
-            if row_range.end is not None and offset >= row_range.end:
-                break
-            offset += line.num_bytes if isinstance(line, LongLine) else len(line)
-            yield position, line
-
-
-def _limit(name: str) -> int:
-    return _MAX_COPY_BYTES if format_of(name)[0] == "rows" else MAX_LINE_BYTES
-
-
-def _compressed_lines(row_range: RowRange) -> Iterator[tuple[int, bytes | LongLine]]:
-    position = 0
-    try:
-        with open_decompressed(row_range.path) as file:
-            for position, line in enumerate(bounded_lines(file)):
-                if row_range.end is not None and position >= row_range.end:
-                    break
-                if position >= row_range.start:
-                    yield position, line
-    except OSError as error:
-        raise damaged(row_range.path, f"row {position}", error) from None
-
-
-def damaged(name: str, where: str, error: Exception) -> UserError:
-    """What to raise where a file cannot be read on."""
-    reason = (str(error).strip() or type(error).__name__).splitlines()[0]
-    return UserError(
-        f"{name}: damaged or cut short somewhere after {where} ({reason}); restore the file"
-    )
 
 
 def without_mark(name: str, line: bytes) -> bytes:
@@ -108,53 +104,316 @@ def without_mark(name: str, line: bytes) -> bytes:
     return line.removeprefix(_BYTE_ORDER_MARK)
 
 
-def plan_lines(name: str, source: str, rows_per_part: int) -> list[RowRange]:
-    """Cuts a plain file of lines by bytes; it is read once, so that row numbers are exact."""
-    row_ranges = []
-    start = offset = row = first_row = 0
-    with open_file(name) as file:
-        for line in bounded_lines(file, _limit(name)):
-            offset += line.num_bytes if isinstance(line, LongLine) else len(line)
-            row += 1
-            if row - first_row == rows_per_part:
-                row_ranges.append(RowRange(name, start, offset, first_row, row - first_row, source))
-                start, first_row = offset, row
-    if row > first_row:
-        row_ranges.append(RowRange(name, start, offset, first_row, row - first_row, source))
-    return row_ranges
+def _shown(line: bytes) -> str:
+    return cut_raw(line[:2000].decode("utf-8", "replace"))
 
 
-def count_lines(name: str) -> int:
-    """Lines of a file, the last one without an end included."""
-    rows = 0
-    try:
-        with open_decompressed(name) as file:
-            for rows, _ in enumerate(bounded_lines(file), 1):  # noqa: B007
-                pass
-    except OSError as error:
-        raise damaged(name, f"row {rows}", error) from None
-    return rows
+def _whole_file(name: str) -> RowRange:
+    return RowRange(name, 0, None, 0, 0, "")
 
 
-def rows_of_lines(
-    row_range: RowRange, read_line: Callable[[int, bytes], Row | BadRow]
-) -> Iterator[Row | BadRow]:
-    """The rows of a range; blank lines are passed over.
+def cut_bytes(name: str, source: str, num_bytes: int, range_bytes: int) -> list[RowRange]:
+    """Ranges of a plain file, cut without reading it: `first_row` and `num_rows` are 0."""
+    return [
+        RowRange(name, start, min(start + range_bytes, num_bytes), 0, 0, source)
+        for start in range(0, num_bytes, range_bytes)
+    ]
 
-    Args:
-      row_range: of a file of lines.
-      read_line: a row from its number and line.
+
+class LineFormat(Format):
+    """A format whose rows are lines; blank lines are counted, and give no row.
+
+    `max_line_bytes` is the longest line that is read. `has_own_positions` says that the rows bring
+    their row numbers along, which are those of another file.
     """
-    for position, line in numbered_lines(row_range):
-        if isinstance(line, LongLine):
-            yield too_long(position, line)
-        elif line and not line.isspace():
-            yield read_line(position, line)
 
+    max_line_bytes = MAX_LINE_BYTES
+    has_own_positions = False
 
-def first_lines(name: str) -> Iterator[tuple[int, bytes]]:
-    """(row number, line) of a file from its beginning, blank and overlong ones left out."""
-    whole = RowRange(name, 0, None, 0, 0, "")
-    for position, line in numbered_lines(whole):
-        if isinstance(line, bytes) and line and not line.isspace():
+    @abc.abstractmethod
+    def _read_line(
+        self, row_range: RowRange, columns: Columns, position: int, line: bytes
+    ) -> Row | BadRow:
+        """The row of a line that is not blank."""
+
+    def plan_row_ranges(self, name: str, rows_per_part: int) -> list[RowRange]:
+        if is_divisible(name):
+            return self.plan_lines(name, rows_per_part)[0]
+        num_rows = sum(1 for _ in self._lines(_whole_file(name), Extent()))
+        return cut_rows(name, num_rows, rows_per_part)
+
+    def plan_lines(self, name: str, rows_per_part: int) -> tuple[list[RowRange], Extent]:
+        """The ranges of a plain file and what the whole of it is, by reading it once."""
+        extent, source = Extent(), source_names([name])[name]
+        bounds = [(0, 0)]  # Byte and row number at which a range begins.
+        for row, _ in enumerate(self._lines(_whole_file(name), extent), 1):
+            if row % rows_per_part == 0:
+                bounds.append((extent.end, row))
+        if extent.num_rows > bounds[-1][1]:
+            bounds.append((extent.end, extent.num_rows))
+        row_ranges = [
+            RowRange(name, start, end, first_row, end_row - first_row, source)
+            for (start, first_row), (end, end_row) in itertools.pairwise(bounds)
+        ]
+        return row_ranges, extent
+
+    def read_rows(self, row_range: RowRange, columns: Columns) -> Iterator[Row | BadRow]:
+        return self.read_extent(row_range, columns, Extent())
+
+    def read_extent(
+        self, row_range: RowRange, columns: Columns, extent: Extent
+    ) -> Iterator[Row | BadRow]:
+        """The rows of a range; in the end `extent` says where its lines are, of a plain file."""
+        for position, line in self._lines(row_range, extent):
+            if isinstance(line, LongLine):
+                yield too_long(position, line)
+            elif line and not line.isspace():
+                yield self._read_line(row_range, columns, position, line)
+
+    def _lines(self, row_range: RowRange, extent: Extent) -> NumberedLines:
+        """(row number, line) of a range.
+
+        Raises:
+          UserError: if the file is damaged, cut short, or not in an encoding like UTF-8.
+        """
+        lines = self._plain_lines if is_divisible(row_range.path) else self._compressed_lines
+        for position, line in lines(row_range, extent):
+            if row_range.start == position == 0 and isinstance(line, bytes):
+                line = without_mark(row_range.path, line)
             yield position, line
+
+    def _plain_lines(self, row_range: RowRange, extent: Extent) -> NumberedLines:
+        """The lines that begin in [start, end), wherever these are within a line."""
+        end = math.inf if row_range.end is None else row_range.end
+        with open_file(row_range.path, row_range.end) as file:
+            if start := row_range.start:
+                start = file.seek(start - 1)
+                for piece in _rest_of_line(file):
+                    start += len(piece)
+                    if start >= end:
+                        return
+            extent.start = extent.end = start
+            lines = bounded_lines(file, self.max_line_bytes, extent.add)
+            while extent.end < end and (line := next(lines, None)) is not None:
+                extent.num_rows += 1
+                yield row_range.first_row + extent.num_rows - 1, line
+
+    def _compressed_lines(self, row_range: RowRange, extent: Extent) -> NumberedLines:
+        position = 0
+        try:
+            with open_decompressed(row_range.path) as file:
+                for position, line in enumerate(bounded_lines(file)):
+                    if row_range.end is not None and position >= row_range.end:
+                        break
+                    if position >= row_range.start:
+                        yield position, line
+        except OSError as error:
+            raise damaged(row_range.path, f"row {position}", error) from None
+
+    def _first_lines(self, name: str) -> Iterator[bytes]:
+        """The lines of a file from its beginning, blank and overlong ones left out."""
+        for _, line in self._lines(_whole_file(name), Extent()):
+            if isinstance(line, bytes) and line and not line.isspace():
+                yield line
+
+
+def line_format(name: str) -> LineFormat:
+    """What reads a file of lines."""
+    return cast(LineFormat, find_format(name))
+
+
+class JsonLines(LineFormat):
+    """JSONL: a JSON object a line."""
+
+    def column_names(self, name: str) -> list[str] | None:
+        return _field_names(self._first_objects(name)) or None
+
+    def check_columns(self, name: str, columns: Columns) -> None:
+        objects = self._first_objects(name)
+        if not objects:
+            return
+        require_columns(name, _field_names(objects), columns)
+        texts = _values(objects, columns.text)
+        if len(texts) > 1 and not any(isinstance(text, str) for text in texts):
+            found = " and ".join(sorted({type(text).__name__ for text in texts}))
+            raise wrong_type(name, columns.text, columns, found, "text")
+        for column in columns.labels:
+            values = _values(objects, column)
+            if len(values) > 1 and all(_is_fraction(value) for value in values):
+                raise wrong_type(name, column, columns, "fractions", "names, ids, or 0 and 1")
+
+    def _first_objects(self, name: str) -> list[dict[str, Any]]:
+        """The first rows that are JSON objects, their strings cut short.
+
+        Raises:
+          UserError: if the file is one JSON array.
+        """
+        objects: list[dict[str, Any]] = []
+        for count, line in enumerate(self._first_lines(name)):
+            value = _load_json(line)
+            if count == 0:
+                _refuse_array(name, line, value)
+            if isinstance(value, dict):
+                objects.append({key: _cut(item) for key, item in value.items()})
+            if len(objects) >= _ROWS_TO_CHECK or count >= _LINES_TO_CHECK:
+                break
+        return objects
+
+    def _read_line(
+        self, row_range: RowRange, columns: Columns, position: int, line: bytes
+    ) -> Row | BadRow:
+        value = _load_json(line)
+        if isinstance(value, ValueError):
+            return BadRow(position, f"not JSON: {value}", _shown(line))
+        if not isinstance(value, dict):
+            reason = f"expected a JSON object, found {type(value).__name__}"
+            return BadRow(position, reason, _shown(line))
+        row = row_of_values(row_range, position, value, columns)
+        return row._replace(raw=_shown(line)) if isinstance(row, BadRow) and not row.raw else row
+
+
+def _cut(value: Any) -> Any:
+    return value[:64] if isinstance(value, str) else value  # Its type and a message need no more.
+
+
+def _load_json(line: bytes) -> Any:
+    """The value of a line; a ValueError in its place if it is not JSON in UTF-8."""
+    try:
+        return json.loads(line.decode("utf-8"))
+    except (ValueError, RecursionError) as error:
+        return ValueError(str(error))
+
+
+def _refuse_array(name: str, line: bytes, value: Any) -> None:
+    """Refuses a .json file that is an array: over several lines, or of objects in one."""
+    if ".json" not in location(name).lower().replace(".jsonl", "") or line.lstrip()[:1] != b"[":
+        return
+    if isinstance(value, ValueError) or (value and all(isinstance(item, dict) for item in value)):
+        raise UserError(
+            f"{name}: one JSON array, expected a JSON object a line; convert it with "
+            "`jq -c '.[]' FILE > FILE.jsonl`"
+        )
+
+
+def _field_names(objects: Sequence[dict[str, Any]]) -> list[str]:
+    return list(dict.fromkeys(key for value in objects for key in value))
+
+
+def _values(objects: Sequence[dict[str, Any]], column: str) -> list[Any]:
+    return [value[column] for value in objects if value.get(column) is not None]
+
+
+def _is_fraction(value: Any) -> bool:
+    return isinstance(value, float) and not value.is_integer()
+
+
+class TextLines(LineFormat):
+    """Plain text: a document a line, without labels."""
+
+    def column_names(self, name: str) -> list[str] | None:
+        return None
+
+    def check_columns(self, name: str, columns: Columns) -> None:
+        if columns.labels:
+            raise UserError(
+                f"{name}: plain text has no labels; expected JSONL, CSV, TSV, Parquet or another "
+                "format with columns; if its lines are id<TAB>labels<TAB>text, say so with "
+                "--input_format=libmultilabel"
+            )
+        next(self._first_lines(name), None)  # Refuses UTF-16.
+
+    def _read_line(
+        self, row_range: RowRange, columns: Columns, position: int, line: bytes
+    ) -> Row | BadRow:
+        try:
+            text = line.decode("utf-8").rstrip("\r\n")
+        except UnicodeDecodeError as error:
+            return BadRow(position, f"not UTF-8: {error}", cut_raw(repr(line[:2000])))
+        if not text or text.isspace():  # Of characters that bytes do not know for spaces.
+            return BadRow(position, "no text: it is empty", cut_raw(repr(text)))
+        kept = (None,) * len(columns.kept)
+        return Row(position, default_id(row_range, position), text, None, kept)
+
+
+class LibMultiLabelLines(LineFormat):
+    """LibMultiLabel's lines: id<TAB>labels<TAB>text, the labels separated by spaces, no header."""
+
+    def column_names(self, name: str) -> list[str] | None:
+        return ["id", "labels", "text"]
+
+    def check_columns(self, name: str, columns: Columns) -> None:
+        if len(columns.labels) > 1:
+            raise UserError(
+                f"--label_field={','.join(columns.labels)}: {name} has one column of labels, "
+                "separated by spaces; leave the flag out"
+            )
+        first = itertools.islice(self._first_lines(name), 20)
+        widths = [line.count(b"\t") + 1 for line in first]
+        if widths and max(widths) < 3:
+            raise UserError(
+                f"{name}: lines of {max(widths)} columns, expected id<TAB>labels<TAB>text; write "
+                "these three, or name another --input_format"
+            )
+
+    def _read_line(
+        self, row_range: RowRange, columns: Columns, position: int, line: bytes
+    ) -> Row | BadRow:
+        try:
+            fields = line.decode("utf-8").rstrip("\r\n").split("\t", 2)
+        except UnicodeDecodeError as error:
+            return BadRow(position, f"not UTF-8: {error}", cut_raw(repr(line[:2000])))
+        if len(fields) < 3:
+            reason = f"expected id<TAB>labels<TAB>text, found {len(fields)} columns"
+            return BadRow(position, reason, cut_raw(line.decode("utf-8")))
+        identifier, labels, text = fields
+        values: dict[str, Any] = {columns.id: identifier, columns.text: text}
+        values |= {column: labels.split() for column in columns.labels}
+        return row_of_values(row_range, position, values, columns)
+
+
+_LABEL_IDS = "label_ids"
+
+
+class RowCopies(LineFormat):
+    """Rows as `prepare` copies them from what cannot be cut, with the positions they had there.
+
+    A line is a JSON list: position, id, text, labels, kept columns, windows; or, of a row that
+    cannot be used, position, reason and what stood there.
+    """
+
+    max_line_bytes = 16 * MAX_LINE_BYTES  # What was copied was bounded, but grows by escapes.
+    has_own_positions = True
+
+    def column_names(self, name: str) -> list[str] | None:
+        return None
+
+    def check_columns(self, name: str, columns: Columns) -> None:
+        pass  # They were checked where the rows came from.
+
+    def _read_line(
+        self, row_range: RowRange, columns: Columns, position: int, line: bytes
+    ) -> Row | BadRow:
+        values = json.loads(line.decode("utf-8", "surrogatepass"))
+        if len(values) == len(BadRow._fields):
+            return BadRow(*values)
+        row = Row(*values)
+        labels = row.labels
+        if isinstance(labels, dict) and labels.keys() == {_LABEL_IDS}:
+            labels = LabelIds(labels[_LABEL_IDS])
+        return row._replace(labels=labels, kept=tuple(row.kept))
+
+
+def encode_row(row: Row | BadRow) -> str:
+    """A row as a line of `RowCopies`."""
+    if isinstance(row, Row) and isinstance(row.labels, LabelIds):
+        row = row._replace(labels={_LABEL_IDS: row.labels})
+    try:
+        return json.dumps(row, ensure_ascii=False, default=_plain) + "\n"
+    except (ValueError, RecursionError) as error:
+        bad = BadRow(row.position, f"labels cannot be read: {error}", "")
+        return json.dumps(bad, ensure_ascii=False) + "\n"
+
+
+def _plain(value: Any) -> Any:
+    """A label of a type that JSON does not have, as text."""
+    return value.decode("utf-8", "surrogateescape") if isinstance(value, bytes) else str(value)

@@ -1,7 +1,7 @@
 """TensorFlow Datasets: `tfds:NAME[/CONFIG][:VERSION]`, one name a split, in the files' order.
 
-Everything is read by the builder itself, in this process, so that a builder that the caller
-defined, or replaced by a mock, is the one that is used. A whole name is
+The builder itself reads, in this process, so that a builder that the caller defined or replaced by
+a mock is used. A whole name is
 `tfds:NAME[/CONFIG][:VERSION]:SPLIT[@FOLDER]`; NAME may be the folder of a data set on disk.
 """
 
@@ -10,10 +10,9 @@ from collections.abc import Iterator
 from typing import Any, NamedTuple
 
 from trainer.errors import UserError
-from trainer.sources.formats.base import cut_rows, require_columns, wrong_type
-from trainer.sources.rows import BadRow, Columns, Row, RowRange, Unreadable, row_of_values
+from trainer.sources.formats.base import Format, cut_rows, require_columns, wrong_type
+from trainer.sources.rows import BadRow, Columns, Row, RowRange, decode_bytes, row_of_values
 
-ENTERS = False
 _NAME = re.compile(
     r"tfds:(?P<data_set>[^:@\[]+?)/?(?P<version>:[\d*]+\.[\d*]+\.[\d*]+)?"
     r"(:(?P<split>[^@]+))?(@(?P<folder>.+))?"
@@ -126,18 +125,58 @@ def describe(name: str) -> tuple[int, str]:
     return int(info.dataset_size or 0), f"{crc32c(digest.encode()):08x}"
 
 
-def column_names(name: str) -> list[str]:
-    """The names of the features."""
-    return list(_features(name))
+class TensorFlowDatasets(Format):
+    """The splits of data sets; a split knows its number of rows, or its rows are counted."""
 
+    def column_names(self, name: str) -> list[str]:
+        return list(_features(name))
 
-def true_or_false(name: str) -> tuple[str, ...]:
-    """The features that are one truth value each."""
-    return tuple(
-        column
-        for column, feature in _features(name).items()
-        if getattr(feature, "shape", None) == () and _kind(feature) == "b"
-    )
+    def truth_value_columns(self, name: str) -> tuple[str, ...]:
+        return tuple(
+            column
+            for column, feature in _features(name).items()
+            if getattr(feature, "shape", None) == () and _kind(feature) == "b"
+        )
+
+    def check_columns(self, name: str, columns: Columns) -> None:
+        features = _features(name)
+        require_columns(name, list(features), columns)
+        text = features[columns.text]
+        if getattr(text, "shape", None) != () or _kind(text) not in ("O", "S", "U"):
+            raise wrong_type(name, columns.text, columns, type(text).__name__, "text")
+        for column in columns.labels:
+            is_fraction = getattr(features[column], "shape", None) == () and (
+                _kind(features[column]) == "f"
+            )
+            if is_fraction and len(columns.labels) == 1:
+                raise wrong_type(name, column, columns, "fractions", "names, ids, or 0 and 1")
+
+    def plan_row_ranges(self, name: str, rows_per_part: int) -> list[RowRange]:
+        dataset = _dataset(name)
+        num_rows = int(dataset.cardinality())
+        if num_rows < 0:
+            num_rows = sum(1 for _ in dataset)
+        return cut_rows(name, num_rows, rows_per_part)
+
+    def read_rows(self, row_range: RowRange, columns: Columns) -> Iterator[Row | BadRow]:
+        import tensorflow as tf
+
+        features = _features(row_range.path)
+        dataset = _dataset(row_range.path).skip(row_range.start)
+        if row_range.end is not None:
+            dataset = dataset.take(row_range.end - row_range.start)
+        wanted = [column for column in columns.all if column in features]
+        classes = {column: _class_of(features[column]) for column in wanted}
+        position = row_range.start
+        try:
+            for position, example in enumerate(_library().as_numpy(dataset), row_range.start):
+                values = {column: _plain(example[column], classes[column]) for column in wanted}
+                yield row_of_values(row_range, position, values, columns)
+        except tf.errors.OpError as error:
+            raise UserError(
+                f"{row_range.path}: damaged after row {position} ({_first_line(error)}); prepare "
+                "the data set again"
+            ) from None
 
 
 def _kind(feature: Any) -> str:
@@ -148,21 +187,6 @@ def _kind(feature: Any) -> str:
         return np.dtype(feature.np_dtype).kind
     except (AttributeError, TypeError):
         return ""
-
-
-def check_columns(name: str, columns: Columns) -> None:
-    """Checks the features."""
-    features = _features(name)
-    require_columns(name, list(features), columns)
-    text = features[columns.text]
-    if getattr(text, "shape", None) != () or _kind(text) not in ("O", "S", "U"):
-        raise wrong_type(name, columns.text, columns, type(text).__name__, "text")
-    for column in columns.labels:
-        is_fraction = getattr(features[column], "shape", None) == () and (
-            _kind(features[column]) == "f"
-        )
-        if is_fraction and len(columns.labels) == 1:
-            raise wrong_type(name, column, columns, "fractions", "names, ids, or 0 and 1")
 
 
 def _dataset(name: str) -> Any:
@@ -178,37 +202,6 @@ def _dataset(name: str) -> Any:
         ) from None
 
 
-def plan_row_ranges(name: str, source: str, rows_per_part: int) -> list[RowRange]:
-    """Cuts a split into ranges; its rows are counted where it does not know their number."""
-    dataset = _dataset(name)
-    num_rows = int(dataset.cardinality())
-    if num_rows < 0:
-        num_rows = sum(1 for _ in dataset)
-    return cut_rows(name, source, num_rows, rows_per_part)
-
-
-def read_rows(row_range: RowRange, columns: Columns) -> Iterator[Row | BadRow]:
-    """The rows of a range."""
-    import tensorflow as tf
-
-    features = _features(row_range.path)
-    dataset = _dataset(row_range.path).skip(row_range.start)
-    if row_range.end is not None:
-        dataset = dataset.take(row_range.end - row_range.start)
-    wanted = [column for column in columns.all if column in features]
-    classes = {column: _class_of(features[column]) for column in wanted}
-    position = row_range.start
-    try:
-        for position, example in enumerate(_library().as_numpy(dataset), row_range.start):
-            values = {column: _plain(example[column], classes[column]) for column in wanted}
-            yield row_of_values(row_range, position, values, columns)
-    except tf.errors.OpError as error:
-        raise UserError(
-            f"{row_range.path}: damaged after row {position} ({_first_line(error)}); prepare the "
-            "data set again"
-        ) from None
-
-
 def _plain(value: Any, classes: Any) -> Any:
     """NumPy's values as Python's; class numbers as names, -1 as no class."""
     if hasattr(value, "to_list"):  # Ragged tensors.
@@ -219,11 +212,6 @@ def _plain(value: Any, classes: Any) -> Any:
         return [_plain(item, classes) for item in value]
     if isinstance(value, dict):
         return {key: _plain(item, None) for key, item in value.items()}
-    if isinstance(value, bytes):
-        try:
-            return value.decode("utf-8")
-        except UnicodeDecodeError as error:
-            return Unreadable(f"bytes that are not UTF-8 ({error.reason})")
     if classes is not None and isinstance(value, int):
         return classes.int2str(value) if value >= 0 else None
-    return value
+    return decode_bytes(value)

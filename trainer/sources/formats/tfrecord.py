@@ -1,8 +1,8 @@
 """TFRecord files of `tf.train.Example`, parsed without TensorFlow, checksums checked.
 
-Three layouts, told apart record by record: text with labels; Multihot's own token ids; and those of
-google-research/bert (`input_ids`, `input_mask`, `segment_ids`, `label_ids`), from which padding and
-padding examples are taken out.
+There are three layouts, told apart record by record: text with labels; Multihot's own token ids;
+and those of google-research/bert (`input_ids`, `input_mask`, `segment_ids`, `label_ids`), whose
+padding and padding examples are left out.
 """
 
 import functools
@@ -14,29 +14,28 @@ from typing import Any
 from trainer.data.metadata import METADATA_FILE, Metadata, parse_metadata
 from trainer.data.records import masked_checksum, parse_example
 from trainer.errors import UserError
-from trainer.sources.formats.base import cut_rows, require_columns
-from trainer.sources.formats.lines import MAX_LINE_BYTES, damaged
-from trainer.sources.input_files import location, open_decompressed, open_file
+from trainer.sources.formats.base import Format, cut_rows, require_columns
+from trainer.sources.formats.lines import MAX_LINE_BYTES
+from trainer.sources.input_files import damaged, location, open_decompressed, open_file
 from trainer.sources.rows import (
     BadRow,
     Columns,
     LabelIds,
     Row,
     RowRange,
-    Unreadable,
     cut_raw,
+    decode_bytes,
     row_beside_text,
     row_of_values,
 )
 
-ENTERS = False
 _HEAD_BYTES, _TAIL_BYTES = 12, 4
 _SKIPPED_BYTES = 1 << 20
 _NUMBERS = ("input_ids", "window_lengths", "input_mask", "segment_ids")
 
 
 def _records(name: str) -> Iterator[bytes | int]:
-    """The records of a file, their checksums checked; the length of one that is over the limit.
+    """The records of a file, their checksums checked; of one over the limit only its length.
 
     Raises:
       UserError: if the file is damaged or cut short.
@@ -85,55 +84,49 @@ def _first_example(name: str) -> dict[str, list[Any]]:
     return {}
 
 
-def is_tokenised(name: str) -> bool:
-    """Whether the first record holds token ids."""
-    return "input_ids" in _first_example(name)
+class TFRecordFormat(Format):
+    """Records of `tf.train.Example`; the first one says what a file holds. Padding gives no row."""
 
+    def is_tokenised(self, name: str) -> bool:
+        return "input_ids" in _first_example(name)
 
-def column_names(name: str) -> list[str]:
-    """The features of the first record."""
-    return list(_first_example(name))
+    def column_names(self, name: str) -> list[str]:
+        return list(_first_example(name))
 
+    def check_columns(self, name: str, columns: Columns) -> None:
+        found = _first_example(name)
+        if not found:
+            return
+        if "input_ids" not in found or columns.text in found:
+            require_columns(name, list(found), columns)
+            return
+        # Ids stand for the text; Multihot's labels and BERT's have their own names.
+        given = [columns.text]
+        if "label_ids" in found and columns.labels == ("labels",):
+            given.append("labels")
+        require_columns(name, list(found), columns, optional=given)
 
-def check_columns(name: str, columns: Columns) -> None:
-    """Checks the first record for the columns."""
-    found = _first_example(name)
-    if not found:
-        return
-    if "input_ids" not in found or columns.text in found:
-        require_columns(name, list(found), columns)
-        return
-    # Ids stand for the text; Multihot's labels and BERT's have their own names.
-    given = [columns.text]
-    if "label_ids" in found and columns.labels == ("labels",):
-        given.append("labels")
-    require_columns(name, list(found), columns, optional=given)
+    def plan_row_ranges(self, name: str, rows_per_part: int) -> list[RowRange]:
+        return cut_rows(name, sum(1 for _ in _records(name)), rows_per_part)
 
-
-def plan_row_ranges(name: str, source: str, rows_per_part: int) -> list[RowRange]:
-    """Cuts a file into ranges; it is read once, all checksums checked."""
-    return cut_rows(name, source, sum(1 for _ in _records(name)), rows_per_part)
-
-
-def read_rows(row_range: RowRange, columns: Columns) -> Iterator[Row | BadRow]:
-    """The rows of a range; padding examples are passed over."""
-    for position, record in enumerate(_records(row_range.path)):
-        if position < row_range.start:
-            continue
-        if row_range.end is not None and position >= row_range.end:
-            break
-        if isinstance(record, int):
-            reason = f"{record:,} bytes long, expected at most {MAX_LINE_BYTES:,}"
-            yield BadRow(position, reason, "")
-            continue
-        try:
-            features = parse_example(record)
-            row = _row(row_range, position, features, columns)
-        except ValueError as error:
-            yield BadRow(position, str(error), cut_raw(repr(record[:200])))
-            continue
-        if row is not None:
-            yield row
+    def read_rows(self, row_range: RowRange, columns: Columns) -> Iterator[Row | BadRow]:
+        for position, record in enumerate(_records(row_range.path)):
+            if position < row_range.start:
+                continue
+            if row_range.end is not None and position >= row_range.end:
+                break
+            if isinstance(record, int):
+                reason = f"{record:,} bytes long, expected at most {MAX_LINE_BYTES:,}"
+                yield BadRow(position, reason, "")
+                continue
+            try:
+                features = parse_example(record)
+                row = _row(row_range, position, features, columns)
+            except ValueError as error:
+                yield BadRow(position, str(error), cut_raw(repr(record[:200])))
+                continue
+            if row is not None:
+                yield row
 
 
 @functools.lru_cache(maxsize=8)
@@ -174,7 +167,7 @@ def _row(
         metadata = _metadata_beside(row_range.path)
         windows = _own_windows(features)
         if metadata is not None and "slices" in features:
-            slices = map(_decode, features["slices"])
+            slices = map(decode_bytes, features["slices"])
             values |= dict(zip(metadata.slice_columns, slices, strict=False))
     else:
         if features.get("is_real_example") == [0]:
@@ -190,21 +183,14 @@ def _row_of_text(
 ) -> Row | BadRow:
     values = {name: _single(features[name]) for name in columns.all if name in features}
     if len(columns.labels) == 1 and columns.labels[0] in features:
-        values[columns.labels[0]] = [_decode(item) for item in features[columns.labels[0]]]
+        values[columns.labels[0]] = [decode_bytes(item) for item in features[columns.labels[0]]]
     return row_of_values(row_range, position, values, columns)
 
 
 def _single(values: list[Any]) -> Any:
     """A feature's value: the only one, or all of them."""
-    decoded = [_decode(value) for value in values]
+    decoded = [decode_bytes(value) for value in values]
     return decoded[0] if len(decoded) == 1 else (decoded or None)
-
-
-def _decode(value: Any) -> Any:
-    try:
-        return value.decode("utf-8") if isinstance(value, bytes) else value
-    except UnicodeDecodeError as error:
-        return Unreadable(f"bytes that are not UTF-8 ({error.reason})")
 
 
 def _own_windows(features: dict[str, list[Any]]) -> list[list[int]]:
@@ -220,14 +206,14 @@ def _bert_window(features: dict[str, list[Any]]) -> list[int]:
     """BERT's ids without their padding."""
     ids = features["input_ids"]
     mask = features.get("input_mask", [1] * len(ids))
-    row_ranges = features.get("segment_ids", [0] * len(ids))
-    if not len(mask) == len(ids) == len(row_ranges):
+    segment_ids = features.get("segment_ids", [0] * len(ids))
+    if not len(mask) == len(ids) == len(segment_ids):
         raise ValueError(
-            f"{len(ids)} input_ids, {len(mask)} of input_mask and {len(row_ranges)} segment_ids, "
+            f"{len(ids)} input_ids, {len(mask)} of input_mask and {len(segment_ids)} segment_ids, "
             "expected as many of each"
         )
     real = [place for place, is_real in enumerate(mask) if is_real]
-    if any(row_ranges[place] for place in real):
+    if any(segment_ids[place] for place in real):
         raise ValueError("segment_ids of a pair of texts, expected single texts")
     return [ids[place] for place in real]
 
@@ -244,7 +230,7 @@ def _labels(features: dict[str, list[Any]], column: str, metadata: Metadata | No
         raise ValueError(f"no field {column!r}")
     values = features[column]
     if not is_own or not all(isinstance(value, int) for value in values):
-        return [_decode(value) for value in values]
+        return [decode_bytes(value) for value in values]
     if metadata is None:
         return LabelIds(values)
     if values and not 0 <= min(values) <= max(values) < len(metadata.labels):
