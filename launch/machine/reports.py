@@ -1,14 +1,16 @@
 """What a job's machines leave in the bucket about themselves, and how that is read again."""
 
+import contextlib
 import json
 import threading
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from types import TracebackType
+from typing import Any
 
 from launch.job import Job
 from trainer.errors import RunAgain
+from trainer.runtime.workers import background_thread
 from trainer.storage import gcs
 
 _INTERVAL_SECONDS = 10.0
@@ -67,23 +69,14 @@ class Reporter:
         self._num_pieces = 0
         self._started = int(time.time())
         self._lock = threading.Lock()
-        self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._ship_until_closed, daemon=True)
+        self._shipping = contextlib.ExitStack()
 
     def __enter__(self) -> "Reporter":
-        """Starts the thread."""
-        self._thread.start()
+        self._shipping.enter_context(background_thread(self._ship_until_stopped))
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        """Brings the rest."""
-        self._closing.set()
-        self._thread.join()
+    def __exit__(self, *_: Any) -> None:
+        self._shipping.close()
 
     def begin(self, what: str) -> None:
         """Says what this machine does from now on."""
@@ -127,8 +120,8 @@ class Reporter:
         record = json.loads(text) if text else {}
         return record["num_done"] if record.get("submission") == self._job.submission else 0
 
-    def _ship_until_closed(self) -> None:
-        while not self._closing.wait(self._interval):
+    def _ship_until_stopped(self, stopped: threading.Event) -> None:
+        while not stopped.wait(self._interval):
             self._ship()
         with self._lock:
             if self._rest:

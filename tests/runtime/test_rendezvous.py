@@ -10,7 +10,8 @@ import time
 import pytest
 
 from trainer.errors import RunAgain
-from trainer.runtime.cluster import Cluster, ExitTimer, rendezvous
+from trainer.runtime.cluster import Cluster, rendezvous
+from trainer.runtime.interruption import exit_timer
 
 
 def free_ports(count):
@@ -99,11 +100,11 @@ def test_the_timer_ends_a_process_that_holds_the_interpreter_lock():
     """`PyDLL` calls without giving the lock back: no other thread of Python's can run."""
     script = (
         "import ctypes\n"
-        "from trainer.runtime.cluster import ExitTimer\n"
-        "with ExitTimer(0.5):\n"
+        "from trainer.runtime.interruption import exit_timer\n"
+        "with exit_timer(0.5):\n"
         "    pass\n"
         "print('within the time', flush=True)\n"
-        "with ExitTimer(1.0):\n"
+        "with exit_timer(1.0):\n"
         "    ctypes.PyDLL(None).sleep(30)\n"
     )
     began = time.monotonic()
@@ -114,8 +115,8 @@ def test_the_timer_ends_a_process_that_holds_the_interpreter_lock():
 
 
 def test_a_timer_that_did_not_expire_is_gone():
-    with ExitTimer(1.0):
+    with exit_timer(1.0):
         pass
     time.sleep(1.5)
-    with pytest.raises(ZeroDivisionError), ExitTimer(30.0):
+    with pytest.raises(ZeroDivisionError), exit_timer(30.0):
         raise ZeroDivisionError
