@@ -159,13 +159,14 @@ def run_ours(arguments: argparse.Namespace, kind: str, number: int) -> None:
 def predict(model_dir: str, data_dir: str) -> dict[str, np.ndarray]:
     """Logits [N, L] of validation and test by the best checkpoint."""
     from trainer.data.metadata import load_metadata
+    from trainer.evaluation.predictions import concatenate
     from trainer.model.predictor import Predictor
     from trainer.training.checkpoint import load_best
 
     best, metadata = load_best(model_dir), load_metadata(data_dir)
     predictor = Predictor(best.model, best.packing)
     return {
-        split: predictor.predict_split(data_dir, metadata, split).logits
+        split: concatenate(list(predictor.predict_blocks(data_dir, metadata, split))).logits
         for split in ("validation", "test")
     }
 

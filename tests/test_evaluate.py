@@ -7,6 +7,7 @@ import os
 import numpy as np
 import pytest
 import tensorflow as tf
+from predicting import predict_split
 from sklearn import metrics as peer
 
 from trainer.config import EvaluateConfig, ModelConfig, TrainConfig
@@ -102,7 +103,7 @@ def predictions(folders):
     packing = choose_packing(metadata.split("test").length_histogram, 256)
     predictor = Predictor(best.model, packing)
     return {
-        name: predictor.predict_split(data_dir, metadata, name) for name in ("validation", "test")
+        name: predict_split(predictor, data_dir, metadata, name) for name in ("validation", "test")
     }
 
 

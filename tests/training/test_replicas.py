@@ -6,6 +6,7 @@ from functools import partial
 import numpy as np
 import pytest
 import tensorflow as tf
+from predicting import predict_split
 
 from trainer.config import ModelConfig
 from trainer.data.input_pipeline import HostShard, open_stream, read_micro_batches, shard_steps
@@ -150,10 +151,10 @@ def test_evaluation_on_several_replicas_counts_every_document_once(corpus, strea
     metadata = load_metadata(corpus)
     strategy = mirrored(MICRO_BATCHES)
     step = make_step(stream, strategy)
-    expected = Predictor(
-        make_step(stream, one_device()).model, stream.packing, one_device()
-    ).predict_split(corpus, metadata, "test")
-    found = Predictor(step.model, stream.packing, strategy).predict_split(corpus, metadata, "test")
+    single = Predictor(make_step(stream, one_device()).model, stream.packing, one_device())
+    expected = predict_split(single, corpus, metadata, "test")
+    predictor = Predictor(step.model, stream.packing, strategy)
+    found = predict_split(predictor, corpus, metadata, "test")
     assert found.ids == expected.ids and len(set(found.ids)) == metadata.split("test").documents
     np.testing.assert_array_equal(found.labels, expected.labels)
     np.testing.assert_allclose(found.logits, expected.logits, atol=1e-5)

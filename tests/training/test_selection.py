@@ -6,6 +6,7 @@ from functools import partial
 import numpy as np
 import pytest
 import tensorflow as tf
+from predicting import predict_split
 
 from trainer.config import ModelConfig, OptimizerConfig, TrainConfig
 from trainer.data.metadata import load_metadata
@@ -59,7 +60,7 @@ def test_blocks_hold_every_document_once(corpus, evaluation, monkeypatch):
     metadata = load_metadata(corpus)
     predictor = evaluation._predictor
     assert isinstance(predictor, Predictor)
-    whole = predictor.predict_split(corpus, metadata, "test")
+    whole = predict_split(predictor, corpus, metadata, "test")
     assert whole.indices.tolist() == list(range(metadata.split("test").documents))
     monkeypatch.setattr("trainer.model.predictor._BLOCK_DOCUMENTS", 30)
     blocks = list(predictor.predict_blocks(corpus, metadata, "test"))
