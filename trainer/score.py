@@ -21,7 +21,7 @@ from trainer.data.packing import choose_score_packing
 from trainer.errors import UserError
 from trainer.model.model_folder import ModelFolder, load_model_folder
 from trainer.runtime.cluster import read_cluster
-from trainer.runtime.devices import choose_scoring_precision, make_scoring_strategy
+from trainer.runtime.devices import choose_scoring_precision, make_strategy
 from trainer.scoring.batches import TokenBatch, check_finite
 from trainer.scoring.parts import FOLDERS, PlanProgress, begin_part, rejected_file
 from trainer.scoring.pipeline import Compilations, sample_lengths, scored_blocks
@@ -92,7 +92,7 @@ def _run(config: ScoreConfig) -> ScoreSummary:
     versions = FileVersions([absolute_name(path) for path in paths])
     if worker_index:
         wait_for_plan(folder, config.start_timeout)
-    strategy = make_scoring_strategy(config)
+    strategy = make_strategy(config)
     # Beam's workers run the SavedModel, as it was exported.
     precision = "float32" if runner else choose_scoring_precision(config.precision, strategy)
     with strategy.scope():

@@ -98,12 +98,7 @@ def _order_long_documents(windows: Windows) -> tuple[tf.Tensor, tf.Tensor]:
 def _place_long_documents(
     windows: Windows, packing: PackingConfig, num_micro_batches: tf.Tensor
 ) -> tuple[Placement, _Rows, tf.Tensor]:
-    """Places the documents of several windows, each in one micro-batch.
-
-    Args:
-      windows: of all documents; those of one window stay where they are.
-      packing: the row groups and slots.
-      num_micro_batches: int32 scalar, to begin with.
+    """Places the documents of several windows, each in one micro-batch of so many, or a new one.
 
     Returns:
       The placement (0 for other windows), the rows of the micro-batches then needed, and the number
@@ -151,17 +146,11 @@ def _place_long_documents(
 def _choose_micro_batch(
     lengths: tf.Tensor, rows: _Rows, num_documents: tf.Tensor, packing: PackingConfig
 ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-    """Chooses the micro-batch of one document of several windows.
+    """Chooses one of M micro-batches, the last of which is new, for one document.
 
-    Args:
-      lengths: int32 [n], its windows, descending.
-      rows: of M micro-batches, the last of which is new.
-      num_documents: int32 [M], documents of several windows in each so far.
-      packing: the row groups and slots.
-
-    Returns:
-      The micro-batch (int32 scalar); each window's row in it, and the tokens that were free there
-      (int32 [n] each).
+    `lengths` (int32 [n], descending) are its windows, `num_documents` (int32 [M]) the documents of
+    several windows so far. Returns the micro-batch (int32 scalar), each window's row in it, and the
+    tokens that were free there (int32 [n] each).
     """
     columns, before, fits = _try_windows(lengths, rows.free)
     count = tf.size(lengths)
@@ -180,11 +169,9 @@ def _choose_micro_batch(
 
 
 def _try_windows(lengths: tf.Tensor, room: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-    """Tries a document's windows in all micro-batches at once, each window best-fit.
+    """Tries windows of descending lengths (int32 [n]) in rows with so much room (int32 [M, R]).
 
-    Args:
-      lengths: int32 [n], descending.
-      room: int32 [M, R], free tokens of each row.
+    Each window goes to its best fit, in all M micro-batches at once.
 
     Returns:
       Each window's row (int32 [n, M]), the tokens that were free in it (int32 [n, M]), and whether
@@ -199,13 +186,8 @@ def _try_windows(lengths: tf.Tensor, room: tf.Tensor) -> tuple[tf.Tensor, tf.Ten
         )
         left = tf.gather(room, column, batch_dims=1)
         room -= tf.one_hot(column, num_rows, on_value=length, off_value=0)
-        return (
-            index + 1,
-            room,
-            columns.write(index, column),
-            before.write(index, left),
-            fits & (left >= length),
-        )
+        columns, before = columns.write(index, column), before.write(index, left)
+        return index + 1, room, columns, before, fits & (left >= length)
 
     arrays = [tf.TensorArray(tf.int32, count, element_shape=[None]) for _ in range(2)]
     _, _, columns, before, fits = tf.while_loop(
@@ -217,15 +199,9 @@ def _try_windows(lengths: tf.Tensor, room: tf.Tensor) -> tuple[tf.Tensor, tf.Ten
 
 
 def _fill_rows(lengths: tf.Tensor, rows: _Rows, packing: PackingConfig) -> tuple[Placement, _Rows]:
-    """Best-fit decreasing of single windows into what is left of rows.
+    """Best-fit decreasing of single windows (int32 [V]) into the room that rows have left.
 
-    Args:
-      lengths: int32 [V], each at least 1 and at most the longest row.
-      rows: of the micro-batches so far.
-      packing: the row groups.
-
-    Returns:
-      The windows' placement, and the rows of the micro-batches then needed.
+    Returns the placement and the rows of the micro-batches then needed.
     """
     capacities = row_capacities(packing)
     order = tf.argsort(lengths, direction="DESCENDING", stable=True)
@@ -259,12 +235,9 @@ def _fill_rows(lengths: tf.Tensor, rows: _Rows, packing: PackingConfig) -> tuple
     _, free, held, row, left = tf.while_loop(
         lambda placed, *_: placed < tf.size(lengths),
         place,
-        (
-            0, tf.reshape(rows.free, [-1]), tf.reshape(rows.held, [-1]),
-            tf.zeros_like(order), tf.zeros_like(order),
-        ),
+        (0, *(tf.reshape(part, [-1]) for part in rows), tf.zeros_like(order), tf.zeros_like(order)),
         shape_invariants=(tf.TensorShape([]),) + (tf.TensorShape([None]),) * 4,
-    )  # fmt: skip
+    )
     back = tf.argsort(order)
     shape = [-1, capacities.shape[0]]
     return (
@@ -276,17 +249,10 @@ def _fill_rows(lengths: tf.Tensor, rows: _Rows, packing: PackingConfig) -> tuple
 def _fill_up(
     lengths: tf.Tensor, rows: _Rows, long_documents: tf.Tensor, packing: PackingConfig
 ) -> tuple[Placement, _Rows, tf.Tensor, tf.Tensor]:
-    """Places the documents of one window in the room that those of several have left.
+    """Places documents of one window (int32 [V]) where those of several have left room.
 
-    Args:
-      lengths: int32 [V], of documents of one window.
-      rows: as `_place_long_documents` returned them; those that hold a window are pinned.
-      long_documents: int32 [M], the documents of several windows in each micro-batch.
-      packing: the row groups and slots.
-
-    Returns:
-      The windows' placement, the rows then needed, and which are pinned and the slots that they
-      take, as `place_windows` returns them.
+    `rows` and `long_documents` are those of `_place_long_documents`; rows with windows are pinned.
+    Returns the placement, the rows then needed, which are pinned, and the slots that those take.
     """
     is_pinned = rows.held > 0
     num_before = tf.shape(is_pinned)[0]
@@ -350,11 +316,8 @@ def assign_rows(
     column, token = 0, 0
     for rows, length in packing.row_groups:
         columns = slice(column, column + rows)
-        places = (
-            tf.range(num_micro_batches)[:, None] * packing.num_tokens
-            + token
-            + tf.range(rows) * length
-        )
+        first = tf.range(num_micro_batches)[:, None] * packing.num_tokens + token
+        places = first + tf.range(rows) * length
         group_starts, taken = _assign_group(
             row_windows[:, columns], is_pinned[:, columns], taken, places, packing.max_windows
         )
@@ -370,16 +333,9 @@ def _assign_group(
     places: tf.Tensor,
     max_taken: int,
 ) -> tuple[tf.Tensor, tf.Tensor]:
-    """Assigns the rows of one group.
+    """Assigns the rows of one group to the places that begin at `places` (int32 [M, rows]).
 
-    Args:
-      row_windows, is_pinned: [M, rows].
-      taken: int32 [M].
-      places: int32 [M, rows], where the group's places begin.
-      max_taken: the slots of a micro-batch.
-
-    Returns:
-      The place of each row (int32 [M, rows]), and `taken` with the rows' windows added.
+    Returns the place of each row (int32 [M, rows]), and `taken` with the rows' windows added.
     """
     counts = tf.reshape(row_windows, [-1])
     loose = tf.where(tf.reshape(~is_pinned, [-1]))[:, 0]

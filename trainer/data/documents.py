@@ -42,9 +42,8 @@ def leading_places(split: Split, max_documents: int) -> np.ndarray:
     sizes = np.array([shard.documents for shard in split.shards], np.int64)
     starts = np.cumsum(sizes) - sizes
     taken = np.diff(np.cumsum(sizes) * max_documents // split.documents, prepend=0)
-    return np.concatenate(
-        [start + np.arange(count) for start, count in zip(starts, taken, strict=True)]
-    )
+    pairs = zip(starts, taken, strict=True)
+    return np.concatenate([start + np.arange(count) for start, count in pairs])
 
 
 def read_documents(
@@ -100,15 +99,11 @@ def _shared_tokens(metadata: Metadata) -> int:
 def _join_windows(windows: Any, shared: int) -> list[np.ndarray]:
     """Each document's tokens, of ragged windows [N, None, None]."""
     pieces, splits = _rows(windows.values), windows.row_splits.numpy()
-    return [
-        np.concatenate(
-            [
-                piece[1 + (shared if number else 0) : -1]
-                for number, piece in enumerate(pieces[start:end])
-            ]
-        )
-        for start, end in zip(splits[:-1], splits[1:], strict=True)
-    ]
+    documents = []
+    for start, end in zip(splits[:-1], splits[1:], strict=True):
+        rest = [piece[1 + shared : -1] for piece in pieces[start + 1 : end]]
+        documents.append(np.concatenate([pieces[start][1:-1], *rest]))
+    return documents
 
 
 def _check_sizes(data_dir: str, split: Split) -> None:

@@ -71,13 +71,8 @@ def no_labels(num_documents: int, num_labels: int, max_labels: int) -> dict[str,
 def dense_labels(batch: dict[str, tf.Tensor], num_labels: int) -> tf.Tensor:
     """The labels of micro-batches as multi-hot [..., D, L].
 
-    Args:
-      batch: with `labels` (uint8 [..., D, L]) or `label_ids` (int32 [..., D, max_labels], -1 for
-        none).
-      num_labels: L.
-
-    Returns:
-      0 or 1: `labels` itself, or float32, which every device can scatter.
+    They are `labels` (uint8 [..., D, L]) themselves, or made from `label_ids` (int32
+    [..., D, max_labels], -1 for none) in float32, which every device can scatter.
     """
     if "labels" in batch:
         return batch["labels"]
@@ -186,11 +181,7 @@ def _read_epoch(
 
 
 def _pack_block(
-    stream: Stream,
-    seed: int | None,
-    epoch: tf.Tensor,
-    block: tf.Tensor,
-    serialized: tf.Tensor,
+    stream: Stream, seed: int | None, epoch: tf.Tensor, block: tf.Tensor, serialized: tf.Tensor
 ) -> dict[str, tf.Tensor]:
     """Shuffles, parses and packs one block; adds labels, document indices and positions."""
     count = tf.size(serialized, out_type=tf.int64)
@@ -215,19 +206,15 @@ def _pack_block(
         [count],
     )
     shape = num_micro_batches, stream.packing.max_documents
-    spread = spread_labels(labels, slots, shape, stream.num_labels, stream.max_labels)
-    return (
-        packed
-        | spread
-        | {
-            "document_index": of_documents(index, tf.constant(-1, tf.int64)),
-            "document_id": of_documents(ids, tf.constant("")),
-            "document_slices": tf.gather(slices, tf.maximum(chosen, 0)),
-            "epoch": tf.fill([num_micro_batches], epoch),
-            "block": tf.fill([num_micro_batches], block),
-            "next_micro_batch": tf.range(1, tf.cast(num_micro_batches, tf.int64) + 1),
-        }
-    )
+    packed |= spread_labels(labels, slots, shape, stream.num_labels, stream.max_labels)
+    return packed | {
+        "document_index": of_documents(index, tf.constant(-1, tf.int64)),
+        "document_id": of_documents(ids, tf.constant("")),
+        "document_slices": tf.gather(slices, tf.maximum(chosen, 0)),
+        "epoch": tf.fill([num_micro_batches], epoch),
+        "block": tf.fill([num_micro_batches], block),
+        "next_micro_batch": tf.range(1, tf.cast(num_micro_batches, tf.int64) + 1),
+    }
 
 
 def read_micro_batches(
@@ -281,15 +268,11 @@ def read_micro_batches(
 def _empty(stream: Stream) -> dict[str, tf.Tensor]:
     """An empty micro-batch of `read_micro_batches`; its position is -1."""
     documents = stream.packing.max_documents
-    return (
-        empty_micro_batch(stream.packing)
-        | no_labels(documents, stream.num_labels, stream.max_labels)
-        | {
-            "document_id": tf.fill([documents], ""),
-            "document_slices": tf.fill([documents, stream.num_slice_columns], ""),
-        }
-        | {key: tf.constant(-1, tf.int64) for key in POSITION_KEYS}
-    )
+    batch = empty_micro_batch(stream.packing)
+    batch |= no_labels(documents, stream.num_labels, stream.max_labels)
+    batch |= {key: tf.constant(-1, tf.int64) for key in POSITION_KEYS}
+    slices = tf.fill([documents, stream.num_slice_columns], "")
+    return batch | {"document_id": tf.fill([documents], ""), "document_slices": slices}
 
 
 def stack_micro_batches(
@@ -338,13 +321,13 @@ def shard_steps(
         # Empty micro-batches come last in a step, so the position is that of the last real one.
         last = tf.maximum(tf.reduce_sum(tf.cast(step["epoch"] >= 0, tf.int32)) - 1, 0)
         position = tf.stack([step.pop(key)[last] for key in POSITION_KEYS])
-        mine = {
-            name: tf.reshape(value, [share.replicas, each, *value.shape[1:]])[
-                share.first : share.first + share.count
-            ]
+        by_replica = {
+            name: tf.reshape(value, [share.replicas, each, *value.shape[1:]])
             for name, value in step.items()
         }
-        return mine | {"position": tf.tile(position[None], [share.count, 1])}
+        mine = slice(share.first, share.first + share.count)
+        inputs = {name: value[mine] for name, value in by_replica.items()}
+        return inputs | {"position": tf.tile(position[None], [share.count, 1])}
 
     return (
         micro_batches.map(lambda item: {name: item[name] for name in empty})

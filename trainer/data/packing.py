@@ -36,18 +36,14 @@ def _place_windows(windows: Windows, packing: PackingConfig) -> tuple[tf.Tensor,
         return assign_rows(tf.pad(held, below), tf.pad(is_pinned, below), all_taken, packing)
 
     capacities = row_capacities(packing)
-    num_rows = capacities.shape[0]
+    num_rows, scalar = capacities.shape[0], tf.TensorShape([])
     # If there are more short documents than slots, they spread over one more micro-batch until they
     # fit. The first turn adds none; as part of the loop it halves the graph to trace and optimise.
     _, starts, _ = tf.while_loop(
         lambda more, starts, max_taken: max_taken > packing.max_windows,
         lambda more, starts, max_taken: (more + 1, *assign(more + 1)),
         (tf.constant(-1), tf.zeros([0, num_rows], tf.int32), tf.int32.max),
-        shape_invariants=(
-            tf.TensorShape([]),
-            tf.TensorShape([None, num_rows]),
-            tf.TensorShape([]),
-        ),
+        shape_invariants=(scalar, tf.TensorShape([None, num_rows]), scalar),
     )
     offset = tf.gather(capacities, placement.row % num_rows) - placement.left
     return tf.gather(tf.reshape(starts, [-1]), placement.row) + offset, tf.shape(starts)[0]

@@ -93,12 +93,8 @@ class Tokenizer:
             # Windows beside the first until one reaches the end, of len(ids) - 2 tokens of text.
             needed = 1 - (max_seq_length - len(ids)) // stride
             starts = range(1, 1 + min(needed, max_windows) * stride, stride)
-            documents.append(
-                [
-                    [self.cls_id, *ids[at : min(at + room, len(ids) - 1)], self.sep_id]
-                    for at in starts
-                ]
-            )
+            texts_of = (ids[at : min(at + room, len(ids) - 1)] for at in starts)
+            documents.append([[self.cls_id, *text, self.sep_id] for text in texts_of])
             lost.append(needed > max_windows)
         return documents, lost
 
@@ -150,10 +146,8 @@ class Tokenizer:
         _write(os.path.join(folder, "special_tokens_map.json"), json.dumps(tokens, indent=2))
         if isinstance(self.backend.model, tokenizers.models.WordPiece):
             vocabulary = self.backend.get_vocab(with_added_tokens=False)
-            lines = "".join(
-                f"{token}\n" for token in sorted(vocabulary, key=vocabulary.__getitem__)
-            )
-            _write(os.path.join(folder, "vocab.txt"), lines.removesuffix("\n"))
+            tokens_by_id = sorted(vocabulary, key=vocabulary.__getitem__)
+            _write(os.path.join(folder, "vocab.txt"), "\n".join(tokens_by_id))
 
 
 def _cut_at_blank(text: str, max_characters: int) -> str:
@@ -286,10 +280,7 @@ def _choose_alphabet(
             counts[letter] += characters[character]
     ranked = sorted(counts, key=lambda letter: (-counts[letter], letter))
     alphabet = set(ranked[: min(max_letters, _MAX_ALPHABET)])
-    left_out = [
-        character for character in characters if not alphabet.issuperset(letters_of[character])
-    ]
-    return sorted(alphabet), left_out
+    return sorted(alphabet), [c for c in characters if not alphabet.issuperset(letters_of[c])]
 
 
 def _make_backend(vocabulary: dict[str, int]) -> Backend:
@@ -341,9 +332,8 @@ class TokenLimits:
     @classmethod
     def of(cls, tokenizer: Tokenizer, max_seq_length: int, max_windows: int) -> "TokenLimits":
         """The limits that a tokenizer and the shape of documents set."""
-        return cls(
-            tokenizer.cls_id, tokenizer.sep_id, tokenizer.vocab_size, max_seq_length, max_windows
-        )
+        ids = tokenizer.cls_id, tokenizer.sep_id
+        return cls(*ids, tokenizer.vocab_size, max_seq_length, max_windows)
 
 
 def check_windows(windows: Sequence[Sequence[int]], limits: TokenLimits) -> str | None:

@@ -29,13 +29,7 @@ def _mix(values: tf.Tensor) -> tf.Tensor:
 
 
 def step_key(seed: int, step: tf.Tensor, micro_batch: tf.Tensor) -> tf.Tensor:
-    """The key (uint32 scalar) of one micro-batch of one step.
-
-    Args:
-      seed: of the run.
-      step: integer scalar, steps taken before this one.
-      micro_batch: integer scalar, which of the step's K micro-batches.
-    """
+    """The key (uint32 scalar) of one of a step's K micro-batches; `step` counts from 0."""
     key = _mix(_constant(seed) + _constant(_GOLDEN))
     key = _mix(tf.bitwise.bitwise_xor(key, tf.cast(step, tf.uint32)) + _constant(_GOLDEN))
     return _mix(tf.bitwise.bitwise_xor(key, tf.cast(micro_batch, tf.uint32)) + _constant(_GOLDEN))

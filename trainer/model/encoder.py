@@ -163,34 +163,32 @@ class LayerNorm(keras.layers.Layer):
 
     def call(self, x: tf.Tensor) -> tf.Tensor:
         """[T, size] to [T, size], in the compute type."""
-        return _layer_norm(x, self.gamma.value, self.beta.value, self._epsilon)
 
+        @tf.custom_gradient
+        def normalize(x, gamma, beta):  # type: ignore[no-untyped-def]
+            wide = tf.cast(x, tf.float32)
+            mean = tf.reduce_mean(wide, axis=-1, keepdims=True)
+            variance = tf.reduce_mean(tf.square(wide - mean), axis=-1, keepdims=True)
+            inverse = tf.math.rsqrt(variance + self._epsilon)
+            y = tf.cast((wide - mean) * inverse * gamma + beta, x.dtype)
 
-def _layer_norm(x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, epsilon: float) -> tf.Tensor:
-    @tf.custom_gradient
-    def normalize(x, gamma, beta):  # type: ignore[no-untyped-def]
-        wide = tf.cast(x, tf.float32)
-        mean = tf.reduce_mean(wide, axis=-1, keepdims=True)
-        variance = tf.reduce_mean(tf.square(wide - mean), axis=-1, keepdims=True)
-        inverse = tf.math.rsqrt(variance + epsilon)
-        y = tf.cast((wide - mean) * inverse * gamma + beta, x.dtype)
+            def gradient(dy):  # type: ignore[no-untyped-def]
+                # Saves x in its own type and computes the normalised float32 value again.
+                normal = (tf.cast(x, tf.float32) - mean) * inverse
+                dy = tf.cast(dy, tf.float32)
+                scaled = dy * gamma
+                dx = inverse * (
+                    scaled
+                    - tf.reduce_mean(scaled, axis=-1, keepdims=True)
+                    - normal * tf.reduce_mean(scaled * normal, axis=-1, keepdims=True)
+                )
+                dgamma, dbeta = tf.reduce_sum(dy * normal, axis=0), tf.reduce_sum(dy, axis=0)
+                return tf.cast(dx, x.dtype), dgamma, dbeta
 
-        def gradient(dy):  # type: ignore[no-untyped-def]
-            # Saves x in its own type and computes the normalised float32 value again.
-            normal = (tf.cast(x, tf.float32) - mean) * inverse
-            dy = tf.cast(dy, tf.float32)
-            scaled = dy * gamma
-            dx = inverse * (
-                scaled
-                - tf.reduce_mean(scaled, axis=-1, keepdims=True)
-                - normal * tf.reduce_mean(scaled * normal, axis=-1, keepdims=True)
-            )
-            dgamma, dbeta = tf.reduce_sum(dy * normal, axis=0), tf.reduce_sum(dy, axis=0)
-            return tf.cast(dx, x.dtype), dgamma, dbeta
+            return y, gradient
 
-        return y, gradient
-
-    return normalize(x, tf.convert_to_tensor(gamma), tf.convert_to_tensor(beta))
+        gamma, beta = (tf.convert_to_tensor(part.value) for part in (self.gamma, self.beta))
+        return normalize(x, gamma, beta)
 
 
 class SelfAttention(keras.layers.Layer):

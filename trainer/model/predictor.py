@@ -1,6 +1,6 @@
 """A model's logits of a split, computed on all replicas of a strategy."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import tensorflow as tf
@@ -94,29 +94,27 @@ class Predictor:
         return self._forward({name: batch[name] for name in INPUTS})
 
     def probabilities(self, batches: Sequence[MicroBatches]) -> list[tf.Tensor]:
-        """Probabilities of one micro-batch for each replica; does not wait for the devices.
+        """Probabilities (float32 [D, L]) of R micro-batches, each on its replica's device.
 
-        Args:
-          batches: R micro-batches; all replicas are in this process.
-
-        Returns:
-          float32 [D, L] for each of the micro-batches, on its replica's device.
+        All replicas have to be in this process. Does not wait for the devices.
         """
-        results = self._each_probabilities(self._one_each(batches))
+        inputs = [{name: batch[name] for name in INPUTS} for batch in batches]
+        results = self._each_probabilities(self._distribute(inputs.__getitem__))
         return list(self._strategy.experimental_local_results(results))
 
     def trace(self) -> None:
         """Traces `probabilities`, so that its first call need not."""
-        batches = [empty_micro_batch(self.packing)] * self.num_replicas
-        self._each_probabilities.get_concrete_function(self._one_each(batches))
+        empty = empty_micro_batch(self.packing)
+        batches = self._distribute(lambda index: {name: empty[name] for name in INPUTS})
+        self._each_probabilities.get_concrete_function(batches)
 
-    def _one_each(self, batches: Sequence[MicroBatches]) -> tf.distribute.DistributedValues:
-
-        def of_replica(context: tf.distribute.DistributedValues) -> MicroBatches:
-            batch = batches[context.replica_id_in_sync_group]
-            return {name: batch[name] for name in INPUTS}
-
-        return self._strategy.experimental_distribute_values_from_function(of_replica)
+    def _distribute(
+        self, batch_of: Callable[[int], MicroBatches]
+    ) -> tf.distribute.DistributedValues:
+        """The micro-batch of each replica of this process, by the replica's index among all."""
+        return self._strategy.experimental_distribute_values_from_function(
+            lambda context: batch_of(context.replica_id_in_sync_group)
+        )
 
     def _stacked_logits(self, batches: MicroBatches) -> np.ndarray:
         """Logits float32 [R, D, L] of one micro-batch for each of the R replicas.
@@ -126,14 +124,7 @@ class Predictor:
         Raises:
           StoppedError: on all hosts, if one requested a stop.
         """
-        strategy = self._strategy
-        inputs = {name: batches[name] for name in INPUTS}
-
-        def of_replica(context: tf.distribute.DistributedValues) -> MicroBatches:
-            index = context.replica_id_in_sync_group
-            return {name: value[index] for name, value in inputs.items()}
-
-        values = strategy.experimental_distribute_values_from_function(of_replica)
+        values = self._distribute(lambda index: {name: batches[name][index] for name in INPUTS})
         requested = False if self._stop_requested is None else self._stop_requested
         logits, stops = self._on_replicas(values, tf.cast(requested, tf.float32))
         if float(stops) > 0:

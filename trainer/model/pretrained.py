@@ -190,18 +190,12 @@ def _transpose_kernel(ours: str, value: np.ndarray) -> np.ndarray:
 def to_variables(
     tensors: dict[str, np.ndarray], config: ModelConfig, folder: str
 ) -> dict[str, np.ndarray]:
-    """Hugging Face tensors to values of our variables, by our names.
+    """Values of our variables, by our names, from the tensors of `read_tensors`.
 
-    Args:
-      tensors: from `read_tensors`.
-      config: the sizes expected.
-      folder: for messages.
-
-    Returns:
-      Values for the encoder and, if the checkpoint and the head have one, the pooler.
+    They are those of the encoder and, if the checkpoint and the head have one, of the pooler.
 
     Raises:
-      UserError: for tensors that are missing, left over, or of another shape.
+      UserError: for tensors that are missing, left over, or not of the shape in `config`.
     """
     left = dict(tensors)
     missing: list[str] = []

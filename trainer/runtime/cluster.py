@@ -85,9 +85,6 @@ def _answers(address: str) -> bool:
 def read_cluster(environment: Mapping[str, str]) -> Cluster | None:
     """The cluster in TF_CONFIG, else that of a Slurm step, else None.
 
-    Args:
-      environment: the process's environment variables.
-
     Raises:
       UserError: for a TF_CONFIG or Slurm variables that name no cluster that Multihot can run on.
     """

@@ -57,14 +57,8 @@ def find_tpu(flag: str | None) -> str | None:
 def _connect_tpu(address: str | None, seconds: float) -> tf.distribute.TPUStrategy:
     """The strategy over all cores of a TPU.
 
-    Args:
-      address: `local`, a TPU's name (looked up in this VM's project and zone), `grpc://HOST:PORT`,
-        or None if there is no TPU.
-      seconds: to wait for it.
-
-    Raises:
-      UserError: if there is no such TPU, or this TensorFlow cannot use one.
-      RunAgain: if it does not answer.
+    The address is `local`, a TPU's name (looked up in this VM's project and zone),
+    `grpc://HOST:PORT`, or None if there is no TPU.
     """
     if address is None:
         raise UserError(
@@ -132,9 +126,10 @@ def _explain(address: str, error: tf.errors.OpError) -> UserError | RunAgain:
     )
 
 
-def make_strategy(config: TrainConfig) -> tf.distribute.Strategy:
+def make_strategy(config: TrainConfig | ScoreConfig) -> tf.distribute.Strategy:
     """The strategy that the flags and the machine ask for; prints what it took and why.
 
+    Training spans all workers of a job; in scoring each worker has a strategy of its own devices.
     Call it before anything else of TensorFlow's. Workers, and CPUs split into several devices, can
     be set up only before TensorFlow looks at its devices.
 
@@ -142,18 +137,7 @@ def make_strategy(config: TrainConfig) -> tf.distribute.Strategy:
       UserError: if the flags ask for devices that are not there, or contradict each other.
       RunAgain: if other workers or a TPU do not appear within --start_timeout.
     """
-    return _make(config, read_cluster(os.environ))
-
-
-def make_scoring_strategy(config: ScoreConfig) -> tf.distribute.Strategy:
-    """The strategy over this process's own devices; otherwise as `make_strategy`.
-
-    Workers that share a corpus have one strategy each.
-    """
-    return _make(config, None)
-
-
-def _make(config: TrainConfig | ScoreConfig, cluster: Cluster | None) -> tf.distribute.Strategy:
+    cluster = read_cluster(os.environ) if isinstance(config, TrainConfig) else None
     name, reason = _choose(config, cluster)
     if name == "multi_worker":
         assert cluster is not None  # _choose has checked it.
@@ -379,14 +363,11 @@ def _gpu_details() -> list[dict]:
 
 def _describe(strategy: tf.distribute.Strategy) -> str:
     """Replicas, devices and their memory, for the log."""
-    replicas = strategy.num_replicas_in_sync
-    parts = [f"{replicas} replica{'s' if replicas > 1 else ''}"]
-    cluster = cluster_of(strategy)
+    replicas, cluster = strategy.num_replicas_in_sync, cluster_of(strategy)
+    text = f"{replicas} replica{'s' if replicas > 1 else ''}, "
     if cluster is not None:
-        parts.append(f"this is worker {cluster.index} of {cluster.num_workers}")
-    devices = strategy.extended.worker_devices
-    parts.append(f"{len(devices)} x {_device_name(strategy)}")
-    return ", ".join(parts)
+        text += f"this is worker {cluster.index} of {cluster.num_workers}, "
+    return text + f"{len(strategy.extended.worker_devices)} x {_device_name(strategy)}"
 
 
 def _device_name(strategy: tf.distribute.Strategy) -> str:

@@ -31,13 +31,9 @@ _REFUSALS = frozenset(
 
 @contextlib.contextmanager
 def disk_errors(flag: str) -> Iterator[None]:
-    """Turns a refused write into a line that the user can act on.
+    """Turns an OSError about permissions, room, or a file that is not a folder into a UserError.
 
-    Args:
-      flag: the flag and value that name the place, as on the command line.
-
-    Raises:
-      UserError: instead of an OSError about permissions, room, or a file that is not a folder.
+    `flag` is the flag and value that name the place, as on the command line.
     """
     try:
         yield
@@ -132,11 +128,7 @@ def checksum_of(file: BinaryIO) -> str:
 
 
 def list_folder(folder: str) -> list[str]:
-    """Names of the files and folders in a folder, sorted.
-
-    Raises:
-      FileNotFoundError: if it is not there.
-    """
+    """Names in a folder, sorted; `FileNotFoundError` if it is not there."""
     if not is_remote(folder):
         return sorted(os.listdir(folder))
     with _file_systems(folder) as gfile:
@@ -157,12 +149,9 @@ def make_folder(folder: str) -> None:
 
 @contextlib.contextmanager
 def local_copy(folder: str) -> Iterator[str]:
-    """A local folder with the files of `folder`: itself, or a copy for the block.
+    """A local folder with the files of `folder`: itself, or a copy without folders inside.
 
-    For libraries that read local files only. The copy has no folders inside.
-
-    Raises:
-      FileNotFoundError: if there is no such folder.
+    For libraries that read local files only. A missing folder is a FileNotFoundError.
     """
     if not is_remote(folder):
         yield folder

@@ -10,6 +10,7 @@ appears.
 """
 
 import base64
+import contextlib
 import errno
 import io
 import os
@@ -84,8 +85,7 @@ def find_object(url: str) -> StoredObject | None:
 def find_regions(bucket: str) -> tuple[str, ...] | None:
     """Where a bucket's objects lie: a region, the regions of a pair, or a multi-region.
 
-    Returns:
-      Lower-case names (`us-central1`; `us`), or None if there is no such bucket.
+    Names are lower-case (`us-central1`; `us`). Returns None if there is no such bucket.
     """
     found = client().bucket(bucket)
     if not _reload(found, f"{SCHEME}{bucket}"):
@@ -96,21 +96,14 @@ def find_regions(bucket: str) -> tuple[str, ...] | None:
 def list_objects(url_prefix: str, below: bool = True) -> list[StoredObject]:
     """The objects whose URLs begin so, sorted, without those that only stand for a folder.
 
-    Args:
-      url_prefix: how they begin.
-      below: also those with a "/" in the rest of their names.
-
-    Raises:
-      FileNotFoundError: if there is no such bucket.
+    With `below`, also those with a "/" in the rest of their names. A missing bucket is a
+    FileNotFoundError.
     """
     bucket, prefix = split_url(url_prefix)
+    delimiter = None if below else "/"
     with explained(url_prefix):
         blobs = client().list_blobs(
-            bucket,
-            prefix=prefix,
-            delimiter=None if below else "/",
-            retry=retry(),
-            timeout=REQUEST_SECONDS,
+            bucket, prefix=prefix, delimiter=delimiter, retry=retry(), timeout=REQUEST_SECONDS
         )
         # A list of several pages may hold a name twice when one of them was asked for again.
         found = {blob.name: _describe(blob) for blob in blobs if not blob.name.endswith("/")}
@@ -232,12 +225,7 @@ def download(url: str, path: str) -> None:
 
 
 def download_folder(url: str, folder: str, below: bool = True) -> None:
-    """Copies the objects under a URL to a local folder (an absolute path).
-
-    Args:
-      url: of the store's folder.
-      folder: the local one.
-      below: also copies the folders in it.
+    """Copies the objects under a URL, with those in folders `below` it, to a local folder.
 
     Raises:
       FileNotFoundError: if there are none.
@@ -251,11 +239,7 @@ def download_folder(url: str, folder: str, below: bool = True) -> None:
 
 
 def download_files(url: str, folder: str, names: Sequence[str]) -> None:
-    """Copies the objects of those names under a URL to a local folder, several at once.
-
-    Raises:
-      UserError: if a name leads out of the folder.
-    """
+    """`download_folder` for the objects of those names, several at once."""
     base = url.rstrip("/") + "/"
 
     def copy(name: str) -> None:
@@ -337,16 +321,9 @@ def _send(blob: Any, source: BinaryIO, size: int, if_generation: int | None) -> 
 def upload_files(
     url: str, folder: str, names: Sequence[str], generations: Mapping[str, int] | None = None
 ) -> list[StoredObject]:
-    """Copies files of a local folder to objects under a URL, several at once.
+    """`upload` of the files of those names in a local folder, several at once.
 
-    Args:
-      url: of the store's folder.
-      folder: the local one.
-      names: of the files, relative to both.
-      generations: the generation that each replaces, 0 for a name not in it; default: any.
-
-    Raises:
-      Taken: if there is another generation.
+    With `generations` each file has to replace its own, or none if it is not in there.
     """
 
     def copy(name: str) -> StoredObject:
@@ -357,22 +334,10 @@ def upload_files(
         return list(pool.map(copy, names))
 
 
-def delete(url: str, if_generation: int | None = None) -> None:
-    """Removes an object; nothing if there is none.
-
-    Raises:
-      Taken: if it has another generation than `if_generation`.
-    """
-    from google.api_core.exceptions import PreconditionFailed
-
-    blob = blob_of(url)
-    try:
-        with explained(url):
-            blob.delete(if_generation_match=if_generation, retry=retry(), timeout=REQUEST_SECONDS)
-    except FileNotFoundError:
-        return
-    except PreconditionFailed:
-        raise Taken(url) from None
+def delete(url: str) -> None:
+    """Removes an object; nothing if there is none."""
+    with contextlib.suppress(FileNotFoundError), explained(url):
+        blob_of(url).delete(retry=retry(), timeout=REQUEST_SECONDS)
 
 
 def read_objects(urls: Sequence[str]) -> list[bytes | None]:
