@@ -51,8 +51,7 @@ def read_documents(
 ) -> Documents:
     """Reads the documents at `places` (int64, ascending) of a split's reading order.
 
-    Raises:
-      UserError: naming the first shard that is missing or damaged.
+    A missing or damaged shard is a UserError that names it.
     """
     split = metadata.split(split_name)
     _check_sizes(data_dir, split)

@@ -41,8 +41,7 @@ def spread_labels(
       labels: int32 ragged [N, None], label indices.
       slots: int64 [N], each document's slot among all M x D.
       shape: M (int32 scalar) and D.
-      num_labels: L.
-      max_labels: the most labels of a document.
+      num_labels, max_labels: L, and the most labels of a document.
 
     Returns:
       `labels` (uint8 multi-hot [M, D, L]), or, for more than 256 labels, `label_ids` (int32
@@ -302,11 +301,7 @@ def shard_steps(
     packs the whole stream and keeps its own share. So a step has the same documents for any number
     of hosts, and no host reaches the end before another.
 
-    Args:
-      micro_batches: as `read_micro_batches` gives them.
-      stream: theirs.
-      micro_batches_per_step: K, a multiple of the replicas.
-      share: which replicas are this host's.
+    K is a multiple of the replicas.
 
     Returns:
       For each step, one element for each of the host's replicas in order: the inputs of the step,

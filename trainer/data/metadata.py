@@ -160,11 +160,7 @@ def verify_shards(
     compared: reading them all before the first step would cost as much network traffic as an epoch,
     and TensorFlow checks each record's own CRC-32C when it reads it.
 
-    Args:
-      data_dir: of the shards.
-      metadata: of the folder.
-      split_name: which split.
-      read_remote: reads shards in a store too.
+    With `read_remote` shards in a store are read too.
 
     Raises:
       UserError: naming the first shard that is missing or has another size or checksum.
@@ -191,11 +187,9 @@ def verify_shards(
 
 @contextlib.contextmanager
 def naming_damaged_shards(data_dir: str, metadata: Metadata, *split_names: str) -> Iterator[None]:
-    """Names the damaged shard when TensorFlow finds a damaged record.
+    """Turns TensorFlow's error for a damaged record into a UserError that names the shard.
 
-    Raises:
-      UserError: naming the shard.
-      tf.errors.DataLossError: if all shards match metadata.json.
+    If all shards match metadata.json, TensorFlow's error stands.
     """
     import tensorflow as tf
 

@@ -264,11 +264,9 @@ def choose_score_packing(
 ) -> PackingConfig:
     """The shape of the micro-batches for scoring documents of which a sample is known.
 
-    Args:
-      lengths: int64 [max_seq_length + 1], the sample's windows by their tokens.
-      windows: int64 [document_windows + 1], the sample's documents by their windows.
-      tokens_per_batch: about how many tokens a micro-batch has.
-      document_windows: windows that a document may have.
+    `lengths` (int64 [max_seq_length + 1]) counts the sample's windows by their tokens, `windows`
+    (int64 [document_windows + 1]) its documents by their windows. The other arguments are those of
+    `choose_packing`.
     """
     longest = len(lengths) - 1
     num_tokens = max(tokens_per_batch, min_tokens(longest, document_windows))

@@ -73,13 +73,12 @@ class Tokenizer:
         Args:
           texts: N documents.
           max_seq_length: longest window in tokens, [CLS] and [SEP] included.
-          window_stride: tokens of text from one window's start to the next, at most
-            max_seq_length - 2; 0 stands for that: windows do not overlap.
+          window_stride: tokens of text from one window's start to the next; 0 stands for the most,
+            max_seq_length - 2, where windows do not overlap.
           max_windows: the most windows of a document; the tokens after them are lost.
 
         Returns:
-          N lists of windows, each a list of ids [CLS] ... [SEP]; N flags, true where tokens were
-          lost.
+          N lists of windows of ids [CLS] ... [SEP]; N flags, true where tokens were lost.
         """
         room = max_seq_length - 2
         stride = window_stride or room

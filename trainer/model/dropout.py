@@ -43,7 +43,7 @@ def keep_mask(key: tf.Tensor, site: int, shape: Sequence[int], rate: float) -> t
     and independence, and a full hash for each cell would take too much of a step's time.
 
     Args:
-      key: uint32 scalar from `step_key`.
+      key: from `step_key`.
       site: which dropout of the model this is.
       shape: static shape of the mask, at least one dimension.
       rate: share to drop, in [0, 1).

@@ -63,12 +63,9 @@ class Model(keras.layers.Layer):
 
 
 def build_model(config: ModelConfig, precision: str = "float32", seed: int = 0) -> Model:
-    """A model with fresh weights, the same for the same seed.
+    """A model with initial weights, the same for the same seed.
 
-    Args:
-      config: sizes and head.
-      precision: `float32` or `mixed_bfloat16`; parameters are float32 either way.
-      seed: of the initial weights.
+    With any precision (`float32`, `mixed_bfloat16` or `mixed_float16`) parameters are float32.
     """
     keras.utils.set_random_seed(seed)
     model = Model(config, dtype=precision)

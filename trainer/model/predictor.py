@@ -72,7 +72,7 @@ class Predictor:
         )
 
     def predict(self, batches: MicroBatches, stop: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """Each replica's logits, and how many requested a stop."""
+        """Each replica's logits, and on how many replicas a host requested a stop."""
 
         def of_replica(batch: MicroBatches, stop: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
             context = tf.distribute.get_replica_context()
@@ -83,7 +83,7 @@ class Predictor:
         return self._strategy.run(of_replica, args=(batches, stop))
 
     def _gather(self, batches: MicroBatches, stop: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """All replicas' logits [R D, L], and how many requested a stop."""
+        """All replicas' logits [R D, L], and the same number."""
         logits, stops = self.predict(batches, stop)
         # In a `tf.function`: outside, TensorFlow traces `gather` again at every call.
         gathered = self._strategy.gather(logits, axis=0)

@@ -156,9 +156,7 @@ def watch_maintenance(
     A notice that stands when the watch starts has stopped the run before this one already, up to an
     hour before the machine ends. It is not passed on, so that this run uses the time left.
 
-    Args:
-      on_notice: called with a phrase for the notice.
-      interval: seconds between two requests.
+    `on_notice` gets a phrase for it.
     """
     host = metadata_host(os.environ)
 
@@ -221,10 +219,7 @@ def exit_timer(seconds: float) -> Iterator[None]:
     TensorFlow keeps Python's interpreter lock while it waits for a TPU or for other workers, so no
     thread and no signal handler of Python's can run. A POSIX timer calls C's `_exit` all the same.
     Print what is about to happen before the block. Without such timers (outside Linux) the block
-    just runs.
-
-    Args:
-      seconds: that the block may take, rounded up to whole ones.
+    just runs. Seconds are rounded up to whole ones.
     """
     if sys.platform != "linux":
         yield
@@ -233,9 +228,8 @@ def exit_timer(seconds: float) -> Iterator[None]:
     leave = ctypes.cast(library._exit, ctypes.c_void_p)
     event = _Event(value=RUN_AGAIN, notify=_SIGEV_THREAD, function=leave)
     times = _Times(value=math.ceil(seconds))
-    if library.timer_create(
-        _CLOCK_MONOTONIC, ctypes.byref(event), ctypes.byref(timer)
-    ) or library.timer_settime(timer, 0, ctypes.byref(times), None):
+    failed = library.timer_create(_CLOCK_MONOTONIC, ctypes.byref(event), ctypes.byref(timer))
+    if failed or library.timer_settime(timer, 0, ctypes.byref(times), None):
         raise OSError("cannot make a POSIX timer")
     try:
         yield
@@ -255,13 +249,8 @@ def supervise(command: Sequence[str], max_restarts: int, first_delay: float = _F
     Some ends are final: success (0), a fault of the user's (2), a stop by the user. The user stops
     it by a signal to this process, which passes it on, or by a second SIGINT (130).
 
-    Args:
-      command: the program and its arguments.
-      max_restarts: how often to start it again at most.
-      first_delay: seconds before the first restart; each further delay is twice as long.
-
-    Returns:
-      The last exit code; 128 + N if signal N ended it, as in a shell.
+    The first restart waits for `first_delay` seconds, each further one twice as long. Returns the
+    last exit code; 128 + N if signal N ended it, as in a shell.
     """
     # Blocked signals stay pending, so none gets lost between two waits.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {*_STOPS, signal.SIGCHLD})

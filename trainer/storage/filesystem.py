@@ -181,12 +181,8 @@ def _file_systems(url: str) -> Iterator[Any]:
 def explain(error: Exception, url: str | None = None) -> OSError | RunAgain | None:
     """What an error of TensorFlow's file systems means to the user.
 
-    Args:
-      error: any error.
-      url: what was being read or written; default: the URL in the error's text.
-
-    Returns:
-      As `explain_status`; None for an error that does not come from a store.
+    `url` is what was read or written; default: the URL in the error's text. Returns what
+    `explain_status` does; None for an error that does not come from a store.
     """
     text = " ".join(str(error).split())
     if "Error executing an HTTP request" not in text:  # All errors of a store say so.
@@ -206,9 +202,7 @@ def write_atomically(path: str, content: str | bytes) -> None:
     URL one upload is enough: TensorFlow collects the bytes in a local temporary file, and an object
     in Cloud Storage appears, or replaces the old one, only when its upload has ended.
 
-    Raises:
-      OSError: if the folder cannot be written to; `path` is then unchanged.
-      RunAgain: if a store does not answer.
+    After an error `path` is unchanged.
     """
     data = content.encode("utf-8") if isinstance(content, str) else content
     if is_remote(path):

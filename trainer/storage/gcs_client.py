@@ -111,13 +111,8 @@ def explained(url: str) -> Iterator[None]:
 def explain_status(place: str, status: int | None, reason: str) -> OSError | RunAgain:
     """What a store's answer means to the user.
 
-    Args:
-      place: the URL that was read or written.
-      status: of HTTP, or None if there was no answer.
-      reason: why there was none.
-
-    Returns:
-      `RunAgain` for a store that may answer later, else the `OSError` that a local file would give.
+    It is `RunAgain` for a store that may answer later, else the `OSError` that a local file would
+    give. Without an answer the HTTP status is None, and `reason` says why.
     """
     if status in (401, 403):
         remedy = (

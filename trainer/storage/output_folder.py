@@ -73,18 +73,13 @@ class OutputFolder(Protocol):
         """Writes a small file, whole or not at all, and replaces the old one."""
 
     def create(self, name: str, content: str) -> bool:
-        """Writes a small file that is not there yet; False if another process writes or wrote
-        it."""
+        """Writes a small file; False if it is there already or another process writes it."""
 
     def remove(self, name: str) -> None:
         """Removes a file; nothing if there is none."""
 
     def open_part(self, name: str, manifest: str) -> PartFile | None:
-        """Begins a part; None if its manifest exists already.
-
-        Raises:
-          UserError: if another live process is writing the part.
-        """
+        """Begins a part; None if it has a manifest; UserError if a live process is writing it."""
 
     def clear_up(self, folders: Sequence[str]) -> None:
         """Removes the temporary files of killed processes, in the folder and those in it."""
