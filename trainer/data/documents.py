@@ -90,7 +90,6 @@ def _rows(ragged: Any) -> list[np.ndarray]:
 
 
 def _shared_tokens(metadata: Metadata) -> int:
-    """Tokens of text that a window shares with the one before it."""
     text_tokens = metadata.max_seq_length - 2
     return text_tokens - (metadata.window_stride or text_tokens)
 

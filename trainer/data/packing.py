@@ -25,7 +25,7 @@ _LONG_ROW_MARGIN = 1.1
 _MIN_ROW_TOKENS = 64
 
 
-def _place_windows(windows: Windows, packing: PackingConfig) -> tuple[tf.Tensor, tf.Tensor]:
+def _find_starts(windows: Windows, packing: PackingConfig) -> tuple[tf.Tensor, tf.Tensor]:
     """Where each window begins among all M x T tokens (int32 [V]), and M (int32 scalar)."""
     placement, held, is_pinned, taken = place_windows(windows, packing)
 
@@ -75,7 +75,7 @@ def pack(input_ids: tf.RaggedTensor, packing: PackingConfig) -> dict[str, tf.Ten
         lengths = tf.identity(lengths)
     document = tf.cast(input_ids.value_rowids(), tf.int32)
     counts = tf.cast(input_ids.row_lengths(), tf.int32)
-    starts, num_micro_batches = _place_windows(Windows(lengths, document, counts), packing)
+    starts, num_micro_batches = _find_starts(Windows(lengths, document, counts), packing)
     window_slots = _number_slots(starts, num_micro_batches, packing)
     # A document's slot follows from where its first window lies.
     document_starts = tf.math.segment_min(starts, document)

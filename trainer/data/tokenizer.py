@@ -2,8 +2,7 @@
 
 All functions work on the backend of a Hugging Face tokenizer; `transformers` only finds and
 converts one. The backend's own padding and truncation are off. Documents are cut here, so that
-`prepare` and
-`score` cut them in the same way.
+`prepare` and `score` cut them in the same way.
 """
 
 import functools

@@ -83,7 +83,7 @@ class Predictor:
         return self._strategy.run(of_replica, args=(batches, stop))
 
     def _gather(self, batches: MicroBatches, stop: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """All replicas' logits [R D, L], and the same number."""
+        """All replicas' logits [R D, L], and on how many a host requested a stop."""
         logits, stops = self.predict(batches, stop)
         # In a `tf.function`: outside, TensorFlow traces `gather` again at every call.
         gathered = self._strategy.gather(logits, axis=0)

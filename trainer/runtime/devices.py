@@ -154,7 +154,7 @@ def make_strategy(config: TrainConfig | ScoreConfig) -> tf.distribute.Strategy:
 
 
 def _choose(config: TrainConfig | ScoreConfig, cluster: Cluster | None) -> tuple[str, str]:
-    """(name, reason) of the strategy."""
+    """Name of the strategy, and the reason for it."""
     name, gpus = config.strategy, tf.config.get_visible_devices("GPU")
     if config.tpu and name not in ("auto", "tpu"):
         raise UserError(f"--tpu={config.tpu} with --strategy={name}: expected --strategy=tpu")

@@ -37,8 +37,7 @@ class Interruption:
     Before the first `on_request` there is nothing to save, so a request ends the process at once
     with exit code 75. Afterwards a request calls the callbacks, and training stops after the
     current step. A second SIGINT ends the process at once with exit code 130. A signal that is
-    ignored stays
-    ignored: `nohup` and shells without job control do so for background jobs.
+    ignored stays ignored: `nohup` and shells without job control do so for background jobs.
 
     SIGTERM stays blocked after the block: the run is over, the process is about to end, and its
     exit code says more about the run than "killed by a signal".
