@@ -221,7 +221,8 @@ def run_onnx(
     kinds = {"tensor(int32)": np.int32, "tensor(int64)": np.int64}
     types = {item.name: kinds[item.type] for item in session.get_inputs()}
     texts = read_texts(path)
-    ids, _ = load_tokenizer(model).encode_batch(texts, max_length_of(model))
+    documents, _ = load_tokenizer(model).encode_windows(texts, max_length_of(model), 0, 1)
+    ids = [window for (window,) in documents]
     lengths = np.array([len(document) for document in ids])
     warm = {name: np.ones((1, 8), kind) for name, kind in types.items()}
     (first,) = session.run(None, warm)

@@ -6,6 +6,7 @@ from pathlib import Path
 from trainer.config import PrepareConfig
 from trainer.data.metadata import load_metadata, verify_shards
 from trainer.data.records import parse_records
+from trainer.data.tokenizer import Tokenizer
 
 ROWS = [{"id": f"r{i}", "text": f"text number {i}", "labels": ["a", "bc"[i % 2]]} for i in range(9)]
 
@@ -18,6 +19,12 @@ def config(path, data_dir, **flags) -> PrepareConfig:
 def write_rows(path: Path, rows: list[dict]) -> Path:
     path.write_text("".join(json.dumps(row) + "\n" for row in rows), encoding="utf-8")
     return path
+
+
+def encode(tokenizer: Tokenizer, texts: list[str], max_seq_length: int) -> list[list[int]]:
+    """The ids of documents of one window each."""
+    documents, _ = tokenizer.encode_windows(texts, max_seq_length, 0, 1)
+    return [window for (window,) in documents]
 
 
 def read_documents(

@@ -7,6 +7,7 @@ import os
 import numpy as np
 import pytest
 import tensorflow as tf
+from predicting import predict_split
 from sklearn import metrics as peer
 
 from trainer.data.metadata import Metadata, Shard, Split, load_metadata
@@ -15,7 +16,6 @@ from trainer.data.records import encode_record
 from trainer.errors import UserError
 from trainer.evaluate import run, trivial_metrics
 from trainer.evaluation.calibration import Calibration, sigmoid
-from trainer.evaluation.predictions import concatenate
 from trainer.evaluation.thresholds import ThresholdRule
 from trainer.model.model import build_model
 from trainer.model.predictor import Predictor
@@ -113,8 +113,7 @@ def predictions(folders):
     packing = choose_packing(metadata.split("test").length_histogram, 256)
     predictor = Predictor(best.model, packing)
     return {
-        name: concatenate(predictor.predict_blocks(data_dir, metadata, name))
-        for name in ("validation", "test")
+        name: predict_split(predictor, data_dir, metadata, name) for name in ("validation", "test")
     }
 
 

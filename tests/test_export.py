@@ -10,6 +10,7 @@ import pytest
 import tensorflow as tf
 import torch
 import transformers
+from preparing import encode
 
 from trainer import evaluate, export, train
 from trainer.data.metadata import load_metadata
@@ -58,7 +59,7 @@ def expected(folders, corpus, real_texts):
     model_dir, _, _ = folders
     texts = [*real_texts[:10], "two words"]
     loaded = load_model_folder(folders[1])
-    ids, _ = loaded.tokenizer.encode_batch(texts, loaded.max_seq_length)
+    ids = encode(loaded.tokenizer, texts, loaded.max_seq_length)
     with open(os.path.join(model_dir, "evaluation", "calibration.json"), encoding="utf-8") as file:
         calibration = json.load(file)
     raw = logits_of(load_best(model_dir).model, loaded.packing, ids)

@@ -21,7 +21,7 @@ from trainer.config import LOCAL_RUNNER, ScoreConfig, absolute
 from trainer.errors import UserError
 from trainer.model.model_folder import ModelFolder, load_model_folder
 from trainer.runtime.cluster import read_cluster
-from trainer.runtime.devices import choose_scoring_precision, make_scoring_strategy
+from trainer.runtime.devices import choose_scoring_precision, make_strategy
 from trainer.scoring.batches import TokenBatch, check_finite
 from trainer.scoring.parts import FOLDERS, Manifest, PartWriter, PlanProgress, begin_part
 from trainer.scoring.pipeline import Compilations, ScoringPipeline, sample_packing
@@ -143,7 +143,7 @@ def _open_run(config: ScoreConfig, worker_index: int) -> ScoringRun:
     if worker_index:
         # Before the model takes memory and devices: the wait may be a long one.
         wait_for_plan(folder, config.start_timeout)
-    strategy = make_scoring_strategy(config)
+    strategy = make_strategy(config)
     precision = "float32"  # As in the SavedModel, which Beam's workers run.
     if config.runner == LOCAL_RUNNER:
         precision = choose_scoring_precision(config.precision, strategy)

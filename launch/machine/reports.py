@@ -1,13 +1,16 @@
 """The output, state and end that a job's machines report to the job's folder in the bucket."""
 
+import contextlib
 import json
 import threading
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
+from typing import Any
 
 from launch.job import Job
 from trainer.errors import RunAgain
+from trainer.runtime.workers import background_thread
 from trainer.storage import gcs
 
 _INTERVAL_SECONDS = 10.0
@@ -66,16 +69,14 @@ class Reporter:
         self._num_pieces = 0
         self._started = int(time.time())
         self._lock = threading.Lock()
-        self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._upload_until_closed, daemon=True)
+        self._uploading = contextlib.ExitStack()
 
     def __enter__(self) -> "Reporter":
-        self._thread.start()
+        self._uploading.enter_context(background_thread(self._upload_until_stopped))
         return self
 
-    def __exit__(self, *_: object) -> None:
-        self._closing.set()
-        self._thread.join()
+    def __exit__(self, *_: Any) -> None:
+        self._uploading.close()
 
     def begin(self, what: str) -> None:
         """Sets what this machine does from now on."""
@@ -119,8 +120,8 @@ class Reporter:
         record = json.loads(text) if text else {}
         return record["num_done"] if record.get("submission") == self._job.submission else 0
 
-    def _upload_until_closed(self) -> None:
-        while not self._closing.wait(self._interval):
+    def _upload_until_stopped(self, stopped: threading.Event) -> None:
+        while not stopped.wait(self._interval):
             self._upload()
         with self._lock:
             if self._rest:

@@ -92,7 +92,7 @@ def test_seeking_reads_neither_the_shards_before_nor_other_blocks(stream, tmp_pa
     assert flat(rest) == flat(whole)[block * stream.block_documents :]
 
 
-def test_a_step_is_dealt_to_hosts_and_replicas_in_the_stream_s_order(stream):
+def test_a_step_is_split_among_hosts_and_replicas_in_the_stream_s_order(stream):
     """Two hosts of two replicas get, each, their half of what one replica alone gets."""
     whole = list(read_micro_batches(stream, seed=1))
     steps = -(-len(whole) // 8)
@@ -101,8 +101,8 @@ def test_a_step_is_dealt_to_hosts_and_replicas_in_the_stream_s_order(stream):
     )
     for host in range(2):
         share = HostShard(replicas=4, first=2 * host, count=2)
-        dealt = shard_steps(read_micro_batches(stream, seed=1), stream, 8, share).take(2 * steps)
-        for index, element in enumerate(dealt):
+        shares = shard_steps(read_micro_batches(stream, seed=1), stream, 8, share).take(2 * steps)
+        for index, element in enumerate(shares):
             step, replica = divmod(index, 2)
             first = 2 * (share.first + replica)
             for name in ("input_ids", "labels", "document_mask"):

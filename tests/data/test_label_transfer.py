@@ -1,4 +1,4 @@
-"""Labels on the wire: dense up to 256, indices beyond, and the same multi-hot on the device."""
+"""Labels on their way to a device: multi-hot up to 256, indices beyond, and equal on the device."""
 
 import numpy as np
 import pytest
@@ -16,14 +16,14 @@ LABELS = [[0, 299], [], [7], [1, 2, 3], [299]]
 SLOTS = [4, 0, 5, 1, 3]  # Of 2 x 3.
 
 
-def spread(num_labels, most=4):
+def spread(num_labels, max_labels=4):
     ragged = tf.ragged.constant(
         [[min(label, num_labels - 1) for label in labels] for labels in LABELS],
         tf.int32,
         row_splits_dtype=tf.int64,
     )
     return spread_labels(
-        ragged, tf.constant(SLOTS, tf.int64), (tf.constant(2), 3), num_labels, most
+        ragged, tf.constant(SLOTS, tf.int64), (tf.constant(2), 3), num_labels, max_labels
     )
 
 

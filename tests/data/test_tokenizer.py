@@ -9,6 +9,7 @@ import pytest
 import tokenizers
 from hypothesis import given, settings
 from hypothesis import strategies as st
+from preparing import encode
 
 from trainer.data.tokenizer import SPECIAL_TOKENS, Tokenizer, load_tokenizer, train_tokenizer
 from trainer.errors import UserError
@@ -44,10 +45,10 @@ def test_ids_are_those_of_transformers(minilm, real_texts):
     tokenizer = load_tokenizer(minilm)
     peer = transformers.AutoTokenizer.from_pretrained(minilm)
     for max_seq_length in (8, 128, 512):
-        ids, truncated = tokenizer.encode_batch(real_texts, max_seq_length)
+        documents, truncated = tokenizer.encode_windows(real_texts, max_seq_length, 0, 1)
         expected = peer(real_texts, truncation=True, max_length=max_seq_length)["input_ids"]
         whole = peer(real_texts, truncation=False)["input_ids"]
-        assert ids == expected
+        assert documents == [[ids] for ids in expected]
         assert truncated == [len(document) > max_seq_length for document in whole]
     assert (tokenizer.vocab_size, tokenizer.pad_id) == (30522, 0)
     assert (tokenizer.cls_id, tokenizer.sep_id) == (101, 102)
@@ -68,13 +69,10 @@ def test_windows_are_those_of_the_librarys_truncation(
     ]
     assert found == expected and not any(lost)
     # The first ones are the same however few there may be.
-    for most in (1, 3):
-        found, lost = tokenizer.encode_windows(texts, max_seq_length, window_stride, most)
-        assert found == [windows[:most] for windows in expected]
-        assert lost == [len(windows) > most for windows in expected]
-    ids, truncated = tokenizer.encode_batch(texts, max_seq_length)
-    windows, lost = tokenizer.encode_windows(texts, max_seq_length, window_stride, 1)
-    assert (windows, lost) == ([[document] for document in ids], truncated)
+    for max_windows in (1, 3):
+        found, lost = tokenizer.encode_windows(texts, max_seq_length, window_stride, max_windows)
+        assert found == [windows[:max_windows] for windows in expected]
+        assert lost == [len(windows) > max_windows for windows in expected]
 
 
 PIECES = [
@@ -132,7 +130,7 @@ def test_windows_cover_a_document_and_overlap_as_the_stride_says(
     stride = min(stride, max_seq_length - 2)
     text = " ".join(WORDS[:words])
     (windows,), (is_lost,) = numbered.encode_windows([text], max_seq_length, stride, max_windows)
-    whole = numbered.encode_batch([text], 1 << 20)[0][0][1:-1]
+    whole = encode(numbered, [text], 1 << 20)[0][1:-1]
     assert len(whole) == len(set(whole)) == words
     assert 1 <= len(windows) <= max_windows
     for number, window in enumerate(windows):
@@ -161,8 +159,8 @@ def test_saved_files_make_the_same_tokenizer(minilm, real_texts, tmp_path):
         assert again.fingerprint == tokenizer.fingerprint
         peer = transformers.AutoTokenizer.from_pretrained(folder)
         assert peer.model_max_length == 64
-        expected = tokenizer.encode_batch(real_texts, 64)[0]
-        assert again.encode_batch(real_texts, 64)[0] == expected
+        expected = encode(tokenizer, real_texts, 64)
+        assert encode(again, real_texts, 64) == expected
         assert peer(real_texts, truncation=True)["input_ids"] == expected
 
 
@@ -171,8 +169,8 @@ def test_padding_and_truncation_of_a_file_do_not_count(minilm, tmp_path):
         definition = json.load(file)
     assert definition["truncation"]["max_length"] == 128
     tokenizer = load_tokenizer(minilm)
-    ids, truncated = tokenizer.encode_batch(["word " * 300, "word"], 512)
-    assert [len(document) for document in ids] == [302, 3]
+    documents, truncated = tokenizer.encode_windows(["word " * 300, "word"], 512, 0, 1)
+    assert [[len(window) for window in windows] for windows in documents] == [[302], [3]]
     assert truncated == [False, False]
 
 
@@ -180,16 +178,15 @@ def test_a_folder_with_a_bare_vocabulary_loads(minilm, real_texts, tmp_path):
     with open(f"{minilm}/vocab.txt", encoding="utf-8") as file:
         (tmp_path / "vocab.txt").write_text(file.read(), encoding="utf-8")
     (tmp_path / "config.json").write_text('{"model_type": "bert"}')
-    ids = load_tokenizer(str(tmp_path)).encode_batch(real_texts, 512)[0]
-    assert ids == load_tokenizer(minilm).encode_batch(real_texts, 512)[0]
+    ids = encode(load_tokenizer(str(tmp_path)), real_texts, 512)
+    assert ids == encode(load_tokenizer(minilm), real_texts, 512)
 
 
 def test_training_gives_the_same_vocabulary_in_every_process():
     # The library's own trainer does not: it numbers letters in a randomly seeded hash map's order.
     program = (
-        "from tests.data.test_tokenizer import TEXTS\n"
         "from trainer.data.tokenizer import train_tokenizer\n"
-        "print(train_tokenizer(TEXTS, 200).fingerprint)"
+        f"print(train_tokenizer({TEXTS!r}, 200).fingerprint)"
     )
     expected = train_tokenizer(TEXTS, 200).fingerprint
     for _ in range(3):
@@ -202,11 +199,9 @@ def test_a_trained_vocabulary_covers_its_texts():
     vocabulary = tokenizer.backend.get_vocab()
     assert [vocabulary[token] for token in SPECIAL_TOKENS] == [0, 1, 2, 3, 4]
     assert tokenizer.vocab_size == len(vocabulary) <= 300
-    ids, _ = tokenizer.encode_batch([text.upper() for text in TEXTS], 512)
+    ids = encode(tokenizer, [text.upper() for text in TEXTS], 512)
     assert all(vocabulary["[UNK]"] not in document for document in ids)
-    assert tokenizer.encode_batch(["the token"], 512)[0] == [
-        [2, vocabulary["the"], vocabulary["token"], 3]
-    ]
+    assert encode(tokenizer, ["the token"], 512) == [[2, vocabulary["the"], vocabulary["token"], 3]]
 
 
 def test_a_small_vocabulary_leaves_out_the_rarest_letters():
@@ -215,7 +210,7 @@ def test_a_small_vocabulary_leaves_out_the_rarest_letters():
     vocabulary = tokenizer.backend.get_vocab()
     assert tokenizer.vocab_size <= 128
     assert "abc" in vocabulary
-    assert tokenizer.encode_batch(["abc \u4fff"], 8)[0] == [[2, vocabulary["abc"], 1, 3]]
+    assert encode(tokenizer, ["abc \u4fff"], 8) == [[2, vocabulary["abc"], 1, 3]]
 
 
 @pytest.mark.parametrize("broken", ["nothing", "not BERT's", "not JSON"])

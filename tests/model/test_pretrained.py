@@ -9,6 +9,7 @@ import pytest
 import tensorflow as tf
 import torch
 import transformers
+from preparing import encode
 from safetensors.numpy import load_file, save_file
 
 from trainer.data.packing import pack
@@ -27,7 +28,7 @@ PACKING = PackingConfig(((6, 128), (3, 256), (3, 512)), 40, 40)
 def documents(minilm, real_texts):
     """64 real documents of 5 to 512 tokens, both ends included."""
     tokenizer = load_tokenizer(minilm)
-    ids, _ = tokenizer.encode_batch([" ".join(real_texts)] + real_texts, 512)
+    ids = encode(tokenizer, [" ".join(real_texts)] + real_texts, 512)
     lengths = np.linspace(5, 512, 64).round().astype(int)
     longest = [document for document in ids if len(document) == 512]
     chosen = [

@@ -14,7 +14,7 @@ from pathlib import Path
 
 import numpy as np
 import pytest
-from preparing import ROWS, config, read_documents, read_split, write_rows
+from preparing import ROWS, config, encode, read_documents, read_split, write_rows
 
 from trainer import prepare
 from trainer.data.metadata import load_metadata
@@ -77,7 +77,7 @@ def test_every_row_comes_out_once_with_its_labels_and_ids(sample, prepared):
         records = read_split(prepared, name)
         for identifier, input_ids, labels in records:
             row = rows[identifier]
-            assert input_ids == tokenizer.encode_batch([row["text"]], 128)[0][0]
+            assert input_ids == encode(tokenizer, [row["text"]], 128)[0]
             assert [metadata.labels[label] for label in labels] == sorted(row["labels"])
         lengths = [len(input_ids) for _, input_ids, _ in records]
         assert split.documents == len(records) == sum(shard.documents for shard in split.shards)
@@ -85,7 +85,7 @@ def test_every_row_comes_out_once_with_its_labels_and_ids(sample, prepared):
         assert split.length_histogram == tuple(np.bincount(lengths, minlength=129).tolist())
         counts = np.bincount(sum((labels for _, _, labels in records), []), minlength=38)
         assert split.label_counts == tuple(counts[: len(metadata.labels)].tolist())
-        whole = tokenizer.encode_batch([rows[record[0]]["text"] for record in records], 1 << 20)[0]
+        whole = encode(tokenizer, [rows[record[0]]["text"] for record in records], 1 << 20)
         assert split.truncated == sum(len(document) > 128 for document in whole) > 0
         seen += [identifier for identifier, _, _ in records]
     assert sorted(seen) == sorted(rows)

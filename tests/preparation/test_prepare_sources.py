@@ -7,7 +7,7 @@ from pathlib import Path
 import numpy as np
 import pyarrow
 import pytest
-from preparing import ROWS, config, read_documents, read_split, write_rows
+from preparing import ROWS, config, encode, read_documents, read_split, write_rows
 from pyarrow import parquet
 from tf_examples import example, write_records
 
@@ -61,7 +61,7 @@ def test_berts_records_are_labelled_by_a_file(tmp_path, tokenizer_dir):
     tokenizer = load_tokenizer(tokenizer_dir)
     records = []
     for row in ROWS:
-        ids = tokenizer.encode_batch([row["text"]], 32)[0][0]
+        ids = encode(tokenizer, [row["text"]], 32)[0]
         padding = [0] * (32 - len(ids))
         records.append(
             example(

@@ -10,7 +10,7 @@ import time
 
 import pytest
 
-from trainer.runtime.interruption import Interruption, MaintenanceWatch, metadata_host
+from trainer.runtime.interruption import Interruption, metadata_host, watch_maintenance
 
 # A call that gives the interpreter lock back, as TensorFlow's do, and lets no handler run.
 PROGRAM = """
@@ -144,13 +144,11 @@ def watch(monkeypatch, **values):
     monkeypatch.setattr(Metadata, "values", {"preempted": "FALSE", "maintenance-event": "NONE"})
     Metadata.values.update({name.replace("_", "-"): value for name, value in values.items()})
     notices = []
-    watching = MaintenanceWatch(notices.append, interval=0.05)
-    watching.start()
     try:
-        time.sleep(0.3)
-        yield notices
+        with watch_maintenance(notices.append, interval=0.05):
+            time.sleep(0.3)
+            yield notices
     finally:
-        watching.close()
         server.shutdown()
         server.server_close()
 

@@ -21,7 +21,7 @@ from trainer.model_config import OptimizerConfig
 from trainer.run_config import TrainConfig
 
 # The promise, for every way in which a run can lose a worker.
-MOST_SECONDS = 60
+MAX_SECONDS = 60
 WHOLE_RUN_SECONDS = 300
 LOOPBACK = ("127.0.0.1", "127.0.0.1")
 
@@ -87,7 +87,7 @@ class Pair:
     def kill(self, index, number=signal.SIGKILL):
         self.processes[index].send_signal(number)
 
-    def ends(self, within=MOST_SECONDS):
+    def ends(self, within=MAX_SECONDS):
         """(exit code, error or last line) of each, all within so many seconds."""
         end = time.monotonic() + within
         try:
@@ -253,8 +253,8 @@ def test_a_worker_that_is_frozen_ends_the_other(corpus, tmp_path):
     pair.wait_for_checkpoint()
     pair.kill(1, signal.SIGSTOP)
     began = time.monotonic()
-    assert pair.processes[0].wait(MOST_SECONDS) == 75
-    assert time.monotonic() - began < MOST_SECONDS
+    assert pair.processes[0].wait(MAX_SECONDS) == 75
+    assert time.monotonic() - began < MAX_SECONDS
     said = pair.processes[0].stderr.read().decode()
     assert "multihot train: error: lost a worker: all answer, but" in said
     pair.kill(1)

@@ -18,7 +18,6 @@ from trainer.runtime.devices import (
     is_on_cpu,
     make_strategy,
     num_workers,
-    one_device,
     should_jit,
     watching_workers,
 )
@@ -98,11 +97,7 @@ def test_auto_takes_all_gpus(monkeypatch, capsys, count, name):
 def test_precision_is_that_of_the_oldest_gpu(monkeypatch, capabilities, training, scoring):
     give_gpus(monkeypatch, *capabilities)
     assert choose_precision("auto", strategy_on("/device:GPU:0")) == training
-    monkeypatch.setattr(
-        "trainer.runtime.devices.one_device",
-        lambda gpu: strategy_on("/device:GPU:0" if gpu else "cpu"),
-    )
-    assert choose_scoring_precision("auto") == scoring
+    assert choose_scoring_precision("auto", strategy_on("/device:GPU:0")) == scoring
 
 
 @pytest.mark.parametrize(
@@ -147,4 +142,4 @@ def test_splitting_the_cpu_too_late_is_one_line():
 
 
 def test_one_device_is_where_it_is_said_to_be():
-    assert is_on_cpu(one_device(gpu=False))
+    assert is_on_cpu(make_strategy(config_of(strategy="cpu")))

@@ -39,7 +39,7 @@ class FakeTpu:
         self.calls, self.hosts, self.error = [], [], None
 
     def resolver(self, tpu):
-        self.calls.append(("resolve", devices))
+        self.calls.append(("resolve", tpu))
         spec = tf.train.ClusterSpec({"worker": self.hosts} if self.hosts else {})
         return types.SimpleNamespace(cluster_spec=lambda: spec, task_type="worker")
 

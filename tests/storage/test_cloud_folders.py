@@ -42,7 +42,7 @@ def read_bucket(cloud, prefix):
 
 
 @pytest.fixture
-def scratch(tmp_path, monkeypatch):
+def temporary(tmp_path, monkeypatch):
     """The system's temporary folder, which has to be empty in the end."""
     folder = tmp_path / "tmp"
     folder.mkdir()
@@ -63,7 +63,7 @@ def rows(tmp_path):
     return write_rows(tmp_path / "rows.jsonl", rows)
 
 
-def test_prepare_writes_the_same_files_and_adds_splits(cloud, rows, scratch, tmp_path, capsys):
+def test_prepare_writes_the_same_files_and_adds_splits(cloud, rows, temporary, tmp_path, capsys):
     more = write_rows(tmp_path / "more.jsonl", [json.loads(rows.read_text().splitlines()[3])])
     local = tmp_path / "local"
     commands = [
@@ -90,7 +90,7 @@ def test_prepare_writes_the_same_files_and_adds_splits(cloud, rows, scratch, tmp
         prepare.run(config(rows, "gs://b/deep/data", split="more"))
 
 
-def test_what_a_killed_prepare_left_is_used_and_somebody_else_s_is_left(cloud, rows, scratch):
+def test_what_a_killed_prepare_left_is_used_and_somebody_else_s_is_left(cloud, rows, temporary):
     flags = {"split": "train:0.7,test:0.3", "vocab_size": 150, "num_shards": 2}
     prepare.run(config(rows, "gs://b/data", **flags))
     whole = read_bucket(cloud, "data")
@@ -111,7 +111,7 @@ def test_what_a_killed_prepare_left_is_used_and_somebody_else_s_is_left(cloud, r
     assert read_bucket(cloud, "data") == before
 
 
-def test_of_two_prepares_at_once_neither_spoils_the_other_s(cloud, rows, scratch, monkeypatch):
+def test_of_two_prepares_at_once_neither_spoils_the_other_s(cloud, rows, temporary, monkeypatch):
     flags = {"split": "all", "vocab_size": 150, "num_shards": 1}
     upload_files, calls = gcs.upload_files, []
 
@@ -131,7 +131,7 @@ def test_of_two_prepares_at_once_neither_spoils_the_other_s(cloud, rows, scratch
         assert found.checksum == shard["checksum"]
 
 
-def test_of_two_exports_at_once_one_stops(cloud, model, scratch, monkeypatch):
+def test_of_two_exports_at_once_one_stops(cloud, model, temporary, monkeypatch):
     run = str(Path(model).parent / "run")
     upload_files, calls = export.upload_files, []
 
@@ -149,15 +149,15 @@ def test_of_two_exports_at_once_one_stops(cloud, model, scratch, monkeypatch):
     assert load_model_folder("gs://b/model").fingerprint == load_model_folder(model).fingerprint
 
 
-def test_prepare_leaves_its_rejected_rows_in_the_store(cloud, scratch, tmp_path):
+def test_prepare_leaves_its_rejected_rows_in_the_store(cloud, temporary, tmp_path):
     rows = write_rows(tmp_path / "rows.jsonl", [{"text": "a", "labels": ["x"]}, {"text": 3}] * 9)
     with pytest.raises(UserError, match=r"see gs://b/data/rejected/all.jsonl") as caught:
         prepare.run(config(rows, "gs://b/data", split="all"))
-    assert str(scratch) not in str(caught.value)
+    assert str(temporary) not in str(caught.value)
     assert list(read_bucket(cloud, "data")) == ["rejected/all.jsonl"]
 
 
-def test_a_folder_that_is_finished_meanwhile_is_left_as_it_is(cloud, rows, scratch, monkeypatch):
+def test_a_folder_that_is_finished_meanwhile_is_left_as_it_is(cloud, rows, temporary, monkeypatch):
     upload_files = gcs.upload_files
 
     def meanwhile(*arguments, **flags):
@@ -170,7 +170,7 @@ def test_a_folder_that_is_finished_meanwhile_is_left_as_it_is(cloud, rows, scrat
     assert cloud.buckets["b"]["data/metadata.json"].data == b"{}"
 
 
-def test_export_and_score_write_the_same_files(cloud, model, documents, scratch, tmp_path):
+def test_export_and_score_write_the_same_files(cloud, model, documents, temporary, tmp_path):
     few = tmp_path / "few.jsonl"
     few.write_text("".join(Path(documents).read_text().splitlines(keepends=True)[:100]))
     run = str(Path(model).parent / "run")

@@ -5,11 +5,11 @@ import functools
 import numpy as np
 import pytest
 import tensorflow as tf
+from predicting import predict_split
 
 from trainer.data.input_pipeline import HostShard, open_stream, read_micro_batches, shard_steps
 from trainer.data.metadata import load_metadata
 from trainer.data.packing import choose_packing
-from trainer.evaluation.predictions import concatenate
 from trainer.model.model import build_model
 from trainer.model.predictor import Predictor
 from trainer.model_config import LossConfig, ModelConfig, OptimizerConfig
@@ -153,12 +153,10 @@ def test_evaluation_on_several_replicas_counts_every_document_once(corpus, strea
     metadata = load_metadata(corpus)
     strategy = mirrored(MICRO_BATCHES)
     step = make_step(stream, strategy)
-    alone = Predictor(make_step(stream, one_device()).model, stream.packing, one_device())
-    replicated = Predictor(step.model, stream.packing, strategy)
-    expected, found = (
-        concatenate(predictor.predict_blocks(corpus, metadata, "test"))
-        for predictor in (alone, replicated)
-    )
+    single = Predictor(make_step(stream, one_device()).model, stream.packing, one_device())
+    expected = predict_split(single, corpus, metadata, "test")
+    predictor = Predictor(step.model, stream.packing, strategy)
+    found = predict_split(predictor, corpus, metadata, "test")
     assert found.ids == expected.ids and len(set(found.ids)) == metadata.split("test").documents
     np.testing.assert_array_equal(found.labels, expected.labels)
     np.testing.assert_allclose(found.logits, expected.logits, atol=1e-5)

@@ -5,10 +5,10 @@ import dataclasses
 import numpy as np
 import pytest
 import tensorflow as tf
+from predicting import predict_split
 
 from trainer.data.metadata import load_metadata
 from trainer.data.packing import choose_packing
-from trainer.evaluation.predictions import concatenate
 from trainer.model.model import build_model
 from trainer.model.predictor import Predictor
 from trainer.model_config import LossConfig, ModelConfig, OptimizerConfig
@@ -67,7 +67,7 @@ def test_blocks_hold_every_document_once(corpus, evaluation, monkeypatch):
     metadata = load_metadata(corpus)
     predictor = evaluation._predictor
     assert isinstance(predictor, Predictor)
-    whole = concatenate(predictor.predict_blocks(corpus, metadata, "test"))
+    whole = predict_split(predictor, corpus, metadata, "test")
     assert whole.indices.tolist() == list(range(metadata.split("test").documents))
     monkeypatch.setattr("trainer.model.predictor._BLOCK_DOCUMENTS", 30)
     blocks = list(predictor.predict_blocks(corpus, metadata, "test"))

@@ -3,11 +3,11 @@
 import numpy as np
 import pytest
 import tensorflow as tf
+from predicting import predict_split
 
 from trainer.data.input_pipeline import HostShard, open_stream, read_micro_batches, shard_steps
 from trainer.data.metadata import load_metadata
 from trainer.data.packing import choose_packing, empty_micro_batch
-from trainer.evaluation.predictions import concatenate
 from trainer.model.model import build_model
 from trainer.model.predictor import Predictor
 from trainer.model_config import LossConfig, ModelConfig, OptimizerConfig
@@ -137,12 +137,12 @@ def test_the_loop_stops_where_told_counts_right_and_traces_once(stream):
 def test_predictions_cover_a_split_once_in_the_order_of_its_shards(corpus, stream):
     metadata = load_metadata(corpus)
     model = make_step(stream).model
-    found = concatenate(Predictor(model, stream.packing).predict_blocks(corpus, metadata, "test"))
+    found = predict_split(Predictor(model, stream.packing), corpus, metadata, "test")
     assert len(set(found.ids)) == metadata.split("test").documents == len(found.logits)
     assert np.isfinite(found.logits).all()
     np.testing.assert_array_equal(found.labels.sum(0), metadata.split("test").label_counts)
     # Another packing may round differently but says the same of each document.
     other = choose_packing(metadata.split("test").length_histogram, 1024, None, 128)
-    again = concatenate(Predictor(model, other).predict_blocks(corpus, metadata, "test"))
+    again = predict_split(Predictor(model, other), corpus, metadata, "test")
     assert again.ids == found.ids
     np.testing.assert_allclose(again.logits, found.logits, atol=1e-5)

@@ -1,4 +1,4 @@
-"""Some documents of a split as the shards hold them: ids, tokens and labels, by their places."""
+"""Documents of a split at chosen places in its shards: ids, tokens and labels."""
 
 import os
 from collections.abc import Iterator
@@ -21,8 +21,8 @@ class Documents:
 
     Attributes:
       ids: N texts.
-      tokens: N arrays of int32 token ids: the document's windows joined again, without [CLS] and
-        [SEP] and without what two windows share.
+      tokens: N arrays of int32 token ids: the document's windows joined, without [CLS], [SEP] and
+        the tokens that two windows share.
       labels: bool [N, L].
     """
 
@@ -31,29 +31,27 @@ class Documents:
     labels: np.ndarray
 
 
-def leading_places(split: Split, most: int) -> np.ndarray:
-    """Places of at most `most` documents in a split's reading order, int64, rising.
+def leading_places(split: Split, max_documents: int) -> np.ndarray:
+    """Places of at most so many documents in a split's reading order, int64, ascending.
 
-    They are the first of every shard, in proportion to its size: a random sample, for `prepare`
-    shuffles what it writes, and one for which no shard is read to its end.
+    They are the first ones of each shard, in proportion to its size. That is a random sample,
+    because `prepare` shuffles the documents, and no shard has to be read to its end.
     """
-    if split.documents <= most:
+    if split.documents <= max_documents:
         return np.arange(split.documents)
     sizes = np.array([shard.documents for shard in split.shards], np.int64)
     starts = np.cumsum(sizes) - sizes
-    taken = np.diff(np.cumsum(sizes) * most // split.documents, prepend=0)
-    return np.concatenate(
-        [start + np.arange(count) for start, count in zip(starts, taken, strict=True)]
-    )
+    taken = np.diff(np.cumsum(sizes) * max_documents // split.documents, prepend=0)
+    pairs = zip(starts, taken, strict=True)
+    return np.concatenate([start + np.arange(count) for start, count in pairs])
 
 
 def read_documents(
     data_dir: str, metadata: Metadata, split_name: str, places: np.ndarray
 ) -> Documents:
-    """Reads the documents at `places`, int64, rising, of a split's reading order.
+    """Reads the documents at `places` (int64, ascending) of a split's reading order.
 
-    Raises:
-      UserError: naming the first shard that is missing or damaged.
+    A missing or damaged shard is a UserError that names it.
     """
     split = metadata.split(split_name)
     _check_sizes(data_dir, split)
@@ -87,28 +85,23 @@ def _read(data_dir: str, split: Split, places: np.ndarray) -> Iterator[Records]:
 
 
 def _rows(ragged: Any) -> list[np.ndarray]:
-    """The rows of a ragged tensor, which one by one would cost a TensorFlow operation each."""
+    """The rows of a ragged tensor; indexing them would cost one TensorFlow operation each."""
     return np.split(ragged.values.numpy(), ragged.row_splits.numpy()[1:-1])
 
 
 def _shared_tokens(metadata: Metadata) -> int:
-    """Tokens of text that a window has in common with the one before it."""
     text_tokens = metadata.max_seq_length - 2
     return text_tokens - (metadata.window_stride or text_tokens)
 
 
 def _join_windows(windows: Any, shared: int) -> list[np.ndarray]:
-    """Documents' tokens of ragged windows [N, None, None]."""
+    """Each document's tokens, of ragged windows [N, None, None]."""
     pieces, splits = _rows(windows.values), windows.row_splits.numpy()
-    return [
-        np.concatenate(
-            [
-                piece[1 + (shared if number else 0) : -1]
-                for number, piece in enumerate(pieces[start:end])
-            ]
-        )
-        for start, end in zip(splits[:-1], splits[1:], strict=True)
-    ]
+    documents = []
+    for start, end in zip(splits[:-1], splits[1:], strict=True):
+        rest = [piece[1 + shared : -1] for piece in pieces[start + 1 : end]]
+        documents.append(np.concatenate([pieces[start][1:-1], *rest]))
+    return documents
 
 
 def _check_sizes(data_dir: str, split: Split) -> None:

@@ -1,15 +1,14 @@
 """Shards to micro-batches: shuffled by (seed, epoch), seekable, in graph ops only.
 
-An epoch is the split's shards in an order drawn from (seed, epoch), laid end to end and cut into
-blocks of a fixed number of documents. A block is shuffled and packed by itself, so the stream's
-position is three numbers: epoch, block, and how many of the block's micro-batches are done. Resume
-skips whole shards by their counts in metadata.json, then records within one, and packs one block
-again; nothing else is replayed, and nothing is carried from one block to the next.
+An epoch is the split's shards in an order drawn from (seed, epoch), one after the other, cut into
+blocks of a fixed number of documents. Each block is shuffled and packed by itself, so three numbers
+are the stream's position: epoch, block, and how many of the block's micro-batches are done. To
+resume, it skips whole shards by their counts in metadata.json, then records within one, and packs
+one block again. Nothing else is replayed, and no state passes from one block to the next.
 
-Labels on their way to a device: multi-hot where they are few, indices where they are many.
-
-At 4,000 labels a micro-batch of 200 documents would move 800 kB, nearly all of it zeros; as indices
-it moves a few kB, and the device makes them multi-hot again.
+Labels travel to the devices as multi-hot rows if there are few of them, else as indices. At 4,000
+labels the multi-hot rows of 200 documents have 800 kB, nearly all of it zeros, and the indices a
+few kB; the device makes multi-hot rows of them.
 """
 
 import math
@@ -23,9 +22,9 @@ from trainer.data.records import parse_records
 from trainer.errors import UserError
 from trainer.model_config import PackingConfig
 
-# Up to so many labels, multi-hot costs no more than the tokens do.
-MOST_DENSE_LABELS = 256
-# Which of the two a micro-batch has.
+# With so many labels, multi-hot rows cost as much as the tokens.
+_MAX_DENSE_LABELS = 256
+# A micro-batch has one of the two.
 LABEL_KEYS = ("labels", "label_ids")
 
 
@@ -34,27 +33,26 @@ def spread_labels(
     slots: tf.Tensor,
     shape: tuple[tf.Tensor, int],
     num_labels: int,
-    most: int,
+    max_labels: int,
 ) -> dict[str, tf.Tensor]:
     """The labels of N documents by document slot.
 
     Args:
       labels: int32 ragged [N, None], label indices.
-      slots: int64 [N], each document's place among all M x D slots.
+      slots: int64 [N], each document's slot among all M x D.
       shape: M (int32 scalar) and D.
-      num_labels: L.
-      most: labels that a document has at most.
+      num_labels, max_labels: L, and the most labels of a document.
 
     Returns:
-      `labels` (uint8 multi-hot [M, D, L]), or, for more than `MOST_DENSE_LABELS` labels,
-      `label_ids` (int32 [M, D, most], a document's labels, then -1).
+      `labels` (uint8 multi-hot [M, D, L]), or, for more than 256 labels, `label_ids` (int32
+      [M, D, max_labels], a document's labels, then -1).
     """
     row, values = labels.value_rowids(), labels.flat_values
-    if num_labels <= MOST_DENSE_LABELS:
+    if num_labels <= _MAX_DENSE_LABELS:
         name, width, empty = "labels", num_labels, tf.constant(0, tf.uint8)
         column, values = tf.cast(values, tf.int64), tf.ones_like(values, tf.uint8)
     else:
-        name, width, empty = "label_ids", most, tf.constant(-1)
+        name, width, empty = "label_ids", max_labels, tf.constant(-1)
         column = tf.range(tf.size(row, tf.int64)) - tf.gather(labels.row_starts(), row)
     cells = tf.gather(slots, row) * width + column
     nothing = tf.fill([tf.cast(shape[0], tf.int64) * shape[1] * width], empty)
@@ -62,40 +60,36 @@ def spread_labels(
     return {name: tf.reshape(flat, [*shape, width])}
 
 
-def no_labels(num_documents: int, num_labels: int, most: int) -> dict[str, tf.Tensor]:
-    """What `spread_labels` gives for one micro-batch of empty slots."""
-    if num_labels <= MOST_DENSE_LABELS:
+def no_labels(num_documents: int, num_labels: int, max_labels: int) -> dict[str, tf.Tensor]:
+    """`spread_labels` of one micro-batch of empty slots."""
+    if num_labels <= _MAX_DENSE_LABELS:
         return {"labels": tf.zeros([num_documents, num_labels], tf.uint8)}
-    return {"label_ids": tf.fill([num_documents, most], -1)}
+    return {"label_ids": tf.fill([num_documents, max_labels], -1)}
 
 
 def dense_labels(batch: dict[str, tf.Tensor], num_labels: int) -> tf.Tensor:
-    """The labels of micro-batches as multi-hot [..., D, L], however they travelled.
+    """The labels of micro-batches as multi-hot [..., D, L].
 
-    Args:
-      batch: with `labels` (uint8 [..., D, L]) or `label_ids` (int32 [..., D, most], -1 for none).
-      num_labels: L.
-
-    Returns:
-      0 or 1: `labels` itself, or float32, which every device can scatter.
+    They are `labels` (uint8 [..., D, L]) themselves, or made from `label_ids` (int32
+    [..., D, max_labels], -1 for none) in float32, which every device can scatter.
     """
     if "labels" in batch:
         return batch["labels"]
-    *outer, most = batch["label_ids"].shape
-    rows = tf.reshape(batch["label_ids"], [-1, most])
+    *outer, max_labels = batch["label_ids"].shape
+    rows = tf.reshape(batch["label_ids"], [-1, max_labels])
     num_rows = rows.shape[0]
-    # One more column takes what is no label.
+    # One more column takes the -1s.
     columns = tf.where(rows < 0, num_labels, rows)
     cells = tf.range(num_rows)[:, None] * (num_labels + 1) + columns
-    ones, size = tf.ones([num_rows * most]), num_rows * (num_labels + 1)
+    ones, size = tf.ones([num_rows * max_labels]), num_rows * (num_labels + 1)
     hot = tf.scatter_nd(tf.reshape(cells, [-1, 1]), ones, [size])
     hot = tf.reshape(hot, [num_rows, num_labels + 1])[:, :num_labels]
     return tf.reshape(hot, [*outer, num_labels])
 
 
-# What the micro-batches of a stream carry beside the model's inputs.
+# The position of a stream after a micro-batch.
 POSITION_KEYS = ("epoch", "block", "next_micro_batch")
-# What travels to the devices: strings cannot, and the loss needs no document's number.
+# The tensors that travel to the devices: strings cannot, and the loss needs no document's index.
 _STEP_KEYS = frozenset(
     ("input_ids", "segment_ids", "position_ids", "window_starts", "window_document")
     + (*LABEL_KEYS, "document_mask", *POSITION_KEYS)
@@ -115,8 +109,8 @@ class Position:
 class Stream:
     """One split of a data folder, ready to be read.
 
-    `paths` and `shard_documents` go together; `block_documents` is fixed by the split's size and
-    the packing, so that two runs of one config cut the same blocks.
+    `paths` and `shard_documents` go together. The split's size and the packing fix
+    `block_documents`, so two runs of one config have the same blocks.
     """
 
     paths: tuple[str, ...]
@@ -158,7 +152,7 @@ def open_stream(
 
 
 def count_documents(num_documents: int, num_epochs: float) -> int:
-    """Documents of so many passes over a split, a fraction of a document rounded up."""
+    """Documents of so many epochs; a fraction of a document counts as one."""
     # 1e-6 documents absorb the rounding of products such as 0.1 x 3 epochs.
     return math.ceil(num_epochs * num_documents - 1e-6)
 
@@ -175,7 +169,7 @@ def _read_epoch(
     ends = tf.cumsum(documents)
     shard = tf.searchsorted(ends, [first_document], side="right")[0]
     before = tf.reduce_sum(documents[:shard])
-    # One shard after the other: their order is the epoch's order. prefetch overlaps the reading.
+    # One shard after the other, in the epoch's order; only `prefetch` reads ahead.
     return (
         tf.data.TFRecordDataset(paths[shard:], buffer_size=1 << 20)
         .skip(first_document - before)
@@ -186,11 +180,7 @@ def _read_epoch(
 
 
 def _pack_block(
-    stream: Stream,
-    seed: int | None,
-    epoch: tf.Tensor,
-    block: tf.Tensor,
-    serialized: tf.Tensor,
+    stream: Stream, seed: int | None, epoch: tf.Tensor, block: tf.Tensor, serialized: tf.Tensor
 ) -> dict[str, tf.Tensor]:
     """Shuffles, parses and packs one block; adds labels, document indices and positions."""
     count = tf.size(serialized, out_type=tf.int64)
@@ -215,19 +205,15 @@ def _pack_block(
         [count],
     )
     shape = num_micro_batches, stream.packing.max_documents
-    spread = spread_labels(labels, slots, shape, stream.num_labels, stream.max_labels)
-    return (
-        packed
-        | spread
-        | {
-            "document_index": of_documents(index, tf.constant(-1, tf.int64)),
-            "document_id": of_documents(ids, tf.constant("")),
-            "document_slices": tf.gather(slices, tf.maximum(chosen, 0)),
-            "epoch": tf.fill([num_micro_batches], epoch),
-            "block": tf.fill([num_micro_batches], block),
-            "next_micro_batch": tf.range(1, tf.cast(num_micro_batches, tf.int64) + 1),
-        }
-    )
+    packed |= spread_labels(labels, slots, shape, stream.num_labels, stream.max_labels)
+    return packed | {
+        "document_index": of_documents(index, tf.constant(-1, tf.int64)),
+        "document_id": of_documents(ids, tf.constant("")),
+        "document_slices": tf.gather(slices, tf.maximum(chosen, 0)),
+        "epoch": tf.fill([num_micro_batches], epoch),
+        "block": tf.fill([num_micro_batches], block),
+        "next_micro_batch": tf.range(1, tf.cast(num_micro_batches, tf.int64) + 1),
+    }
 
 
 def read_micro_batches(
@@ -239,14 +225,13 @@ def read_micro_batches(
 ) -> tf.data.Dataset:
     """The micro-batches of `num_epochs` passes over a split, in order, from `start` on.
 
-    Every document comes exactly once an epoch. Beside what `packing.pack` gives, a micro-batch has
-    its labels as `label_transfer.spread_labels` gives them, `document_index` (int64 [D], among the
-    documents of the epoch's order), `document_id` (string [D]), `document_slices` (string [D, C],
-    the kept columns' values) and its position (int64 scalars `epoch`, `block`,
-    `next_micro_batch`).
+    Every document comes exactly once in an epoch. A micro-batch has the tensors of `packing.pack`,
+    the labels of `spread_labels`, `document_index` (int64 [D], in the epoch's order), `document_id`
+    (string [D]), `document_slices` (string [D, C], the values of the slice columns) and its
+    position (int64 scalars `epoch`, `block`, `next_micro_batch`).
 
     Args:
-      stream: what `open_stream` gave.
+      stream: from `open_stream`.
       seed: of the shuffling; None reads the shards in their order, unshuffled.
       num_epochs: passes; a fraction ends within the last one.
       start: where to begin; default: at the very start.
@@ -280,23 +265,19 @@ def read_micro_batches(
 
 
 def _empty(stream: Stream) -> dict[str, tf.Tensor]:
-    """An empty micro-batch with all that `read_micro_batches` gives; its position is -1."""
+    """An empty micro-batch of `read_micro_batches`; its position is -1."""
     documents = stream.packing.max_documents
-    return (
-        empty_micro_batch(stream.packing)
-        | no_labels(documents, stream.num_labels, stream.max_labels)
-        | {
-            "document_id": tf.fill([documents], ""),
-            "document_slices": tf.fill([documents, stream.num_slice_columns], ""),
-        }
-        | {key: tf.constant(-1, tf.int64) for key in POSITION_KEYS}
-    )
+    batch = empty_micro_batch(stream.packing)
+    batch |= no_labels(documents, stream.num_labels, stream.max_labels)
+    batch |= {key: tf.constant(-1, tf.int64) for key in POSITION_KEYS}
+    slices = tf.fill([documents, stream.num_slice_columns], "")
+    return batch | {"document_id": tf.fill([documents], ""), "document_slices": slices}
 
 
 def stack_micro_batches(
     micro_batches: tf.data.Dataset, stream: Stream, count: int
 ) -> tf.data.Dataset:
-    """Stacks `count` consecutive micro-batches, the last stack filled up with empty ones."""
+    """Stacks `count` consecutive micro-batches; empty ones fill up the last stack."""
     padding = tf.data.Dataset.from_tensors(_empty(stream)).repeat(count - 1)
     stacked = micro_batches.concatenate(padding).batch(count, drop_remainder=True)
     return stacked.prefetch(tf.data.AUTOTUNE)
@@ -304,7 +285,7 @@ def stack_micro_batches(
 
 @dataclass(frozen=True)
 class HostShard:
-    """The replicas that one host feeds, of all that share a step."""
+    """The replicas that one host feeds: `count` of all `replicas`, from number `first` on."""
 
     replicas: int = 1
     first: int = 0
@@ -314,45 +295,41 @@ class HostShard:
 def shard_steps(
     micro_batches: tf.data.Dataset, stream: Stream, micro_batches_per_step: int, share: HostShard
 ) -> tf.data.Dataset:
-    """Deals K consecutive micro-batches a step to the replicas; yields one host's share.
+    """Splits each step's K micro-batches among the replicas; yields one host's share.
 
     Replica r of R takes micro-batches r K / R to (r + 1) K / R of every step. Every host reads and
-    packs the whole stream and keeps its own part, so that a step holds the same documents whatever
-    the number of hosts, and no host runs dry before another.
+    packs the whole stream and keeps its own share. So a step has the same documents for any number
+    of hosts, and no host reaches the end before another.
 
-    Args:
-      micro_batches: as `read_micro_batches` gives them.
-      stream: theirs.
-      micro_batches_per_step: K, a multiple of the replicas.
-      share: which replicas are this host's.
+    K is a multiple of the replicas.
 
     Returns:
-      For each step, one element for each of the host's replicas in order: what the model takes,
-      stacked to [K / R, ...], and `position` (int64 [3]), where the stream stands after the step.
-      Past the last document come empty micro-batches without end, whose position is -1.
+      For each step, one element for each of the host's replicas in order: the inputs of the step,
+      stacked to [K / R, ...], and `position` (int64 [3]), the stream's position after the step.
+      After the last document come empty micro-batches without end, whose position is -1.
     """
     each = micro_batches_per_step // share.replicas
     assert each * share.replicas == micro_batches_per_step, (micro_batches_per_step, share)
     empty = {name: value for name, value in _empty(stream).items() if name in _STEP_KEYS}
 
-    def deal(step: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
-        # Empty micro-batches only fill up the last step; the last real one's position stands.
+    def split(step: dict[str, tf.Tensor]) -> dict[str, tf.Tensor]:
+        # Empty micro-batches come last in a step, so the position is that of the last real one.
         last = tf.maximum(tf.reduce_sum(tf.cast(step["epoch"] >= 0, tf.int32)) - 1, 0)
         position = tf.stack([step.pop(key)[last] for key in POSITION_KEYS])
-        mine = {
-            name: tf.reshape(value, [share.replicas, each, *value.shape[1:]])[
-                share.first : share.first + share.count
-            ]
+        by_replica = {
+            name: tf.reshape(value, [share.replicas, each, *value.shape[1:]])
             for name, value in step.items()
         }
-        return mine | {"position": tf.tile(position[None], [share.count, 1])}
+        mine = slice(share.first, share.first + share.count)
+        inputs = {name: value[mine] for name, value in by_replica.items()}
+        return inputs | {"position": tf.tile(position[None], [share.count, 1])}
 
     return (
         micro_batches.map(lambda item: {name: item[name] for name in empty})
         .concatenate(tf.data.Dataset.from_tensors(empty).repeat())
         .batch(micro_batches_per_step, drop_remainder=True)
-        .map(deal, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+        .map(split, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
         .unbatch()
-        # Two steps ahead; AUTOTUNE would let the endless empty ones fill the memory at the end.
+        # Two steps ahead; AUTOTUNE would fill the memory with empty ones, which do not end.
         .prefetch(2 * share.count)
     )

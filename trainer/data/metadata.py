@@ -1,4 +1,4 @@
-"""metadata.json, which describes the shards of a data folder, and the check that they match it."""
+"""metadata.json, which describes the shards of a data folder, and the checks of shards by it."""
 
 import contextlib
 import dataclasses
@@ -37,15 +37,15 @@ class Split:
     Attributes:
       documents: how many there are.
       tokens: of all windows, [CLS] and [SEP] included.
-      truncated: documents that lost tokens, even though they may have several windows.
+      truncated: documents that lost tokens.
       rejected: rows that could not be used, of the call that made the split.
       label_counts: documents of each label.
-      length_histogram: at place i the windows of i tokens, [CLS] and [SEP] included.
+      length_histogram: at index i the windows of i tokens, [CLS] and [SEP] included.
       shards: the files.
       windows: of all documents.
-      window_histogram: at place n the documents of n windows.
-      max_labels_per_document: the most labels that a document has.
-      text_index: the file by which `prepare` finds texts again, or None.
+      window_histogram: at index n the documents of n windows.
+      max_labels_per_document: the most labels of a document.
+      text_index: the file in which `prepare` looks up texts, or None.
     """
 
     documents: int
@@ -63,20 +63,20 @@ class Split:
 
 @dataclass(frozen=True)
 class Metadata:
-    """Everything that a reader of the shards has to know; written last, atomically.
+    """All that a reader of the shards has to know; written after them, atomically.
 
     Attributes:
       labels: names in the order of their indices.
-      max_seq_length: the longest window in tokens.
-      vocab_size: rows that embeddings need.
+      max_seq_length: tokens of the longest window.
+      vocab_size: rows of an embedding table for the ids.
       tokenizer_fingerprint: of the tokenizer beside the shards.
       splits: by name, in the order in which they were made.
       source: `calls`: for each call of `prepare` its inputs, seed, rejected rows and splits.
-      dropped_labels: names that are known and left out, and their documents.
-      slice_columns: names of the kept columns.
+      dropped_labels: the labels that are left out, with the number of their documents.
+      slice_columns: names of the input columns whose values become slices.
       window_stride: tokens of text from one window's start to the next; 0: they do not overlap.
       max_windows: the most windows of a document.
-      checks: what `prepare` found remarkable, see `trainer/checks.py`.
+      checks: the findings of `trainer/preparation/checks.py`.
     """
 
     labels: tuple[str, ...]
@@ -93,11 +93,7 @@ class Metadata:
     schema_version: int = SCHEMA_VERSION
 
     def split(self, name: str) -> Split:
-        """The split of that name.
-
-        Raises:
-          UserError: if the folder has none.
-        """
+        """The split of that name; UserError if the folder has none."""
         if name not in self.splits:
             raise UserError(
                 f"{METADATA_FILE}: no split {name!r}; found {', '.join(sorted(self.splits))}; "
@@ -115,7 +111,7 @@ def load_metadata(data_dir: str) -> Metadata:
     """Reads metadata.json of a data folder.
 
     Raises:
-      UserError: if there is none, or it is not one that this version understands.
+      UserError: if it is missing, damaged, or of another schema version.
     """
     try:
         content = filesystem.read_bytes(os.path.join(data_dir, METADATA_FILE))
@@ -127,11 +123,7 @@ def load_metadata(data_dir: str) -> Metadata:
 
 
 def parse_metadata(content: bytes, data_dir: str) -> Metadata:
-    """The same, given the content of the file.
-
-    Raises:
-      UserError: if it is not one that this version understands.
-    """
+    """`load_metadata` for a file that has been read; `data_dir` is for messages."""
     path = os.path.join(data_dir, METADATA_FILE)
     try:
         values = json.loads(content.decode("utf-8"))
@@ -165,15 +157,14 @@ def verify_shards(
 ) -> list[str]:
     """Checks every shard of a split against metadata.json; returns their paths in order.
 
-    Local shards are read and their checksums compared. Shards in a store have their sizes compared
-    only: reading all of them over the network before the first step would cost as much as an
-    epoch, and TensorFlow checks each record's own CRC-32C when training comes to it.
+    Local shards are read and their checksums compared. For shards in a store only the sizes are
+    compared: reading them all before the first step would cost as much network traffic as an epoch,
+    and TensorFlow checks each record's own CRC-32C when it reads it.
 
-    Args:
-      read_remote: compares the checksums of shards in a store too, which names the damaged one.
+    With `read_remote` shards in a store are read too.
 
     Raises:
-      UserError: naming the first shard that is missing, of another size, or of another checksum.
+      UserError: naming the first shard that is missing or has another size or checksum.
     """
     shards = metadata.split(split_name).shards
     paths = [os.path.join(data_dir, shard.name) for shard in shards]
@@ -197,11 +188,9 @@ def verify_shards(
 
 @contextlib.contextmanager
 def naming_damaged_shards(data_dir: str, metadata: Metadata, *split_names: str) -> Iterator[None]:
-    """Finds the shard in question when TensorFlow comes upon a record that is damaged.
+    """Turns TensorFlow's error for a damaged record into a UserError that names the shard.
 
-    Raises:
-      UserError: naming the shard.
-      tf.errors.DataLossError: if all shards are as they were written.
+    If all shards match metadata.json, TensorFlow's error stands.
     """
     import tensorflow as tf
 

@@ -1,10 +1,9 @@
-"""Documents to micro-batches of one fixed shape, in TensorFlow graph ops.
+"""Documents to micro-batches of one fixed shape, in TensorFlow graph ops, and the choice of shape.
 
-A block of documents is packed at once: `bin_packing.py` says in which row each of their windows
-lies, `dealing.py` which micro-batch gets which row, and here the ids are spread out accordingly.
-
-A window goes to the row with the least room that still holds it; so short windows fill the gaps of
-long rows, and a short document pays for the attention of a short row.
+A block of documents is packed at once: `bin_packing.py` finds a row for each window and a place for
+each row, and the token ids are then scattered there. A window goes to the row with the least room
+that still holds it. So short windows fill the gaps of long rows, and a short document pays for the
+attention of a short row.
 """
 
 import itertools
@@ -14,41 +13,37 @@ from collections.abc import Sequence
 import numpy as np
 import tensorflow as tf
 
-from trainer.data.bin_packing import Windows, deal_rows, place_windows, row_capacities
+from trainer.data.bin_packing import Windows, assign_rows, place_windows, row_capacities
 from trainer.errors import UserError
 from trainer.model_config import PackingConfig
 
-# Documents are packed in blocks of about this many micro-batches: enough that the one that is only
-# partly full costs less than one percent, few enough that a block is small in memory.
+# Micro-batches of a block, about: enough that the last one, which is partly empty, costs less than
+# one percent, few enough that a block is small in memory.
 BLOCK_MICRO_BATCHES = 64
 # Room for the spread, between blocks, of the share of long documents.
 _LONG_ROW_MARGIN = 1.1
-_SHORTEST_ROW = 64
+_MIN_ROW_TOKENS = 64
 
 
-def _place_windows(windows: Windows, packing: PackingConfig) -> tuple[tf.Tensor, tf.Tensor]:
+def _find_starts(windows: Windows, packing: PackingConfig) -> tuple[tf.Tensor, tf.Tensor]:
     """Where each window begins among all M x T tokens (int32 [V]), and M (int32 scalar)."""
     placement, held, is_pinned, taken = place_windows(windows, packing)
 
-    def deal(more: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
+    def assign(more: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
         below = [[0, more], [0, 0]]
         nothing = tf.fill([more], packing.max_windows - packing.max_documents)
         all_taken = tf.concat([taken, nothing], 0)
-        return deal_rows(tf.pad(held, below), tf.pad(is_pinned, below), all_taken, packing)
+        return assign_rows(tf.pad(held, below), tf.pad(is_pinned, below), all_taken, packing)
 
     capacities = row_capacities(packing)
-    num_rows = capacities.shape[0]
-    # More short documents than slots: spread them over one more micro-batch until they fit. The
-    # first turn adds none; that it is one of the loop's halves what there is to trace and optimise.
+    num_rows, scalar = capacities.shape[0], tf.TensorShape([])
+    # If there are more short documents than slots, they spread over one more micro-batch until they
+    # fit. The first turn adds none; as part of the loop it halves the graph to trace and optimise.
     _, starts, _ = tf.while_loop(
-        lambda more, starts, most: most > packing.max_windows,
-        lambda more, starts, most: (more + 1, *deal(more + 1)),
+        lambda more, starts, max_taken: max_taken > packing.max_windows,
+        lambda more, starts, max_taken: (more + 1, *assign(more + 1)),
         (tf.constant(-1), tf.zeros([0, num_rows], tf.int32), tf.int32.max),
-        shape_invariants=(
-            tf.TensorShape([]),
-            tf.TensorShape([None, num_rows]),
-            tf.TensorShape([]),
-        ),
+        shape_invariants=(scalar, tf.TensorShape([None, num_rows]), scalar),
     )
     offset = tf.gather(capacities, placement.row % num_rows) - placement.left
     return tf.gather(tf.reshape(starts, [-1]), placement.row) + offset, tf.shape(starts)[0]
@@ -59,8 +54,8 @@ def pack(input_ids: tf.RaggedTensor, packing: PackingConfig) -> dict[str, tf.Ten
 
     Args:
       input_ids: int32 ragged [N, None, None], the tokens of each window of each document, [CLS] and
-        [SEP] included; or [N, None], documents of one window. No window is longer than the longest
-        row, and no document has more windows than a micro-batch can hold.
+        [SEP] included; or [N, None] for documents of one window. No window is longer than the
+        longest row, and no document has more windows than a micro-batch can hold.
       packing: the shape of a micro-batch: T tokens, W windows, D documents.
 
     Returns:
@@ -74,13 +69,13 @@ def pack(input_ids: tf.RaggedTensor, packing: PackingConfig) -> dict[str, tf.Ten
         input_ids = tf.RaggedTensor.from_row_lengths(input_ids, ones, validate=False)
     by_window = input_ids.values
     lengths = tf.cast(by_window.row_lengths(), tf.int32)
-    # A window that no row holds would make the placement ask for more rows for ever.
+    # For a window that no row holds, the placement would add rows without end.
     fits = tf.debugging.assert_less_equal(lengths, packing.max_length, "longer than all rows")
     with tf.control_dependencies([fits] if fits is not None else []):
         lengths = tf.identity(lengths)
     document = tf.cast(input_ids.value_rowids(), tf.int32)
     counts = tf.cast(input_ids.row_lengths(), tf.int32)
-    starts, num_micro_batches = _place_windows(Windows(lengths, document, counts), packing)
+    starts, num_micro_batches = _find_starts(Windows(lengths, document, counts), packing)
     window_slots = _number_slots(starts, num_micro_batches, packing)
     # A document's slot follows from where its first window lies.
     document_starts = tf.math.segment_min(starts, document)
@@ -117,10 +112,9 @@ def pack(input_ids: tf.RaggedTensor, packing: PackingConfig) -> dict[str, tf.Ten
 def _number_slots(
     starts: tf.Tensor, num_micro_batches: tf.Tensor, packing: PackingConfig
 ) -> tf.Tensor:
-    """Numbers what begins at `starts` (int32 [N]) within each micro-batch, in the order of places.
+    """Micro-batch and slot (int32 [N, 2]) of what begins at `starts` (int32 [N]).
 
-    Returns:
-      int32 [N, 2]: micro-batch and slot.
+    The slots of a micro-batch are numbered in the order of the starts.
     """
     order = tf.argsort(starts)
     micro_batch = tf.gather(starts, order) // packing.num_tokens
@@ -131,7 +125,7 @@ def _number_slots(
 
 
 def empty_micro_batch(packing: PackingConfig) -> dict[str, tf.Tensor]:
-    """A micro-batch without documents, which contributes (0, 0) to any sum."""
+    """A micro-batch without documents, whose sums and weights are 0."""
     tokens = tf.zeros([packing.num_tokens], tf.int32)
     return {
         "input_ids": tokens,
@@ -145,13 +139,13 @@ def empty_micro_batch(packing: PackingConfig) -> dict[str, tf.Tensor]:
 
 
 def add_histograms(histograms: Sequence[Sequence[int]]) -> list[int]:
-    """The sum of histograms of any lengths, without zeros at its end."""
+    """The sum of histograms of any lengths, without trailing zeros."""
     total = [sum(column) for column in itertools.zip_longest(*histograms, fillvalue=0)]
     return np.trim_zeros(total, "b")
 
 
 def min_tokens(longest: int, document_windows: int) -> int:
-    """Tokens of the smallest micro-batch that holds so many windows of the longest length."""
+    """Tokens of the smallest micro-batch for a document of so many windows of `longest` tokens."""
     return document_windows * _row_lengths(longest)[0]
 
 
@@ -166,16 +160,16 @@ def choose_packing(
     """The default shape of a micro-batch for documents of these lengths.
 
     Rows are as long as the longest window, three quarters of that, and halves of it down to 64. A
-    row length gets as many rows as a micro-batch has, on average and with a margin, windows that
-    fit no shorter row; what is left goes to the shortest rows. The longest rows hold any document.
+    row length gets one row for each window, on average and with a margin, that fits no shorter row;
+    the rest goes to the shortest rows. The longest rows hold any document.
 
     Args:
       length_histogram: `length_histogram[i]` windows are i tokens long.
       num_tokens: about how many tokens T a micro-batch has.
       row_groups: the rows, if the user chose them.
-      longest: tokens that the longest row must hold; default: the longest window's.
+      longest: tokens that the longest row must hold; default: those of the longest window.
       window_histogram: `window_histogram[n]` documents have n windows; default: all have one.
-      document_windows: that a micro-batch must hold of a document; default: the most that one has.
+      document_windows: windows that a document may have; default: the most in the histogram.
 
     Raises:
       UserError: if there are no documents, or a micro-batch cannot hold the longest one.
@@ -205,9 +199,9 @@ def choose_packing(
     mean_length = float((counts * lengths).sum() / counts.sum())
     mean_windows = total / mean_length
     mean_documents = mean_windows * documents.sum() / (documents * np.arange(len(documents))).sum()
-    # Dealing evens the counts out, so a micro-batch holds little more than its block's mean, which
-    # half as much again and a few cover; long documents, which cannot be dealt, make them less
-    # even. An empty slot costs one row of the head's product.
+    # `assign_rows` evens the counts out, so 1.5 times a block's mean and a few more are enough. The
+    # pinned rows of long documents make them less even. An empty slot costs one row of the head's
+    # matrix product.
     spread = 1.5 if mean_documents == mean_windows else 2
     max_documents = math.ceil(spread * mean_documents) + 8
     max_windows = math.ceil(1.5 * mean_windows) + 8
@@ -217,10 +211,10 @@ def choose_packing(
 
 
 def with_slots_for_scoring(packing: PackingConfig) -> PackingConfig:
-    """The same rows with slots for stretches of short documents.
+    """The same rows with more slots, for runs of short documents.
 
-    Without labels a slot costs next to nothing, and such a stretch needs many: one for every eight
-    tokens, and for a whole row of documents that are [CLS] and [SEP] alone.
+    A run needs one slot for every eight tokens, and enough for a whole row of documents of [CLS]
+    and [SEP] alone. Without labels a slot costs next to nothing.
     """
     slots = max(packing.max_documents, packing.num_tokens // 8, packing.max_length // 2)
     return PackingConfig(packing.row_groups, slots, max(packing.max_windows, slots))
@@ -229,10 +223,10 @@ def with_slots_for_scoring(packing: PackingConfig) -> PackingConfig:
 def _row_lengths(longest: int) -> list[int]:
     """Candidate row lengths, longest first, all multiples of 8."""
     lengths = [-(-longest // 8) * 8]
-    while lengths[-1] > _SHORTEST_ROW and lengths[-1] % 16 == 0:
+    while lengths[-1] > _MIN_ROW_TOKENS and lengths[-1] % 16 == 0:
         lengths.append(lengths[-1] // 2)
     if len(lengths) > 1 and lengths[0] % 32 == 0:
-        # Where documents are cut at the longest length, the step from half of it is a wide one.
+        # Documents that are cut have the longest length; many others lie between it and half of it.
         lengths.insert(1, lengths[0] // 4 * 3)
     return lengths
 
@@ -243,20 +237,20 @@ def _choose_row_groups(
     lengths = np.arange(len(counts))
     mean_length = float((counts * lengths).sum() / counts.sum())
     row_lengths = _row_lengths(longest)
-    least = min_tokens(longest, document_windows)
-    if num_tokens < least:
+    needed = min_tokens(longest, document_windows)
+    if num_tokens < needed:
         windows = f"the {document_windows} windows" if document_windows > 1 else "the tokens"
         remedy = " or --max_windows" if document_windows > 1 else ""
         raise UserError(
-            f"--tokens_per_replica={num_tokens}: expected at least {least}, {windows} of the "
+            f"--tokens_per_replica={num_tokens}: expected at least {needed}, {windows} of the "
             f"longest document; raise it, or prepare with a smaller --max_seq_length{remedy}"
         )
     left, groups = num_tokens, []
     for length, shorter in zip(row_lengths, row_lengths[1:], strict=False):
         windows_of = counts[(lengths > shorter) & (lengths <= length)].sum() / counts.sum()
-        needed = math.ceil(_LONG_ROW_MARGIN * windows_of * num_tokens / mean_length)
+        rows = math.ceil(_LONG_ROW_MARGIN * windows_of * num_tokens / mean_length)
         is_longest = length == row_lengths[0]
-        rows = min(max(needed, document_windows * is_longest), left // length)
+        rows = min(max(rows, document_windows * is_longest), left // length)
         if rows:
             groups.append((rows, length))
             left -= rows * length
@@ -268,14 +262,11 @@ def _choose_row_groups(
 def choose_score_packing(
     lengths: np.ndarray, windows: np.ndarray, tokens_per_batch: int, document_windows: int
 ) -> PackingConfig:
-    """The shape of the micro-batches for documents of these lengths.
+    """The shape of the micro-batches for scoring documents of which a sample is known.
 
-    Args:
-      lengths: int64 [max_seq_length + 1], windows by their tokens, of a sample; the rest may be
-        anything that fits.
-      windows: int64 [document_windows + 1], documents of the sample by their windows.
-      tokens_per_batch: about how many tokens a micro-batch has.
-      document_windows: that a document may have.
+    `lengths` (int64 [max_seq_length + 1]) counts the sample's windows by their tokens, `windows`
+    (int64 [document_windows + 1]) its documents by their windows. The other arguments are those of
+    `choose_packing`.
     """
     longest = len(lengths) - 1
     num_tokens = max(tokens_per_batch, min_tokens(longest, document_windows))

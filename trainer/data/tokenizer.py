@@ -1,10 +1,8 @@
-"""Text to WordPiece ids through the Rust `tokenizers`, and the fingerprint that pins them.
+"""Text to WordPiece ids through the Rust `tokenizers`, and the checks of ids that rows bring along.
 
-Everything here works on the backend of a Hugging Face tokenizer: `transformers` serves only to
-find and convert one. Padding and truncation of its own are switched off; documents are cut here,
-the same way in `prepare` and in `score`.
-
-Rows that come tokenised: whether a model, or a data folder, can take their ids.
+All functions work on the backend of a Hugging Face tokenizer; `transformers` only finds and
+converts one. The backend's own padding and truncation are off. Documents are cut here, so that
+`prepare` and `score` cut them in the same way.
 """
 
 import functools
@@ -29,9 +27,9 @@ _CONFIG_FILE = "tokenizer_config.json"
 CONTINUATION = "##"
 _MIN_PAIR_COUNT = 2
 _MAX_ALPHABET = 1000
-# Generous: English has four or five.
+# Generous: a token of English has four or five.
 _CHARACTERS_A_TOKEN = 8
-_LONGEST_WORD = 200
+_WORD_CHARACTERS = 200
 _BLANK = re.compile(r"\s")
 _TOKEN_NAMES = ("unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -61,48 +59,25 @@ class Tokenizer:
         """One more than the largest id, added tokens included: the rows that embeddings need."""
         return max(self.backend.get_vocab(with_added_tokens=True).values()) + 1
 
-    def encode_batch(
-        self, texts: list[str], max_seq_length: int
-    ) -> tuple[list[list[int]], list[bool]]:
-        """Tokenises documents.
-
-        Args:
-          texts: N documents.
-          max_seq_length: longest result in tokens, [CLS] and [SEP] included.
-
-        Returns:
-          N lists of ids, each [CLS] ... [SEP]; N flags, true where the document was cut.
-        """
-        ids = [
-            encoding.ids
-            for encoding in self.backend.encode_batch_fast(texts, add_special_tokens=True)
-        ]
-        truncated = [len(document) > max_seq_length for document in ids]
-        for index, is_cut in enumerate(truncated):
-            if is_cut:
-                ids[index] = [*ids[index][: max_seq_length - 1], self.sep_id]
-        return ids, truncated
-
     def encode_windows(
         self, texts: list[str], max_seq_length: int, window_stride: int, max_windows: int
     ) -> tuple[list[list[list[int]]], list[bool]]:
-        """Tokenises documents into windows, which overlap where the stride is short.
+        """Tokenises documents into windows, which overlap if the stride is short.
 
         A document that fits is one window; window n of a longer one holds the tokens from
-        n * window_stride on. Windows end with the first that reaches the document's end. They are
-        those of the Rust library's truncation with overflow, cut here because one `Tokenizer`
-        serves several lengths at once and the library keeps its setting in the tokenizer.
+        n * window_stride on. The last window is the first that reaches the document's end. These
+        are the windows of the Rust library's truncation with overflow. They are cut here because
+        the library keeps its lengths in the tokenizer, and one `Tokenizer` serves several.
 
         Args:
           texts: N documents.
           max_seq_length: longest window in tokens, [CLS] and [SEP] included.
-          window_stride: tokens of text from one window's start to the next, at most
-            max_seq_length - 2; 0 stands for that: windows do not overlap.
-          max_windows: the most windows of a document; what lies behind them is lost.
+          window_stride: tokens of text from one window's start to the next; 0 stands for the most,
+            max_seq_length - 2, where windows do not overlap.
+          max_windows: the most windows of a document; the tokens after them are lost.
 
         Returns:
-          N lists of windows, each a list of ids [CLS] ... [SEP]; N flags, true where tokens were
-          lost. With max_windows=1 the windows are what `encode_batch` gives.
+          N lists of windows of ids [CLS] ... [SEP]; N flags, true where tokens were lost.
         """
         room = max_seq_length - 2
         stride = window_stride or room
@@ -116,39 +91,35 @@ class Tokenizer:
             # Windows beside the first until one reaches the end, of len(ids) - 2 tokens of text.
             needed = 1 - (max_seq_length - len(ids)) // stride
             starts = range(1, 1 + min(needed, max_windows) * stride, stride)
-            documents.append(
-                [
-                    [self.cls_id, *ids[at : min(at + room, len(ids) - 1)], self.sep_id]
-                    for at in starts
-                ]
-            )
+            texts_of = (ids[at : min(at + room, len(ids) - 1)] for at in starts)
+            documents.append([[self.cls_id, *text, self.sep_id] for text in texts_of])
             lost.append(needed > max_windows)
         return documents, lost
 
     def _encode_beginnings(self, texts: list[str], num_tokens: int) -> list[list[int]]:
-        """The ids of texts, of long ones those of a beginning that has more than `num_tokens`.
+        """The ids of texts; of a long text those of a beginning of more than `num_tokens` tokens.
 
-        A text of a million words costs no more than what is kept of it.
+        So a text of a million words costs no more than the tokens that are used.
         """
         beginnings = texts
         if self.splits_at_blanks:
-            most = _CHARACTERS_A_TOKEN * num_tokens + _LONGEST_WORD
-            beginnings = [_cut_at_blank(text, most) for text in texts]
+            max_characters = _CHARACTERS_A_TOKEN * num_tokens + _WORD_CHARACTERS
+            beginnings = [_cut_at_blank(text, max_characters) for text in texts]
         ids = [encoding.ids for encoding in self.backend.encode_batch_fast(beginnings)]
-        short = [
-            place
-            for place, (text, beginning) in enumerate(zip(texts, beginnings, strict=True))
-            if len(beginning) < len(text) and len(ids[place]) <= num_tokens
+        too_short = [
+            index
+            for index, (text, beginning) in enumerate(zip(texts, beginnings, strict=True))
+            if len(beginning) < len(text) and len(ids[index]) <= num_tokens
         ]
-        if short:
-            whole = self.backend.encode_batch_fast([texts[place] for place in short])
-            for place, encoding in zip(short, whole, strict=True):
-                ids[place] = encoding.ids
+        if too_short:
+            whole = self.backend.encode_batch_fast([texts[index] for index in too_short])
+            for index, encoding in zip(too_short, whole, strict=True):
+                ids[index] = encoding.ids
         return ids
 
     @functools.cached_property
     def splits_at_blanks(self) -> bool:
-        """Whether what stands before a blank has the same ids whatever follows: as BERT's does."""
+        """Whether the ids of the text before a blank do not depend on what follows, as BERT's."""
         added = self.backend.get_added_tokens_decoder().values()
         return (
             isinstance(self.backend.normalizer, tokenizers.normalizers.BertNormalizer)
@@ -161,7 +132,7 @@ class Tokenizer:
 
         Args:
           folder: made if it does not exist.
-          model_max_length: tokens that the model takes, told to `transformers` for its truncation.
+          model_max_length: where `transformers` truncates, in tokens.
         """
         os.makedirs(folder, exist_ok=True)
         self.backend.save(os.path.join(folder, _TOKENIZER_FILE))
@@ -173,17 +144,15 @@ class Tokenizer:
         _write(os.path.join(folder, "special_tokens_map.json"), json.dumps(tokens, indent=2))
         if isinstance(self.backend.model, tokenizers.models.WordPiece):
             vocabulary = self.backend.get_vocab(with_added_tokens=False)
-            lines = "".join(
-                f"{token}\n" for token in sorted(vocabulary, key=vocabulary.__getitem__)
-            )
-            _write(os.path.join(folder, "vocab.txt"), lines.removesuffix("\n"))
+            tokens_by_id = sorted(vocabulary, key=vocabulary.__getitem__)
+            _write(os.path.join(folder, "vocab.txt"), "\n".join(tokens_by_id))
 
 
-def _cut_at_blank(text: str, most: int) -> str:
-    """The longest beginning of at most so many characters before a blank; else all of the text."""
-    if len(text) <= most:
+def _cut_at_blank(text: str, max_characters: int) -> str:
+    """The longest beginning of at most so many characters before a blank; without one, all text."""
+    if len(text) <= max_characters:
         return text
-    end = max(text.rfind(blank, 0, most) for blank in " \n\t")
+    end = max(text.rfind(blank, 0, max_characters) for blank in " \n\t")
     return text[:end] if end > 0 else text
 
 
@@ -193,11 +162,7 @@ def _write(path: str, text: str) -> None:
 
 
 def _wrap(backend: Backend, config: dict[str, Any], name: str) -> Tokenizer:
-    """A `Tokenizer` around a backend, checked to give [CLS] ... [SEP].
-
-    Raises:
-      UserError: if the tokenizer is not of BERT's kind.
-    """
+    """A `Tokenizer` around a backend; UserError unless it frames a text by [CLS] and [SEP]."""
     backend.no_padding()
     backend.no_truncation()
     tokens = [_content(config.get(key)) for key in ("cls_token", "sep_token", "pad_token")]
@@ -230,21 +195,18 @@ def _content(token: Any) -> str | None:
 def load_tokenizer(name_or_folder: str) -> Tokenizer:
     """Loads a tokenizer by hub id, or from a folder that `save` or `save_pretrained` wrote.
 
-    A URL has to hold tokenizer.json and tokenizer_config.json; older layouts are read locally only.
+    A URL has to hold tokenizer.json and tokenizer_config.json; older layouts load locally only.
 
     Raises:
-      UserError: if there is none of that name, or it is not of BERT's kind.
+      UserError: if there is no such tokenizer, or it does not frame a text by [CLS] and [SEP].
     """
     config_path = os.path.join(name_or_folder, _CONFIG_FILE)
     tokenizer_path = os.path.join(name_or_folder, _TOKENIZER_FILE)
     if filesystem.exists(config_path) and filesystem.exists(tokenizer_path):
-        contents, definition = (
-            filesystem.read_bytes(config_path),
-            filesystem.read_bytes(tokenizer_path),
-        )
+        contents = filesystem.read_bytes(config_path)
+        definition = filesystem.read_bytes(tokenizer_path)
         try:
-            config = json.loads(contents)
-            backend = Backend.from_buffer(definition)
+            config, backend = json.loads(contents), Backend.from_buffer(definition)
         except Exception as error:  # `tokenizers` raises bare Exception.
             raise UserError(f"{name_or_folder}: not a readable tokenizer ({error})") from None
         return _wrap(backend, config, name_or_folder)
@@ -258,7 +220,7 @@ def load_tokenizer(name_or_folder: str) -> Tokenizer:
 
 
 def _convert(name: str) -> Tokenizer:
-    """A tokenizer through `transformers`, which knows the hub and the older file layouts."""
+    """Loads a tokenizer by `transformers`, which knows the hub and the older file layouts."""
     import transformers
 
     try:
@@ -282,15 +244,13 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
       texts: documents; iterated twice, so not a generator.
       vocab_size: most WordPieces, the special tokens and the alphabet included.
     """
-    backend = Backend(tokenizers.models.WordPiece(unk_token="[UNK]"))
-    backend.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=True)
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    backend = _make_backend({})
     alphabet, left_out = _choose_alphabet(
         texts, backend.normalizer.normalize_str, (vocab_size - len(SPECIAL_TOKENS)) // 4
     )
-    # The trainer numbers the letters in the order of a randomly seeded hash map, and its choice
-    # between equally frequent pairs follows those numbers. Letters that are named beforehand have
-    # fixed numbers, and so the vocabulary does not depend on luck.
+    # The library's trainer numbers the letters in the order of a randomly seeded hash map, and
+    # chooses between equally frequent pairs by those numbers. Letters that are named beforehand
+    # have fixed numbers, so the vocabulary is the same in every process.
     letters = [*alphabet, *(CONTINUATION + letter for letter in alphabet)]
     trainer = tokenizers.trainers.WordPieceTrainer(
         vocab_size=vocab_size,
@@ -304,31 +264,33 @@ def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
 
 
 def _choose_alphabet(
-    texts: Iterable[str], normalize: Callable[[str], str], most: int
+    texts: Iterable[str], normalize: Callable[[str], str], max_letters: int
 ) -> tuple[list[str], list[str]]:
-    """The commonest letters after normalisation, sorted; the characters that give any other."""
+    """The most frequent letters after normalisation, sorted; the characters that give others."""
     characters: Counter[str] = Counter()
     for text in texts:
         characters.update(text)
-    # BERT's normalisation goes character by character, so each kind is normalised once.
+    # BERT's normalisation goes character by character, so each one is normalised once.
     letters_of = {character: "".join(normalize(character).split()) for character in characters}
     counts: Counter[str] = Counter()
     for character, letters in letters_of.items():
         for letter in letters:
             counts[letter] += characters[character]
     ranked = sorted(counts, key=lambda letter: (-counts[letter], letter))
-    alphabet = set(ranked[: min(most, _MAX_ALPHABET)])
-    left_out = [
-        character for character in characters if not alphabet.issuperset(letters_of[character])
-    ]
-    return sorted(alphabet), left_out
+    alphabet = set(ranked[: min(max_letters, _MAX_ALPHABET)])
+    return sorted(alphabet), [c for c in characters if not alphabet.issuperset(letters_of[c])]
+
+
+def _make_backend(vocabulary: dict[str, int]) -> Backend:
+    backend = Backend(tokenizers.models.WordPiece(vocabulary, unk_token="[UNK]"))
+    backend.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=True)
+    backend.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    return backend
 
 
 def _from_vocabulary(vocabulary: dict[str, int]) -> Tokenizer:
     """BERT's lower-case tokenizer with this vocabulary, its special tokens marked as such."""
-    backend = Backend(tokenizers.models.WordPiece(vocabulary, unk_token="[UNK]"))
-    backend.normalizer = tokenizers.normalizers.BertNormalizer(lowercase=True)
-    backend.pre_tokenizer = tokenizers.pre_tokenizers.BertPreTokenizer()
+    backend = _make_backend(vocabulary)
     backend.decoder = tokenizers.decoders.WordPiece(prefix=CONTINUATION)
     backend.add_special_tokens(list(SPECIAL_TOKENS))
     backend.post_processor = tokenizers.processors.TemplateProcessing(
@@ -350,7 +312,7 @@ def _from_vocabulary(vocabulary: dict[str, int]) -> Tokenizer:
 
 @dataclass(frozen=True)
 class TokenLimits:
-    """What token ids have to keep to.
+    """The limits of token ids.
 
     Attributes:
       cls_id, sep_id: ids of [CLS] and [SEP].
@@ -368,9 +330,8 @@ class TokenLimits:
     @classmethod
     def of(cls, tokenizer: Tokenizer, max_seq_length: int, max_windows: int) -> "TokenLimits":
         """The limits that a tokenizer and the shape of documents set."""
-        return cls(
-            tokenizer.cls_id, tokenizer.sep_id, tokenizer.vocab_size, max_seq_length, max_windows
-        )
+        ids = tokenizer.cls_id, tokenizer.sep_id
+        return cls(*ids, tokenizer.vocab_size, max_seq_length, max_windows)
 
 
 def check_windows(windows: Sequence[Sequence[int]], limits: TokenLimits) -> str | None:

@@ -1,11 +1,11 @@
-"""Dropout whose mask is a counter hash: stateless, the same bits on every device.
+"""Dropout with counter-hash masks: no state, the same bits on every device.
 
-A mask bit is a function of (seed, step, micro-batch within the step, site, position) alone. So a
-resumed run drops what the uninterrupted one would have, any split of a step over replicas drops
-the same, and the backward pass recomputes the mask instead of keeping it: compiled for a TPU this
-costs half of what Philox masks do.
+A mask bit depends only on (seed, step, micro-batch within the step, site, position). So a resumed
+run and any split of a step over replicas drop the same values, and the backward pass computes the
+mask again instead of keeping it. Compiled for a TPU this costs half as much as Philox masks.
 """
 
+import math
 from collections.abc import Sequence
 
 import tensorflow as tf
@@ -22,20 +22,14 @@ def _shift_xor(values: tf.Tensor, bits: int) -> tf.Tensor:
 
 
 def _mix(values: tf.Tensor) -> tf.Tensor:
-    """A bijective finaliser of 32-bit words (Wellons' `lowbias32`, hash-prospector, 2018)."""
+    """A bijective hash of 32-bit words (Wellons' `lowbias32`, hash-prospector, 2018)."""
     values = _shift_xor(values, 16) * _constant(0x7FEB352D)
     values = _shift_xor(values, 15) * _constant(0x846CA68B)
     return _shift_xor(values, 16)
 
 
 def step_key(seed: int, step: tf.Tensor, micro_batch: tf.Tensor) -> tf.Tensor:
-    """The key (uint32 scalar) of one micro-batch of one step.
-
-    Args:
-      seed: of the run.
-      step: integer scalar, steps taken before this one.
-      micro_batch: integer scalar, which of the step's K micro-batches.
-    """
+    """The key (uint32 scalar) of one of a step's K micro-batches; `step` counts from 0."""
     key = _mix(_constant(seed) + _constant(_GOLDEN))
     key = _mix(tf.bitwise.bitwise_xor(key, tf.cast(step, tf.uint32)) + _constant(_GOLDEN))
     return _mix(tf.bitwise.bitwise_xor(key, tf.cast(micro_batch, tf.uint32)) + _constant(_GOLDEN))
@@ -44,35 +38,30 @@ def step_key(seed: int, step: tf.Tensor, micro_batch: tf.Tensor) -> tf.Tensor:
 def keep_mask(key: tf.Tensor, site: int, shape: Sequence[int], rate: float) -> tf.Tensor:
     """True where a value stays, with probability 1 - rate.
 
-    Rows and columns of the tensor, seen as a matrix, are hashed fully (cheap: N + M hashes); each
-    cell mixes the xor of its two with one multiplicative round, which is enough to pass the tests
-    of rate and independence and is what the step's time allows.
+    The tensor is a matrix here. Its row and column indices are hashed fully, N + M hashes; each
+    cell then mixes the xor of the two in one multiplicative round. That passes the tests of rate
+    and independence, and a full hash for each cell would take too much of a step's time.
 
     Args:
-      key: uint32 scalar from `step_key`.
+      key: from `step_key`.
       site: which dropout of the model this is.
       shape: static shape of the mask, at least one dimension.
       rate: share to drop, in [0, 1).
     """
     columns = int(shape[-1])
-    rows = 1
-    for size in shape[:-1]:
-        rows *= int(size)
+    rows = math.prod(int(size) for size in shape[:-1])
     key = _mix(key + _constant((site + 1) * _GOLDEN))
     row = _mix(key + tf.cast(tf.range(rows), tf.uint32) * _constant(_GOLDEN))
-    column = _mix(tf.bitwise.bitwise_xor(key, _constant(0x5BD1E995)) + _columns(columns))
+    counter = tf.cast(tf.range(columns), tf.uint32) * _constant(0x85EBCA6B)
+    column = _mix(tf.bitwise.bitwise_xor(key, _constant(0x5BD1E995)) + counter)
     cells = tf.bitwise.bitwise_xor(row[:, None], column[None, :]) * _constant(0x7FEB352D)
     cells = _shift_xor(cells, 15) * _constant(0x846CA68B)
     keep = cells >= _constant(round(rate * 2**32))
     return tf.reshape(keep, tf.TensorShape(shape))
 
 
-def _columns(count: int) -> tf.Tensor:
-    return tf.cast(tf.range(count), tf.uint32) * _constant(0x85EBCA6B)
-
-
 class Dropout:
-    """The dropouts of one pass over one micro-batch; `None` in its place means evaluation."""
+    """The dropouts of one forward pass over one micro-batch; evaluation passes None instead."""
 
     def __init__(self, key: tf.Tensor) -> None:
         """Args: key: uint32 scalar from `step_key`."""
@@ -90,7 +79,7 @@ class Dropout:
             scaled = values * tf.constant(1 / (1 - rate), values.dtype)
             return tf.where(keep_mask(key, site, shape, rate), scaled, tf.zeros([], values.dtype))
 
-        # Dropout is linear and its own transpose: the gradient is the same mask, made again.
+        # Dropout is linear and symmetric, so its gradient is the same function of the gradient.
         @tf.custom_gradient
         def drop(values: tf.Tensor):  # type: ignore[no-untyped-def]
             return apply(values), apply

@@ -1,22 +1,18 @@
 """BERT (Devlin et al. 2018, arXiv:1810.04805) over packed tokens, in Keras 3 layers.
 
-Everything but attention runs on [T, hidden]; attention takes the tokens of each row group as
-[rows, length] and lets a token see the tokens of its own segment. Parameters are float32 and are
-cast to the policy's compute type where they are used; LayerNorm statistics and softmax sums are
-float32 whatever the policy.
+All layers but attention run on [T, hidden]. Attention takes the tokens of each row group as [rows,
+length], where a token sees the tokens of its own segment. Parameters are float32, cast to the
+policy's compute type where they are used; LayerNorm statistics and softmax sums are always float32.
 
-Sums, means and softmaxes of rows by the segment that each belongs to; -1 belongs to none.
-
-The seeds of a model's initial weights.
-
-Keras draws them from Python's global generator, from which any thread may draw in between: Google's
-clients do, for the pauses between their requests. Here they come from one generator a model.
+The sums, means and softmaxes by segment here serve the heads too: in their `segment` arguments -1
+stands for no segment.
 """
 
 import contextlib
 import contextvars
 import random
 from collections.abc import Callable, Iterator, Sequence
+from dataclasses import dataclass, replace
 from typing import Any
 
 import keras
@@ -28,7 +24,7 @@ from trainer.model_config import ModelConfig
 
 
 def sum_by_segment(values: tf.Tensor, segment: tf.Tensor, num_segments: int) -> tf.Tensor:
-    """Sums rows of `values` by segment; rows whose segment is -1 count nowhere."""
+    """Sums of rows of `values` by segment; rows of segment -1 are left out."""
     return tf.math.unsorted_segment_sum(values, segment, num_segments)
 
 
@@ -40,11 +36,14 @@ def mean_by_segment(values: tf.Tensor, segment: tf.Tensor, num_segments: int) ->
 
 
 def softmax_by_segment(scores: tf.Tensor, segment: tf.Tensor, num_segments: int) -> tf.Tensor:
-    """exp(scores) scaled so that none overflows (float32), 0 where segment is -1; sums are not 1.
+    """The softmax's numerators, float32 [N, K]: divide them by their sums by segment.
+
+    They are exp(scores) over each segment's largest one, so that none overflows; 0 for segment -1.
 
     Args:
       scores: [N, K].
       segment: int32 [N].
+      num_segments: how many there are.
     """
     scores = tf.cast(scores, tf.float32)
     # The maximum only keeps exp in range, so it needs no gradient.
@@ -54,15 +53,17 @@ def softmax_by_segment(scores: tf.Tensor, segment: tf.Tensor, num_segments: int)
     return tf.where(segment[:, None] >= 0, weights, 0.0)
 
 
+# Keras draws the seeds of initial weights from Python's global generator, from which other threads
+# draw too: Google's clients do, for the pauses between their requests. So a model has its own.
 _GENERATOR: contextvars.ContextVar[random.Random | None] = contextvars.ContextVar(
     "generator", default=None
 )
-_MOST = 10**9  # As Keras has it: so these are the seeds that it draws when nobody disturbs it.
+_MAX_SEED = 10**9  # Keras has the same, so these are the seeds that it draws when undisturbed.
 
 
 @contextlib.contextmanager
 def seeded_weights(seed: int) -> Iterator[None]:
-    """Within the block, `truncated_normal` gives the same initial weights for the same seed."""
+    """Within the block, equal seeds give layers equal initial weights."""
     token = _GENERATOR.set(random.Random(seed))
     try:
         yield
@@ -70,24 +71,40 @@ def seeded_weights(seed: int) -> Iterator[None]:
         _GENERATOR.reset(token)
 
 
-def truncated_normal(spread: float) -> keras.initializers.Initializer:
+def _truncated_normal(spread: float) -> keras.initializers.Initializer:
     """Normal weights of standard deviation `spread`, those beyond two of it drawn again."""
     generator = _GENERATOR.get()
-    seed = None if generator is None else generator.randint(1, _MOST)
+    seed = None if generator is None else generator.randint(1, _MAX_SEED)
     return keras.initializers.TruncatedNormal(stddev=spread, seed=seed)
 
 
-# (rows, length) of each group; scalars may be tensors where the shape is not known beforehand.
+# (rows, length) of each group; tensors where the shape is not known beforehand.
 RowGroups = Sequence[tuple[int | tf.Tensor, int | tf.Tensor]]
-# The score of a token that another one does not see: exp() of it is 0.
+# The attention score of a token that is not visible: its exp() is 0.
 _HIDDEN = -1e9
+
+
+# Not a NamedTuple: Keras refuses tuples that mix tensors with other values.
+@dataclass(frozen=True)
+class _PackedTokens:
+    """Where T tokens lie, and which of them a layer's states are wanted of.
+
+    Attributes:
+      segment_ids: int32 [T].
+      row_groups: in the order of the tokens.
+      wanted: int32 [W], places of tokens, or None for all T.
+    """
+
+    segment_ids: tf.Tensor
+    row_groups: RowGroups
+    wanted: tf.Tensor | None
 
 
 def _gelu(x: tf.Tensor) -> tf.Tensor:
     """x Phi(x) (Hendrycks & Gimpel 2016, arXiv:1606.08415), exact."""
     if x.dtype == tf.float32:
-        # In this form, which loses digits in narrower types only, TensorFlow fuses it on CPUs with
-        # the product before it.
+        # TensorFlow fuses this form with the matrix product before it on CPUs. In narrower types it
+        # would lose digits.
         return 0.5 * x * (1.0 + tf.math.erf(x * 2**-0.5))
     return tf.nn.gelu(x, approximate=False)
 
@@ -105,25 +122,17 @@ class Dense(keras.layers.Layer):
     """x @ kernel + bias, kernel [inputs, units]."""
 
     def __init__(
-        self,
-        inputs: int,
-        units: int,
-        initializer_range: float,
-        use_bias: bool = True,
-        **kwargs: Any,
+        self, inputs: int, units: int, spread: float, use_bias: bool = True, **kwargs: Any
     ) -> None:
         super().__init__(autocast=False, **kwargs)
         self._shape = (inputs, units)
-        self._range = initializer_range
+        self._spread = spread
         self._use_bias = use_bias
 
     def build(self, _: Any = None) -> None:
         """Makes `kernel` (truncated normal) and `bias` (zeros)."""
-        self.kernel = self.add_weight(
-            name="kernel",
-            shape=self._shape,
-            initializer=truncated_normal(self._range),
-        )
+        initializer = _truncated_normal(self._spread)
+        self.kernel = self.add_weight(name="kernel", shape=self._shape, initializer=initializer)
         if self._use_bias:
             self.bias = self.add_weight(name="bias", shape=self._shape[1:], initializer="zeros")
 
@@ -133,14 +142,14 @@ class Dense(keras.layers.Layer):
         y = tf.matmul(x, tf.cast(kernel, self.compute_dtype))
         if self._use_bias and add_bias:
             bias = self.bias.value if units is None else self.bias.value[units]
-            # Unlike a plain sum, TensorFlow fuses it on CPUs with the product, and with the GELU or
-            # the residual after it.
+            # On CPUs TensorFlow fuses `bias_add`, but not a plain sum, with the product before it
+            # and the GELU or residual after it.
             y = tf.nn.bias_add(y, tf.cast(bias, self.compute_dtype))
         return y
 
 
 class LayerNorm(keras.layers.Layer):
-    """LayerNorm (Ba et al. 2016) with float32 statistics and inputs saved in the compute type."""
+    """LayerNorm (Ba et al. 2016); statistics are float32, inputs are saved in the compute type."""
 
     def __init__(self, size: int, epsilon: float, **kwargs: Any) -> None:
         super().__init__(autocast=False, **kwargs)
@@ -153,38 +162,33 @@ class LayerNorm(keras.layers.Layer):
         self.beta = self.add_weight(name="beta", shape=(self._size,), initializer="zeros")
 
     def call(self, x: tf.Tensor) -> tf.Tensor:
-        """[T, size] to [T, size] in the compute type."""
-        return _layer_norm(x, self.gamma.value, self.beta.value, self._epsilon)
+        """[T, size] to [T, size], in the compute type."""
 
+        @tf.custom_gradient
+        def normalize(x, gamma, beta):  # type: ignore[no-untyped-def]
+            wide = tf.cast(x, tf.float32)
+            mean = tf.reduce_mean(wide, axis=-1, keepdims=True)
+            variance = tf.reduce_mean(tf.square(wide - mean), axis=-1, keepdims=True)
+            inverse = tf.math.rsqrt(variance + self._epsilon)
+            y = tf.cast((wide - mean) * inverse * gamma + beta, x.dtype)
 
-def _layer_norm(x: tf.Tensor, gamma: tf.Tensor, beta: tf.Tensor, epsilon: float) -> tf.Tensor:
-    @tf.custom_gradient
-    def normalize(x, gamma, beta):  # type: ignore[no-untyped-def]
-        wide = tf.cast(x, tf.float32)
-        mean = tf.reduce_mean(wide, axis=-1, keepdims=True)
-        variance = tf.reduce_mean(tf.square(wide - mean), axis=-1, keepdims=True)
-        inverse = tf.math.rsqrt(variance + epsilon)
-        y = tf.cast((wide - mean) * inverse * gamma + beta, x.dtype)
+            def gradient(dy):  # type: ignore[no-untyped-def]
+                # Saves x in its own type and computes the normalised float32 value again.
+                normal = (tf.cast(x, tf.float32) - mean) * inverse
+                dy = tf.cast(dy, tf.float32)
+                scaled = dy * gamma
+                dx = inverse * (
+                    scaled
+                    - tf.reduce_mean(scaled, axis=-1, keepdims=True)
+                    - normal * tf.reduce_mean(scaled * normal, axis=-1, keepdims=True)
+                )
+                dgamma, dbeta = tf.reduce_sum(dy * normal, axis=0), tf.reduce_sum(dy, axis=0)
+                return tf.cast(dx, x.dtype), dgamma, dbeta
 
-        def gradient(dy):  # type: ignore[no-untyped-def]
-            # x itself is kept, in its own type; the normalised float32 value is made again.
-            normal = (tf.cast(x, tf.float32) - mean) * inverse
-            dy = tf.cast(dy, tf.float32)
-            scaled = dy * gamma
-            dx = inverse * (
-                scaled
-                - tf.reduce_mean(scaled, axis=-1, keepdims=True)
-                - normal * tf.reduce_mean(scaled * normal, axis=-1, keepdims=True)
-            )
-            return (
-                tf.cast(dx, x.dtype),
-                tf.reduce_sum(dy * normal, axis=0),
-                tf.reduce_sum(dy, axis=0),
-            )
+            return y, gradient
 
-        return y, gradient
-
-    return normalize(x, tf.convert_to_tensor(gamma), tf.convert_to_tensor(beta))
+        gamma, beta = (tf.convert_to_tensor(part.value) for part in (self.gamma, self.beta))
+        return normalize(x, gamma, beta)
 
 
 class SelfAttention(keras.layers.Layer):
@@ -203,28 +207,22 @@ class SelfAttention(keras.layers.Layer):
         self.output_dense = Dense(size, size, spread, name="output", dtype=self.dtype_policy)
 
     def build(self, _: Any = None) -> None:
-        """Builds both projections."""
         self.qkv.build()
         self.output_dense.build()
 
     def call(
-        self,
-        x: tf.Tensor,
-        segment_ids: tf.Tensor,
-        row_groups: RowGroups,
-        wanted: tf.Tensor | None = None,
-        dropout: Dropout | None = None,
+        self, x: tf.Tensor, tokens: _PackedTokens, dropout: Dropout | None = None
     ) -> tf.Tensor:
-        """[T, hidden], int32 [T] to [T, hidden], or to [W, hidden] of the `wanted` (int32 [W])."""
+        """[T, hidden] to [T, hidden], or to [W, hidden] of the wanted tokens."""
+        wanted = tokens.wanted
         if wanted is not None and x.dtype == tf.float32:
-            return self.output_dense(self._attend_from(x, wanted, segment_ids, dropout))
+            return self.output_dense(self._attend_from(x, wanted, tokens.segment_ids, dropout))
         qkv = self.qkv(x)
         contexts, start = [], 0
-        for rows, length in row_groups:
+        for rows, length in tokens.row_groups:
             end = start + rows * length
-            contexts.append(
-                self._attend(qkv[start:end], segment_ids[start:end], rows, length, dropout)
-            )
+            segments = tf.reshape(tokens.segment_ids[start:end], [rows, 1, length])
+            contexts.append(self._attend(qkv[start:end], segments, (rows, length), dropout))
             start = end
         context = contexts[0] if len(contexts) == 1 else tf.concat(contexts, axis=0)
         return self.output_dense(context if wanted is None else tf.gather(context, wanted))
@@ -232,10 +230,10 @@ class SelfAttention(keras.layers.Layer):
     def _attend_from(
         self, x: tf.Tensor, wanted: tf.Tensor, segment_ids: tf.Tensor, dropout: Dropout | None
     ) -> tf.Tensor:
-        """Contexts [W, hidden] of one token of each segment: W queries in place of T.
+        """Contexts [W, hidden] of one token of each segment: W queries instead of T.
 
-        For float32, so for CPUs: MiniLM's whole forward pass takes 7 % less time there. The sums
-        by segment would be a TPU's scatters, one row after another.
+        For float32, so for CPUs, where MiniLM's whole forward pass takes 7 % less time. On a TPU
+        the sums by segment would become scatters of one row after another.
         """
         size, heads = self._heads * self._head_size, self._heads
         window, num_windows = segment_ids - 1, tf.shape(wanted)[0]
@@ -254,23 +252,25 @@ class SelfAttention(keras.layers.Layer):
     def _attend(
         self,
         qkv: tf.Tensor,
-        segment_ids: tf.Tensor,
-        rows: int | tf.Tensor,
-        length: int | tf.Tensor,
+        segments: tf.Tensor,
+        group: tuple[int | tf.Tensor, int | tf.Tensor],
         dropout: Dropout | None,
     ) -> tf.Tensor:
-        heads, size = self._heads, self._head_size
+        """Contexts [rows x length, hidden] of one group (rows, length).
+
+        `qkv` is [rows x length, 3 x hidden], `segments` int32 [rows, 1, length].
+        """
+        (rows, length), heads, size = group, self._heads, self._head_size
         qkv = tf.reshape(qkv, [rows, length, 3, heads, size])
         query, key, value = tf.unstack(tf.transpose(qkv, [2, 0, 3, 1, 4]))
-        segments = tf.reshape(segment_ids, [rows, 1, length])
         visible = segments[:, :, :, None] == segments[:, :, None, :]
         scale = tf.constant(size**-0.5, query.dtype)
         if query.dtype == tf.float32:
-            # A factor and a sum, which TensorFlow makes one op of with the product on CPUs.
+            # On CPUs TensorFlow fuses the product with one factor and one sum.
             mask = tf.where(visible, 0.0, _HIDDEN)
             scores = tf.matmul(query, key, transpose_b=True) * scale + mask
         else:
-            # Scaling the queries touches length / head size times less memory than the scores.
+            # The queries are length / head size times smaller than the scores.
             scores = tf.cast(tf.matmul(query * scale, key, transpose_b=True), tf.float32)
             scores = tf.where(visible, scores, _HIDDEN)
         probabilities = tf.cast(tf.nn.softmax(scores), value.dtype)
@@ -296,25 +296,17 @@ class EncoderLayer(keras.layers.Layer):
         self.output_norm = LayerNorm(size, epsilon, name="output_layer_norm", dtype=policy)
 
     def build(self, _: Any = None) -> None:
-        """Builds the parts."""
         for part in (self.attention, self.attention_norm, self.inner, self.outer, self.output_norm):
             part.build()
 
     def call(
-        self,
-        x: tf.Tensor,
-        segment_ids: tf.Tensor,
-        row_groups: RowGroups,
-        wanted: tf.Tensor | None = None,
-        dropout: Dropout | None = None,
+        self, x: tf.Tensor, tokens: _PackedTokens, dropout: Dropout | None = None
     ) -> tf.Tensor:
-        """[T, hidden], int32 [T] to [T, hidden], or to [W, hidden] of the `wanted` (int32 [W])."""
-        attended = self.attention(
-            x, segment_ids, row_groups=row_groups, wanted=wanted, dropout=dropout
-        )
+        """[T, hidden] to [T, hidden], or to [W, hidden] of the wanted tokens."""
+        attended = self.attention(x, tokens=tokens, dropout=dropout)
         if dropout is not None:
             attended = dropout(attended, self._rate)
-        x = x if wanted is None else tf.gather(x, wanted)
+        x = x if tokens.wanted is None else tf.gather(x, tokens.wanted)
         x = self.attention_norm(x + attended)
         y = self.outer(self._activation(self.inner(x)))
         if dropout is not None:
@@ -341,7 +333,7 @@ class Embeddings(keras.layers.Layer):
         self.norm.build()
 
     def _add_table(self, name: str, rows: int) -> keras.Variable:
-        initializer = truncated_normal(self._config.initializer_range)
+        initializer = _truncated_normal(self._config.initializer_range)
         return self.add_weight(
             name=name, shape=(rows, self._config.hidden_size), initializer=initializer
         )
@@ -382,7 +374,6 @@ class Encoder(keras.layers.Layer):
         ]
 
     def build(self, _: Any = None) -> None:
-        """Builds the embeddings and the layers."""
         self.embeddings.build()
         for layer in self.layers:
             layer.build()
@@ -403,12 +394,12 @@ class Encoder(keras.layers.Layer):
           input_ids, position_ids, segment_ids: int32 [T]; equal segments in a row see each other.
           row_groups: (rows, length) of each group, in the order of the tokens.
           token_type_ids: int32 [T]; default: zeros.
-          wanted: int32 [W], the place of the one token of segment 1…W whose state is wanted;
-            default: all T. Most of the last layer's work is then left out for the others.
+          wanted: int32 [W], the places of one token each of segments 1 to W; default: all T. The
+            last layer then does most of its work for these tokens only.
           dropout: of this micro-batch; None for evaluation.
         """
         x = self.embeddings(input_ids, position_ids, token_type_ids=token_type_ids, dropout=dropout)
-        for layer in self.layers:
-            of_last = wanted if layer is self.layers[-1] else None
-            x = layer(x, segment_ids, row_groups=row_groups, wanted=of_last, dropout=dropout)
-        return x
+        tokens = _PackedTokens(segment_ids, row_groups, None)
+        for layer in self.layers[:-1]:
+            x = layer(x, tokens=tokens, dropout=dropout)
+        return self.layers[-1](x, tokens=replace(tokens, wanted=wanted), dropout=dropout)

@@ -1,6 +1,7 @@
-"""The heads: hidden states of packed tokens to one logit a document and label.
+"""The heads: hidden states of packed tokens to one logit for each document and label.
 
-A head says by `takes_first_tokens` which it takes: of all T tokens, or of each window's [CLS].
+`takes_first_tokens` tells whether a head takes the states of each window's [CLS] or of all T
+tokens.
 """
 
 from collections.abc import Callable
@@ -13,6 +14,8 @@ from trainer.model.dropout import Dropout
 from trainer.model.encoder import Dense, mean_by_segment, softmax_by_segment, sum_by_segment
 from trainer.model_config import ModelConfig
 
+Batch = dict[str, tf.Tensor]
+
 
 def _token_document(segment_ids: tf.Tensor, window_document: tf.Tensor) -> tf.Tensor:
     """Each token's document (int32 [T]), -1 for padding."""
@@ -21,11 +24,11 @@ def _token_document(segment_ids: tf.Tensor, window_document: tf.Tensor) -> tf.Te
 
 
 class WindowPooling(keras.layers.Layer):
-    """One vector a window to one a document: their maximum, mean, or attention-weighted mean.
+    """A document's vector from its windows' vectors: maximum, mean, or attention-weighted mean.
 
-    The attention is a softmax over a document's windows of a learned query's product with each
-    (Ilse et al. 2018, arXiv:1802.04712, with the identity in place of its hidden layer). The query
-    begins at zero, where attention is the mean. A document of one window keeps its vector.
+    The attention is a softmax over the windows of their products with a learned query (Ilse et al.
+    2018, arXiv:1802.04712, with the identity as its hidden layer). The query starts at zero, where
+    attention is the mean. A document of one window keeps its vector.
     """
 
     def __init__(self, config: ModelConfig, **kwargs: Any) -> None:
@@ -61,98 +64,92 @@ class WindowPooling(keras.layers.Layer):
         return weighted / tf.maximum(total, 1e-30)
 
 
-class ClsHead(keras.layers.Layer):
-    """BERT's pooler over each window's [CLS], a document's windows pooled, then one Dense."""
+class _PooledHead(keras.layers.Layer):
+    """A vector for each window, a document's windows pooled, then one Dense."""
+
+    def __init__(self, config: ModelConfig, **kwargs: Any) -> None:
+        super().__init__(autocast=False, **kwargs)
+        self._rate = config.hidden_dropout
+
+    def _add_classifier(self, config: ModelConfig, spread: float) -> None:
+        """Adds the last layers. Checkpoints and gradient norms depend on the order of layers."""
+        self.window_pooling = WindowPooling(config, name="window_pooling", dtype="float32")
+        self.classifier = Dense(
+            config.hidden_size, config.num_labels, spread, name="classifier", dtype="float32"
+        )
+
+    def build(self, _: Any = None) -> None:
+        self.window_pooling.build()
+        self.classifier.build()
+
+    def _window_vectors(self, hidden: tf.Tensor, batch: Batch) -> tf.Tensor:
+        """[W, hidden]."""
+        raise NotImplementedError
+
+    def call(
+        self, hidden: tf.Tensor, batch: Batch, num_documents: int, dropout: Dropout | None = None
+    ) -> tf.Tensor:
+        """Hidden states to float32 logits [D, L]."""
+        document = self.window_pooling(
+            self._window_vectors(hidden, batch),
+            batch["window_document"],
+            num_documents=num_documents,
+        )
+        if dropout is not None:
+            document = dropout(document, self._rate)
+        return self.classifier(document)
+
+
+class ClsHead(_PooledHead):
+    """BERT's pooler over each window's [CLS]: hidden states [W, hidden]."""
 
     takes_first_tokens = True
 
     def __init__(self, config: ModelConfig, **kwargs: Any) -> None:
-        super().__init__(autocast=False, **kwargs)
+        super().__init__(config, **kwargs)
         size, spread = config.hidden_size, config.initializer_range
-        self._rate = config.hidden_dropout
         self.pooler = Dense(size, size, spread, name="pooler", dtype=self.dtype_policy)
-        self.window_pooling = WindowPooling(config, name="window_pooling", dtype="float32")
-        # tanh leaves values of up to 1, so that logits start within about 1 of the labels'
-        # log-odds. BERT's own 0.02 lets little of a label's gradient through to the encoder.
-        self.classifier = Dense(
-            size, config.num_labels, size**-0.5, name="classifier", dtype="float32"
-        )
+        # tanh leaves values of up to 1, so with this spread logits start within about 1 of the
+        # labels' log-odds. BERT's own 0.02 lets little of a label's gradient reach the encoder.
+        self._add_classifier(config, size**-0.5)
 
     def build(self, _: Any = None) -> None:
-        """Builds the layers."""
-        for part in (self.pooler, self.window_pooling, self.classifier):
-            part.build()
+        self.pooler.build()
+        super().build()
 
     def pool(self, hidden: tf.Tensor) -> tf.Tensor:
-        """BERT's pooled output [W, hidden] of W tokens [CLS]."""
+        """BERT's pooled output [W, hidden] of the states of W [CLS] tokens."""
         return tf.tanh(self.pooler(hidden))
 
-    def call(
-        self,
-        hidden: tf.Tensor,
-        batch: dict[str, tf.Tensor],
-        num_documents: int,
-        dropout: Dropout | None = None,
-    ) -> tf.Tensor:
-        """[W, hidden] to float32 logits [D, L]."""
-        document = self.window_pooling(
-            self.pool(hidden), batch["window_document"], num_documents=num_documents
-        )
-        if dropout is not None:
-            document = dropout(document, self._rate)
-        return self.classifier(document)
+    def _window_vectors(self, hidden: tf.Tensor, batch: Batch) -> tf.Tensor:
+        return self.pool(hidden)
 
 
-class MeanHead(keras.layers.Layer):
-    """The mean of each window's tokens, a document's windows pooled, then one Dense."""
+class MeanHead(_PooledHead):
+    """The mean of each window's tokens: hidden states [T, hidden]."""
 
     takes_first_tokens = False
 
     def __init__(self, config: ModelConfig, **kwargs: Any) -> None:
-        super().__init__(autocast=False, **kwargs)
-        self._rate = config.hidden_dropout
-        self.window_pooling = WindowPooling(config, name="window_pooling", dtype="float32")
-        self.classifier = Dense(
-            config.hidden_size,
-            config.num_labels,
-            config.initializer_range,
-            name="classifier",
-            dtype="float32",
-        )
+        super().__init__(config, **kwargs)
+        self._add_classifier(config, config.initializer_range)
 
-    def build(self, _: Any = None) -> None:
-        """Builds both layers."""
-        self.window_pooling.build()
-        self.classifier.build()
-
-    def call(
-        self,
-        hidden: tf.Tensor,
-        batch: dict[str, tf.Tensor],
-        num_documents: int,
-        dropout: Dropout | None = None,
-    ) -> tf.Tensor:
-        """[T, hidden] to float32 logits [D, L]."""
-        window_document = batch["window_document"]
-        # Segment 0 is padding, which so becomes -1 and counts nowhere.
-        num_windows = tf.shape(window_document)[0]
-        if window_document.shape[0] is not None:
-            num_windows = window_document.shape[0]
-        windows = mean_by_segment(hidden, batch["segment_ids"] - 1, num_windows)
-        document = self.window_pooling(windows, window_document, num_documents=num_documents)
-        if dropout is not None:
-            document = dropout(document, self._rate)
-        return self.classifier(document)
+    def _window_vectors(self, hidden: tf.Tensor, batch: Batch) -> tf.Tensor:
+        num_windows = batch["window_document"].shape[0]
+        if num_windows is None:
+            num_windows = tf.shape(batch["window_document"])[0]
+        # Segment 0 is padding, so it becomes -1, which is left out.
+        return mean_by_segment(hidden, batch["segment_ids"] - 1, num_windows)
 
 
 class LabelAttentionHead(keras.layers.Layer):
     """Each label attends to the document's tokens (Mullenbach et al. 2018, arXiv:1802.05695).
 
-    The tokens are those of all the document's windows, so that there is nothing to pool.
+    The tokens are those of all windows of the document, so windows are not pooled.
 
     For label l and token states h: a = softmax_t(u_l . h_t), logit = sum_t a_t (b_l . h_t) + c_l.
-    Since the label's classifier is linear, it is applied to the tokens before the attention sums
-    them: two [T, L] products and no [D, L, hidden] tensor.
+    The label's classifier is linear, so it is applied to the tokens before the attention sums them:
+    two [T, L] products and no [D, L, hidden] tensor.
     """
 
     takes_first_tokens = False
@@ -165,16 +162,11 @@ class LabelAttentionHead(keras.layers.Layer):
         self.classifier = Dense(*arguments, name="classifier", dtype=self.dtype_policy)
 
     def build(self, _: Any = None) -> None:
-        """Builds both layers."""
         self.query.build()
         self.classifier.build()
 
     def call(
-        self,
-        hidden: tf.Tensor,
-        batch: dict[str, tf.Tensor],
-        num_documents: int,
-        dropout: Dropout | None = None,
+        self, hidden: tf.Tensor, batch: Batch, num_documents: int, dropout: Dropout | None = None
     ) -> tf.Tensor:
         """[T, hidden] to float32 logits [D, L]."""
         token_document = _token_document(batch["segment_ids"], batch["window_document"])

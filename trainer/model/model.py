@@ -1,4 +1,4 @@
-"""Encoder, one vector a document, and a sigmoid head: tokens to one logit a label."""
+"""The model: an encoder and a head, which turn packed tokens into one logit for each label."""
 
 from typing import Any
 
@@ -10,12 +10,12 @@ from trainer.model.encoder import Encoder, RowGroups, seeded_weights
 from trainer.model.heads import HEADS
 from trainer.model_config import ModelConfig
 
-# What a model takes of a micro-batch.
+# The tensors of a micro-batch that a model takes.
 INPUTS = ("input_ids", "position_ids", "segment_ids", "window_starts", "window_document")
 
 
 class Model(keras.layers.Layer):
-    """The whole model: a micro-batch to one logit a document and label."""
+    """The whole model: a micro-batch to one logit for each document and label."""
 
     def __init__(self, config: ModelConfig, **kwargs: Any) -> None:
         super().__init__(name="model", autocast=False, **kwargs)
@@ -24,7 +24,6 @@ class Model(keras.layers.Layer):
         self.head = HEADS[config.head](config, name="head", dtype=self.dtype_policy)
 
     def build(self, _: Any = None) -> None:
-        """Builds encoder and head."""
         self.encoder.build()
         self.head.build()
 
@@ -35,7 +34,7 @@ class Model(keras.layers.Layer):
         num_documents: int,
         dropout: Dropout | None = None,
     ) -> tf.Tensor:
-        """Logits float32 [D, L] of one micro-batch; what empty slots get means nothing.
+        """Logits float32 [D, L] of one micro-batch; those of empty slots are meaningless.
 
         Args:
           batch: `input_ids`, `position_ids`, `segment_ids` (int32 [T]), `window_starts`,
@@ -64,12 +63,9 @@ class Model(keras.layers.Layer):
 
 
 def build_model(config: ModelConfig, precision: str = "float32", seed: int = 0) -> Model:
-    """A model with fresh weights, the same for the same seed.
+    """A model with initial weights, the same for the same seed.
 
-    Args:
-      config: sizes and head.
-      precision: `float32` or `mixed_bfloat16`; parameters are float32 either way.
-      seed: of the initial weights.
+    With any precision (`float32`, `mixed_bfloat16` or `mixed_float16`) parameters are float32.
     """
     keras.utils.set_random_seed(seed)
     model = Model(config, dtype=precision)
@@ -82,13 +78,13 @@ def build_model(config: ModelConfig, precision: str = "float32", seed: int = 0) 
 def pad_batch(
     input_ids: tf.Tensor, attention_mask: tf.Tensor, token_type_ids: tf.Tensor
 ) -> tuple[dict[str, tf.Tensor], RowGroups, tf.Tensor]:
-    """A padded batch as transformers make it, in a micro-batch's terms: one document a row.
+    """A padded batch of `transformers` as a micro-batch of one document per row.
 
     Args:
       input_ids, attention_mask, token_type_ids: int32 [B, S].
 
     Returns:
-      What `Model.call` takes: batch, row groups, number of documents.
+      The arguments of `Model.call`: batch, row groups, number of documents.
     """
     rows, length = tf.unstack(tf.shape(input_ids))
     documents = tf.range(rows)

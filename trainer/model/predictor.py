@@ -1,6 +1,6 @@
-"""The evaluation step: a model's logits of a split, on all replicas of a strategy."""
+"""A model's logits of a split, computed on all replicas of a strategy."""
 
-from collections.abc import Iterator, Sequence
+from collections.abc import Callable, Iterator, Sequence
 
 import numpy as np
 import tensorflow as tf
@@ -18,9 +18,9 @@ from trainer.model.model import INPUTS, Model
 from trainer.model_config import PackingConfig
 
 MicroBatches = dict[str, tf.Tensor]
-# Cells of documents x labels that a block of predictions has room for (float32, 64 MiB), and its
-# documents: enough that work on blocks is fast, whatever the size of a micro-batch.
-_BLOCK_CELLS = 1 << 24
+# A block of predictions ends at about so many documents x labels (float32, 64 MiB) or documents:
+# large enough that work on blocks is fast for any size of micro-batch.
+_BLOCK_LOGITS = 1 << 24
 _BLOCK_DOCUMENTS = 1 << 16
 
 
@@ -33,8 +33,14 @@ class Predictor:
 
     Attributes:
       model, packing: as trained.
-      num_replicas: how many micro-batches the strategy takes at once.
+      num_replicas: micro-batches that the strategy takes at once.
       num_traces: how often TensorFlow traced (and compiled) the pass: once for each replica.
+
+    Args:
+      model, packing: as trained.
+      strategy: its replicas share the micro-batches; default: TensorFlow's current one.
+      jit_compile: whether XLA compiles the pass.
+      stop_requested: this host's request, as in `TrainStep`; default: there is none.
     """
 
     def __init__(
@@ -45,14 +51,6 @@ class Predictor:
         jit_compile: bool = False,
         stop_requested: tf.Variable | None = None,
     ) -> None:
-        """Makes the compiled pass.
-
-        Args:
-          model, packing: as trained.
-          strategy: whose replicas share the micro-batches; default: where TensorFlow puts it.
-          jit_compile: whether XLA compiles the pass.
-          stop_requested: this host's, as `TrainStep` has it; default: nobody does.
-        """
         self.model = model
         self.packing = packing
         self._strategy = strategy or tf.distribute.get_strategy()
@@ -74,20 +72,20 @@ class Predictor:
         )
 
     def predict(self, batches: MicroBatches, stop: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """Each replica's logits, and how many requested a stop."""
+        """Each replica's logits, and on how many replicas a host requested a stop."""
 
         def of_replica(batch: MicroBatches, stop: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
             context = tf.distribute.get_replica_context()
-            # The identity puts the flag on the replica's own device, where a sum expects it.
+            # `tf.identity` puts the flag on the replica's device, where the all-reduce needs it.
             stops = context.all_reduce(tf.distribute.ReduceOp.SUM, tf.identity(stop))
             return self._forward(batch), stops
 
         return self._strategy.run(of_replica, args=(batches, stop))
 
     def _gather(self, batches: MicroBatches, stop: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor]:
-        """All replicas' logits [R D, L], and how many requested a stop."""
+        """All replicas' logits [R D, L], and on how many a host requested a stop."""
         logits, stops = self.predict(batches, stop)
-        # Called outside of a function, `gather` would be traced again at every call.
+        # In a `tf.function`: outside, TensorFlow traces `gather` again at every call.
         gathered = self._strategy.gather(logits, axis=0)
         return gathered, self._strategy.experimental_local_results(stops)[0]
 
@@ -96,47 +94,37 @@ class Predictor:
         return self._forward({name: batch[name] for name in INPUTS})
 
     def probabilities(self, batches: Sequence[MicroBatches]) -> list[tf.Tensor]:
-        """Probabilities of one micro-batch for each replica, not waited for.
+        """Probabilities (float32 [D, L]) of R micro-batches, each on its replica's device.
 
-        Args:
-          batches: R micro-batches; all replicas are in this process.
-
-        Returns:
-          float32 [D, L] for each of the micro-batches, on its replica's device.
+        All replicas have to be in this process. Does not wait for the devices.
         """
-        results = self._each_probabilities(self._one_each(batches))
+        inputs = [{name: batch[name] for name in INPUTS} for batch in batches]
+        results = self._each_probabilities(self._distribute(inputs.__getitem__))
         return list(self._strategy.experimental_local_results(results))
 
     def trace(self) -> None:
-        """Traces `probabilities`, which its first call would do otherwise."""
-        batches = [empty_micro_batch(self.packing)] * self.num_replicas
-        self._each_probabilities.get_concrete_function(self._one_each(batches))
+        """Traces `probabilities`, so that its first call need not."""
+        empty = empty_micro_batch(self.packing)
+        batches = self._distribute(lambda index: {name: empty[name] for name in INPUTS})
+        self._each_probabilities.get_concrete_function(batches)
 
-    def _one_each(self, batches: Sequence[MicroBatches]) -> tf.distribute.DistributedValues:
-        """A micro-batch for each replica, all of them in this process."""
-
-        def of_replica(context: tf.distribute.DistributedValues) -> MicroBatches:
-            batch = batches[context.replica_id_in_sync_group]
-            return {name: batch[name] for name in INPUTS}
-
-        return self._strategy.experimental_distribute_values_from_function(of_replica)
+    def _distribute(
+        self, batch_of: Callable[[int], MicroBatches]
+    ) -> tf.distribute.DistributedValues:
+        """The micro-batch of each replica of this process, by the replica's index among all."""
+        return self._strategy.experimental_distribute_values_from_function(
+            lambda context: batch_of(context.replica_id_in_sync_group)
+        )
 
     def _stacked_logits(self, batches: MicroBatches) -> np.ndarray:
         """Logits float32 [R, D, L] of one micro-batch for each of the R replicas.
 
-        Every host gets all of them, so that all come to the same metrics and decisions.
+        Every host gets all of them, so all hosts have the same metrics and make the same decisions.
 
         Raises:
           StoppedError: on all hosts, if one requested a stop.
         """
-        strategy = self._strategy
-        inputs = {name: batches[name] for name in INPUTS}
-
-        def of_replica(context: tf.distribute.DistributedValues) -> MicroBatches:
-            index = context.replica_id_in_sync_group
-            return {name: value[index] for name, value in inputs.items()}
-
-        values = strategy.experimental_distribute_values_from_function(of_replica)
+        values = self._distribute(lambda index: {name: batches[name][index] for name in INPUTS})
         requested = False if self._stop_requested is None else self._stop_requested
         logits, stops = self._on_replicas(values, tf.cast(requested, tf.float32))
         if float(stops) > 0:
@@ -146,17 +134,17 @@ class Predictor:
     def predict_blocks(
         self, data_dir: str, metadata: Metadata, split_name: str
     ) -> Iterator[Predictions]:
-        """Scores every document of a split exactly once, some documents at a time.
+        """Predicts every document of a split exactly once, in blocks in the order of the packing.
 
-        Blocks hold at most about 2^24 logits and 2^16 documents, in the order of the packing; the
-        memory taken does not grow with the split.
+        A block has about 2^24 logits or 2^16 documents at most, so memory does not grow with the
+        split.
 
         Raises:
           UserError: if the split is missing or damaged.
           StoppedError: on all hosts, if one requested a stop.
         """
         stream = open_stream(data_dir, metadata, split_name, self.packing)
-        room = min(_BLOCK_DOCUMENTS, max(1, _BLOCK_CELLS // stream.num_labels))
+        room = min(_BLOCK_DOCUMENTS, max(1, _BLOCK_LOGITS // stream.num_labels))
         micro_batches = read_micro_batches(stream, seed=None)
         held: list[Predictions] = []
         num_held = 0
@@ -170,7 +158,7 @@ class Predictor:
             yield concatenate(held)
 
     def _predict_stack(self, batches: MicroBatches, num_labels: int) -> Predictions:
-        """The real documents of one micro-batch for each of the replicas."""
+        """The documents, without empty slots, of one micro-batch for each replica."""
         real = batches["document_index"].numpy() >= 0
         names, indices, slices = (
             batches[key].numpy()[real]

@@ -1,4 +1,4 @@
-"""Hugging Face BERT checkpoints to our variables and back; every tensor accounted for."""
+"""Hugging Face BERT checkpoints to our variables and back; no tensor is ignored silently."""
 
 import json
 import os
@@ -15,8 +15,8 @@ WEIGHTS_FILE = "model.safetensors"
 _INDEX_FILE = "model.safetensors.index.json"
 _TORCH_FILE = "pytorch_model.bin"
 
-# Checkpoint names that hold no parameter of the encoder or pooler: a buffer that older versions
-# saved, the heads of pretraining, and classifiers, which belong to other labels.
+# Names that are no parameters of the encoder or pooler: buffers that older versions saved, the
+# heads of pretraining, and classifiers, which belong to other labels.
 _UNUSED = re.compile(
     r"embeddings\.(position_ids|token_type_ids)$|cls\.|classifier\.|qa_outputs\.|multihot\."
 )
@@ -29,6 +29,7 @@ _TOP = {
     "embeddings.LayerNorm.bias": "encoder/embeddings/layer_norm/beta",
 }
 _POOLER = {"pooler.dense.weight": "head/pooler/kernel", "pooler.dense.bias": "head/pooler/bias"}
+_QKV = ("query", "key", "value")
 _LAYER = {
     "attention.output.dense": "attention/output",
     "intermediate.dense": "intermediate",
@@ -54,8 +55,7 @@ def resolve_checkpoint(name: str) -> str:
     from huggingface_hub.errors import HfHubHTTPError, HFValidationError, LocalEntryNotFoundError
 
     try:
-        # Hashes of what arrives are checked by the hub client; weights in pickles stay away
-        # where safetensors exist.
+        # The hub client checks the hashes of downloads. Pickled weights are never downloaded.
         return snapshot_download(
             name, allow_patterns=["*.json", "*.txt", "*.safetensors"], ignore_patterns=["*/*"]
         )
@@ -68,11 +68,7 @@ def resolve_checkpoint(name: str) -> str:
 
 
 def read_config(folder: str) -> dict:
-    """A checkpoint's config.json.
-
-    Raises:
-      UserError: if it is missing, not JSON, or not a BERT encoder that we have.
-    """
+    """A checkpoint's config.json; UserError unless it is of a BERT encoder that we have."""
     path = os.path.join(folder, CONFIG_FILE)
     try:
         with open(path, encoding="utf-8") as file:
@@ -98,7 +94,7 @@ def read_config(folder: str) -> dict:
 def model_config(
     folder: str, num_labels: int, head: str, hidden_dropout: float, attention_dropout: float
 ) -> ModelConfig:
-    """Our config for the encoder in a checkpoint's folder, with a head for `num_labels`."""
+    """The config of a model with a checkpoint's encoder and a new head."""
     found = read_config(folder)
     try:
         return ModelConfig(
@@ -154,7 +150,7 @@ def _read_torch(path: str) -> Iterator[tuple[str, np.ndarray]]:
             f"{path}: reading it needs PyTorch; `pip install torch`, or convert the checkpoint to "
             f"{WEIGHTS_FILE}"
         ) from None
-    # weights_only: tensors and nothing else; a pickle that wants to run code is refused.
+    # weights_only refuses pickles that would run code.
     for name, value in torch.load(path, map_location="cpu", weights_only=True).items():
         yield name, value.float().numpy()
 
@@ -162,8 +158,8 @@ def _read_torch(path: str) -> Iterator[tuple[str, np.ndarray]]:
 def read_tensors(folder: str) -> dict[str, np.ndarray]:
     """A checkpoint's encoder and pooler under bare names (`embeddings.…`), float32.
 
-    `bert.`-prefixed names lose the prefix, and LayerNorm's older gamma and beta become weight and
-    bias. Tensors that `_UNUSED` names are left out.
+    Names lose the prefix `bert.`, and LayerNorm's older gamma and beta become weight and bias.
+    Heads and buffers are left out.
     """
     tensors = {}
     for name, value in _read_files(folder):
@@ -175,21 +171,31 @@ def read_tensors(folder: str) -> dict[str, np.ndarray]:
     return tensors
 
 
+def _layer_names(index: int) -> dict[str, str]:
+    """Our names of a layer's tensors by theirs, without queries, keys and values."""
+    theirs, ours = f"encoder.layer.{index}.", f"encoder/layer_{index}/"
+    return {
+        f"{theirs}{their_part}.{their_kind}": f"{ours}{our_part}/{our_kind}"
+        for parts, weight, bias in ((_LAYER, "kernel", "bias"), (_LAYER_NORM, "gamma", "beta"))
+        for their_part, our_part in parts.items()
+        for their_kind, our_kind in (("weight", weight), ("bias", bias))
+    }
+
+
+def _transpose_kernel(ours: str, value: np.ndarray) -> np.ndarray:
+    """A value in the other layout: torch kernels are [outputs, inputs], ours the reverse."""
+    return value.T if ours.endswith("/kernel") else value
+
+
 def to_variables(
     tensors: dict[str, np.ndarray], config: ModelConfig, folder: str
 ) -> dict[str, np.ndarray]:
-    """Hugging Face tensors to values of our variables, by our names.
+    """Values of our variables, by our names, from the tensors of `read_tensors`.
 
-    Args:
-      tensors: as `read_tensors` gives them; torch kernels are [outputs, inputs].
-      config: the sizes expected.
-      folder: for messages.
-
-    Returns:
-      Values for the encoder and, if the checkpoint and the head have one, the pooler.
+    They are those of the encoder and, if the checkpoint and the head have one, of the pooler.
 
     Raises:
-      UserError: for tensors that are missing, left over, or of another shape.
+      UserError: for tensors that are missing, left over, or not of the shape in `config`.
     """
     left = dict(tensors)
     missing: list[str] = []
@@ -209,23 +215,16 @@ def to_variables(
 
     values = {ours: take(theirs) for theirs, ours in _TOP.items()}
     for i in range(config.num_layers):
-        theirs, ours = f"encoder.layer.{i}.", f"encoder/layer_{i}/"
-        parts = [f"{theirs}attention.self.{part}" for part in ("query", "key", "value")]
-        values[f"{ours}attention/qkv/kernel"] = np.concatenate(
-            [take(f"{part}.weight").T for part in parts], axis=1
-        )
-        values[f"{ours}attention/qkv/bias"] = np.concatenate(
-            [take(f"{part}.bias") for part in parts]
-        )
-        for their_part, our_part in _LAYER.items():
-            values[f"{ours}{our_part}/kernel"] = take(f"{theirs}{their_part}.weight").T
-            values[f"{ours}{our_part}/bias"] = take(f"{theirs}{their_part}.bias")
-        for their_part, our_part in _LAYER_NORM.items():
-            values[f"{ours}{our_part}/gamma"] = take(f"{theirs}{their_part}.weight")
-            values[f"{ours}{our_part}/beta"] = take(f"{theirs}{their_part}.bias")
+        parts = [f"encoder.layer.{i}.attention.self.{part}" for part in _QKV]
+        kernels = [take(f"{part}.weight").T for part in parts]
+        values[f"encoder/layer_{i}/attention/qkv/kernel"] = np.concatenate(kernels, axis=1)
+        biases = [take(f"{part}.bias") for part in parts]
+        values[f"encoder/layer_{i}/attention/qkv/bias"] = np.concatenate(biases)
+        for theirs, ours in _layer_names(i).items():
+            values[ours] = _transpose_kernel(ours, take(theirs))
     if config.head == "cls" and "pooler.dense.weight" in left:
-        values["head/pooler/kernel"] = take("pooler.dense.weight").T
-        values["head/pooler/bias"] = take("pooler.dense.bias")
+        for theirs, ours in _POOLER.items():
+            values[ours] = _transpose_kernel(ours, take(theirs))
     for name in _POOLER:
         left.pop(name, None)
     if missing or left:
@@ -273,24 +272,19 @@ def from_variables(values: dict[str, np.ndarray], config: ModelConfig) -> dict[s
     """The inverse of `to_variables`: encoder and pooler under bare Hugging Face names, float32."""
     tensors = {theirs: values[ours] for theirs, ours in _TOP.items()}
     for i in range(config.num_layers):
-        theirs, ours = f"encoder.layer.{i}.", f"encoder/layer_{i}/"
-        kernels = np.split(values[f"{ours}attention/qkv/kernel"], 3, axis=1)
-        biases = np.split(values[f"{ours}attention/qkv/bias"], 3)
-        for part, kernel, bias in zip(("query", "key", "value"), kernels, biases, strict=True):
-            tensors[f"{theirs}attention.self.{part}.weight"] = kernel.T
-            tensors[f"{theirs}attention.self.{part}.bias"] = bias
-        for their_part, our_part in _LAYER.items():
-            tensors[f"{theirs}{their_part}.weight"] = values[f"{ours}{our_part}/kernel"].T
-            tensors[f"{theirs}{their_part}.bias"] = values[f"{ours}{our_part}/bias"]
-        for their_part, our_part in _LAYER_NORM.items():
-            tensors[f"{theirs}{their_part}.weight"] = values[f"{ours}{our_part}/gamma"]
-            tensors[f"{theirs}{their_part}.bias"] = values[f"{ours}{our_part}/beta"]
+        kernels = np.split(values[f"encoder/layer_{i}/attention/qkv/kernel"], 3, axis=1)
+        biases = np.split(values[f"encoder/layer_{i}/attention/qkv/bias"], 3)
+        for part, kernel, bias in zip(_QKV, kernels, biases, strict=True):
+            tensors[f"encoder.layer.{i}.attention.self.{part}.weight"] = kernel.T
+            tensors[f"encoder.layer.{i}.attention.self.{part}.bias"] = bias
+        for theirs, ours in _layer_names(i).items():
+            tensors[theirs] = _transpose_kernel(ours, values[ours])
     if "head/pooler/kernel" in values:
-        tensors["pooler.dense.weight"] = values["head/pooler/kernel"].T
-        tensors["pooler.dense.bias"] = values["head/pooler/bias"]
+        for theirs, ours in _POOLER.items():
+            tensors[theirs] = _transpose_kernel(ours, values[ours])
     return {name: np.ascontiguousarray(value) for name, value in tensors.items()}
 
 
 def load_pretrained(folder: str, config: ModelConfig) -> dict[str, np.ndarray]:
-    """The values of our variables that a checkpoint's folder has; the head's own stay fresh."""
+    """The values of our variables in a checkpoint's folder; a new head has none there."""
     return to_variables(read_tensors(folder), config, folder)

@@ -1,103 +1,39 @@
-"""The workers of a job, as TF_CONFIG or Slurm names them, and whether they answer.
+"""The workers of a job: who they are, their rendezvous, and what happens when one is lost.
 
-A deadline for calls that hold Python's interpreter lock while they wait.
+TF_CONFIG or Slurm names the workers. Before TensorFlow connects them, `rendezvous` waits until each
+has talked to every other one at the addresses that TensorFlow will use. TensorFlow's own start
+waits for a missing worker without end, does not react to signals, and cannot name the worker.
 
-TensorFlow does so where a worker joins its cluster and one of the others does not come: no thread
-of Python's runs any more, no signal handler either. A POSIX timer calls C's `_exit` all the same.
-
-What keeps a worker from waiting for ever for one that has gone, and says which it is.
-
-The workers' first meeting, before any of them goes where it can only wait for the others.
-
-Each listens at its address and calls at those of the others until it has met all of them. Only then
-does TensorFlow take over, at the same address: in its own meeting a worker that waits for another
-one does so for ever, deaf to signals, and cannot say for whom.
+During a run, TensorFlow reports a lost worker from the collective operation that waits for it.
+`naming_lost_workers` turns that into a line that names the worker; `peer_watch` ends the process
+when no report comes.
 """
 
 import contextlib
-import ctypes
 import hashlib
 import json
 import re
 import socket
-import sys
 import threading
 import time
 from collections.abc import Iterator, Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
-from types import TracebackType
 from typing import Any
 
 import tensorflow as tf
 
 from trainer.errors import RUN_AGAIN, RunAgain, UserError, end_process
+from trainer.runtime.workers import background_thread
 
-_CLOCK_MONOTONIC = 1
-_SIGEV_THREAD = 2
-
-
-class _Event(ctypes.Structure):
-    """`struct sigevent` of Linux's <signal.h>: what a timer does when it expires."""
-
-    _fields_ = [
-        ("value", ctypes.c_void_p),
-        ("signal", ctypes.c_int),
-        ("notify", ctypes.c_int),
-        ("function", ctypes.c_void_p),
-        ("attributes", ctypes.c_void_p),
-        ("padding", ctypes.c_char * 32),
-    ]
-
-
-class _Times(ctypes.Structure):
-    """`struct itimerspec`: seconds and nanoseconds, of the interval and of the first expiry."""
-
-    _fields_ = [
-        (name, ctypes.c_long) for name in ("interval", "interval_nano", "value", "value_nano")
-    ]
-
-
-class ExitTimer:
-    """Ends this process with exit code 75, silently, if a block takes longer than it may.
-
-    Say what is about to happen before the block. Does nothing where there are no such timers.
-    """
-
-    def __init__(self, seconds: float) -> None:
-        """Args: seconds: that the block may take, rounded up to whole ones."""
-        self._seconds = int(-(-seconds // 1))
-        self._timer = ctypes.c_void_p()
-        self._library = ctypes.CDLL(None) if sys.platform == "linux" else None
-
-    def __enter__(self) -> "ExitTimer":
-        if self._library is not None:
-            leave = ctypes.cast(self._library._exit, ctypes.c_void_p)
-            event = _Event(value=RUN_AGAIN, notify=_SIGEV_THREAD, function=leave)
-            times = _Times(value=self._seconds)
-            timer = ctypes.byref(self._timer)
-            made = self._library.timer_create(_CLOCK_MONOTONIC, ctypes.byref(event), timer)
-            set_up = made or self._library.timer_settime(self._timer, 0, ctypes.byref(times), None)
-            if set_up != 0:
-                raise OSError("cannot make a POSIX timer")
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        if self._library is not None:
-            self._library.timer_delete(self._timer)
-
-
-PROBE_SECONDS = 2.0
+_CONNECT_SECONDS = 2.0
 _EXPECTED = (
     '{"cluster": {"worker": ["HOST:PORT", ...]}, "task": {"type": "worker", "index": 0}}, with a '
     '"chief" beside the workers or not'
 )
-# Slurm jobs that share a node keep apart by their numbers, below the ports that Linux hands out.
+# A job's number chooses its ports, so that jobs that share a node differ. Linux hands out higher
+# ports to outgoing connections.
 _SLURM_PORTS = range(12_000, 32_000)
 _SLURM_TASKS_A_NODE = 16
 
@@ -109,7 +45,7 @@ class Cluster:
     Attributes:
       addresses: HOST:PORT of each, the chief's first.
       index: which of them this process is.
-      source: who named them: TF_CONFIG or Slurm.
+      source: what named them: TF_CONFIG, Slurm or --tpu.
     """
 
     addresses: tuple[str, ...]
@@ -118,39 +54,36 @@ class Cluster:
 
     @property
     def num_workers(self) -> int:
-        """How many there are, this process among them."""
+        """The number of workers, this process included."""
         return len(self.addresses)
 
     def name(self, index: int) -> str:
-        """A worker for the user: `chief (HOST:PORT)`, `worker 1 (HOST:PORT)`."""
+        """A worker's name in messages: `chief (HOST:PORT)`, `worker 1 (HOST:PORT)`."""
         return f"{f'worker {index}' if index else 'chief'} ({self.addresses[index]})"
 
-    def find_missing(self, seconds: float = PROBE_SECONDS) -> list[str]:
-        """The names of the other workers that accept no connection.
-
-        Args:
-          seconds: to wait for each; all are asked at once.
-        """
+    def find_missing(self) -> list[str]:
+        """The names of the other workers that accept no connection; all are tried at once."""
         peers = [index for index in range(self.num_workers) if index != self.index]
         with ThreadPoolExecutor(max_workers=max(1, len(peers))) as pool:
-            answers = pool.map(lambda index: _answers(self.addresses[index], seconds), peers)
+            answers = list(pool.map(lambda index: _answers(self.addresses[index]), peers))
         return [self.name(index) for index, there in zip(peers, answers, strict=True) if not there]
 
 
-def _answers(address: str, seconds: float) -> bool:
+def _connect(address: str) -> socket.socket:
     host, _, port = address.rpartition(":")
+    return socket.create_connection((host.strip("[]"), int(port)), timeout=_CONNECT_SECONDS)
+
+
+def _answers(address: str) -> bool:
     try:
-        with socket.create_connection((host.strip("[]"), int(port)), timeout=seconds):
+        with _connect(address):
             return True
     except OSError:
         return False
 
 
 def read_cluster(environment: Mapping[str, str]) -> Cluster | None:
-    """The cluster that TF_CONFIG names, else the one of a Slurm step, else None.
-
-    Args:
-      environment: the process's variables.
+    """The cluster in TF_CONFIG, else that of a Slurm step, else None.
 
     Raises:
       UserError: for a TF_CONFIG or Slurm variables that name no cluster that Multihot can run on.
@@ -164,7 +97,7 @@ def read_cluster(environment: Mapping[str, str]) -> Cluster | None:
 
 
 def _parse_tf_config(text: str) -> Cluster | None:
-    """TF_CONFIG as a cluster; keys that others add (Vertex AI: environment, job) are ignored."""
+    """TF_CONFIG as a cluster; other keys (Vertex AI adds environment and job) are ignored."""
     try:
         config = json.loads(text)
     except ValueError as error:
@@ -227,8 +160,8 @@ def _parse_task(task: Any, jobs: dict[str, list[str]]) -> tuple[str, int]:
 def _parse_slurm(environment: Mapping[str, str]) -> Cluster:
     """The cluster of a Slurm step (`srun`), its tasks in order of rank.
 
-    TensorFlow's own resolver sorts the nodes by name, so that the tenth node takes the rank of the
-    second; and it asks nvidia-smi even where there is no GPU.
+    TensorFlow's own resolver does not serve: it sorts the nodes by name, so node 10 gets the rank
+    of node 2, and it calls nvidia-smi even on machines without a GPU.
     """
     names = ("STEP_NODELIST", "STEP_TASKS_PER_NODE", "PROCID", "NODEID", "LOCALID", "JOB_ID")
     missing = [f"SLURM_{name}" for name in names if f"SLURM_{name}" not in environment]
@@ -284,7 +217,7 @@ def _expand(item: str) -> Iterator[str]:
                 yield f"{before}{number:0{len(first)}d}{rest}"
 
 
-# What TensorFlow raises where a peer is gone: from the collective that waits for it, from the
+# What TensorFlow raises for a lost worker: from the collective that waits for it, from the
 # coordination service, or because the cluster was restarted around this process.
 _LOST = (
     tf.errors.UnavailableError,
@@ -292,8 +225,13 @@ _LOST = (
     tf.errors.AbortedError,
     tf.errors.CancelledError,
 )
-# Raised for a lost peer too, but also for faults of ours.
+# Raised for a lost worker, but also for faults of our own.
 _PERHAPS_LOST = (tf.errors.InternalError, tf.errors.UnknownError, tf.errors.FailedPreconditionError)
+_PROBE_INTERVAL = 5.0
+_MAX_SILENT_PROBES = 4
+# TensorFlow reports a lost worker within about 15 seconds. It gets this long to do so first, since
+# its error says more.
+_GRACE_SECONDS = 20.0
 
 
 def describe_missing(missing: Sequence[str]) -> str:
@@ -301,85 +239,61 @@ def describe_missing(missing: Sequence[str]) -> str:
     return f"{', '.join(missing)} {'does' if len(missing) == 1 else 'do'} not answer"
 
 
-class PeerWatch:
-    """Ends this process with exit code 75 if a peer stays away and TensorFlow does not notice.
-
-    TensorFlow reports a lost worker from the collective operation that waits for it, within about
-    15 seconds. This is what holds when it does not: every peer is asked for a connection every few
-    seconds, and one that was silent for `silence` seconds in a row ends the process after `grace`
-    more, which leaves TensorFlow the time to say it better.
-    """
-
-    def __init__(
-        self, cluster: Cluster, interval: float = 5.0, silence: float = 20.0, grace: float = 20.0
-    ) -> None:
-        """Args: cluster: whose peers to watch; interval, silence, grace: seconds."""
-        self._cluster = cluster
-        self._interval = interval
-        self._probes = max(1, round(silence / interval))
-        self._grace = grace
-        self._closing = threading.Event()
-        self._thread = threading.Thread(target=self._watch, daemon=True)
-
-    def __enter__(self) -> "PeerWatch":
-        self._thread.start()
-        return self
-
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
-        self._closing.set()
-
-    def _watch(self) -> None:
-        silent = 0
-        while not self._closing.wait(self._interval):
-            missing = self._cluster.find_missing()
-            silent = silent + 1 if missing else 0
-            if silent == self._probes and not self._closing.wait(self._grace):
-                end_process(lost_worker(self._cluster, describe_missing(missing)), RUN_AGAIN)
-
-
-def lost_worker(cluster: Cluster, what: str) -> str:
-    """The line for a run that lost a worker."""
+def _lost_worker(cluster: Cluster, what: str) -> str:
     return (
         f"lost a worker: {what}; run the same command again on all {cluster.num_workers} workers, "
         "to go on from the last checkpoint"
     )
 
 
+def peer_watch(cluster: Cluster) -> AbstractContextManager[None]:
+    """Ends this process with exit code 75 if a worker is lost and TensorFlow does not notice.
+
+    A thread tries to connect to every other worker every 5 seconds. When one has not answered for
+    20 seconds and TensorFlow reports nothing in 20 more, the process ends.
+    """
+
+    def watch(stopped: threading.Event) -> None:
+        silent = 0
+        while not stopped.wait(_PROBE_INTERVAL):
+            missing = cluster.find_missing()
+            silent = silent + 1 if missing else 0
+            if silent == _MAX_SILENT_PROBES and not stopped.wait(_GRACE_SECONDS):
+                end_process(_lost_worker(cluster, describe_missing(missing)), RUN_AGAIN)
+
+    # A probe may take two seconds: the end of the run does not wait for it.
+    return background_thread(watch, wait=False)
+
+
 @contextlib.contextmanager
 def naming_lost_workers(cluster: Cluster) -> Iterator[None]:
-    """Turns TensorFlow's errors for a lost worker into a line that names it."""
+    """Turns TensorFlow's errors for a lost worker into `RunAgain`, which names it."""
     try:
         yield
     except (*_LOST, *_PERHAPS_LOST) as error:
         missing = cluster.find_missing()
         if not missing and isinstance(error, _PERHAPS_LOST):
             raise
-        # The last words of a collective's long message, behind the graph's traceback.
+        # A collective's message is long; the reason stands last, after the graph's traceback.
         lines = [line for line in str(error.message).splitlines() if line.strip()]
         said = next((line for line in lines if "abort" in line or "unhealthy" in line), lines[0])
         what = describe_missing(missing) if missing else f"all answer, but {said.strip()[:200]}"
-        raise RunAgain(lost_worker(cluster, what)) from error
+        raise RunAgain(_lost_worker(cluster, what)) from error
 
 
-_CONNECT_SECONDS = 2.0
 _REPLY_SECONDS = 5.0
 _PAUSE_SECONDS = 0.2
-_LONGEST_GREETING = 64
+_MAX_GREETING_BYTES = 64
 
 
 def rendezvous(cluster: Cluster, seconds: float) -> None:
-    """Returns once this worker has met every other one.
+    """Returns once this worker has exchanged greetings with every other one.
 
-    A greeting names the cluster, so that neither TensorFlow's own server of a run that is still
-    dying at that address, nor a worker of another job, is taken for one of these.
+    The greeting names the cluster. So neither the TensorFlow server of an earlier run that is still
+    ending at that address, nor a worker of another job, counts as one of these workers.
 
     Raises:
-      RunAgain: after `seconds`, naming those who did not come.
+      RunAgain: after `seconds`, naming the workers that did not come.
     """
     end = time.monotonic() + seconds
     greeting = f"multihot {hashlib.sha256(repr(cluster.addresses).encode()).hexdigest()[:16]}"
@@ -402,7 +316,7 @@ def rendezvous(cluster: Cluster, seconds: float) -> None:
 
 
 def _listen(cluster: Cluster, end: float) -> socket.socket:
-    """The socket at this worker's address; a process of the last run may still be leaving it."""
+    """The socket at this worker's address; waits for a process of an earlier run to leave it."""
     port = int(cluster.addresses[cluster.index].rpartition(":")[2])
     while True:
         try:
@@ -416,51 +330,41 @@ def _listen(cluster: Cluster, end: float) -> socket.socket:
             time.sleep(_PAUSE_SECONDS)
 
 
-@contextlib.contextmanager
 def _answering(
     server: socket.socket, index: int, greeting: str, waiting: set[int]
-) -> Iterator[None]:
-    """Answers callers in a thread, and takes them off `waiting`, until the block ends."""
-    closing = threading.Event()
+) -> AbstractContextManager[None]:
+    """Answers callers in a thread, and removes them from `waiting`, until the block ends."""
     server.settimeout(_PAUSE_SECONDS)
 
-    def answer() -> None:
-        while not closing.is_set():
-            # What comes may be anybody: a port scan, a health check, a worker that was killed.
+    def answer(stopped: threading.Event) -> None:
+        while not stopped.is_set():
+            # Anything may connect: a port scan, a health check, a worker that was killed.
             with contextlib.suppress(OSError):
                 caller, _ = server.accept()
                 with caller:
-                    caller.settimeout(_REPLY_SECONDS)
                     met = _exchange(caller, index, greeting)
                     if met is not None:
                         waiting.discard(met)
 
-    thread = threading.Thread(target=answer, daemon=True)
-    thread.start()
-    try:
-        yield
-    finally:
-        closing.set()
-        thread.join()
+    return background_thread(answer)
 
 
 def _call(address: str, index: int, greeting: str) -> int | None:
-    """Who answers at an address: the index of a worker of this cluster, or None."""
-    host, _, port = address.rpartition(":")
+    """The index of the worker of this cluster that answers at an address; None if none does."""
     try:
-        with socket.create_connection((host.strip("[]"), int(port)), _CONNECT_SECONDS) as peer:
-            peer.settimeout(_REPLY_SECONDS)
+        with _connect(address) as peer:
             return _exchange(peer, index, greeting)
     except OSError:
         return None
 
 
 def _exchange(peer: socket.socket, index: int, greeting: str) -> int | None:
-    """Sends this worker's greeting, and returns the index of that which comes back."""
+    """Sends this worker's greeting; returns the index in the peer's, None if it is not one."""
+    peer.settimeout(_REPLY_SECONDS)
     peer.sendall(f"{greeting} {index}\n".encode())
     received = b""
-    while not received.endswith(b"\n") and len(received) < _LONGEST_GREETING:
-        more = peer.recv(_LONGEST_GREETING)
+    while not received.endswith(b"\n") and len(received) < _MAX_GREETING_BYTES:
+        more = peer.recv(_MAX_GREETING_BYTES)
         if not more:
             return None
         received += more

@@ -1,7 +1,4 @@
-"""Which devices a run takes, and in which precision.
-
-Finding a TPU and connecting to it, with one clear line when there is none.
-"""
+"""The devices of a run: which there are, the strategy over them, and the precision they suit."""
 
 import contextlib
 import glob
@@ -18,19 +15,23 @@ from trainer.errors import RUN_AGAIN, RunAgain, UserError
 from trainer.run_config import TrainConfig
 from trainer.runtime.cluster import (
     Cluster,
-    ExitTimer,
-    PeerWatch,
     describe_missing,
     naming_lost_workers,
+    peer_watch,
     read_cluster,
     rendezvous,
 )
+from trainer.runtime.interruption import exit_timer
 
-LOCAL = "local"
+_LOCAL_TPU = "local"
+# Joining takes a second or two, and for ever if one of the workers that just met is lost then.
+_JOIN_SECONDS = 45.0
+# bfloat16 runs at full speed from this compute capability on.
+_BFLOAT16_CAPABILITY = (8, 0)
 
 
 def has_tpu_support() -> bool:
-    """Whether this TensorFlow is the distribution that is built for TPUs."""
+    """Whether this TensorFlow is the distribution for TPUs."""
     try:
         metadata.version("tensorflow-tpu")
     except metadata.PackageNotFoundError:
@@ -44,27 +45,21 @@ def local_chips() -> list[str]:
 
 
 def find_tpu(flag: str | None) -> str | None:
-    """The TPU that a run can take: what --tpu says, else $TPU_NAME, else a local one, else None.
+    """The TPU that a run can take: --tpu, else $TPU_NAME, else `local` or None.
 
-    Chips count only with a TensorFlow that can use them: vfio serves other devices too.
+    Device files count only with a TensorFlow for TPUs, since vfio serves other devices too.
     """
     address = flag or os.environ.get("TPU_NAME")
     if address:
         return address
-    return LOCAL if local_chips() and has_tpu_support() else None
+    return _LOCAL_TPU if local_chips() and has_tpu_support() else None
 
 
-def connect_tpu(address: str | None, seconds: float) -> tf.distribute.TPUStrategy:
+def _connect_tpu(address: str | None, seconds: float) -> tf.distribute.TPUStrategy:
     """The strategy over all cores of a TPU.
 
-    Args:
-      address: `local`, a TPU's name (asked for in this VM's project and zone), or
-        `grpc://HOST:PORT`; None if there is none.
-      seconds: to wait for it.
-
-    Raises:
-      UserError: if there is no such TPU, or this TensorFlow cannot use one.
-      RunAgain: if it does not answer.
+    The address is `local`, a TPU's name (looked up in this VM's project and zone),
+    `grpc://HOST:PORT`, or None if there is no TPU.
     """
     if address is None:
         raise UserError(
@@ -77,22 +72,22 @@ def connect_tpu(address: str | None, seconds: float) -> tf.distribute.TPUStrateg
             "multihot[tpu] in an environment of its own"
         )
     resolver = _resolve(address)
-    if address != LOCAL:
-        missing = _workers(resolver).find_missing()
+    if address != _LOCAL_TPU:
+        missing = _tpu_hosts(resolver).find_missing()
         if missing:
             raise RunAgain(
                 f"--tpu={address}: {describe_missing(missing)}; wait until the TPU is READY, check "
                 "its address, then run the same command again"
             )
-    # A TPU that another process holds, or whose runtime is stuck, can keep these calls waiting.
+    # These calls wait without end for a TPU that another process holds or whose runtime is stuck.
     print(
         f"connecting to TPU {address}, for at most --start_timeout={seconds:g} seconds (then exit "
         f"code {RUN_AGAIN}: end other programs that use it, and run the same command again)",
         flush=True,
     )
-    with ExitTimer(seconds):
+    with exit_timer(seconds):
         try:
-            if address != LOCAL:
+            if address != _LOCAL_TPU:
                 tf.config.experimental_connect_to_cluster(resolver)
             tf.tpu.experimental.initialize_tpu_system(resolver)
             return tf.distribute.TPUStrategy(resolver)
@@ -107,7 +102,7 @@ def _resolve(address: str) -> tf.distribute.cluster_resolver.TPUClusterResolver:
         resolver = tf.distribute.cluster_resolver.TPUClusterResolver(tpu=address)
         resolver.cluster_spec()
     except (ValueError, RuntimeError, OSError) as error:
-        # Outside of Google Cloud a name cannot be looked up: no metadata server, no API client.
+        # Outside Google Cloud no name can be looked up: there is no metadata server.
         reason = "no metadata server" if isinstance(error, OSError) else error
         raise UserError(
             f"--tpu={address}: cannot look up this TPU ({reason}); expected local, "
@@ -116,14 +111,13 @@ def _resolve(address: str) -> tf.distribute.cluster_resolver.TPUClusterResolver:
     return resolver
 
 
-def _workers(resolver: tf.distribute.cluster_resolver.TPUClusterResolver) -> Cluster:
-    """The TPU's hosts, as the other workers of this process."""
+def _tpu_hosts(resolver: tf.distribute.cluster_resolver.TPUClusterResolver) -> Cluster:
+    """A cluster of this machine and the TPU's hosts."""
     hosts = resolver.cluster_spec().as_dict()[resolver.task_type]
     return Cluster((socket.gethostname(), *hosts), 0, "--tpu")
 
 
 def _explain(address: str, error: tf.errors.OpError) -> UserError | RunAgain:
-    """What a failed connection means to the user."""
     first = str(error.message).partition("\n")[0]
     if isinstance(error, tf.errors.UnavailableError | tf.errors.DeadlineExceededError):
         return RunAgain(f"--tpu={address}: went away ({first}); run the same command again")
@@ -133,53 +127,35 @@ def _explain(address: str, error: tf.errors.OpError) -> UserError | RunAgain:
     )
 
 
-# bfloat16 runs at full speed from this compute capability on.
-_BFLOAT16_CAPABILITY = (8, 0)
-# Joining takes a second or two, and for ever if one of the workers that just met is lost then.
-_JOIN_SECONDS = 45.0
+def make_strategy(config: TrainConfig | ScoreConfig) -> tf.distribute.Strategy:
+    """The strategy that the flags and the machine ask for; prints what it took and why.
 
-
-def make_strategy(config: TrainConfig) -> tf.distribute.Strategy:
-    """The strategy that a run's flags and surroundings ask for; says what it took and why.
-
-    Call it before anything else of TensorFlow's: workers, and CPUs split into several devices, can
-    only be set up while TensorFlow has not looked at its devices yet.
+    Training spans all workers of a job; in scoring each worker has a strategy of its own devices.
+    Call it before anything else of TensorFlow's. Workers, and CPUs split into several devices, can
+    be set up only before TensorFlow looks at its devices.
 
     Raises:
-      UserError: if the flags ask for devices that are not there, or for two things at once.
+      UserError: if the flags ask for devices that are not there, or contradict each other.
       RunAgain: if other workers or a TPU do not appear within --start_timeout.
     """
-    return _make(config, read_cluster(os.environ))
-
-
-def make_scoring_strategy(config: ScoreConfig) -> tf.distribute.Strategy:
-    """The strategy over this process's own devices; says what it took and why.
-
-    Workers that share a corpus have a strategy each. As `make_strategy`, call it first.
-
-    Raises:
-      UserError, RunAgain: as `make_strategy`.
-    """
-    return _make(config, None)
-
-
-def _make(config: TrainConfig | ScoreConfig, cluster: Cluster | None) -> tf.distribute.Strategy:
+    cluster = read_cluster(os.environ) if isinstance(config, TrainConfig) else None
     name, reason = _choose(config, cluster)
     if name == "multi_worker":
-        assert cluster is not None  # _choose sees to it.
+        assert cluster is not None  # _choose has checked it.
         strategy = _connect_workers(cluster, config.start_timeout)
     elif name == "tpu":
-        strategy = connect_tpu(find_tpu(config.tpu), config.start_timeout)
+        strategy = _connect_tpu(find_tpu(config.tpu), config.start_timeout)
     elif name == "mirrored":
         strategy = tf.distribute.MirroredStrategy(_mirrored_devices(config.cpu_replicas))
     else:
-        strategy = one_device(gpu=name == "one_device")
-    print(f"--strategy={config.strategy}: {name}, {reason}; {describe(strategy)}", flush=True)
+        device = "/gpu:0" if name == "one_device" else "/cpu:0"
+        strategy = tf.distribute.OneDeviceStrategy(device)
+    print(f"--strategy={config.strategy}: {name}, {reason}; {_describe(strategy)}", flush=True)
     return strategy
 
 
 def _choose(config: TrainConfig | ScoreConfig, cluster: Cluster | None) -> tuple[str, str]:
-    """(name, reason) of the strategy to take."""
+    """Name of the strategy, and the reason for it."""
     name, gpus = config.strategy, tf.config.get_visible_devices("GPU")
     if config.tpu and name not in ("auto", "tpu"):
         raise UserError(f"--tpu={config.tpu} with --strategy={name}: expected --strategy=tpu")
@@ -214,13 +190,8 @@ def _choose(config: TrainConfig | ScoreConfig, cluster: Cluster | None) -> tuple
     return "cpu", "found no TPU and no GPU"
 
 
-def one_device(gpu: bool) -> tf.distribute.Strategy:
-    """The strategy over the first GPU, or over the CPU."""
-    return tf.distribute.OneDeviceStrategy("/gpu:0" if gpu else "/cpu:0")
-
-
 def _mirrored_devices(cpu_replicas: int) -> list[str]:
-    """All GPUs, or as many logical CPU devices as asked for."""
+    """All GPUs, or that many logical CPU devices."""
     gpus = tf.config.get_visible_devices("GPU")
     if gpus:
         return [f"/gpu:{index}" for index in range(len(gpus))]
@@ -244,7 +215,6 @@ def _mirrored_devices(cpu_replicas: int) -> list[str]:
 
 
 def _connect_workers(cluster: Cluster, seconds: float) -> tf.distribute.Strategy:
-    """The strategy over all workers, once all are there."""
     print(f"waiting for {cluster.num_workers} workers that {cluster.source} names", flush=True)
     rendezvous(cluster, seconds)
     print(
@@ -257,7 +227,7 @@ def _connect_workers(cluster: Cluster, seconds: float) -> tf.distribute.Strategy
     options = tf.distribute.experimental.CommunicationOptions(
         implementation=kinds.NCCL if gpus else kinds.RING
     )
-    # All workers do the same, so that one job name for chief and workers is enough.
+    # All workers do the same, so the chief is one of the workers here.
     resolver = tf.distribute.cluster_resolver.SimpleClusterResolver(
         tf.train.ClusterSpec({"worker": list(cluster.addresses)}),
         task_type="worker",
@@ -266,7 +236,7 @@ def _connect_workers(cluster: Cluster, seconds: float) -> tf.distribute.Strategy
         rpc_layer="grpc",
     )
     try:
-        with ExitTimer(_JOIN_SECONDS), naming_lost_workers(cluster):
+        with exit_timer(_JOIN_SECONDS), naming_lost_workers(cluster):
             return tf.distribute.MultiWorkerMirroredStrategy(
                 cluster_resolver=resolver, communication_options=options
             )
@@ -299,20 +269,20 @@ def is_chief(strategy: tf.distribute.Strategy) -> bool:
 
 @contextlib.contextmanager
 def watching_workers(strategy: tf.distribute.Strategy) -> Iterator[None]:
-    """Sees to it that a block of collective work ends when another worker is lost.
+    """Ends a block of collective work when another worker is lost.
 
-    A block that ends well, or with a stop that all workers agreed on, ends on all of them together:
-    who is done first waits for the chief's last checkpoint, so that none takes it for lost. With a
-    strategy in a single process there is nothing to see to.
+    A block that ends well, or by a stop that all workers agreed on, waits for the other workers:
+    otherwise the first that ends would look lost to those that still wait for the chief's last
+    checkpoint. With a strategy of a single process this does nothing.
 
     Raises:
-      RunAgain: for an error that a lost worker caused, naming the worker.
+      RunAgain: for an error that a lost worker caused; it names the worker.
     """
     cluster = cluster_of(strategy)
     if cluster is None:
         yield
         return
-    with PeerWatch(cluster), naming_lost_workers(cluster):
+    with peer_watch(cluster), naming_lost_workers(cluster):
         try:
             yield
         except RunAgain:
@@ -322,7 +292,7 @@ def watching_workers(strategy: tf.distribute.Strategy) -> Iterator[None]:
 
 
 def is_same_everywhere(strategy: tf.distribute.Strategy, value: int) -> bool:
-    """Whether all workers call this with the same value, below 2^24; returns once all have."""
+    """Whether all workers pass the same value, below 2^24; waits until all have called it."""
 
     @tf.function
     def sum_over_replicas() -> tf.Tensor:
@@ -334,7 +304,7 @@ def is_same_everywhere(strategy: tf.distribute.Strategy, value: int) -> bool:
         )
 
     sums = strategy.experimental_local_results(sum_over_replicas())[0].numpy()
-    # Only equal values have the sum and the sum of squares of as many copies of this one.
+    # Only equal values have both the sum and the sum of squares of that many copies of `value`.
     count = strategy.num_replicas_in_sync
     return bool(sums[0] == count * value and sums[1] == count * value**2)
 
@@ -350,11 +320,7 @@ def is_tpu(strategy: tf.distribute.Strategy) -> bool:
 
 
 def should_jit(flag: str, strategy: tf.distribute.Strategy) -> bool:
-    """Whether XLA is asked to compile the step.
-
-    Args:
-      flag: --jit_compile: `auto`, `true` or `false`.
-      strategy: what the run takes.
+    """Whether XLA compiles the step, by --jit_compile (`auto`, `true` or `false`).
 
     Raises:
       UserError: for `true` on a TPU, whose strategy compiles the step itself.
@@ -370,14 +336,10 @@ def should_jit(flag: str, strategy: tf.distribute.Strategy) -> bool:
 
 
 def choose_precision(name: str, strategy: tf.distribute.Strategy) -> str:
-    """`auto` as the precision that suits the devices.
+    """The Keras policy for --precision; `auto` becomes the one that suits the devices.
 
-    bfloat16 on TPUs and where every GPU of this process has compute capability 8.0 or higher,
-    float16 on older GPUs, float32 on CPUs. Workers are expected to be alike.
-
-    Args:
-      name: the flag's value.
-      strategy: what the run takes.
+    That is bfloat16 on TPUs and if every GPU of this process has compute capability 8.0 or higher,
+    float16 on older GPUs, float32 on CPUs. Workers are expected to have equal devices.
     """
     if name != "auto":
         return name
@@ -389,21 +351,24 @@ def choose_precision(name: str, strategy: tf.distribute.Strategy) -> str:
     return "mixed_bfloat16" if min(capabilities) >= _BFLOAT16_CAPABILITY else "mixed_float16"
 
 
+def choose_scoring_precision(name: str, strategy: tf.distribute.Strategy) -> str:
+    """Like `choose_precision`, but never float16, whose range ordinary weights can exceed."""
+    precision = choose_precision(name, strategy)
+    return "float32" if precision == "mixed_float16" else precision
+
+
 def _gpu_details() -> list[dict]:
     gpus = tf.config.get_visible_devices("GPU")
     return [tf.config.experimental.get_device_details(gpu) for gpu in gpus]
 
 
-def describe(strategy: tf.distribute.Strategy) -> str:
-    """Replicas, devices and, where it is known, their memory, for the log."""
-    replicas = strategy.num_replicas_in_sync
-    parts = [f"{replicas} replica{'s' if replicas > 1 else ''}"]
-    cluster = cluster_of(strategy)
+def _describe(strategy: tf.distribute.Strategy) -> str:
+    """Replicas, devices and their memory, for the log."""
+    replicas, cluster = strategy.num_replicas_in_sync, cluster_of(strategy)
+    text = f"{replicas} replica{'s' if replicas > 1 else ''}, "
     if cluster is not None:
-        parts.append(f"this is worker {cluster.index} of {cluster.num_workers}")
-    devices = strategy.extended.worker_devices
-    parts.append(f"{len(devices)} x {_device_name(strategy)}")
-    return ", ".join(parts)
+        text += f"this is worker {cluster.index} of {cluster.num_workers}, "
+    return text + f"{len(strategy.extended.worker_devices)} x {_device_name(strategy)}"
 
 
 def _device_name(strategy: tf.distribute.Strategy) -> str:
@@ -413,24 +378,10 @@ def _device_name(strategy: tf.distribute.Strategy) -> str:
         memory = os.sysconf("SC_PAGE_SIZE") * os.sysconf("SC_PHYS_PAGES")
         return f"CPU ({_gibibytes(memory)} in this machine)"
     name = _gpu_details()[0].get("device_name", "GPU")
-    # What TensorFlow may take of it, which is less than it has.
+    # TensorFlow's limit, which is less than the GPU's memory.
     limits = [item.memory_limit for item in list_local_devices() if item.device_type == "GPU"]
     return f"{name} ({_gibibytes(min(limits))} for TensorFlow)" if limits else name
 
 
 def _gibibytes(count: int) -> str:
     return f"{count / 2**30:.1f} GiB"
-
-
-def choose_scoring_precision(name: str, strategy: tf.distribute.Strategy | None = None) -> str:
-    """The precision of scoring.
-
-    Like `choose_precision`, but without float16, whose range ordinary weights can exceed.
-
-    Args:
-      name: the flag's value.
-      strategy: what the run takes; default: the first GPU, or the CPU.
-    """
-    has_gpu = bool(tf.config.get_visible_devices("GPU"))
-    precision = choose_precision(name, strategy or one_device(gpu=has_gpu))
-    return "float32" if precision == "mixed_float16" else precision

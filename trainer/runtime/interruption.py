@@ -1,21 +1,20 @@
-"""Requests to stop a run: SIGTERM, SIGINT, and notices that the machine is about to go.
+"""How a run is made to end: by a signal, by a notice, by a deadline; and how it starts again.
 
-Python runs signal handlers between two bytecodes of the main thread, which may be minutes apart
-when that thread is inside TensorFlow, and TensorFlow's preemption notifier swallows SIGTERM in runs
-of several workers. So both signals are blocked before any other thread exists, and a thread of ours
-waits for them.
+SIGTERM, SIGINT and Google Compute Engine's notices of a machine's end are requests to stop. Python
+runs signal handlers between two bytecodes of the main thread, which may be minutes apart when that
+thread is inside TensorFlow, and TensorFlow's preemption notifier swallows SIGTERM in runs of
+several workers. So both signals are blocked before any other thread exists, and a thread of ours
+waits for them. TensorFlow's `PreemptionCheckpointHandler` is not used: it restores and exits by
+itself, at moments of its own. Here all strategies agree on the step to stop after through the
+all-reduce of the step.
 
-TensorFlow's `PreemptionCheckpointHandler` is not used: it restores and exits by itself, at moments
-of its own. Here all strategies agree on the step to stop after through the all-reduce of the step.
-
-Google Compute Engine's notices that this machine is about to be taken away.
-
-A parent process that starts a run again when it ends otherwise than by itself.
-
-It imports nothing heavy, so that nothing of TensorFlow's can take it down with its child.
+`supervise` runs in a parent process, which starts the run again after a failure. This file imports
+nothing heavy, so that a crash of TensorFlow cannot take the parent down too.
 """
 
+import contextlib
 import ctypes
+import math
 import os
 import signal
 import subprocess
@@ -23,23 +22,28 @@ import sys
 import threading
 import urllib.error
 import urllib.request
-from collections.abc import Callable, Mapping, Sequence
+from collections.abc import Callable, Iterator, Mapping, Sequence
+from contextlib import AbstractContextManager
 from pathlib import Path
-from types import TracebackType
+from typing import Any
 
 from trainer.errors import INTERRUPTED, RUN_AGAIN, USER_FAULT, end_process
+from trainer.runtime.workers import background_thread
 
 
 class Interruption:
-    """Listens for requests to stop, from `__enter__` to `__exit__`.
+    """Listens for requests to stop while its block runs.
 
-    Until `on_request` is called there is nothing to save: a request ends the process at once, with
-    exit code 75. From then on it is passed on, and whoever trains stops after the step under way. A
-    second SIGINT ends the process at once, with exit code 130. A signal that is ignored, as `nohup`
-    and shells without job control have it for background jobs, stays ignored.
+    Before the first `on_request` there is nothing to save, so a request ends the process at once
+    with exit code 75. Afterwards a request calls the callbacks, and training stops after the
+    current step. A second SIGINT ends the process at once with exit code 130. A signal that is
+    ignored stays ignored: `nohup` and shells without job control do so for background jobs.
 
-    SIGTERM stays blocked after `__exit__`: the run is over, the process is about to end, and its
+    SIGTERM stays blocked after the block: the run is over, the process is about to end, and its
     exit code says more about the run than "killed by a signal".
+
+    Attributes:
+      reason: what asked the run to stop, for the line that the run ends with; empty before that.
     """
 
     def __init__(self) -> None:
@@ -55,25 +59,20 @@ class Interruption:
             if signal.getsignal(number) != signal.SIG_IGN
         }
         self._thread = threading.Thread(target=self._listen, daemon=True)
-        self._maintenance = MaintenanceWatch(self.request)
-        # Standard error is held back while TensorFlow is imported; what is said here is not.
+        self._notices = contextlib.ExitStack()
+        # Standard error is redirected while TensorFlow is imported; this copy of it is not.
         self._standard_error = os.dup(2)
 
     def __enter__(self) -> "Interruption":
-        """Blocks the signals in this thread, and so in all that it starts from here on."""
+        # Every thread that starts from here on inherits the mask.
         self._mask = signal.pthread_sigmask(signal.SIG_BLOCK, self._signals)
         self._thread.start()
-        self._maintenance.start()
+        self._notices.enter_context(watch_maintenance(self.request))
         return self
 
-    def __exit__(
-        self,
-        kind: type[BaseException] | None,
-        error: BaseException | None,
-        traceback: TracebackType | None,
-    ) -> None:
+    def __exit__(self, *_: Any) -> None:
         self._closing = True
-        self._maintenance.close()
+        self._notices.close()
         if self._signals:
             signal.pthread_kill(self._thread.ident or 0, min(self._signals))
         self._thread.join()
@@ -86,7 +85,7 @@ class Interruption:
         return bool(self.reason)
 
     def on_request(self, callback: Callable[[], None]) -> None:
-        """Has `callback` called at the first request, in a thread of its own, or now if it came."""
+        """Adds what the first request calls, in a new thread; calls it now if a request came."""
         with self._lock:
             self._callbacks.append(callback)
             requested = self.requested
@@ -94,11 +93,7 @@ class Interruption:
             callback()
 
     def request(self, reason: str) -> None:
-        """Asks the run to stop; what comes after the first request changes nothing.
-
-        Args:
-          reason: what asks, for the line that the run ends with.
-        """
+        """Asks the run to stop, for that reason; only the first request counts."""
         with self._lock:
             if self.requested:
                 return
@@ -112,7 +107,7 @@ class Interruption:
             )
         self._say(f"{reason}: stopping after this step; a second SIGINT (Ctrl-C) quits at once")
         for callback in callbacks:
-            # A callback that waits for the device must not keep the next signal waiting.
+            # A callback may wait for the device; the next signal must not wait for the callback.
             threading.Thread(target=callback, daemon=True).start()
 
     def _listen(self) -> None:
@@ -131,17 +126,19 @@ class Interruption:
 
 _DEFAULT_HOST = "metadata.google.internal"
 _PRODUCT_NAME = Path("/sys/class/dmi/id/product_name")
-# Path below instance/, and the value that announces the end; a machine that migrates lives on.
+# Path below instance/, and the value that announces the end. A machine that migrates goes on.
 _NOTICES = {
     "preempted": "TRUE",
     "maintenance-event": "TERMINATE_ON_HOST_MAINTENANCE",
 }
 # A spot machine ends 30 seconds after its notice.
 _INTERVAL = 3.0
+# The server answers directly; a proxy of the environment would not reach it.
+_NO_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
 
 def metadata_host(environment: Mapping[str, str]) -> str | None:
-    """The metadata server's host, None on a machine that is not Google's."""
+    """The metadata server's host; None on a machine that is not Google's."""
     if environment.get("GCE_METADATA_HOST"):
         return environment["GCE_METADATA_HOST"]
     try:
@@ -150,83 +147,118 @@ def metadata_host(environment: Mapping[str, str]) -> str | None:
         return None
 
 
-class MaintenanceWatch:
-    """Asks the metadata server every few seconds, in a thread, and passes one notice on.
+def watch_maintenance(
+    on_notice: Callable[[str], None], interval: float = _INTERVAL
+) -> AbstractContextManager[None]:
+    """Asks the metadata server every few seconds, in a thread, and passes on one notice.
 
-    A notice that stands when the watch starts has already stopped the run before this one, as much
-    as an hour ahead of the machine's end: it is not passed on, so that the time left is used.
+    A notice that stands when the watch starts has stopped the run before this one already, up to an
+    hour before the machine ends. It is not passed on, so that this run uses the time left.
+
+    `on_notice` gets a phrase for it.
     """
+    host = metadata_host(os.environ)
 
-    def __init__(self, on_notice: Callable[[str], None], interval: float = _INTERVAL) -> None:
-        """Args: on_notice: called with what was announced; interval: seconds."""
-        self._on_notice = on_notice
-        self._interval = interval
-        self._host = metadata_host(os.environ)
-        self._closing = threading.Event()
-        # The server answers directly; a proxy of the environment would not reach it.
-        self._opener = urllib.request.build_opener(urllib.request.ProxyHandler({}))
-
-    def start(self) -> None:
-        """Starts the thread, on a machine of Google's."""
-        if self._host is not None:
-            threading.Thread(target=self._watch, daemon=True).start()
-
-    def close(self) -> None:
-        """Ends the thread, within an interval."""
-        self._closing.set()
-
-    def _watch(self) -> None:
-        standing = {path for path in _NOTICES if self._is_announced(path)}
-        while not self._closing.wait(self._interval):
+    def watch(stopped: threading.Event) -> None:
+        standing = {path for path in _NOTICES if _is_announced(host, path, interval)}
+        while not stopped.wait(interval):
             for path in _NOTICES:
-                announced = self._is_announced(path)
+                announced = _is_announced(host, path, interval)
                 if announced and path not in standing:
-                    self._on_notice(f"a notice of this machine's end ({path})")
+                    on_notice(f"a notice of this machine's end ({path})")
                     return
                 if announced is False:
                     standing.discard(path)
 
-    def _is_announced(self, path: str) -> bool | None:
-        """Whether the notice stands; None if the server does not say."""
-        request = urllib.request.Request(
-            f"http://{self._host}/computeMetadata/v1/instance/{path}",
-            headers={"Metadata-Flavor": "Google"},
-        )
-        try:
-            with self._opener.open(request, timeout=self._interval) as answer:
-                return answer.read().decode().strip() == _NOTICES[path]
-        except (OSError, UnicodeDecodeError):
-            return None
+    # A request may take an interval: the end of the run does not wait for it.
+    return contextlib.nullcontext() if host is None else background_thread(watch, wait=False)
+
+
+def _is_announced(host: str | None, path: str, timeout: float) -> bool | None:
+    """Whether the notice stands; None if the server does not say."""
+    request = urllib.request.Request(
+        f"http://{host}/computeMetadata/v1/instance/{path}", headers={"Metadata-Flavor": "Google"}
+    )
+    try:
+        with _NO_PROXY.open(request, timeout=timeout) as answer:
+            return answer.read().decode().strip() == _NOTICES[path]
+    except (OSError, UnicodeDecodeError):
+        return None
+
+
+_CLOCK_MONOTONIC = 1
+_SIGEV_THREAD = 2
+
+
+class _Event(ctypes.Structure):
+    """`struct sigevent` of Linux's <signal.h>: what a timer does when it expires."""
+
+    _fields_ = [
+        ("value", ctypes.c_void_p),
+        ("signal", ctypes.c_int),
+        ("notify", ctypes.c_int),
+        ("function", ctypes.c_void_p),
+        ("attributes", ctypes.c_void_p),
+        ("padding", ctypes.c_char * 32),
+    ]
+
+
+class _Times(ctypes.Structure):
+    """`struct itimerspec`: seconds and nanoseconds, of the interval and of the first expiry."""
+
+    _fields_ = [
+        (name, ctypes.c_long) for name in ("interval", "interval_nano", "value", "value_nano")
+    ]
+
+
+@contextlib.contextmanager
+def exit_timer(seconds: float) -> Iterator[None]:
+    """Ends this process with exit code 75, without a message, if the block takes too long.
+
+    TensorFlow keeps Python's interpreter lock while it waits for a TPU or for other workers, so no
+    thread and no signal handler of Python's can run. A POSIX timer calls C's `_exit` all the same.
+    Print what is about to happen before the block. Without such timers (outside Linux) the block
+    just runs. Seconds are rounded up to whole ones.
+    """
+    if sys.platform != "linux":
+        yield
+        return
+    library, timer = ctypes.CDLL(None), ctypes.c_void_p()
+    leave = ctypes.cast(library._exit, ctypes.c_void_p)
+    event = _Event(value=RUN_AGAIN, notify=_SIGEV_THREAD, function=leave)
+    times = _Times(value=math.ceil(seconds))
+    failed = library.timer_create(_CLOCK_MONOTONIC, ctypes.byref(event), ctypes.byref(timer))
+    if failed or library.timer_settime(timer, 0, ctypes.byref(times), None):
+        raise OSError("cannot make a POSIX timer")
+    try:
+        yield
+    finally:
+        library.timer_delete(timer)
 
 
 _FIRST_DELAY = 2.0
-_LONGEST_DELAY = 60.0
+_MAX_DELAY = 60.0
 _STOPS = {signal.SIGTERM, signal.SIGINT}
 _SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux's <sys/prctl.h>
 
 
 def supervise(command: Sequence[str], max_restarts: int, first_delay: float = _FIRST_DELAY) -> int:
-    """Runs a command, and again as long as it fails and may be restarted.
+    """Runs a command, and starts it again after a failure, up to `max_restarts` times.
 
-    It is final that the command succeeds (0), that the user has to mend something (2), and that the
-    user stopped it: by a signal to this process, which is passed on, or by a second SIGINT (130).
+    Some ends are final: success (0), a fault of the user's (2), a stop by the user. The user stops
+    it by a signal to this process, which passes it on, or by a second SIGINT (130).
 
-    Args:
-      command: the program and its arguments.
-      max_restarts: how often to start it again at most.
-      first_delay: seconds before the first restart; each further delay is twice as long.
-
-    Returns:
-      The last exit code; 128 + N if signal N ended it, as shells say it.
+    The first restart waits for `first_delay` seconds, each further one twice as long. Returns the
+    last exit code; 128 + N if signal N ended it, as in a shell.
     """
-    # Waited for one at a time from here on. Blocked, none can get lost between two waits.
+    # Blocked signals stay pending, so none gets lost between two waits.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {*_STOPS, signal.SIGCHLD})
     try:
         for restart in range(max_restarts + 1):
             code, is_stopped = _run_once(command, mask)
             if is_stopped or code in (0, USER_FAULT, INTERRUPTED) or restart == max_restarts:
                 return code
-            delay = min(first_delay * 2**restart, _LONGEST_DELAY)
+            delay = min(first_delay * 2**restart, _MAX_DELAY)
             print(
                 f"multihot train: ended with exit code {code}; starting again in {delay:g} seconds "
                 f"(restart {restart + 1} of {max_restarts})",
@@ -248,7 +280,7 @@ def _run_once(command: Sequence[str], mask: set[int]) -> tuple[int, bool]:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
         _end_with(parent)
 
-    # In a process group of its own, a Ctrl-C reaches it once: through this process.
+    # In its own process group a Ctrl-C reaches the child once: through this process.
     with subprocess.Popen(command, preexec_fn=prepare, process_group=0) as child:
         is_stopped = False
         while child.poll() is None:
@@ -260,7 +292,7 @@ def _run_once(command: Sequence[str], mask: set[int]) -> tuple[int, bool]:
 
 
 def _end_with(parent: int) -> None:
-    """Has Linux stop this process by SIGTERM when its parent is killed, which cannot tell it."""
+    """Has Linux send this process SIGTERM when its parent is killed."""
     if sys.platform == "linux":
         ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)
         if os.getppid() != parent:  # It was killed before this call.

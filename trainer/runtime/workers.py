@@ -1,6 +1,7 @@
-"""Processes that share work: started fresh, ended with the process that started them.
+"""Processes and threads beside the main one: pools of processes, background threads, stages.
 
-Stages of a pipeline that run beside each other, each in a thread of its own.
+A process of a pool starts fresh and ends with the process that started it. A background thread ends
+with a block of code. A stage is a background thread that makes items ahead of their use.
 """
 
 import contextlib
@@ -23,29 +24,29 @@ _LOOK_SECONDS = 5.0
 
 
 class WorkerPool(Protocol):
-    """Whatever does tasks beside each other: processes here, or a Beam runner's workers."""
+    """What runs tasks in parallel: processes of this machine, or the workers of a Beam runner."""
 
     def map(self, function: Callable[..., Any], /, *arguments: Iterable[Any]) -> Iterator[Any]:
-        """The results of a function, in order, for the first of all arguments, the second, …"""
+        """The function's results in order: for the first of all arguments, the second, …"""
 
 
 class ProcessWorkers:
-    """A pool of processes, each with few tasks under way or waiting to be taken.
+    """A `WorkerPool` of processes, each with at most a few tasks running or waiting.
 
-    (`Executor.map` takes all arguments at once and keeps every result that comes before it is asked
-    for: memory that grows with the corpus.)
+    `Executor.map` takes all arguments at once and keeps every result until it is asked for, so its
+    memory grows with the corpus.
     """
 
     def __init__(self, pool: ProcessPoolExecutor, num_workers: int) -> None:
         self._pool = pool
-        self._most = _TASKS_A_PROCESS * num_workers
+        self._max_waiting = _TASKS_A_PROCESS * num_workers
 
     def map(self, function: Callable[..., Any], /, *arguments: Iterable[Any]) -> Iterator[Any]:
-        """See `WorkerPool`; what is passed and returned must pickle."""
+        """See `WorkerPool`; arguments and results must pickle."""
         waiting: deque[Future[Any]] = deque()
         try:
             for task in zip(*arguments, strict=True):
-                if len(waiting) == self._most:
+                if len(waiting) == self._max_waiting:
                     yield self._result(waiting.popleft())
                 waiting.append(self._pool.submit(function, *task))
             while waiting:
@@ -57,10 +58,10 @@ class ProcessWorkers:
             ) from None
 
     def _result(self, future: "Future[Any]") -> Any:
-        """A result, waited for as long as all processes live.
+        """Waits for a result as long as all processes live.
 
-        (One that is killed in the middle of sending a result leaves the executor waiting for the
-        rest of it, and nobody hears of it.)
+        A process that is killed while it sends a result leaves the executor waiting for the rest,
+        without an error.
         """
         while True:
             try:
@@ -86,10 +87,10 @@ def count_cores() -> int:
 def process_pool(
     num_workers: int | None, prepare_worker: Callable[..., None] | None = None, *arguments: Any
 ) -> Iterator[ProcessWorkers]:
-    """A pool of processes; what is still waiting is dropped when the block ends.
+    """A pool of processes; tasks that still wait when the block ends are dropped.
 
     Args:
-      num_workers: processes; None for one a core.
+      num_workers: processes; None for one per core.
       prepare_worker: called once in each process with `arguments`; both must pickle.
     """
     num_workers = num_workers or count_cores()
@@ -107,9 +108,9 @@ def process_pool(
 
 
 def _start_worker(prepare_worker: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:
-    # The process that started these ends them; each would print a traceback of its own.
+    # The parent handles a Ctrl-C and ends these; each of them would print a traceback of its own.
     signal.signal(signal.SIGINT, signal.SIG_IGN)
-    # The processes are what is parallel: threads inside each would only fight over the cores.
+    # One process per core already: threads inside each would only compete for the cores.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     threading.Thread(target=_end_with_parent, daemon=True).start()
     if prepare_worker is not None:
@@ -117,11 +118,30 @@ def _start_worker(prepare_worker: Callable[..., None] | None, arguments: tuple[A
 
 
 def _end_with_parent() -> None:
-    """Ends this process once its parent has gone, which a killed parent cannot see to itself."""
+    """Ends this process when its parent is gone: a parent that is killed cannot do it."""
     parent = multiprocessing.parent_process()
     if parent is not None:
         multiprocessing.connection.wait([parent.sentinel])
         os._exit(1)
+
+
+@contextlib.contextmanager
+def background_thread(work: Callable[[threading.Event], None], wait: bool = True) -> Iterator[None]:
+    """Runs `work` in a daemon thread while the block runs.
+
+    Args:
+      work: called with an event that is set when the block ends; it should return soon then.
+      wait: whether the end of the block waits for it to return.
+    """
+    stopped = threading.Event()
+    thread = threading.Thread(target=work, args=(stopped,), daemon=True)
+    thread.start()
+    try:
+        yield
+    finally:
+        stopped.set()
+        if wait:
+            thread.join()
 
 
 Item = TypeVar("Item")
@@ -131,38 +151,33 @@ _POLL_SECONDS = 0.1
 def run_ahead(items: Iterable[Item], depth: int) -> Generator[Item, None, None]:
     """The same items in the same order, made in a thread that is up to `depth` of them ahead.
 
-    What fails there is raised here. Closing the generator ends the thread after the item that it
-    is at, and closes `items` in it, so a chain of stages ends from its last one back.
+    An error in the thread is raised here. Closing the generator ends the thread after its current
+    item and closes `items` there, so closing the last of several stages ends all of them.
     """
     waiting: queue.Queue[tuple[bool, Any]] = queue.Queue(depth)
-    stopped = threading.Event()
 
-    def put(is_item: bool, value: Any) -> None:
+    def put(is_item: bool, value: Any, stopped: threading.Event) -> None:
         while not stopped.is_set():
-            try:
+            with contextlib.suppress(queue.Full):
                 waiting.put((is_item, value), timeout=_POLL_SECONDS)
                 return
-            except queue.Full:
-                continue
 
-    def fill() -> None:
+    def fill(stopped: threading.Event) -> None:
         iterator = None
         try:
             iterator = iter(items)
             for item in iterator:
-                put(True, item)
+                put(True, item, stopped)
                 if stopped.is_set():
                     break
-            put(False, None)
+            put(False, None, stopped)
         except BaseException as error:  # Raised again where the items are taken.
-            put(False, error)
+            put(False, error, stopped)
         finally:
             if isinstance(iterator, Generator):
                 iterator.close()
 
-    thread = threading.Thread(target=fill, daemon=True)
-    thread.start()
-    try:
+    with background_thread(fill):
         while True:
             is_item, value = waiting.get()
             if not is_item:
@@ -170,6 +185,3 @@ def run_ahead(items: Iterable[Item], depth: int) -> Generator[Item, None, None]:
             yield value
         if value is not None:
             raise value
-    finally:
-        stopped.set()
-        thread.join()

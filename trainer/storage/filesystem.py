@@ -1,17 +1,12 @@
-"""Files in folders and in object stores: the few operations that a run needs.
+"""Files in local folders and object stores: read, list, copy, and write whole or not at all.
 
 A local path goes through the standard library, a URL such as gs://bucket/folder through
-TensorFlow's file systems. Those repeat what a store turns down for a while (429, 503, a connection
-reset) with growing pauses, about three minutes in all; GCS_RETRY_CONFIG_MAX_RETRIES and its like
-tune that. TensorFlow is imported when the first URL comes and not before, so that processes which
-only know local files start without it.
+TensorFlow's file systems. Those repeat a request that the store turns down for a while (429, 503, a
+connection reset) with growing pauses, about three minutes in all; GCS_RETRY_CONFIG_MAX_RETRIES and
+similar variables change that. TensorFlow is imported at the first URL, so processes that only use
+local files start without it.
 
-Parts of a URL are joined by `os.path.join`, as those of a path are: both by "/" wherever Multihot
-runs.
-
-Files that are there whole or not at all.
-
-A checksum inside a JSON file, so that a byte flipped in it is found before it is believed.
+`os.path.join` joins the parts of a URL too: both use "/" wherever Multihot runs.
 """
 
 import contextlib
@@ -26,18 +21,7 @@ from concurrent.futures import ThreadPoolExecutor
 from typing import Any, BinaryIO, cast
 
 from trainer.errors import RunAgain, UserError
-
-
-def checksum(path: str) -> str:
-    """CRC-32C of a file or object as eight hex digits (hardware-accelerated, several GB/s)."""
-    import google_crc32c
-
-    crc = google_crc32c.Checksum()
-    with open_binary(path) as file:
-        while block := file.read(1 << 18):
-            crc.update(block)
-    return crc.hexdigest().decode()
-
+from trainer.storage.gcs_client import explain_status
 
 _REFUSALS = frozenset(
     (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
@@ -47,13 +31,9 @@ _REFUSALS = frozenset(
 
 @contextlib.contextmanager
 def disk_errors(flag: str) -> Iterator[None]:
-    """Turns what the file system refuses into a line that the user can act on.
+    """Turns an OSError about permissions, room, or a file that is not a folder into a UserError.
 
-    Args:
-      flag: the flag and value that say where is written, as they stand on the command line.
-
-    Raises:
-      UserError: in the place of an OSError about permissions, room, or a file that is no folder.
+    `flag` is the flag and value that name the place, as on the command line.
     """
     try:
         yield
@@ -67,7 +47,7 @@ def disk_errors(flag: str) -> Iterator[None]:
         ) from None
 
 
-# A request's answer takes tens of milliseconds and no work of ours; a split has many shards.
+# An answer takes tens of milliseconds, during which this machine has nothing to do.
 _REQUESTS_AT_ONCE = 16
 
 
@@ -77,11 +57,7 @@ def is_remote(path: str) -> bool:
 
 
 def require_local(flag: str, path: str) -> None:
-    """Refuses a URL for what is written to local folders only.
-
-    Raises:
-      UserError: naming the flag.
-    """
+    """Raises a UserError that names the flag if `path` is a URL."""
     if is_remote(path):
         raise UserError(
             f"--{flag}={path}: expected a local path; write there, and take it to the store with "
@@ -98,7 +74,7 @@ def exists(path: str) -> bool:
 
 
 def sizes(paths: Sequence[str]) -> list[int | None]:
-    """Bytes of each file, None for one that is not there; a store is asked for many at once."""
+    """Bytes of each file, None for a missing one; asks a store for many at once."""
     with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
         return list(pool.map(_size, paths))
 
@@ -115,11 +91,7 @@ def _size(path: str) -> int | None:
 
 @contextlib.contextmanager
 def open_binary(path: str) -> Iterator[BinaryIO]:
-    """A file to read from.
-
-    Raises:
-      FileNotFoundError: if it is not there.
-    """
+    """Opens a file to read; `FileNotFoundError` if it is not there."""
     if not is_remote(path):
         with open(path, "rb") as file:
             yield file
@@ -129,50 +101,47 @@ def open_binary(path: str) -> Iterator[BinaryIO]:
 
 
 def read_bytes(path: str) -> bytes:
-    """All of a file.
-
-    Raises:
-      FileNotFoundError: if it is not there.
-    """
+    """All of a file; `FileNotFoundError` if it is not there."""
     with open_binary(path) as file:
         return file.read()
 
 
 def read_text(path: str) -> str:
-    """All of a file of UTF-8 text.
-
-    Raises:
-      FileNotFoundError: if it is not there.
-    """
+    """All of a UTF-8 file; `FileNotFoundError` if it is not there."""
     return read_bytes(path).decode("utf-8")
 
 
-def upload(url: str, data: bytes) -> None:
-    """Makes an object of `data`; see `filesystem.py` for what a reader may find meanwhile."""
-    with _file_systems(url) as gfile, gfile.GFile(url, "wb") as file:
-        file.write(data)
+def checksum(path: str) -> str:
+    """CRC-32C of a file or object as eight hex digits (hardware-accelerated, several GB/s)."""
+    with open_binary(path) as file:
+        return checksum_of(file)
+
+
+def checksum_of(file: BinaryIO) -> str:
+    """CRC-32C of the rest of an open file, as eight hex digits."""
+    import google_crc32c
+
+    crc = google_crc32c.Checksum()
+    while block := file.read(1 << 18):
+        crc.update(block)
+    return crc.hexdigest().decode()
 
 
 def list_folder(folder: str) -> list[str]:
-    """Names of the files and folders in a folder, sorted.
-
-    Raises:
-      FileNotFoundError: if it is not there.
-    """
+    """Names in a folder, sorted; `FileNotFoundError` if it is not there."""
     if not is_remote(folder):
         return sorted(os.listdir(folder))
     with _file_systems(folder) as gfile:
-        # A store marks folders by a final "/". TensorFlow lists the first names once more when
-        # a list of several pages is interrupted and asked for again.
+        # A store marks folders by a final "/". TensorFlow repeats the first names when it asks
+        # again for a list of several pages that was interrupted.
         return sorted({name.rstrip("/") for name in gfile.listdir(folder)})
 
 
 def make_folder(folder: str) -> None:
-    """Makes a folder and those above it, where they do not exist yet.
+    """Makes a folder and those above it, where they do not exist yet; nothing for a URL.
 
-    Nothing for a URL: folders of a store are parts of its objects' names. (TensorFlow's `makedirs`
-    would ask for the bucket itself, which takes a right that few accounts have, and never ends
-    where there is no such bucket.)
+    A store's folders are parts of its objects' names. TensorFlow's `makedirs` would ask for the
+    bucket, which needs a right that few accounts have, and does not end if there is no such bucket.
     """
     if not is_remote(folder):
         os.makedirs(folder, exist_ok=True)
@@ -180,12 +149,9 @@ def make_folder(folder: str) -> None:
 
 @contextlib.contextmanager
 def local_copy(folder: str) -> Iterator[str]:
-    """A local folder with the files of `folder`: itself, or a copy that is removed afterwards.
+    """A local folder with the files of `folder`: itself, or a copy without folders inside.
 
-    For libraries that read local files only. Folders inside are left out.
-
-    Raises:
-      FileNotFoundError: if there is no such folder.
+    For libraries that read local files only. A missing folder is a FileNotFoundError.
     """
     if not is_remote(folder):
         yield folder
@@ -201,12 +167,12 @@ def local_copy(folder: str) -> Iterator[str]:
 
 @contextlib.contextmanager
 def _file_systems(url: str) -> Iterator[Any]:
-    """TensorFlow's file functions, what they raise put into words."""
+    """TensorFlow's file functions, their errors as `explain` gives them."""
     import tensorflow as tf
 
     try:
         yield tf.io.gfile
-    except tf.errors.NotFoundError:  # Said in several ways.
+    except tf.errors.NotFoundError:  # Its text differs from one file system to another.
         raise FileNotFoundError(errno.ENOENT, os.strerror(errno.ENOENT), url) from None
     except tf.errors.OpError as error:
         raise (explain(error, url) or error) from None
@@ -215,16 +181,11 @@ def _file_systems(url: str) -> Iterator[Any]:
 def explain(error: Exception, url: str | None = None) -> OSError | RunAgain | None:
     """What an error of TensorFlow's file systems means to the user.
 
-    Args:
-      error: anything that was raised.
-      url: what was being read or written; default: the URL in the error's text.
-
-    Returns:
-      `RunAgain` for a store that may answer later; the `OSError` that a local file would have
-      given for what the user can mend; None for any other kind of error.
+    `url` is what was read or written; default: the URL in the error's text. Returns what
+    `explain_status` does; None for an error that does not come from a store.
     """
     text = " ".join(str(error).split())
-    if "Error executing an HTTP request" not in text:  # As all of them say.
+    if "Error executing an HTTP request" not in text:  # All errors of a store say so.
         return None
     found = re.search(r"\w+://[^\s'\"]+", text.rpartition(" when ")[2])
     place = url or (found.group() if found else "Cloud Storage")
@@ -234,59 +195,30 @@ def explain(error: Exception, url: str | None = None) -> OSError | RunAgain | No
     return explain_status(place, status, curl.group(1) if curl else text[:200])
 
 
-def explain_status(place: str, status: int | None, reason: str) -> OSError | RunAgain:
-    """What a store's answer means to the user.
-
-    Args:
-      place: the URL that was read or written.
-      status: of HTTP, or None if there was no answer.
-      reason: what is known if there was none.
-
-    Returns:
-      `RunAgain` for a store that may answer later; the `OSError` that a local file would have
-      given for what the user can mend.
-    """
-    if status in (401, 403):
-        remedy = (
-            "give this machine's account access to the bucket, or sign in with "
-            "`gcloud auth application-default login`"
-        )
-        return PermissionError(errno.EACCES, f"access denied (HTTP {status}); {remedy}", place)
-    if status == 404:
-        return FileNotFoundError(errno.ENOENT, "not found; check bucket and folder", place)
-    if status is not None and status not in (408, 429) and status < 500:
-        return OSError(errno.EIO, f"the store refused the request (HTTP {status})", place)
-    return RunAgain(
-        f"{place}: the store did not answer ({f'HTTP {status}' if status else reason}), however "
-        "often it was asked; run the same command again to go on where it stopped"
-    )
-
-
 def write_atomically(path: str, content: str | bytes) -> None:
-    """Writes a file so that a reader, even after a crash, finds it as before or whole.
+    """Writes a file so that a reader, even after a crash, finds the old or the new content.
 
-    A local file is written aside, flushed to the disk and renamed to `path`. For a URL one upload
-    is enough: TensorFlow gathers the bytes in a local temporary file, and an object in Cloud
-    Storage appears, or takes the place of the one before, only when its upload has ended.
+    A local file is written under a temporary name, flushed to the disk and renamed to `path`. For a
+    URL one upload is enough: TensorFlow collects the bytes in a local temporary file, and an object
+    in Cloud Storage appears, or replaces the old one, only when its upload has ended.
 
-    Raises:
-      OSError: if the folder cannot be written to; `path` is then as it was before.
-      RunAgain: if a store does not answer.
+    After an error `path` is unchanged.
     """
     data = content.encode("utf-8") if isinstance(content, str) else content
     if is_remote(path):
-        upload(path, data)
+        with _file_systems(path) as gfile, gfile.GFile(path, "wb") as file:
+            file.write(data)
         return
-    aside = path + ".tmp"
+    temporary = path + ".tmp"
     try:
-        with open(aside, "wb") as file:
+        with open(temporary, "wb") as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
-        os.replace(aside, path)
+        os.replace(temporary, path)
     except OSError:
-        if os.path.exists(aside):
-            os.remove(aside)
+        if os.path.exists(temporary):
+            os.remove(temporary)
         raise
 
 
@@ -294,16 +226,12 @@ _FIELD = "sha256"
 
 
 def add_checksum(values: dict[str, Any]) -> dict[str, Any]:
-    """JSON values with the SHA-256 of what they say, whatever their layout in a file."""
+    """JSON values with the SHA-256 of their content, which does not depend on a file's layout."""
     return values | {_FIELD: _digest(values)}
 
 
 def verify_checksum(values: dict[str, Any]) -> dict[str, Any]:
-    """What was sealed.
-
-    Raises:
-      ValueError: if the values are not those that were sealed.
-    """
+    """The values that `add_checksum` got; `ValueError` if they have changed since."""
     content = {name: value for name, value in values.items() if name != _FIELD}
     if values.get(_FIELD) != _digest(content):
         raise ValueError(f"its content does not match its own {_FIELD}")
@@ -311,6 +239,6 @@ def verify_checksum(values: dict[str, Any]) -> dict[str, Any]:
 
 
 def _digest(values: dict[str, Any]) -> str:
-    # Read back first, for JSON has neither tuples nor keys that are numbers.
+    # Through JSON and back first: it has neither tuples nor keys that are numbers.
     content = json.loads(json.dumps(values))
     return hashlib.sha256(json.dumps(content, sort_keys=True).encode()).hexdigest()

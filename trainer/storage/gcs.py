@@ -1,13 +1,12 @@
-"""Objects in Cloud Storage, by Google's own client: what `prepare`, `export` and `score` need.
+"""Objects in Cloud Storage through Google's own client: find, list, read, download, upload.
 
-(Training reads and writes gs:// through TensorFlow's file systems, see filesystem.py; the processes
-here do without TensorFlow.) Requests and their repetition are in gcs_client.py, reading in
-object_reader.py. The store compares an upload's checksum before the object appears.
+Processes that use it need no TensorFlow; training reads and writes gs:// through TensorFlow's file
+systems, see filesystem.py. gcs_client.py has the requests' settings and errors: every function here
+raises the `OSError` or `RunAgain` of its `explain_status`.
 
-Objects in Cloud Storage as files to read: found, and read by ranges.
-
-No byte is taken on trust: a block has to have the length that was asked for, and an object that was
-read whole its checksum.
+All bytes are checked. A range that was read has to have the length that was asked for, an object
+that was read to its end its CRC-32C, and the store compares an upload's CRC-32C before the object
+appears.
 """
 
 import base64
@@ -15,6 +14,7 @@ import contextlib
 import errno
 import io
 import os
+import shutil
 import uuid
 from collections.abc import Mapping, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -22,6 +22,7 @@ from dataclasses import dataclass
 from typing import Any, BinaryIO
 
 from trainer.errors import RunAgain, UserError
+from trainer.storage.filesystem import checksum_of
 from trainer.storage.gcs_client import (
     REQUEST_SECONDS,
     SCHEME,
@@ -33,6 +34,15 @@ from trainer.storage.gcs_client import (
 )
 
 BLOCK_BYTES = 4 << 20
+_UPLOAD_PIECE_BYTES = 8 << 20  # A multiple of 256 KiB, as Cloud Storage wants.
+# An answer takes tens of milliseconds, during which this machine has nothing to do. Google's client
+# keeps ten connections.
+_REQUESTS_AT_ONCE = 8
+_TOKEN = "multihot-upload"
+
+
+class Taken(Exception):
+    """An upload's precondition failed: another process has written the object meanwhile."""
 
 
 @dataclass(frozen=True)
@@ -45,42 +55,76 @@ class StoredObject:
     generation: int
 
 
-def describe(blob: Any) -> StoredObject:
-    """What the store has said of a blob that was listed, asked for or uploaded."""
+def _describe(blob: Any) -> StoredObject:
     checksum = base64.b64decode(blob.crc32c or "").hex()
     return StoredObject(
         f"{SCHEME}{blob.bucket.name}/{blob.name}", int(blob.size), checksum, int(blob.generation)
     )
 
 
-def find_object(url: str) -> StoredObject | None:
-    """The object of that name, or None.
-
-    Raises:
-      OSError: if the store refuses it.
-      RunAgain: if the store does not answer.
-    """
-    blob = blob_of(url)
+def _reload(resource: Any, url: str) -> bool:
+    """Asks the store for the metadata of a blob or bucket; False if there is none."""
     try:
         with explained(url):
-            blob.reload(retry=retry(), timeout=REQUEST_SECONDS)
+            resource.reload(retry=retry(), timeout=REQUEST_SECONDS)
     except FileNotFoundError:
+        return False
+    return True
+
+
+def _not_found(url: str) -> FileNotFoundError:
+    return FileNotFoundError(errno.ENOENT, "not found; check bucket and folder", url)
+
+
+def find_object(url: str) -> StoredObject | None:
+    """The object of that name, or None."""
+    blob = blob_of(url)
+    return _describe(blob) if _reload(blob, url) else None
+
+
+def find_regions(bucket: str) -> tuple[str, ...] | None:
+    """Where a bucket's objects lie: a region, the regions of a pair, or a multi-region.
+
+    Names are lower-case (`us-central1`; `us`). Returns None if there is no such bucket.
+    """
+    found = client().bucket(bucket)
+    if not _reload(found, f"{SCHEME}{bucket}"):
         return None
-    return describe(blob)
+    return tuple(name.lower() for name in found.data_locations or [found.location])
+
+
+def list_objects(url_prefix: str, below: bool = True) -> list[StoredObject]:
+    """The objects whose URLs begin so, sorted, without those that only stand for a folder.
+
+    With `below`, also those with a "/" in the rest of their names. A missing bucket is a
+    FileNotFoundError.
+    """
+    bucket, prefix = split_url(url_prefix)
+    delimiter = None if below else "/"
+    with explained(url_prefix):
+        blobs = client().list_blobs(
+            bucket, prefix=prefix, delimiter=delimiter, retry=retry(), timeout=REQUEST_SECONDS
+        )
+        # A list of several pages may hold a name twice when one of them was asked for again.
+        found = {blob.name: _describe(blob) for blob in blobs if not blob.name.endswith("/")}
+    return [found[name] for name in sorted(found)]
+
+
+def _reader(url: str) -> "ObjectReader":
+    stored = find_object(url)
+    if stored is None:
+        raise _not_found(url)
+    return ObjectReader(stored)
 
 
 def open_reader(url: str) -> io.BufferedReader:
-    """An object to read from, in blocks of BLOCK_BYTES; always the bytes of one generation.
+    """Opens an object to read, in blocks of 4 MiB; all bytes are of one generation.
 
     Raises:
       FileNotFoundError: if there is none.
-      OSError, RunAgain: if the store refuses it, does not answer, or the object is replaced while
-        it is read; from every read.
+      UserError: from a read, if the object has been replaced or removed.
     """
-    stored = find_object(url)
-    if stored is None:
-        raise FileNotFoundError(errno.ENOENT, "not found; check bucket and folder", url)
-    return io.BufferedReader(ObjectReader(stored), BLOCK_BYTES)
+    return io.BufferedReader(_reader(url), BLOCK_BYTES)
 
 
 def read_object(url: str) -> bytes | None:
@@ -93,7 +137,7 @@ def read_object(url: str) -> bytes | None:
 
 
 class ObjectReader(io.RawIOBase):
-    """An object's bytes by ranges; knows whether it was read from beginning to end."""
+    """An object's bytes by ranges; checks the CRC-32C when all were read in order."""
 
     def __init__(self, stored: StoredObject) -> None:
         import google_crc32c
@@ -105,15 +149,12 @@ class ObjectReader(io.RawIOBase):
         self._num_checked = 0
 
     def readable(self) -> bool:
-        """True."""
         return True
 
     def seekable(self) -> bool:
-        """True."""
         return True
 
     def seek(self, offset: int, whence: int = os.SEEK_SET) -> int:
-        """As of any file."""
         start = {os.SEEK_SET: 0, os.SEEK_CUR: self._position, os.SEEK_END: self._stored.bytes}
         position = start[whence] + offset
         if position < 0:
@@ -122,11 +163,10 @@ class ObjectReader(io.RawIOBase):
         return position
 
     def tell(self) -> int:
-        """As of any file."""
         return self._position
 
     def readinto(self, buffer: Any) -> int:
-        """Fills the buffer by one request, or as far as the object goes."""
+        """Fills the buffer by one request, as far as the object goes."""
         view = memoryview(buffer).cast("B")
         size = min(len(view), self._stored.bytes - self._position)
         if size <= 0:
@@ -158,7 +198,7 @@ def _read_range(stored: StoredObject, start: int, size: int) -> bytes:
         data = blob.download_as_bytes(
             start=start,
             end=start + size - 1,
-            # As it is stored: an object that says of itself that it is gzip would come unpacked.
+            # Otherwise an object whose metadata says gzip would arrive decompressed.
             raw_download=True,
             checksum=None,
             retry=None,
@@ -178,79 +218,14 @@ def _read_range(stored: StoredObject, start: int, size: int) -> bytes:
         ) from None
 
 
-# A request's answer takes tens of milliseconds and no work of ours. Google's client keeps ten
-# connections.
-REQUESTS_AT_ONCE = 8
-_UPLOAD_PIECE_BYTES = 8 << 20  # A multiple of 256 KiB, as Cloud Storage wants.
-_TOKEN = "multihot-upload"
-
-
-class Taken(Exception):
-    """An upload's precondition did not hold: somebody else has written the object meanwhile."""
-
-
-def find_regions(bucket: str) -> tuple[str, ...] | None:
-    """Where a bucket's objects lie: a region, the regions of a pair, or a multi-region.
-
-    Returns:
-      Lower-case names (`us-central1`; `us`), or None if there is no such bucket.
-
-    Raises:
-      OSError: if the store refuses to say.
-      RunAgain: if the store does not answer.
-    """
-    found = client().bucket(bucket)
-    try:
-        with explained(f"{SCHEME}{bucket}"):
-            found.reload(retry=retry(), timeout=REQUEST_SECONDS)
-    except FileNotFoundError:
-        return None
-    return tuple(name.lower() for name in found.data_locations or [found.location])
-
-
-def list_objects(url_prefix: str, below: bool = True) -> list[StoredObject]:
-    """The objects whose URLs begin so, sorted; those that only stand for a folder left out.
-
-    Args:
-      url_prefix: how they begin.
-      below: also those with a "/" in the rest of their names.
-
-    Raises:
-      OSError: if the store refuses it, or there is no such bucket.
-      RunAgain: if the store does not answer.
-    """
-    bucket, prefix = split_url(url_prefix)
-    with explained(url_prefix):
-        blobs = client().list_blobs(
-            bucket,
-            prefix=prefix,
-            delimiter=None if below else "/",
-            retry=retry(),
-            timeout=REQUEST_SECONDS,
-        )
-        # A list of several pages may hold a name twice when one of them was asked for again.
-        found = {blob.name: describe(blob) for blob in blobs if not blob.name.endswith("/")}
-    return [found[name] for name in sorted(found)]
-
-
-def download(url: str, path: str) -> StoredObject:
-    """Copies an object to a local file, its checksum compared."""
-    stored = find_object(url)
-    if stored is None:
-        raise FileNotFoundError(errno.ENOENT, "not found; check bucket and folder", url)
-    with ObjectReader(stored) as reader, open(path, "wb") as file:
-        while block := reader.read(2 * BLOCK_BYTES):
-            file.write(block)
-    return stored
+def download(url: str, path: str) -> None:
+    """Copies an object to a local file."""
+    with _reader(url) as reader, open(path, "wb") as file:
+        shutil.copyfileobj(reader, file, 2 * BLOCK_BYTES)
 
 
 def download_folder(url: str, folder: str, below: bool = True) -> None:
-    """Copies the objects under a URL to a local folder.
-
-    Args:
-      url: of the folder.
-      folder: an absolute path.
-      below: also those in folders below it.
+    """Copies the objects under a URL, with those in folders `below` it, to a local folder.
 
     Raises:
       FileNotFoundError: if there are none.
@@ -259,16 +234,12 @@ def download_folder(url: str, folder: str, below: bool = True) -> None:
     base = url.rstrip("/") + "/"
     names = [item.url.removeprefix(base) for item in list_objects(base, below)]
     if not names:
-        raise FileNotFoundError(errno.ENOENT, "not found; check bucket and folder", url)
+        raise _not_found(url)
     download_files(url, folder, names)
 
 
 def download_files(url: str, folder: str, names: Sequence[str]) -> None:
-    """Copies the objects of those names under a URL to a local folder, several at once.
-
-    Raises:
-      UserError: if a name leads out of the folder.
-    """
+    """`download_folder` for the objects of those names, several at once."""
     base = url.rstrip("/") + "/"
 
     def copy(name: str) -> None:
@@ -278,7 +249,7 @@ def download_files(url: str, folder: str, names: Sequence[str]) -> None:
         os.makedirs(os.path.dirname(path), exist_ok=True)
         download(base + name, path)
 
-    with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
+    with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
         list(pool.map(copy, names))
 
 
@@ -287,62 +258,40 @@ def upload(
 ) -> StoredObject:
     """Makes an object, which appears whole or not at all.
 
-    A request that is repeated because its answer was lost finds its own work done: that is told
-    from somebody else's object by a random token in the object's metadata.
+    A request is repeated when its answer is lost, and then finds the object already there. A random
+    token in the object's metadata tells it from another writer's object.
 
     Args:
       url: of the object.
       source: its bytes, a local path, or an open file, which is read from its beginning.
-      if_generation: the generation that it has to replace, 0 for none; default: whatever there is.
+      if_generation: the generation to replace, 0 for none; default: whatever there is.
 
     Raises:
       Taken: if there is another generation.
-      OSError: if the store refuses it.
-      RunAgain: if the store does not answer.
     """
     if isinstance(source, str):
         with open(source, "rb") as file:
             return upload(url, file, if_generation)
     if isinstance(source, bytes):
         source = io.BytesIO(source)
-    from google.api_core.exceptions import NotFound, PreconditionFailed
+    from google.api_core.exceptions import PreconditionFailed
 
-    checksum, size = _checksum_and_size(source)
+    source.seek(0)
+    checksum, size = checksum_of(source), source.tell()
     blob = blob_of(url)
     token = uuid.uuid4().hex
     blob.metadata = {_TOKEN: token}
     blob.crc32c = base64.b64encode(bytes.fromhex(checksum)).decode()
     if size > _UPLOAD_PIECE_BYTES:
         blob.chunk_size = _UPLOAD_PIECE_BYTES
-
-    def send() -> None:
-        try:
-            blob.upload_from_file(
-                source,
-                rewind=True,
-                size=size,
-                content_type="application/octet-stream",
-                if_generation_match=if_generation,
-                checksum=None,
-                retry=retry(),
-                timeout=REQUEST_SECONDS,
-            )
-        except ValueError as error:
-            # The store kept only some of a piece, after which Google's client cannot go on.
-            raise ConnectionError(f"the upload was broken off ({error})") from None
-
     try:
         with explained(url):
-            retry()(send)()
+            retry()(_send)(blob, source, size, if_generation)
     except PreconditionFailed:
-        there = blob_of(url)
-        with explained(url):
-            with contextlib.suppress(NotFound):
-                there.reload(retry=retry(), timeout=REQUEST_SECONDS)
-        if (there.metadata or {}).get(_TOKEN) != token:
+        blob = blob_of(url)
+        if not _reload(blob, url) or (blob.metadata or {}).get(_TOKEN) != token:
             raise Taken(url) from None
-        blob = there
-    stored = describe(blob)
+    stored = _describe(blob)
     if (stored.bytes, stored.checksum) != (size, checksum):
         raise RunAgain(
             f"{url}: {stored.bytes} bytes with CRC-32C {stored.checksum} arrived of {size} bytes "
@@ -351,62 +300,47 @@ def upload(
     return stored
 
 
+def _send(blob: Any, source: BinaryIO, size: int, if_generation: int | None) -> None:
+    try:
+        blob.upload_from_file(
+            source,
+            rewind=True,
+            size=size,
+            content_type="application/octet-stream",
+            if_generation_match=if_generation,
+            checksum=None,
+            retry=retry(),
+            timeout=REQUEST_SECONDS,
+        )
+    except ValueError as error:
+        # The store kept only some of a piece. Google's client cannot go on from there; a new
+        # upload can.
+        raise ConnectionError(f"the upload was broken off ({error})") from None
+
+
 def upload_files(
     url: str, folder: str, names: Sequence[str], generations: Mapping[str, int] | None = None
 ) -> list[StoredObject]:
-    """Makes objects under a URL of the files of those names in a local folder, several at once.
+    """`upload` of the files of those names in a local folder, several at once.
 
-    Args:
-      url: of the folder of the objects.
-      folder: the local one.
-      names: relative to both.
-      generations: what each has to replace, nothing if it is not in there; default: whatever is
-        there.
-
-    Raises:
-      Taken: if there is another generation.
+    With `generations` each file has to replace its own, or none if it is not in there.
     """
 
     def copy(name: str) -> StoredObject:
         if_generation = None if generations is None else generations.get(name, 0)
         return upload(f"{url}/{name}", os.path.join(folder, name), if_generation)
 
-    with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
+    with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
         return list(pool.map(copy, names))
 
 
-def delete(url: str, if_generation: int | None = None) -> None:
-    """Removes an object; nothing if there is none.
-
-    Raises:
-      Taken: if it has another generation than `if_generation`.
-    """
-    from google.api_core.exceptions import PreconditionFailed
-
-    blob = blob_of(url)
-    try:
-        with explained(url):
-            blob.delete(if_generation_match=if_generation, retry=retry(), timeout=REQUEST_SECONDS)
-    except FileNotFoundError:
-        return
-    except PreconditionFailed:
-        raise Taken(url) from None
+def delete(url: str) -> None:
+    """Removes an object; nothing if there is none."""
+    with contextlib.suppress(FileNotFoundError), explained(url):
+        blob_of(url).delete(retry=retry(), timeout=REQUEST_SECONDS)
 
 
 def read_objects(urls: Sequence[str]) -> list[bytes | None]:
-    """Contents of small objects, many asked for at once; None for one that is not there."""
-    with ThreadPoolExecutor(REQUESTS_AT_ONCE) as pool:
+    """Contents of small objects, several at once; None for a missing one."""
+    with ThreadPoolExecutor(_REQUESTS_AT_ONCE) as pool:
         return list(pool.map(read_object, urls))
-
-
-def _checksum_and_size(file: BinaryIO) -> tuple[str, int]:
-    """CRC-32C (hex) and size of an open file."""
-    import google_crc32c
-
-    checksum = google_crc32c.Checksum()
-    size = 0
-    file.seek(0)
-    while block := file.read(BLOCK_BYTES):
-        checksum.update(block)
-        size += len(block)
-    return checksum.hexdigest().decode(), size

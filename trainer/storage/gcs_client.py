@@ -1,13 +1,14 @@
-"""Google's client for Cloud Storage: how it is asked, how long, and what its refusals mean.
+"""Google's client for Cloud Storage: its settings, its retries, and what its errors mean.
 
-Every request is repeated with growing pauses while the store turns it down (408, 429, 5xx), resets
-the connection or does not answer, up to a deadline; then the command ends with `RunAgain`.
+A request is repeated with growing pauses while the store turns it down (408, 429, 5xx), resets the
+connection or does not answer, up to a deadline; then the command ends with `RunAgain`.
 
-`STORAGE_EMULATOR_HOST` names another store, as for Google's own tools. Where no credentials are
-found, requests are anonymous, which is enough for public buckets.
+`STORAGE_EMULATOR_HOST` names another store, as for Google's own tools. Without credentials requests
+are anonymous, which is enough for public buckets.
 """
 
 import contextlib
+import errno
 import functools
 import os
 import sys
@@ -15,8 +16,7 @@ import threading
 from collections.abc import Iterator
 from typing import Any
 
-from trainer.errors import UserError
-from trainer.storage.filesystem import explain_status
+from trainer.errors import RunAgain, UserError
 
 SCHEME = "gs://"
 REQUEST_SECONDS = 60.0
@@ -77,7 +77,7 @@ def _make_client() -> Any:
 
 
 def retry() -> Any:
-    """Google's policy of repetition, with our deadline and pauses."""
+    """Google's retry policy with our deadline and pauses."""
     from google.cloud.storage.retry import DEFAULT_RETRY
 
     return DEFAULT_RETRY.with_timeout(_DEADLINE_SECONDS).with_delay(_FIRST_PAUSE_SECONDS)
@@ -85,7 +85,7 @@ def retry() -> Any:
 
 @contextlib.contextmanager
 def explained(url: str) -> Iterator[None]:
-    """What Google's client raises put into words; a precondition that failed passes through."""
+    """Turns the client's errors into those of `explain_status`, but for a failed precondition."""
     import requests
     from google.api_core import exceptions
     from google.auth.exceptions import RefreshError, TransportError
@@ -106,6 +106,28 @@ def explained(url: str) -> Iterator[None]:
         raise explain_status(url, 401, "the credentials have run out") from None
     except (requests.RequestException, TransportError, ConnectionError) as error:
         raise explain_status(url, None, _reason(error)) from None
+
+
+def explain_status(place: str, status: int | None, reason: str) -> OSError | RunAgain:
+    """What a store's answer means to the user.
+
+    It is `RunAgain` for a store that may answer later, else the `OSError` that a local file would
+    give. Without an answer the HTTP status is None, and `reason` says why.
+    """
+    if status in (401, 403):
+        remedy = (
+            "give this machine's account access to the bucket, or sign in with "
+            "`gcloud auth application-default login`"
+        )
+        return PermissionError(errno.EACCES, f"access denied (HTTP {status}); {remedy}", place)
+    if status == 404:
+        return FileNotFoundError(errno.ENOENT, "not found; check bucket and folder", place)
+    if status is not None and status not in (408, 429) and status < 500:
+        return OSError(errno.EIO, f"the store refused the request (HTTP {status})", place)
+    return RunAgain(
+        f"{place}: the store did not answer ({f'HTTP {status}' if status else reason}), however "
+        "often it was asked; run the same command again to go on where it stopped"
+    )
 
 
 def _reason(error: BaseException) -> str:

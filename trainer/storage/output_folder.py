@@ -1,7 +1,7 @@
-"""Where the parts of `score` are put together: a local folder or one in Cloud Storage.
+"""The folder of parts that `score` writes, on local disks or in Cloud Storage.
 
-Both know the same few things: list, read, replace a small file, make one that is not there yet, and
-write a part so that of two who write the same one only one can name it.
+Both kinds list, read and replace small files, and create one only if it is not there yet. A part is
+written under a temporary name; if two processes write the same part, only one can name it.
 """
 
 import contextlib
@@ -18,38 +18,38 @@ from trainer.storage.filesystem import checksum, write_atomically
 from trainer.storage.gcs import StoredObject, Taken
 from trainer.storage.gcs_client import SCHEME
 
-ASIDE = ".tmp"
-_OURS_ASIDE = re.compile(r"(plan\.json|_SUCCESS|part-\d+-of-\d+\.[\w.]+)" + re.escape(ASIDE))
+_TEMPORARY = ".tmp"
+_OUR_TEMPORARIES = re.compile(
+    r"(plan\.json|_SUCCESS|part-\d+-of-\d+\.[\w.]+)" + re.escape(_TEMPORARY)
+)
 
 
 class FileInfo(NamedTuple):
-    """A file that is there: bytes, and its CRC-32C (hex) where it costs nothing to know."""
+    """A file: its bytes, and its CRC-32C (hex) or None where that would mean reading it."""
 
     bytes: int
     checksum: str | None
 
 
 class PartFile(Protocol):
-    """A part on its way: `file` is written to, then it is named, then its manifest."""
+    """A part and its manifest, which have temporary names until both are named, the part first.
+
+    Both namings raise a UserError if another process has written the part meanwhile.
+
+    Attributes:
+      file: the part's content is written to it.
+    """
 
     file: BinaryIO
 
     def name_part(self) -> FileInfo:
-        """Gives what was written its name; the size and the CRC-32C of it.
-
-        Raises:
-          UserError: if somebody else has written the part meanwhile.
-        """
+        """Names the part; returns its size and CRC-32C."""
 
     def name_manifest(self, content: bytes) -> None:
-        """Writes the manifest, which makes the part count.
-
-        Raises:
-          UserError: if somebody else has written it meanwhile.
-        """
+        """Writes the manifest; from then on the part counts."""
 
     def abandon(self) -> None:
-        """Removes what lies aside; nothing once both are named."""
+        """Removes the temporary files; nothing once both are named."""
 
 
 class OutputFolder(Protocol):
@@ -58,43 +58,35 @@ class OutputFolder(Protocol):
     url: str
 
     def make(self, folders: Sequence[str]) -> None:
-        """Makes it and the folders in it, where there are none."""
+        """Makes the folder and those folders in it, where they do not exist yet."""
 
     def find(self, folder: str) -> dict[str, FileInfo]:
         """The files directly in one of its folders ("" for itself), by name."""
 
     def read(self, names: Sequence[str]) -> list[bytes | None]:
-        """Contents of small files, None for one that is not there."""
+        """Contents of small files, None for a missing one."""
 
     def sum_up(self, name: str) -> FileInfo | None:
-        """Size and CRC-32C of a file, None if it is not there."""
+        """Size and CRC-32C of a file, None if it is missing."""
 
     def replace(self, name: str, content: str) -> None:
-        """Writes a small file, whole or not at all, over what may be there."""
+        """Writes a small file, whole or not at all, and replaces the old one."""
 
     def create(self, name: str, content: str) -> bool:
-        """Writes a small file that is not there yet; False if somebody else did or does."""
+        """Writes a small file; False if it is there already or another process writes it."""
 
     def remove(self, name: str) -> None:
         """Removes a file; nothing if there is none."""
 
     def open_part(self, name: str, manifest: str) -> PartFile | None:
-        """Begins a part; None if its manifest is there by now.
-
-        Raises:
-          UserError: if another live process is writing the part.
-        """
+        """Begins a part; None if it has a manifest; UserError if a live process is writing it."""
 
     def clear_up(self, folders: Sequence[str]) -> None:
-        """Removes what killed processes left aside; nobody may be writing any more."""
+        """Removes the temporary files of killed processes, in the folder and those in it."""
 
 
 def open_output(url: str) -> OutputFolder:
-    """The folder of that path or URL, which need not exist yet.
-
-    Raises:
-      UserError: for a URL that is not of Cloud Storage.
-    """
+    """The folder of that path or gs:// URL, which need not exist yet; UserError for other URLs."""
     if not filesystem.is_remote(url):
         return LocalFolder(url)
     if not url.startswith(SCHEME) or url.rstrip("/").count("/") < 3:
@@ -110,113 +102,107 @@ def _busy(url: str, name: str) -> UserError:
 
 
 class LocalFolder:
-    """A folder of this machine, or of a file system that it shares with others."""
+    """An `OutputFolder` on this machine, or on a file system that several machines share."""
 
     def __init__(self, url: str) -> None:
         self.url = url
 
-    def path(self, name: str) -> str:
-        """Where a file of the folder is."""
+    def _path(self, name: str) -> str:
         return os.path.join(self.url, name) if name else self.url
 
     def make(self, folders: Sequence[str]) -> None:
-        """See `OutputFolder`, as for all methods here."""
         for folder in ("", *folders):
-            os.makedirs(self.path(folder), exist_ok=True)
+            os.makedirs(self._path(folder), exist_ok=True)
 
     def find(self, folder: str) -> dict[str, FileInfo]:
-        """Sizes only."""
+        """Sizes only; temporary files are left out."""
         try:
-            entries = list(os.scandir(self.path(folder)))
+            entries = list(os.scandir(self._path(folder)))
         except FileNotFoundError:
             return {}
-        found = {}
-        for entry in entries:
-            if entry.is_file() and not entry.name.endswith(ASIDE):
-                found[entry.name] = FileInfo(entry.stat().st_size, None)
-        return found
+        return {
+            entry.name: FileInfo(entry.stat().st_size, None)
+            for entry in entries
+            if entry.is_file() and not entry.name.endswith(_TEMPORARY)
+        }
 
     def read(self, names: Sequence[str]) -> list[bytes | None]:
-        """One after the other."""
         return [self._read(name) for name in names]
 
     def _read(self, name: str) -> bytes | None:
         try:
-            with open(self.path(name), "rb") as file:
-                return file.read()
+            return filesystem.read_bytes(self._path(name))
         except FileNotFoundError:
             return None
 
     def sum_up(self, name: str) -> FileInfo | None:
-        """Reads it."""
-        path = self.path(name)
+        """Reads the file."""
+        path = self._path(name)
         try:
             return FileInfo(os.path.getsize(path), checksum(path))
         except FileNotFoundError:
             return None
 
     def replace(self, name: str, content: str) -> None:
-        """Aside and renamed."""
-        write_atomically(self.path(name), content)
+        write_atomically(self._path(name), content)
 
     def create(self, name: str, content: str) -> bool:
-        """Under a lock on the file aside."""
-        path = self.path(name)
-        aside = _lock_aside(path)
-        if aside is None:
+        """Holds the lock of the temporary file meanwhile."""
+        path = self._path(name)
+        file = _lock_temporary(path)
+        if file is None:
             return False
-        with aside:
+        with file:
             if os.path.exists(path):
-                _remove(path + ASIDE)
+                _remove(path + _TEMPORARY)
                 return False
             try:
-                aside.write(content.encode())
-                _sync(aside)
-                os.replace(path + ASIDE, path)
+                file.write(content.encode())
+                _sync(file)
+                os.replace(path + _TEMPORARY, path)
             except BaseException:
-                _remove(path + ASIDE)
+                _remove(path + _TEMPORARY)
                 raise
         return True
 
     def remove(self, name: str) -> None:
-        """Removes it."""
-        _remove(self.path(name))
+        _remove(self._path(name))
 
     def open_part(self, name: str, manifest: str) -> PartFile | None:
-        """The lock is that of the manifest aside, held until it is the manifest."""
-        path = self.path(manifest)
-        lock = _lock_aside(path)
+        """Locks the manifest's temporary file until it is renamed to the manifest."""
+        path = self._path(manifest)
+        lock = _lock_temporary(path)
         if lock is None:
             raise _busy(self.url, name)
         if os.path.exists(path):
-            _remove(path + ASIDE)
+            _remove(path + _TEMPORARY)
             lock.close()
             return None
-        return _LocalPart(self.path(name), path, lock)
+        return _LocalPart(self._path(name), path, lock)
 
     def clear_up(self, folders: Sequence[str]) -> None:
-        """What a living process has aside, it has locked."""
+        """Living processes have locked theirs."""
         for folder in ("", *folders):
-            for entry in os.scandir(self.path(folder)):
-                if not _OURS_ASIDE.fullmatch(entry.name) or not entry.is_file():
+            for entry in os.scandir(self._path(folder)):
+                if not _OUR_TEMPORARIES.fullmatch(entry.name) or not entry.is_file():
                     continue
-                lock = _lock_aside(entry.path.removesuffix(ASIDE))
+                lock = _lock_temporary(entry.path.removesuffix(_TEMPORARY))
                 if lock is not None:
                     _remove(entry.path)
                     lock.close()
 
 
-def _lock_aside(path: str) -> BinaryIO | None:
-    """The file beside `path` that will become it, locked and empty; None if another holds it.
+def _lock_temporary(path: str) -> BinaryIO | None:
+    """The temporary file of `path`, locked and empty; None if another process holds its lock.
 
-    The lock ends with its process. A file that was renamed while we waited for its lock is no
-    longer the one at that name, so the name is looked at again.
+    The lock ends with its process. Between the opening and the lock another process may rename the
+    file, which is then no longer a temporary one: the loop opens a new one.
     """
     while True:
-        file = open(path + ASIDE, "ab")
+        file = open(path + _TEMPORARY, "ab")
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.stat(path + ASIDE).st_ino == os.fstat(file.fileno()).st_ino:
+            if os.stat(path + _TEMPORARY).st_ino == os.fstat(file.fileno()).st_ino:
                 file.truncate(0)
                 return file
         except BlockingIOError:
@@ -238,39 +224,41 @@ def _sync(file: BinaryIO) -> None:
 
 
 class _LocalPart:
-    """A part of a local folder: both files lie aside, and the manifest's is locked."""
+    """A part of a local folder; `lock` is the manifest's temporary file."""
 
     def __init__(self, path: str, manifest_path: str, lock: BinaryIO) -> None:
         self._path, self._manifest_path, self._lock = path, manifest_path, lock
-        self.file: BinaryIO = open(path + ASIDE, "wb")
-        # For whoever clears up; to keep writers apart the manifest's lock is enough.
+        self.file: BinaryIO = open(path + _TEMPORARY, "wb")
+        # For `clear_up`; the manifest's lock is enough to keep two writers apart.
         fcntl.flock(self.file, fcntl.LOCK_EX)
 
     def name_part(self) -> FileInfo:
         _sync(self.file)
-        found = FileInfo(os.path.getsize(self._path + ASIDE), checksum(self._path + ASIDE))
-        os.replace(self._path + ASIDE, self._path)
+        found = FileInfo(
+            os.path.getsize(self._path + _TEMPORARY), checksum(self._path + _TEMPORARY)
+        )
+        os.replace(self._path + _TEMPORARY, self._path)
         self.file.close()
         return found
 
     def name_manifest(self, content: bytes) -> None:
         self._lock.write(content)
         _sync(self._lock)
-        os.replace(self._manifest_path + ASIDE, self._manifest_path)
+        os.replace(self._manifest_path + _TEMPORARY, self._manifest_path)
         self._lock.close()
 
     def abandon(self) -> None:
         if self._lock.closed:
             return
         for path in (self._path, self._manifest_path):
-            _remove(path + ASIDE)
+            _remove(path + _TEMPORARY)
         for file in (self.file, self._lock):
-            with contextlib.suppress(OSError):  # On a full disk, of what is not written yet.
+            with contextlib.suppress(OSError):  # On a full disk, from the buffer's rest.
                 file.close()
 
 
 class StoreFolder:
-    """A folder of Cloud Storage, whose objects appear whole; generations tell who wrote them."""
+    """An `OutputFolder` in Cloud Storage; objects appear whole, generations tell writers apart."""
 
     def __init__(self, url: str) -> None:
         self.url = url
@@ -279,10 +267,9 @@ class StoreFolder:
         return f"{self.url}/{name}"
 
     def make(self, folders: Sequence[str]) -> None:
-        """Nothing: folders are parts of names."""
+        pass  # Folders are parts of names.
 
     def find(self, folder: str) -> dict[str, FileInfo]:
-        """Sizes and checksums from the list."""
         prefix = self._url(f"{folder}/" if folder else "")
         return {
             item.url.removeprefix(prefix): FileInfo(item.bytes, item.checksum)
@@ -290,20 +277,16 @@ class StoreFolder:
         }
 
     def read(self, names: Sequence[str]) -> list[bytes | None]:
-        """Many at once."""
         return gcs.read_objects([self._url(name) for name in names])
 
     def sum_up(self, name: str) -> FileInfo | None:
-        """From the object's metadata."""
         stored = gcs.find_object(self._url(name))
         return None if stored is None else FileInfo(stored.bytes, stored.checksum)
 
     def replace(self, name: str, content: str) -> None:
-        """One upload."""
         gcs.upload(self._url(name), content.encode())
 
     def create(self, name: str, content: str) -> bool:
-        """Under the condition that there is none."""
         try:
             gcs.upload(self._url(name), content.encode(), if_generation=0)
         except Taken:
@@ -311,24 +294,23 @@ class StoreFolder:
         return True
 
     def remove(self, name: str) -> None:
-        """Whatever is there."""
         gcs.delete(self._url(name))
 
     def open_part(self, name: str, manifest: str) -> PartFile | None:
-        """Notes what a killed run may have left, which is what may be replaced."""
+        """Notes the generation that a killed run may have left, which may be replaced."""
         part = _StorePart(self.url, name, manifest)
-        # Afterwards, so that a part that is named in between is not taken for what was left.
+        # Only after that: a part that is named in between must not look like one that was left.
         if gcs.find_object(self._url(manifest)) is None:
             return part
         part.abandon()
         return None
 
     def clear_up(self, folders: Sequence[str]) -> None:
-        """Nothing: an upload that was broken off leaves no object."""
+        pass  # An upload that was broken off leaves no object.
 
 
 class _StorePart:
-    """A part of a folder of Cloud Storage, put together in a local file that has no name."""
+    """A part of a folder in Cloud Storage; its content is in a local file without a name."""
 
     def __init__(self, folder: str, name: str, manifest: str) -> None:
         self._folder, self._name, self._manifest = folder, name, manifest
@@ -343,7 +325,7 @@ class _StorePart:
         return FileInfo(stored.bytes, stored.checksum)
 
     def name_manifest(self, content: bytes) -> None:
-        # Another writer that took our part for one that was left behind has replaced it by now.
+        # Another writer may have taken our part for one of a killed run and replaced it.
         stored = gcs.find_object(f"{self._folder}/{self._name}")
         if stored is None or stored.generation != self._generation:
             raise _busy(self._folder, self._name)

@@ -1,7 +1,7 @@
-"""Local folders for what is on its way to or from a store: gone when their process is.
+"""Temporary local folders that do not outlive their process for long.
 
-A killed process cannot clear up after itself, so each folder is locked by the process that made it,
-and the next one that needs a folder removes those that nobody locks any more.
+A killed process cannot remove its folder. So each process locks the folders that it makes, and the
+next process that needs a folder removes those without a lock.
 """
 
 import contextlib
@@ -14,11 +14,11 @@ import tempfile
 import threading
 from collections.abc import Iterator
 
-# With the machine's name: on a disk that several share, locks may hold on each of them alone.
+# With the machine's name: on a shared disk a lock may hold on its own machine only.
 _PREFIX = f"multihot-scratch-{socket.gethostname()}-"
-# As `tempfile` ends names; nobody else calls a folder so.
+# `tempfile` ends its names like this.
 _NAME = re.compile(re.escape(_PREFIX) + r"[a-z0-9_]{8}")
-# What `own_temporary_files` undoes when the last of its contexts ends, and how many there are.
+# What the last context of `own_temporary_files` undoes at its end, and the number of contexts.
 _shared = contextlib.ExitStack()
 _num_sharing = 0
 _sharing = threading.Lock()
@@ -26,13 +26,10 @@ _sharing = threading.Lock()
 
 @contextlib.contextmanager
 def temporary_folder(parent: str | None = None) -> Iterator[str]:
-    """A new empty folder, removed in the end.
+    """A new empty folder, removed when the block ends.
 
     Args:
-      parent: where; default: the system's temporary folder (TMPDIR).
-
-    Raises:
-      OSError: if it cannot be made.
+      parent: where to make it; default: the system's temporary folder (TMPDIR).
     """
     parent = parent or tempfile.gettempdir()
     os.makedirs(parent, exist_ok=True)
@@ -47,9 +44,9 @@ def temporary_folder(parent: str | None = None) -> Iterator[str]:
 
 @contextlib.contextmanager
 def own_temporary_files() -> Iterator[None]:
-    """Has this process's temporary files, libraries' too, made in a scratch folder.
+    """Puts this process's temporary files, those of libraries too, into a `temporary_folder`.
 
-    Where such contexts overlap, in threads, they share the folder, which goes with the last.
+    Contexts that overlap, in threads, share the folder; the last one removes it.
     """
     global _num_sharing
     with _sharing:
@@ -73,7 +70,7 @@ def _make_locked(parent: str) -> tuple[str, int]:
         lock = lock_folder(folder)
         if lock is not None:
             return folder, lock
-        # Between its making and its locking it looked abandoned, and was removed.
+        # Another process removed it before it was locked.
 
 
 def _remove_abandoned(parent: str) -> None:
@@ -90,7 +87,7 @@ def _remove_abandoned(parent: str) -> None:
 
 
 def lock_folder(folder: str) -> int | None:
-    """A descriptor that holds a folder's lock until it is closed; None if it is locked, or gone."""
+    """A descriptor that locks a folder until it is closed; None if it is locked, or gone."""
     try:
         descriptor = os.open(folder, os.O_RDONLY)
     except FileNotFoundError:

@@ -1,4 +1,4 @@
-"""Workers that meet, that wait for one who does not come, and that take nobody else for one."""
+"""The rendezvous: workers that meet, one that does not come, strangers at a worker's address."""
 
 import contextlib
 import socket
@@ -10,7 +10,8 @@ import time
 import pytest
 
 from trainer.errors import RunAgain
-from trainer.runtime.cluster import Cluster, ExitTimer, rendezvous
+from trainer.runtime.cluster import Cluster, rendezvous
+from trainer.runtime.interruption import exit_timer
 
 
 def free_ports(count):
@@ -21,7 +22,7 @@ def free_ports(count):
         return tuple(f"127.0.0.1:{server.getsockname()[1]}" for server in servers)
 
 
-def meet_in_threads(addresses, delays, seconds):
+def rendezvous_in_threads(addresses, delays, seconds):
     """What `rendezvous` said to each worker: None, or its error."""
     ends = [None] * len(delays)
 
@@ -42,13 +43,13 @@ def meet_in_threads(addresses, delays, seconds):
 
 def test_four_workers_meet_however_late_one_of_them_comes():
     began = time.monotonic()
-    assert meet_in_threads(free_ports(4), [0, 0.3, 1.5, 0.1], 20) == [None] * 4
+    assert rendezvous_in_threads(free_ports(4), [0, 0.3, 1.5, 0.1], 20) == [None] * 4
     assert 1.5 <= time.monotonic() - began < 10
 
 
 def test_who_does_not_come_is_named():
     addresses = free_ports(3)
-    ends = meet_in_threads(addresses, [0, 0], 1.0)
+    ends = rendezvous_in_threads(addresses, [0, 0], 1.0)
     for said in ends:
         assert said.startswith(f"worker 2 ({addresses[2]}) did not come within --start_timeout=1 ")
 
@@ -67,7 +68,7 @@ def test_a_stranger_at_a_workers_address_is_not_met():
                         caller.sendall(b"\0\0\6\4\0\0\0\0\0\n")
 
         threading.Thread(target=answer, daemon=True).start()
-        (said,) = meet_in_threads(addresses, [0], 1.0)
+        (said,) = rendezvous_in_threads(addresses, [0], 1.0)
     assert said.startswith(f"worker 1 ({addresses[1]}) did not come")
 
 
@@ -91,7 +92,7 @@ def test_workers_that_were_told_of_different_clusters_do_not_meet():
 def test_an_address_that_is_taken_is_named():
     addresses = free_ports(2)
     with socket.create_server(("", int(addresses[0].split(":")[1]))):
-        (said,) = meet_in_threads(addresses, [0], 0.5)
+        (said,) = rendezvous_in_threads(addresses, [0], 0.5)
     assert said.startswith(f"chief ({addresses[0]}): cannot listen there: Address already in use")
 
 
@@ -99,11 +100,11 @@ def test_the_timer_ends_a_process_that_holds_the_interpreter_lock():
     """`PyDLL` calls without giving the lock back: no other thread of Python's can run."""
     script = (
         "import ctypes\n"
-        "from trainer.runtime.cluster import ExitTimer\n"
-        "with ExitTimer(0.5):\n"
+        "from trainer.runtime.interruption import exit_timer\n"
+        "with exit_timer(0.5):\n"
         "    pass\n"
         "print('within the time', flush=True)\n"
-        "with ExitTimer(1.0):\n"
+        "with exit_timer(1.0):\n"
         "    ctypes.PyDLL(None).sleep(30)\n"
     )
     began = time.monotonic()
@@ -114,8 +115,8 @@ def test_the_timer_ends_a_process_that_holds_the_interpreter_lock():
 
 
 def test_a_timer_that_did_not_expire_is_gone():
-    with ExitTimer(1.0):
+    with exit_timer(1.0):
         pass
     time.sleep(1.5)
-    with pytest.raises(ZeroDivisionError), ExitTimer(30.0):
+    with pytest.raises(ZeroDivisionError), exit_timer(30.0):
         raise ZeroDivisionError

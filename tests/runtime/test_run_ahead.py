@@ -1,4 +1,4 @@
-"""Stages: order kept, bounded ahead, failures raised where the items are taken, threads ended."""
+"""`run_ahead`: order kept, bounded ahead, failures raised where items are taken, threads ended."""
 
 import threading
 import time
