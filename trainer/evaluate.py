@@ -69,8 +69,7 @@ from trainer.training.run_record import RunRecord
 class Evaluated:
     """What was fitted to one split, and the metrics of that split and of the reported one.
 
-    `thresholds` and `shortfalls`, float64 [L], are those of `BinnedThresholds`; an exact evaluation
-    has no shortfalls.
+    Thresholds and shortfalls are those of `BinnedThresholds`; exact ones have no shortfalls.
     """
 
     calibration: Calibration
@@ -83,9 +82,8 @@ class Evaluated:
 def run(config: EvaluateConfig) -> None:
     """Fits calibration and thresholds, reports, and writes the files of `evaluation/`.
 
-    Raises:
-      UserError: if a split is missing, empty or fitted and reported at once, or the checkpoint does
-        not belong to the data.
+    A UserError says that a split is missing, empty or fitted and reported at once, or that the
+    checkpoint does not belong to the data.
     """
     metadata = load_metadata(config.data_dir)
     _check_splits(config, metadata)
@@ -183,11 +181,7 @@ class Splits:
         return fits_exactly(num_documents, len(self.record.labels), config.exact_memory)
 
     def blocks(self, name: str) -> Iterator[Predictions]:
-        """The predictions of a split.
-
-        Raises:
-          UserError: if a logit is not finite, or a shard is damaged.
-        """
+        """The predictions of a split; a damaged shard or logits of NaN or inf are a UserError."""
         config = self.config
         with naming_damaged_shards(config.data_dir, self._metadata, name):
             for block in self._predictor.predict_blocks(config.data_dir, self._metadata, name):
@@ -346,13 +340,10 @@ def _label_frequencies(metadata: Metadata, otherwise: str) -> np.ndarray:
 def trivial_metrics(
     frequencies: np.ndarray, fit_labels: np.ndarray, labels: np.ndarray, rule: ThresholdRule
 ) -> dict[str, Any]:
-    """Metrics of predicting each label's frequency for every document.
+    """Metrics of predicting each label's frequency, float [L], for every document.
 
-    Args:
-      frequencies: float [L], of the training split.
-      fit_labels: bool [M, L], that thresholds are fitted to, as the model's are.
-      labels: bool [N, L], to report on.
-      rule: what the thresholds are best for.
+    Thresholds are fitted to `fit_labels`, bool [M, L], as the model's are; `labels`, bool [N, L],
+    are reported on.
     """
 
     def everywhere(documents: int) -> np.ndarray:

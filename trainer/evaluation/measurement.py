@@ -63,13 +63,11 @@ def fits_exactly(num_documents: int, num_labels: int, gibibytes: float) -> bool:
 
 @dataclass(frozen=True)
 class Measured:
-    """A split's metrics, and the documents to draw, resample and slice.
+    """A split's metrics, and its documents to draw, resample and slice: all, or a uniform sample.
 
-    Attributes:
-      metrics: as `compute_metrics` has them; those of the raw sigmoid have names in `_before`; of
-        a binned measurement there is `error_bounds` too, floats by the name of a metric.
-      documents: all of the split, or a uniform sample.
-      num_documents: of the split.
+    The metrics are those of `compute_metrics`; those of the raw sigmoid have names in `_before`. A
+    binned measurement has `error_bounds` too, floats by the name of a metric. `num_documents` is
+    that of the whole split.
     """
 
     metrics: dict[str, Any]
@@ -126,14 +124,7 @@ class StreamedMeasurement:
         calibration: Calibration,
         thresholds: np.ndarray,
     ) -> None:
-        """Starts without documents.
-
-        Args:
-          num_documents: that will come.
-          log_weights: float64 [L], taken off the logits before they are binned.
-          calibration: of the raw logits.
-          thresholds: float64 [L], NaN: never predicted.
-        """
+        """Starts without documents. Log-weights, float64 [L], come off logits before binning."""
         num_labels = len(log_weights)
         self._num_documents = num_documents
         self._log_weights = log_weights
@@ -219,13 +210,8 @@ def binned_probability_metrics(
 ) -> tuple[dict[str, Any], dict[str, np.ndarray], dict[str, float]]:
     """`probability_metrics` of documents of which there are histograms only.
 
-    Args:
-      histograms: of L labels.
-      scale, shift: float [L], from the histograms' log-odds to those of the probabilities to judge.
-      suffix: of the names.
-
-    Returns:
-      The metrics overall, as columns [L], and the bound of each overall one's error.
+    Scale and shift, float [L], take the histograms' log-odds to those of the probabilities to
+    judge. Returns the metrics overall, as columns [L], and the bound of each overall one's error.
     """
     names = ("expected_calibration_error", "brier_score", "log_loss")
     rows = np.array(
@@ -270,9 +256,8 @@ def _mean_of_bins(
 ) -> tuple[float, float]:
     """Mean over documents of a quantity that is monotone within bins, and its error's bound.
 
-    Args:
-      positives, negatives: float [B], documents of each bin.
-      if_positive, if_negative: float [3, B], at the middle and both ends of each bin.
+    Positives and negatives, float [B], are the documents of each bin. The quantity for each, float
+    [3, B], is at the middle and both ends of each bin.
     """
     total = positives.sum() + negatives.sum()
     value = positives @ if_positive[0] + negatives @ if_negative[0]
@@ -285,15 +270,14 @@ def _calibration_error(
 ) -> tuple[float, float]:
     """Expected calibration error of one label's nonempty bins, and its error's bound.
 
-    The bins of equal mass start at histogram bins. Two things make the error. The probabilities
-    are off by their distance from the middles. And another edge of a bin of equal mass would put
-    some documents on its other side: their sum of (probability - truth) counts twice. They all lie
-    in one histogram bin, and are no more than lie between its start and the edge's rank: at most
-    as many of its negatives, or of its positives.
+    Positives and negatives, float [B], are the documents of each bin, and the probabilities, float
+    [3, B], those at its middle and both ends.
 
-    Args:
-      positives, negatives: float [B], documents of each bin.
-      probabilities: float [3, B], at the middle and both ends of each bin.
+    The bins of equal mass start at histogram bins. Two things make the error. The probabilities are
+    off by their distance from the middles. And another edge of a bin of equal mass would put some
+    documents on its other side: their sum of (probability - truth) counts twice. They all lie in
+    one histogram bin, and are no more than lie between its start and the edge's rank: at most as
+    many of its negatives, or of its positives.
     """
     middle, low, high = probabilities
     documents = positives + negatives

@@ -52,17 +52,12 @@ _logger = logging.getLogger(__name__)
 def compute_metrics(
     probabilities: np.ndarray, labels: np.ndarray, thresholds: np.ndarray
 ) -> dict[str, Any]:
-    """All metrics of a split under `CONVENTIONS`.
+    """All metrics under `CONVENTIONS`, of probabilities float [N, L] and labels bool [N, L].
 
-    Args:
-      probabilities: float [N, L].
-      labels: bool [N, L].
-      thresholds: float [L]; NaN for a label that is never predicted.
-
-    Returns:
-      Floats (NaN where undefined) and counts by name, and `per_label`, a dict of arrays [L]:
-      `support`, `threshold`, `predicted`, `precision`, `recall`, `f1`, `average_precision`,
-      `roc_auc`, `expected_calibration_error`, `brier_score` and `log_loss`.
+    The thresholds are float [L]; NaN for a label that is never predicted. Returns floats (NaN where
+    undefined) and counts by name, and `per_label`, a dict of arrays [L]: `support`, `threshold`,
+    `predicted`, `precision`, `recall`, `f1`, `average_precision`, `roc_auc`,
+    `expected_calibration_error`, `brier_score` and `log_loss`.
     """
     labels = np.asarray(labels, bool)
     predicted = probabilities >= thresholds
@@ -92,11 +87,10 @@ def count_decisions(predicted: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def decision_metrics(counts: np.ndarray) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-    """Precision, recall and F1 of `count_decisions`: overall, and as columns [L].
+    """Precision, recall and F1 of `count_decisions`, 0 for 0/0: overall, and as columns [L].
 
-    Returns:
-      `micro_f1`, `macro_recall`, `weighted_precision` and so on; and `predicted`, `precision`,
-      `recall` and `f1` of each label, 0 for 0/0.
+    Overall ones are `micro_f1`, `macro_recall`, `weighted_precision` and so on; the columns have
+    `predicted` too.
     """
     columns, micro = _precision_recall_f1(*counts), _precision_recall_f1(*counts.sum(axis=1))
     support = counts[2]
@@ -128,12 +122,9 @@ def rank_every_label(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarra
 def ranking_metrics(
     rankings: np.ndarray, micro: Sequence[Any], support: np.ndarray
 ) -> dict[str, float]:
-    """Average precision and ROC-AUC overall.
+    """Average precision and ROC-AUC overall, from those of each label and the micro ones.
 
-    Args:
-      rankings: float [2, L], average precision and ROC-AUC of each label; NaN where undefined.
-      micro: both of all labels' scores together.
-      support: int [L], positives, by which labels are weighted.
+    `rankings`, float [2, L], are NaN where undefined. `support`, int [L], weights the labels.
     """
     precisions, areas = rankings
     return {
@@ -174,10 +165,7 @@ def _weighted_mean(values: np.ndarray, support: np.ndarray) -> float:
 def probability_metrics(
     probabilities: np.ndarray, labels: np.ndarray, suffix: str = ""
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Calibration error, Brier score and log-loss of [N, L], overall and as columns [L].
-
-    Their names end with the suffix.
-    """
+    """Calibration error, Brier score and log-loss of [N, L], overall and as columns [L]."""
     error, errors, _ = calibration_errors(probabilities, labels)
     columns = {
         f"expected_calibration_error{suffix}": errors,
@@ -254,9 +242,8 @@ def score_documents(
 ) -> dict[str, np.ndarray]:
     """Every metric of every document, float64 [D] by name, of arrays [D, L].
 
-    `samples_precision`, `samples_recall`, `samples_f1` (0 for 0/0), `subset_accuracy`,
-    `hamming_loss`, `precision_at_k` and `ndcg_at_k` for k of `TOP_K`, and
-    `label_ranking_average_precision`.
+    They are the `samples_` metrics (0 for 0/0), `subset_accuracy`, `hamming_loss`, `precision_at_k`
+    and `ndcg_at_k` for k of `TOP_K`, and `label_ranking_average_precision`.
     """
     right = np.count_nonzero(predicted & labels, axis=1)
     num_predicted = np.count_nonzero(predicted, axis=1)
@@ -320,7 +307,7 @@ def warn_if_constant(log_odds_deviations: np.ndarray, num_documents: int) -> boo
     """Warns if a model predicts the same for every document, and returns whether it does.
 
     Fine-tuning can collapse to label frequencies, with a loss that looks like progress. The
-    deviations, float [L], are the standard deviation of each label's log-odds over documents.
+    deviations, float [L], are the standard deviations of each label's log-odds over documents.
     """
     spread = log_odds_deviations.max()
     constant = num_documents > 1 and bool(spread < CONSTANT_LOG_ODDS)

@@ -55,19 +55,12 @@ def slice_metrics(
     labels: np.ndarray,
     thresholds: np.ndarray,
 ) -> dict[str, Any]:
-    """Metrics by value of each kept column.
+    """Metrics by value of each kept column, of which `slices`, str [N, C], has each document's.
 
-    Args:
-      columns: C names.
-      slices: str [N, C], each document's values; empty for a missing one.
-      probabilities: float [N, L].
-      labels: bool [N, L].
-      thresholds: float [L]; NaN for a label that is never predicted.
-
-    Returns:
-      By column: `values`, metrics by value, the most frequent first and at most `MAX_VALUES`;
-      `rest`, those of all other values together with their number `num_values`, or None. Macro-F1
-      is over the labels that are present.
+    Probabilities are float [N, L], labels bool [N, L], thresholds float [L]. By column there are
+    `values`, metrics by value, the most frequent first and at most `MAX_VALUES`; and `rest`, those
+    of all other values together with their number `num_values`, or None. Macro-F1 is over the
+    labels that are present.
     """
 
     def measure(chosen: np.ndarray) -> dict[str, Any]:
@@ -136,12 +129,9 @@ def print_table(
     intervals: dict[str, tuple[float, float]],
     labels: tuple[str, ...],
 ) -> None:
-    """Prints headline metrics side by side, and what they leave out.
+    """Prints headline metrics by title, those of the reported split first, and what they leave out.
 
-    Args:
-      columns: metrics by title, those of the reported split first.
-      intervals: (low, high) of the reported split's metrics by name.
-      labels: L names.
+    The intervals, (low, high) by name, are of the reported split's metrics.
     """
     metrics = next(iter(columns.values()))
     width = max(map(len, HEADLINES))

@@ -55,14 +55,9 @@ MAX_CHARACTERS = 600
 class Material:
     """All that a report is made of.
 
-    Attributes:
-      model_dir: of the run.
-      record: of the run.
-      metrics, curves: what `evaluate` wrote.
-      history: rows of metrics.jsonl.
-      metadata: of the data folder; None if that has gone.
-      baseline: what `measure_baseline` returned, if it was run.
-      texts: of mistaken documents, by place in the split.
+    `metrics` and `curves` are what `evaluate` wrote, `history` the rows of metrics.jsonl.
+    `metadata` is None if the data folder has gone. `baseline` is what `measure_baseline` returned,
+    if it was run. `texts` are those of mistaken documents, by place in the split.
     """
 
     model_dir: str

@@ -2,9 +2,8 @@
 
 Bokeh's core takes 1.3 MB inlined, a quarter of other interactive libraries. Names of labels are
 data: they reach the page inside JSON and are drawn as plain text, never as HTML or as TeX, for
-which Bokeh would load a library from the network. Legends are in the page's own text, where they
-cover no data. Hovering is the only tool, so that a finger scrolls the page. The plots of the label
-that the reader chooses are empty here; the page's script fills them in.
+which Bokeh would load a library from the network. Hovering is the only tool, so that a finger
+scrolls the page. The plots of the label that the reader chooses are empty; a script fills them in.
 """
 
 from collections.abc import Sequence
@@ -44,13 +43,10 @@ Line = tuple[str, Sequence[float], Sequence[float]]
 
 @dataclass(frozen=True)
 class Plot:
-    """One plot of the page.
+    """One plot of the page, its title and caption, and `keys`, its legend, as (colour, words).
 
-    Attributes:
-      name: of the figure, and the id of its element.
-      title, caption: text above it.
-      keys: its legend, as (colour, words).
-      item: what `Bokeh.embed.embed_item` takes.
+    Its name is the id of its element too; `item` is what `Bokeh.embed.embed_item` takes. The legend
+    is in the page's own text, where it covers no data.
     """
 
     name: str
@@ -95,12 +91,9 @@ def draw_headline(
     intervals: dict[str, tuple[float, float]],
     systems: Sequence[tuple[str, str]],
 ) -> Plot:
-    """Metrics, a row each, of several systems.
+    """Metrics, a row each, of several systems, which are (colour, name), the model first.
 
-    Args:
-      rows: (name shown, value by system).
-      intervals: of the first system, by name shown.
-      systems: (colour, name), the model first.
+    Rows are (name shown, value by system); the intervals are the model's, by name shown.
     """
     names = [name for name, _ in rows][::-1]
     drawn = start_figure(
@@ -195,10 +188,8 @@ def draw_cooccurrence(
 ) -> Plot:
     """A matrix of the share of a row's documents that have the column's label too.
 
-    Args:
-      kind: `true` or `predicted`.
-      names: K labels.
-      counts: K rows of K numbers of documents, the diagonal each label's own.
+    `kind` is `true` or `predicted`. The counts of documents are K rows of K, for K names of labels;
+    the diagonal is each label's own.
     """
     pairs = np.array(counts, np.float64).reshape(len(names), len(names))
     own = np.diag(pairs)[:, None]
