@@ -208,11 +208,7 @@ def _minimise(
 
 
 def _newton_step(
-    sample: _Sample,
-    line: np.ndarray,
-    prior: np.ndarray,
-    penalty: np.ndarray,
-    fix_scale: np.ndarray,
+    sample: _Sample, line: np.ndarray, prior: np.ndarray, penalty: np.ndarray, fix_scale: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """The step -H^-1 g of every column, [2, B], and its decrement g H^-1 g, [B]."""
     x = sample.x
@@ -226,10 +222,7 @@ def _newton_step(
     h_both = np.where(fix_scale, 0, (curvature * x).sum(axis=0))
     h_height = curvature.sum(axis=0) + penalty[1]
     determinant = h_scale * h_height - h_both**2
-    step = np.stack(
-        [
-            (h_both * gradient[1] - h_height * gradient[0]) / determinant,
-            (h_both * gradient[0] - h_scale * gradient[1]) / determinant,
-        ]
-    )
+    along_scale = h_both * gradient[1] - h_height * gradient[0]
+    along_height = h_both * gradient[0] - h_scale * gradient[1]
+    step = np.stack([along_scale, along_height]) / determinant
     return step, -(step * gradient).sum(axis=0)

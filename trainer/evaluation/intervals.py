@@ -148,10 +148,7 @@ def _mean_of_defined(values: np.ndarray) -> np.ndarray:
 
 
 def confidence_intervals(
-    values: dict[str, float],
-    resampled: dict[str, np.ndarray],
-    num_sampled: int,
-    num_documents: int,
+    values: dict[str, float], resampled: dict[str, np.ndarray], num_sampled: int, num_documents: int
 ) -> dict[str, tuple[float, float]]:
     """95 % intervals: the resamples' percentiles, moved so that their mean is the value itself.
 

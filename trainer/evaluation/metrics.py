@@ -11,13 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from trainer.evaluation.ranking import (
-    average_precision,
-    label_blocks,
-    rank_cuts,
-    rank_labels,
-    roc_auc,
-)
+from trainer.evaluation import ranking
 
 CALIBRATION_BINS = 10
 CALIBRATION_PREVALENCE = (0.01, 0.5)
@@ -65,11 +59,12 @@ def compute_metrics(
     support = counts[2]
     overall, columns = decision_metrics(counts)
     rankings = rank_every_label(probabilities, labels)
-    pooled = rank_cuts(probabilities.ravel(), labels.ravel())
+    pooled = ranking.rank_cuts(probabilities.ravel(), labels.ravel())
+    micro = ranking.average_precision(pooled), ranking.roc_auc(pooled)
     of_probabilities, probability_columns = probability_metrics(probabilities, labels)
     return {
         **overall,
-        **ranking_metrics(rankings, (average_precision(pooled), roc_auc(pooled)), support),
+        **ranking_metrics(rankings, micro, support),
         **mean_over_documents(probabilities, predicted, labels),
         **of_probabilities,
         **count_labels(rankings, support, len(labels)),
@@ -113,9 +108,9 @@ def _precision_recall_f1(true_positives: Any, predicted: Any, support: Any) -> d
 def rank_every_label(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Average precision and ROC-AUC of each label, float64 [2, L] with NaN where undefined."""
     values = np.full((2, labels.shape[1]), np.nan)
-    for block in label_blocks(*labels.shape):
-        cuts = rank_labels(probabilities[:, block].T, labels[:, block].T)
-        values[:, block] = average_precision(cuts), roc_auc(cuts)
+    for block in ranking.label_blocks(*labels.shape):
+        cuts = ranking.rank_labels(probabilities[:, block].T, labels[:, block].T)
+        values[:, block] = ranking.average_precision(cuts), ranking.roc_auc(cuts)
     return values
 
 
@@ -181,9 +176,8 @@ def calibration_errors(
 ) -> tuple[float, np.ndarray, int]:
     """The macro mean of the expected calibration error, the error of every label, float64 [L], and
     the number of labels in the mean: those of 1 to 50 % prevalence. NaN if there are none."""
-    errors = np.array(
-        [calibration_error(p, y) for p, y in zip(probabilities.T, labels.T, strict=True)]
-    )
+    columns = zip(probabilities.T, labels.T, strict=True)
+    errors = np.array([calibration_error(*column) for column in columns])
     counted = is_counted(labels.mean(axis=0))
     return mean_of_defined(errors[counted]), errors, int(counted.sum())
 

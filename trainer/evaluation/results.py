@@ -23,24 +23,12 @@ CALIBRATION_FILE = "calibration.json"
 CURVES_FILE = "curves.json"
 # What the printed table shows, in its order.
 HEADLINES = (
-    "mean_average_precision",
-    "micro_average_precision",
-    "macro_roc_auc",
-    "micro_f1",
-    "macro_f1",
-    "samples_f1",
-    "micro_precision",
-    "micro_recall",
-    "macro_precision",
-    "macro_recall",
-    "precision_at_1",
-    "ndcg_at_5",
-    "expected_calibration_error",
-    "expected_calibration_error_before",
-    "brier_score",
-    "brier_score_before",
-    "log_loss",
-    "log_loss_before",
+    *("mean_average_precision", "micro_average_precision", "macro_roc_auc"),
+    *("micro_f1", "macro_f1", "samples_f1"),
+    *("micro_precision", "micro_recall", "macro_precision", "macro_recall"),
+    *("precision_at_1", "ndcg_at_5"),
+    *("expected_calibration_error", "expected_calibration_error_before"),
+    *("brier_score", "brier_score_before", "log_loss", "log_loss_before"),
 )
 # Names of labels that the last line of the table shows.
 _SHOWN_LABELS = 20
