@@ -169,7 +169,7 @@ class Splits:
                 yield block
 
     def measure(self, name: str, into: measurement.Measurement) -> measurement.Measured:
-        """The metrics of a split."""
+        """The metrics of a split, by a measurement that starts empty."""
         for block in self.blocks(name):
             into.add(block)
         return into.result()
@@ -302,10 +302,8 @@ def _calibration_values(metadata: Metadata, evaluated: Evaluated) -> dict[str, A
 
 
 def _curves(metadata: Metadata, evaluated: Evaluated) -> dict[str, Any]:
-    reported, fitted = (
-        measured.calibrated(evaluated.calibration)
-        for measured in (evaluated.reported, evaluated.fitted)
-    )
+    reported = evaluated.reported.calibrated(evaluated.calibration)
+    fitted = evaluated.fitted.calibrated(evaluated.calibration)
     return collect(reported, fitted, evaluated.thresholds, metadata.labels)
 
 
