@@ -22,6 +22,7 @@ from trainer.data.metadata import (
 )
 from trainer.data.packing import add_histograms, choose_packing, min_tokens
 from trainer.errors import UserError
+from trainer.evaluation import intervals, measurement, results
 from trainer.evaluation.calibration import (
     Calibration,
     exact_correction,
@@ -30,33 +31,8 @@ from trainer.evaluation.calibration import (
 )
 from trainer.evaluation.curves import collect
 from trainer.evaluation.histograms import Histograms
-from trainer.evaluation.intervals import (
-    LEVEL,
-    confidence_intervals,
-    count_resamples,
-    resample_metrics,
-)
-from trainer.evaluation.measurement import (
-    BINNED,
-    ExactMeasurement,
-    Measured,
-    Measurement,
-    StreamedMeasurement,
-    fits_exactly,
-)
 from trainer.evaluation.metrics import CONVENTIONS, compute_metrics, warn_if_constant
 from trainer.evaluation.predictions import Predictions, concatenate
-from trainer.evaluation.results import (
-    CALIBRATION_FILE,
-    CURVES_FILE,
-    EVALUATION_FOLDER,
-    METRICS_FILE,
-    by_label,
-    print_table,
-    slice_metrics,
-    without_labels,
-    write_json,
-)
 from trainer.evaluation.thresholds import ThresholdRule, fit_binned_thresholds, fit_thresholds
 from trainer.model.predictor import Predictor
 from trainer.run_config import EvaluateConfig
@@ -69,23 +45,21 @@ from trainer.training.run_record import RunRecord
 class Evaluated:
     """What was fitted to one split, and the metrics of that split and of the reported one.
 
-    `thresholds` and `shortfalls`, float64 [L], are those of `BinnedThresholds`; an exact evaluation
-    has no shortfalls.
+    Thresholds and shortfalls are those of `BinnedThresholds`; exact ones have no shortfalls.
     """
 
     calibration: Calibration
     thresholds: np.ndarray
     shortfalls: np.ndarray | None
-    fitted: Measured
-    reported: Measured
+    fitted: measurement.Measured
+    reported: measurement.Measured
 
 
 def run(config: EvaluateConfig) -> None:
     """Fits calibration and thresholds, reports, and writes the files of `evaluation/`.
 
-    Raises:
-      UserError: if a split is missing, empty or fitted and reported at once, or the checkpoint does
-        not belong to the data.
+    A UserError says that a split is missing, empty or fitted and reported at once, or that the
+    checkpoint does not belong to the data.
     """
     metadata = load_metadata(config.data_dir)
     _check_splits(config, metadata)
@@ -97,21 +71,21 @@ def run(config: EvaluateConfig) -> None:
 
     settings = _settings(config, metadata, best)
     files = {
-        METRICS_FILE: _metrics_values(config, metadata, evaluated),
-        CALIBRATION_FILE: _calibration_values(metadata, evaluated),
-        CURVES_FILE: _curves(metadata, evaluated),
+        results.METRICS_FILE: _metrics_values(config, metadata, evaluated),
+        results.CALIBRATION_FILE: _calibration_values(metadata, evaluated),
+        results.CURVES_FILE: _curves(metadata, evaluated),
     }
-    folder = os.path.join(config.model_dir, EVALUATION_FOLDER)
+    folder = os.path.join(config.model_dir, results.EVALUATION_FOLDER)
     filesystem.make_folder(folder)
     for name, values in files.items():
-        write_json(folder, name, settings | values)
+        results.write_json(folder, name, settings | values)
     columns = {
         config.split: evaluated.reported.metrics,
         f"{config.calibration_split} (fitted)": evaluated.fitted.metrics,
-        f"{config.split}, label frequencies": files[METRICS_FILE]["trivial"],
+        f"{config.split}, label frequencies": files[results.METRICS_FILE]["trivial"],
     }
-    print_table(columns, files[METRICS_FILE]["intervals"], metadata.labels)
-    print(f"Wrote {METRICS_FILE}, {CALIBRATION_FILE} and {CURVES_FILE} to {folder}")
+    results.print_table(columns, files[results.METRICS_FILE]["intervals"], metadata.labels)
+    print("Wrote {}, {} and {} to {}".format(*files, folder))
 
 
 def _check_splits(config: EvaluateConfig, metadata: Metadata) -> None:
@@ -180,14 +154,10 @@ class Splits:
         """Whether `--exact_memory` holds both splits."""
         config = self.config
         num_documents = sum(map(self.num_documents, (config.calibration_split, config.split)))
-        return fits_exactly(num_documents, len(self.record.labels), config.exact_memory)
+        return measurement.fits_exactly(num_documents, len(self.record.labels), config.exact_memory)
 
     def blocks(self, name: str) -> Iterator[Predictions]:
-        """The predictions of a split.
-
-        Raises:
-          UserError: if a logit is not finite, or a shard is damaged.
-        """
+        """The predictions of a split; a damaged shard or logits of NaN or inf are a UserError."""
         config = self.config
         with naming_damaged_shards(config.data_dir, self._metadata, name):
             for block in self._predictor.predict_blocks(config.data_dir, self._metadata, name):
@@ -198,11 +168,11 @@ class Splits:
                     )
                 yield block
 
-    def measure(self, name: str, measurement: Measurement) -> Measured:
-        """The metrics of a split."""
+    def measure(self, name: str, into: measurement.Measurement) -> measurement.Measured:
+        """The metrics of a split, by a measurement that starts empty."""
         for block in self.blocks(name):
-            measurement.add(block)
-        return measurement.result()
+            into.add(block)
+        return into.result()
 
 
 def _evaluate_exactly(splits: Splits) -> Evaluated:
@@ -214,9 +184,9 @@ def _evaluate_exactly(splits: Splits) -> Evaluated:
     thresholds = fit_thresholds(
         calibration.probabilities(documents.logits), documents.labels, ThresholdRule.of(config)
     )
-    fitted = ExactMeasurement(calibration, thresholds)
+    fitted = measurement.ExactMeasurement(calibration, thresholds)
     fitted.add(documents)
-    reported = ExactMeasurement(calibration, thresholds)
+    reported = measurement.ExactMeasurement(calibration, thresholds)
     return Evaluated(
         calibration, thresholds, None, fitted.result(), splits.measure(config.split, reported)
     )
@@ -237,7 +207,7 @@ def _evaluate_binned(splits: Splits) -> Evaluated:
     fitted, reported = (
         splits.measure(
             name,
-            StreamedMeasurement(
+            measurement.StreamedMeasurement(
                 splits.num_documents(name), log_weights, calibration, fit.probabilities
             ),
         )
@@ -289,34 +259,37 @@ def _metrics_values(
     if evaluated.shortfalls is not None:
         columns["threshold_shortfall"] = evaluated.shortfalls
     never = np.flatnonzero(np.isnan(thresholds))
-    return without_labels(reported.metrics) | {
-        "method": "exact" if evaluated.shortfalls is None else BINNED,
+    return results.without_labels(reported.metrics) | {
+        "method": "exact" if evaluated.shortfalls is None else measurement.BINNED,
         **_intervals(config, reported, probabilities, thresholds),
         "never_predicted": [metadata.labels[index] for index in never],
-        "on_calibration_split": without_labels(fitted.metrics),
-        "trivial": without_labels(trivial),
-        "slices": slice_metrics(
+        "on_calibration_split": results.without_labels(fitted.metrics),
+        "trivial": results.without_labels(trivial),
+        "slices": results.slice_metrics(
             metadata.slice_columns, documents.slices, probabilities, documents.labels, thresholds
         ),
-        "per_label": by_label(columns, metadata.labels),
+        "per_label": results.by_label(columns, metadata.labels),
         "conventions": CONVENTIONS,
     }
 
 
 def _intervals(
-    config: EvaluateConfig, reported: Measured, probabilities: np.ndarray, thresholds: np.ndarray
+    config: EvaluateConfig,
+    reported: measurement.Measured,
+    probabilities: np.ndarray,
+    thresholds: np.ndarray,
 ) -> dict[str, Any]:
     """`intervals`, (low, high) by metric, and `intervals_of`, what they come from."""
     labels = reported.documents.labels
-    resamples = count_resamples(config.resamples, *labels.shape)
-    intervals = {}
+    resamples = intervals.count_resamples(config.resamples, *labels.shape)
+    ends = {}
     if resamples:
-        resampled = resample_metrics(probabilities, labels, thresholds, resamples)
-        intervals = confidence_intervals(
+        resampled = intervals.resample_metrics(probabilities, labels, thresholds, resamples)
+        ends = intervals.confidence_intervals(
             reported.metrics, resampled, len(labels), reported.num_documents
         )
-    about = {"level": LEVEL, "resamples": resamples, "documents": len(labels)}
-    return {"intervals": intervals, "intervals_of": about}
+    about = {"level": intervals.LEVEL, "resamples": resamples, "documents": len(labels)}
+    return {"intervals": ends, "intervals_of": about}
 
 
 def _calibration_values(metadata: Metadata, evaluated: Evaluated) -> dict[str, Any]:
@@ -329,10 +302,8 @@ def _calibration_values(metadata: Metadata, evaluated: Evaluated) -> dict[str, A
 
 
 def _curves(metadata: Metadata, evaluated: Evaluated) -> dict[str, Any]:
-    reported, fitted = (
-        measured.calibrated(evaluated.calibration)
-        for measured in (evaluated.reported, evaluated.fitted)
-    )
+    reported = evaluated.reported.calibrated(evaluated.calibration)
+    fitted = evaluated.fitted.calibrated(evaluated.calibration)
     return collect(reported, fitted, evaluated.thresholds, metadata.labels)
 
 
@@ -346,20 +317,13 @@ def _label_frequencies(metadata: Metadata, otherwise: str) -> np.ndarray:
 def trivial_metrics(
     frequencies: np.ndarray, fit_labels: np.ndarray, labels: np.ndarray, rule: ThresholdRule
 ) -> dict[str, Any]:
-    """Metrics of predicting each label's frequency for every document.
+    """Metrics of predicting each label's frequency, float [L], for every document.
 
-    Args:
-      frequencies: float [L], of the training split.
-      fit_labels: bool [M, L], that thresholds are fitted to, as the model's are.
-      labels: bool [N, L], to report on.
-      rule: what the thresholds are best for.
+    Thresholds are fitted to `fit_labels`, bool [M, L], as the model's are; `labels`, bool [N, L],
+    are reported on.
     """
-
-    def everywhere(documents: int) -> np.ndarray:
-        return np.broadcast_to(frequencies, (documents, len(frequencies)))
-
-    thresholds = fit_thresholds(everywhere(len(fit_labels)), fit_labels, rule)
-    return compute_metrics(everywhere(len(labels)), labels, thresholds)
+    thresholds = fit_thresholds(np.broadcast_to(frequencies, fit_labels.shape), fit_labels, rule)
+    return compute_metrics(np.broadcast_to(frequencies, labels.shape), labels, thresholds)
 
 
 if __name__ == "__main__":

@@ -46,9 +46,8 @@ _logger = logging.getLogger(__name__)
 def run(config: ReportConfig) -> None:
     """Writes report.html into the model folder.
 
-    Raises:
-      UserError: if there is no evaluation, it is not of the best checkpoint, or the data folder is
-        not the one that it read.
+    A UserError says that there is no evaluation, it is not of the best checkpoint, or the data
+    folder is not the one that it read.
     """
     record = load_record(config.model_dir)
     metrics, curves = (

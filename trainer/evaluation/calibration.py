@@ -63,14 +63,9 @@ def fit_calibration(
     by penalised Newton steps: first one line for all labels, pulled toward the identity, then one
     line a label, pulled toward the global line by `SHRINKAGE_STRENGTH`.
 
-    Args:
-      logits: float [N, L], raw, of a split that training did not see.
-      labels: bool [N, L].
-      pos_weights: float [L], that the loss used; ones for a loss that does not take them exactly.
-      mode: `labels`, `global` (one line for all), or `none` (the exact correction only).
-
-    Returns:
-      The calibration, the correction included.
+    The raw logits, float [N, L], and the labels, bool [N, L], are of a split that training did not
+    see. `pos_weights`, float [L], are the loss's; ones for a loss that does not take them exactly.
+    `mode` is `labels`, `global` (one line for all), or `none` (the exact correction only).
     """
     log_weights = np.log(np.asarray(pos_weights, np.float64))
     corrected = np.asarray(logits, np.float64) - log_weights
@@ -86,15 +81,10 @@ def fit_calibration(
 def fit_binned_calibration(
     histograms: Histograms, log_weights: np.ndarray, mode: str
 ) -> Calibration:
-    """`fit_calibration`, of histograms of the corrected logits x = logit - log w.
+    """`fit_calibration` by histograms of corrected logits x = logit - log w (log w: float64 [L]).
 
     The fit puts each x at its label's mean in a group of bins. That moves x by at most 1/32 between
     -32 and 32; since the means stay, the line is off by the order of the square of that.
-
-    Args:
-      histograms: of the corrected logits of L labels.
-      log_weights: float64 [L], what was taken off the logits.
-      mode: as for `fit_calibration`.
     """
 
     def sample_of(counts: Histograms) -> _Sample:
@@ -114,13 +104,7 @@ def fit_binned_calibration(
 
 @dataclass(frozen=True)
 class _Sample:
-    """What lines are fitted to, a column a label.
-
-    Attributes:
-      x: float64 [N, B].
-      positives: bool or float64 [N, B], how many positives are at x.
-      documents: float64 [N, B], how many documents are at x; 1.0 for one each.
-    """
+    """What lines are fitted to: x with its positives and documents (1.0: one each), [N, B]."""
 
     x: np.ndarray
     positives: np.ndarray
@@ -152,15 +136,12 @@ def _fit(
 def _fit_lines(
     sample: _Sample, prior_scale: float, prior_shift: float
 ) -> tuple[np.ndarray, np.ndarray]:
-    """Penalised logistic regression of positives on x, one line a column.
+    """Penalised logistic regression of positives on x: each column's scale and shift, float64 [B].
 
     Minimises cross-entropy + strength / 2 x (d_b^2 + s^2 d_a^2), where d_b and d_a are the
     differences from the prior line in height at the column's centre of information and in slope,
     and s^2 is the variance of x about that centre: the same pull in every direction, measured by
     the column's own information.
-
-    Returns:
-      scale and shift, float64 [B] each.
     """
     x, columns = sample.x, sample.positives.shape[1]
     information = sample.documents * _variance(prior_scale * x + prior_shift)
@@ -227,11 +208,7 @@ def _minimise(
 
 
 def _newton_step(
-    sample: _Sample,
-    line: np.ndarray,
-    prior: np.ndarray,
-    penalty: np.ndarray,
-    fix_scale: np.ndarray,
+    sample: _Sample, line: np.ndarray, prior: np.ndarray, penalty: np.ndarray, fix_scale: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """The step -H^-1 g of every column, [2, B], and its decrement g H^-1 g, [B]."""
     x = sample.x
@@ -245,10 +222,7 @@ def _newton_step(
     h_both = np.where(fix_scale, 0, (curvature * x).sum(axis=0))
     h_height = curvature.sum(axis=0) + penalty[1]
     determinant = h_scale * h_height - h_both**2
-    step = np.stack(
-        [
-            (h_both * gradient[1] - h_height * gradient[0]) / determinant,
-            (h_both * gradient[0] - h_scale * gradient[1]) / determinant,
-        ]
-    )
+    along_scale = h_both * gradient[1] - h_height * gradient[0]
+    along_height = h_both * gradient[0] - h_scale * gradient[1]
+    step = np.stack([along_scale, along_height]) / determinant
     return step, -(step * gradient).sum(axis=0)

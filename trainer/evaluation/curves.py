@@ -1,7 +1,6 @@
 """What the report draws of a model's scores, of bounded size for any corpus (NumPy only).
 
 `evaluate` has the scores and calls `collect`; `report` draws the result later, without the model.
-Every list is bounded: curves by points and by labels, mistakes by number.
 """
 
 from collections.abc import Sequence
@@ -37,19 +36,13 @@ def collect(
     thresholds: np.ndarray,
     labels: Sequence[str],
 ) -> dict[str, Any]:
-    """Curves, histograms, co-occurrence and mistakes, as JSON values.
+    """Curves, histograms, co-occurrence and mistakes of the reported split, as JSON values.
 
-    Args:
-      reported: the split to report on.
-      fitted: the split that calibration and thresholds were fitted to.
-      thresholds: float [L]; NaN for a label that is never predicted.
-      labels: L names.
-
-    Returns:
-      `documents` that were looked at and `num_documents` of the split; `labels`; `curve_labels`,
-      indices of the labels with curves, the most frequent first; `micro`, the curves of all labels
-      together, of `micro_documents`; `curves`, those of each curve label, and beside them the
-      fitted split's precision and recall; `cooccurrence`; `mistakes`.
+    `fitted` is the split that calibration and `thresholds` (float [L]; NaN: never predicted) were
+    fitted to. The values are the `documents` looked at and the split's `num_documents`; `labels`;
+    `curve_labels`, indices of the labels with curves, the most frequent first; `micro`, the curves
+    of all labels together, of `micro_documents`; `curves`, those of each curve label, and beside
+    them the fitted split's precision and recall; `cooccurrence`; `mistakes`.
     """
     thresholds = np.asarray(thresholds, np.float64)
     assert reported.labels.shape[1] == len(thresholds) == len(labels)
@@ -100,16 +93,10 @@ def frequent_labels(labels: np.ndarray, max_labels: int) -> np.ndarray:
 def label_curves(
     probabilities: np.ndarray, raw_probabilities: np.ndarray, positive: np.ndarray
 ) -> dict[str, Any]:
-    """The curves of one label, or of all labels as one.
+    """The curves of one label, or of all labels as one: probabilities float [N], positive bool [N].
 
-    Args:
-      probabilities: float [N], calibrated.
-      raw_probabilities: float [N], before calibration.
-      positive: bool [N].
-
-    Returns:
-      `precision_recall`, `reliability` (`before` and `after` calibration) and `histogram`
-      (documents of each class in the bins of `HISTOGRAM_EDGES`).
+    They are `precision_recall`, `reliability` (`before` and `after` calibration) and `histogram`
+    (documents of each class in the bins of `HISTOGRAM_EDGES`).
     """
     inside = np.clip(probabilities.astype(np.float64), 1e-12, 1 - 1e-12)
     log_odds = np.clip(np.log(inside / (1 - inside)), HISTOGRAM_EDGES[0], HISTOGRAM_EDGES[-1])
@@ -129,9 +116,8 @@ def label_curves(
 def precision_recall(probabilities: np.ndarray, positive: np.ndarray) -> dict[str, list[float]]:
     """Points of the precision-recall curve: levels of recall, each at the first cut to reach it.
 
-    Returns:
-      `recall`, `precision` and the lowest `score` predicted, from the strictest cut down, at most
-      `MAX_CURVE_POINTS` of them; nothing without positives.
+    They are `recall`, `precision` and the lowest `score` predicted, from the strictest cut down, at
+    most `MAX_CURVE_POINTS`; none without positives.
     """
     cuts = rank_cuts(probabilities, positive)
     if cuts.positives == 0:
@@ -148,9 +134,8 @@ def precision_recall(probabilities: np.ndarray, positive: np.ndarray) -> dict[st
 def reliability(probabilities: np.ndarray, positive: np.ndarray) -> dict[str, list[float]]:
     """The calibration error's bins: of equal mass, equal scores never parted.
 
-    Returns:
-      Of each bin the `documents`, the mean `probability`, the `share` of positives, and its 95 %
-      interval `low` to `high` (Wilson 1927).
+    Each has its `documents`, the mean `probability`, the `share` of positives, and the 95 %
+    interval of that, `low` to `high` (Wilson 1927).
     """
     if len(probabilities) == 0:
         return {name: [] for name in ("documents", "probability", "share", "low", "high")}
@@ -173,11 +158,9 @@ def reliability(probabilities: np.ndarray, positive: np.ndarray) -> dict[str, li
 
 
 def cooccurrence(predictions: CalibratedPredictions, thresholds: np.ndarray) -> dict[str, Any]:
-    """Documents in which two labels occur together, `true` and `predicted`.
+    """Documents in which two labels occur together: matrices of counts, `true` and `predicted`.
 
-    Returns:
-      `labels`, indices of the most frequent ones, and both matrices of counts over them, whose
-      diagonals count each label alone.
+    They are over `labels`, the indices of the most frequent; the diagonals count each label alone.
     """
     chosen = frequent_labels(predictions.labels, MAX_COOCCURRENCE_LABELS)
     true = predictions.labels[:, chosen].astype(np.float64)
@@ -194,10 +177,9 @@ def confident_mistakes(
 ) -> dict[str, list[dict[str, Any]]]:
     """The mistakes that the model was surest of, of each kind at most one a document.
 
-    Returns:
-      `false_positives` by falling, `missed` by rising probability: each with the `document` (its
-      id), its `index` in the split, `label`, `probability`, `threshold`, and the indices of the
-      document's labels, `true` and `predicted`, at most `MAX_NAMED_LABELS` each.
+    They are `false_positives` by falling and `missed` by rising probability. Each has its
+    `document` (the id), `index` in the split, `label`, `probability`, `threshold`, and the indices
+    of the document's labels, `true` and `predicted`, at most `MAX_NAMED_LABELS` each.
     """
     found = {}
     for kind in ("false_positives", "missed"):

@@ -24,12 +24,9 @@ CENTRES = -LIMIT + BIN_WIDTH * (np.arange(NUM_BINS) + 0.5)
 
 @dataclass(frozen=True)
 class Histograms:
-    """Counts of many labels' documents by score.
+    """Counts of many labels' documents, and of their positives, by score: uint32 or wider [L, B].
 
-    Attributes:
-      documents: uint32 or wider [L, B], of each bin.
-      positives: of the same type [L, B], those of them that have the label.
-      lowest, highest: float64 [L], the outermost scores, which close the open bins.
+    `lowest` and `highest`, float64 [L], are the outermost scores, which close the open bins.
     """
 
     documents: np.ndarray
@@ -49,12 +46,7 @@ class Histograms:
         )
 
     def add(self, log_odds: np.ndarray, labels: np.ndarray) -> None:
-        """Counts a block of documents.
-
-        Args:
-          log_odds: float [D, L], finite.
-          labels: bool [D, L].
-        """
+        """Counts a block of documents: finite log-odds float [D, L] and labels bool [D, L]."""
         for block in label_blocks(*log_odds.shape):
             # Contiguous for each label, and small enough for a cache.
             bins = bin_indices(np.ascontiguousarray(log_odds[:, block].T))
@@ -112,8 +104,8 @@ def bound_average_precision(cuts: Cuts, value: np.ndarray) -> np.ndarray:
     """How far the average precision of the scores can be from that of the cuts, float64 [...].
 
     A positive counts the precision of the cut that first predicts it. Let T of K predicted
-    documents above a bin be true, and the bin have p positives and n negatives. No cut within it
-    is more precise than (T + p) / (K + p). The j-th positive is at worst at (T + j) / (K + n + j),
+    documents above a bin be true, and the bin have p positives and n negatives. No cut within it is
+    more precise than (T + p) / (K + p). The j-th positive is at worst at (T + j) / (K + n + j),
     which is concave in j: the sum over j is at least p times the mean of the first and the last.
     """
     gained = np.diff(cuts.true_positives, prepend=0, axis=-1)

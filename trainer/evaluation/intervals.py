@@ -22,15 +22,12 @@ _MIN_RESAMPLES = 100
 
 @dataclass(frozen=True)
 class _Ranked:
-    """One label's documents by rising score, in groups of equal scores.
+    """One label's N documents by rising score, with P positives in G groups of equal scores.
 
-    Attributes:
-      order: int64 [N], the documents by rising score; the places below are in this order.
-      positive: int64 [P], places of the positives.
-      starts, ends: int64 [G], of the groups with a positive in them.
-      first_positives: int64 [G], where the positives of each group start among the P.
-      gaps: float32 [N], probability - truth.
-      bins: int64, the starts of the calibration bins.
+    `order`, int64 [N], are the documents by rising score, and all places are in this order:
+    `positive`, int64 [P], of the positives; `starts` and `ends`, int64 [G], of the groups with a
+    positive; `bins`, int64, of the first of each calibration bin. `first_positives`, int64 [G], is
+    where each group starts among the P. `gaps`, float32 [N], are probability - truth.
     """
 
     order: np.ndarray
@@ -55,20 +52,11 @@ def resample_metrics(
     num_resamples: int,
     seed: int = 0,
 ) -> dict[str, np.ndarray]:
-    """The headline metrics of resampled documents.
+    """The headline metrics of resampled documents, float64 [num_resamples] by name.
 
-    The calibration error keeps the bins, and its mean the labels, of the documents themselves.
-
-    Args:
-      probabilities: float [N, L].
-      labels: bool [N, L].
-      thresholds: float [L]; NaN for a label that is never predicted.
-      num_resamples: R, at least 1.
-      seed: of the draws.
-
-    Returns:
-      float64 [R] for `micro_f1`, `macro_f1`, `mean_average_precision`, `macro_roc_auc` and
-      `expected_calibration_error`; NaN where a resample leaves a metric undefined.
+    Probabilities are float [N, L], labels bool [N, L], thresholds float [L] (NaN: never predicted).
+    The calibration error keeps the bins, and its mean the labels, of the documents themselves. A
+    metric is NaN where a resample leaves it undefined.
     """
     random = np.random.default_rng(seed)
     num_documents = len(labels)
@@ -107,13 +95,10 @@ def _rank(probabilities: np.ndarray, positive: np.ndarray) -> _Ranked:
 def _metrics_of(
     ranked: list[_Ranked], decisions: np.ndarray, in_error: np.ndarray, counts: np.ndarray
 ) -> dict[str, np.ndarray]:
-    """The metrics of R resamples.
+    """The metrics of R resamples; `counts`, int32 [N, R], is how often each document was drawn.
 
-    Args:
-      ranked: L labels.
-      decisions: float32 [3, N, L]: true positives, predicted, positives.
-      in_error: bool [L], the labels of the macro calibration error.
-      counts: int32 [N, R], how often each document was drawn.
+    `decisions` are true positives, predictions and positives, float32 [3, N, L]; `in_error`, bool
+    [L], says which labels the macro calibration error is over.
     """
     # Whole numbers below 2^24 are exact in float32.
     weights = counts.astype(np.float32)
@@ -137,11 +122,9 @@ def _metrics_of(
 
 
 def _ranking_metrics(label: _Ranked, drawn: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
-    """Average precision and ROC-AUC of one label in R resamples, float64 [R] each.
+    """Average precision and ROC-AUC, float64 [R], of a label with positives in R resamples.
 
-    Args:
-      label: with at least one positive.
-      drawn: int32 [N, R], how often each document was drawn, by rising score.
+    `drawn`, int32 [N, R], is how often each document was drawn, by rising score.
     """
     below = np.zeros((len(drawn) + 1, drawn.shape[1]), np.int32)
     np.cumsum(drawn, axis=0, out=below[1:])
@@ -165,25 +148,14 @@ def _mean_of_defined(values: np.ndarray) -> np.ndarray:
 
 
 def confidence_intervals(
-    values: dict[str, float],
-    resampled: dict[str, np.ndarray],
-    num_sampled: int,
-    num_documents: int,
+    values: dict[str, float], resampled: dict[str, np.ndarray], num_sampled: int, num_documents: int
 ) -> dict[str, tuple[float, float]]:
     """95 % intervals: the resamples' percentiles, moved so that their mean is the value itself.
 
     Resampling adds noise to noise, which makes a calibration error larger and a macro-F1 smaller
-    than they are; the move takes that back. For a sample of documents, the spread is scaled by the
-    root of its share of all documents.
-
-    Args:
-      values: each metric of all documents.
-      resampled: as `resample_metrics` gives them.
-      num_sampled: documents that were resampled.
-      num_documents: documents that the values are of.
-
-    Returns:
-      (low, high) by name, in [0, 1]; NaN where a metric is undefined.
+    than they are; the move takes that back. Where only `num_sampled` of the values' `num_documents`
+    were resampled, the spread is scaled by the root of their share. The ends (low, high), by name,
+    are in [0, 1]; NaN where a metric is undefined.
     """
     narrowing = np.sqrt(num_sampled / num_documents)
     intervals = {}

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from trainer.evaluation import metrics
 from trainer.evaluation.calibration import BINS_PER_GROUP, Calibration, sigmoid
 from trainer.evaluation.histograms import (
     BIN_WIDTH,
@@ -19,20 +20,6 @@ from trainer.evaluation.histograms import (
     Histograms,
     bound_average_precision,
     bound_roc_auc,
-)
-from trainer.evaluation.metrics import (
-    BLOCK_CELLS,
-    CALIBRATION_BINS,
-    TINY,
-    compute_metrics,
-    count_decisions,
-    count_labels,
-    decision_metrics,
-    is_counted,
-    mean_of_defined,
-    probability_metrics,
-    ranking_metrics,
-    score_documents,
 )
 from trainer.evaluation.predictions import CalibratedPredictions, Predictions, concatenate
 from trainer.evaluation.ranking import Cuts, average_precision, label_blocks, roc_auc
@@ -63,13 +50,11 @@ def fits_exactly(num_documents: int, num_labels: int, gibibytes: float) -> bool:
 
 @dataclass(frozen=True)
 class Measured:
-    """A split's metrics, and the documents to draw, resample and slice.
+    """A split's metrics, and its documents to draw, resample and slice: all, or a uniform sample.
 
-    Attributes:
-      metrics: as `compute_metrics` has them; those of the raw sigmoid have names in `_before`; of
-        a binned measurement there is `error_bounds` too, floats by the name of a metric.
-      documents: all of the split, or a uniform sample.
-      num_documents: of the split.
+    The metrics are those of `compute_metrics`; those of the raw sigmoid have names in `_before`. A
+    binned measurement has `error_bounds` too, floats by the name of a metric. `num_documents` is
+    that of the whole split.
     """
 
     metrics: dict[str, Any]
@@ -106,11 +91,10 @@ class ExactMeasurement:
         documents = concatenate(self._blocks)
         logits, labels = documents.logits, documents.labels
         probabilities = self._calibration.probabilities(logits)
-        metrics = compute_metrics(probabilities, labels, self._thresholds)
-        before, columns = probability_metrics(sigmoid(logits), labels, "_before")
-        metrics |= before
-        metrics["per_label"] |= columns
-        return Measured(metrics, documents, len(labels))
+        after = metrics.compute_metrics(probabilities, labels, self._thresholds)
+        before, columns = metrics.probability_metrics(sigmoid(logits), labels, "_before")
+        per_label = {"per_label": after["per_label"] | columns}
+        return Measured(after | before | per_label, documents, len(labels))
 
 
 class StreamedMeasurement:
@@ -126,14 +110,7 @@ class StreamedMeasurement:
         calibration: Calibration,
         thresholds: np.ndarray,
     ) -> None:
-        """Starts without documents.
-
-        Args:
-          num_documents: that will come.
-          log_weights: float64 [L], taken off the logits before they are binned.
-          calibration: of the raw logits.
-          thresholds: float64 [L], NaN: never predicted.
-        """
+        """Starts without documents. Log-weights, float64 [L], come off logits before binning."""
         num_labels = len(log_weights)
         self._num_documents = num_documents
         self._log_weights = log_weights
@@ -152,7 +129,7 @@ class StreamedMeasurement:
         """Counts a block of documents."""
         self._sample.append(block.chosen(np.isin(block.indices, self._sampled)))
         self._histograms.add(block.logits - self._log_weights, block.labels)
-        rows = max(1, BLOCK_CELLS // len(self._log_weights))
+        rows = max(1, metrics.BLOCK_CELLS // len(self._log_weights))
         for start in range(0, len(block.ids), rows):
             part = slice(start, start + rows)
             self._add_decisions(block.logits[part], block.labels[part])
@@ -162,15 +139,15 @@ class StreamedMeasurement:
         self._pooled.add(log_odds.reshape(-1, 1), labels.reshape(-1, 1))
         probabilities = sigmoid(log_odds)
         predicted = probabilities >= self._thresholds
-        self._counts += count_decisions(predicted, labels)
-        for name, values in score_documents(probabilities, predicted, labels).items():
+        self._counts += metrics.count_decisions(predicted, labels)
+        for name, values in metrics.score_documents(probabilities, predicted, labels).items():
             self._sums[name] = self._sums.get(name, 0.0) + float(values.sum())
 
     def result(self) -> Measured:
         """The metrics of all documents that were added, with the bounds of the binned ones."""
         scale, log_weights, support = self._calibration.scale, self._log_weights, self._counts[2]
         shift = self._calibration.shift + scale * log_weights
-        overall, columns = decision_metrics(self._counts)
+        overall, columns = metrics.decision_metrics(self._counts)
         values, bounds = self._rank_every_label()
         pooled = _rank(self._pooled.cuts())[..., 0]
         after = binned_probability_metrics(self._histograms, scale, shift)
@@ -178,14 +155,14 @@ class StreamedMeasurement:
             self._histograms, np.ones_like(scale), log_weights, "_before"
         )
         # The means of bounds, weighted like the values, bound the means.
-        of_rankings = ranking_metrics(bounds, pooled[1], support)
-        metrics = {
+        of_rankings = metrics.ranking_metrics(bounds, pooled[1], support)
+        measured = {
             **overall,
-            **ranking_metrics(values, pooled[0], support),
+            **metrics.ranking_metrics(values, pooled[0], support),
             **{name: value / self._num_documents for name, value in self._sums.items()},
             **after[0],
             **before[0],
-            **count_labels(values, support, self._num_documents),
+            **metrics.count_labels(values, support, self._num_documents),
             "error_bounds": of_rankings | after[2] | before[2],
             "per_label": {"support": support, "threshold": self._thresholds}
             | columns
@@ -194,7 +171,7 @@ class StreamedMeasurement:
             | after[1]
             | before[1],
         }
-        return Measured(metrics, concatenate(self._sample), self._num_documents)
+        return Measured(measured, concatenate(self._sample), self._num_documents)
 
     def _rank_every_label(self) -> np.ndarray:
         """Average precision and ROC-AUC of each label, and their bounds, float64 [2, 2, L]."""
@@ -219,29 +196,20 @@ def binned_probability_metrics(
 ) -> tuple[dict[str, Any], dict[str, np.ndarray], dict[str, float]]:
     """`probability_metrics` of documents of which there are histograms only.
 
-    Args:
-      histograms: of L labels.
-      scale, shift: float [L], from the histograms' log-odds to those of the probabilities to judge.
-      suffix: of the names.
-
-    Returns:
-      The metrics overall, as columns [L], and the bound of each overall one's error.
+    Scale and shift, float [L], take the histograms' log-odds to those of the probabilities to
+    judge. Returns the metrics overall, as columns [L], and the bound of each overall one's error.
     """
     names = ("expected_calibration_error", "brier_score", "log_loss")
-    rows = np.array(
-        [
-            _of_label(histograms.of_labels(slice(index, index + 1)), scale[index], shift[index])
-            for index in range(len(scale))
-        ]
-    )
+    labels = [histograms.of_labels(slice(index, index + 1)) for index in range(len(scale))]
+    rows = np.array([_of_label(*label) for label in zip(labels, scale, shift, strict=True)])
     num_documents = histograms.documents[0].sum(dtype=np.int64)
-    counted = is_counted(histograms.support / max(num_documents, 1))
+    counted = metrics.is_counted(histograms.support / max(num_documents, 1))
     overall, columns, bounds = {}, {}, {}
     for place, name in enumerate(names):
         columns[name + suffix] = rows[:, 2 * place]
         of_mean = counted if place == 0 else np.ones_like(counted)
-        overall[name + suffix] = mean_of_defined(rows[of_mean, 2 * place])
-        bounds[name + suffix] = mean_of_defined(rows[of_mean, 2 * place + 1])
+        overall[name + suffix] = metrics.mean_of_defined(rows[of_mean, 2 * place])
+        bounds[name + suffix] = metrics.mean_of_defined(rows[of_mean, 2 * place + 1])
     return overall, columns, bounds
 
 
@@ -260,7 +228,7 @@ def _of_label(label: Histograms, scale: float, shift: float) -> list[float]:
     probabilities = np.stack([middle, low, high])
     error, error_bound = _calibration_error(positives, negatives, probabilities)
     brier = _mean_of_bins(positives, negatives, (1 - probabilities) ** 2, probabilities**2)
-    inside = np.clip(probabilities, TINY, 1 - TINY)
+    inside = np.clip(probabilities, metrics.TINY, 1 - metrics.TINY)
     loss = _mean_of_bins(positives, negatives, -np.log(inside), -np.log1p(-inside))
     return [error, error_bound, *brier, *loss]
 
@@ -270,9 +238,8 @@ def _mean_of_bins(
 ) -> tuple[float, float]:
     """Mean over documents of a quantity that is monotone within bins, and its error's bound.
 
-    Args:
-      positives, negatives: float [B], documents of each bin.
-      if_positive, if_negative: float [3, B], at the middle and both ends of each bin.
+    Positives and negatives, float [B], are the documents of each bin. The quantity for each, float
+    [3, B], is at the middle and both ends of each bin.
     """
     total = positives.sum() + negatives.sum()
     value = positives @ if_positive[0] + negatives @ if_negative[0]
@@ -285,21 +252,20 @@ def _calibration_error(
 ) -> tuple[float, float]:
     """Expected calibration error of one label's nonempty bins, and its error's bound.
 
-    The bins of equal mass start at histogram bins. Two things make the error. The probabilities
-    are off by their distance from the middles. And another edge of a bin of equal mass would put
-    some documents on its other side: their sum of (probability - truth) counts twice. They all lie
-    in one histogram bin, and are no more than lie between its start and the edge's rank: at most
-    as many of its negatives, or of its positives.
+    Positives and negatives, float [B], are the documents of each bin, and the probabilities, float
+    [3, B], those at its middle and both ends.
 
-    Args:
-      positives, negatives: float [B], documents of each bin.
-      probabilities: float [3, B], at the middle and both ends of each bin.
+    The bins of equal mass start at histogram bins. Two things make the error. The probabilities are
+    off by their distance from the middles. And another edge of a bin of equal mass would put some
+    documents on its other side: their sum of (probability - truth) counts twice. They all lie in
+    one histogram bin, and are no more than lie between its start and the edge's rank: at most as
+    many of its negatives, or of its positives.
     """
     middle, low, high = probabilities
     documents = positives + negatives
     ends = np.cumsum(documents)
     total = ends[-1]
-    ranks = np.arange(1, CALIBRATION_BINS) * int(total) // CALIBRATION_BINS
+    ranks = np.arange(1, metrics.CALIBRATION_BINS) * int(total) // metrics.CALIBRATION_BINS
     holding = np.searchsorted(ends, ranks, side="right")
     starts = np.unique(np.append(0, holding))
     gaps = np.add.reduceat(documents * middle - positives, starts)

@@ -11,13 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from trainer.evaluation.ranking import (
-    average_precision,
-    label_blocks,
-    rank_cuts,
-    rank_labels,
-    roc_auc,
-)
+from trainer.evaluation import ranking
 
 CALIBRATION_BINS = 10
 CALIBRATION_PREVALENCE = (0.01, 0.5)
@@ -52,17 +46,12 @@ _logger = logging.getLogger(__name__)
 def compute_metrics(
     probabilities: np.ndarray, labels: np.ndarray, thresholds: np.ndarray
 ) -> dict[str, Any]:
-    """All metrics of a split under `CONVENTIONS`.
+    """All metrics under `CONVENTIONS`, of probabilities float [N, L] and labels bool [N, L].
 
-    Args:
-      probabilities: float [N, L].
-      labels: bool [N, L].
-      thresholds: float [L]; NaN for a label that is never predicted.
-
-    Returns:
-      Floats (NaN where undefined) and counts by name, and `per_label`, a dict of arrays [L]:
-      `support`, `threshold`, `predicted`, `precision`, `recall`, `f1`, `average_precision`,
-      `roc_auc`, `expected_calibration_error`, `brier_score` and `log_loss`.
+    The thresholds are float [L]; NaN for a label that is never predicted. Returns floats (NaN where
+    undefined) and counts by name, and `per_label`, a dict of arrays [L]: `support`, `threshold`,
+    `predicted`, `precision`, `recall`, `f1`, `average_precision`, `roc_auc`,
+    `expected_calibration_error`, `brier_score` and `log_loss`.
     """
     labels = np.asarray(labels, bool)
     predicted = probabilities >= thresholds
@@ -70,11 +59,12 @@ def compute_metrics(
     support = counts[2]
     overall, columns = decision_metrics(counts)
     rankings = rank_every_label(probabilities, labels)
-    pooled = rank_cuts(probabilities.ravel(), labels.ravel())
+    pooled = ranking.rank_cuts(probabilities.ravel(), labels.ravel())
+    micro = ranking.average_precision(pooled), ranking.roc_auc(pooled)
     of_probabilities, probability_columns = probability_metrics(probabilities, labels)
     return {
         **overall,
-        **ranking_metrics(rankings, (average_precision(pooled), roc_auc(pooled)), support),
+        **ranking_metrics(rankings, micro, support),
         **mean_over_documents(probabilities, predicted, labels),
         **of_probabilities,
         **count_labels(rankings, support, len(labels)),
@@ -92,11 +82,10 @@ def count_decisions(predicted: np.ndarray, labels: np.ndarray) -> np.ndarray:
 
 
 def decision_metrics(counts: np.ndarray) -> tuple[dict[str, float], dict[str, np.ndarray]]:
-    """Precision, recall and F1 of `count_decisions`: overall, and as columns [L].
+    """Precision, recall and F1 of `count_decisions`, 0 for 0/0: overall, and as columns [L].
 
-    Returns:
-      `micro_f1`, `macro_recall`, `weighted_precision` and so on; and `predicted`, `precision`,
-      `recall` and `f1` of each label, 0 for 0/0.
+    Overall ones are `micro_f1`, `macro_recall`, `weighted_precision` and so on; the columns have
+    `predicted` too.
     """
     columns, micro = _precision_recall_f1(*counts), _precision_recall_f1(*counts.sum(axis=1))
     support = counts[2]
@@ -119,21 +108,18 @@ def _precision_recall_f1(true_positives: Any, predicted: Any, support: Any) -> d
 def rank_every_label(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Average precision and ROC-AUC of each label, float64 [2, L] with NaN where undefined."""
     values = np.full((2, labels.shape[1]), np.nan)
-    for block in label_blocks(*labels.shape):
-        cuts = rank_labels(probabilities[:, block].T, labels[:, block].T)
-        values[:, block] = average_precision(cuts), roc_auc(cuts)
+    for block in ranking.label_blocks(*labels.shape):
+        cuts = ranking.rank_labels(probabilities[:, block].T, labels[:, block].T)
+        values[:, block] = ranking.average_precision(cuts), ranking.roc_auc(cuts)
     return values
 
 
 def ranking_metrics(
     rankings: np.ndarray, micro: Sequence[Any], support: np.ndarray
 ) -> dict[str, float]:
-    """Average precision and ROC-AUC overall.
+    """Average precision and ROC-AUC overall, from those of each label and the micro ones.
 
-    Args:
-      rankings: float [2, L], average precision and ROC-AUC of each label; NaN where undefined.
-      micro: both of all labels' scores together.
-      support: int [L], positives, by which labels are weighted.
+    `rankings`, float [2, L], are NaN where undefined. `support`, int [L], weights the labels.
     """
     precisions, areas = rankings
     return {
@@ -174,10 +160,7 @@ def _weighted_mean(values: np.ndarray, support: np.ndarray) -> float:
 def probability_metrics(
     probabilities: np.ndarray, labels: np.ndarray, suffix: str = ""
 ) -> tuple[dict[str, Any], dict[str, np.ndarray]]:
-    """Calibration error, Brier score and log-loss of [N, L], overall and as columns [L].
-
-    Their names end with the suffix.
-    """
+    """Calibration error, Brier score and log-loss of [N, L], overall and as columns [L]."""
     error, errors, _ = calibration_errors(probabilities, labels)
     columns = {
         f"expected_calibration_error{suffix}": errors,
@@ -193,9 +176,8 @@ def calibration_errors(
 ) -> tuple[float, np.ndarray, int]:
     """The macro mean of the expected calibration error, the error of every label, float64 [L], and
     the number of labels in the mean: those of 1 to 50 % prevalence. NaN if there are none."""
-    errors = np.array(
-        [calibration_error(p, y) for p, y in zip(probabilities.T, labels.T, strict=True)]
-    )
+    columns = zip(probabilities.T, labels.T, strict=True)
+    errors = np.array([calibration_error(*column) for column in columns])
     counted = is_counted(labels.mean(axis=0))
     return mean_of_defined(errors[counted]), errors, int(counted.sum())
 
@@ -254,9 +236,8 @@ def score_documents(
 ) -> dict[str, np.ndarray]:
     """Every metric of every document, float64 [D] by name, of arrays [D, L].
 
-    `samples_precision`, `samples_recall`, `samples_f1` (0 for 0/0), `subset_accuracy`,
-    `hamming_loss`, `precision_at_k` and `ndcg_at_k` for k of `TOP_K`, and
-    `label_ranking_average_precision`.
+    They are the `samples_` metrics (0 for 0/0), `subset_accuracy`, `hamming_loss`, `precision_at_k`
+    and `ndcg_at_k` for k of `TOP_K`, and `label_ranking_average_precision`.
     """
     right = np.count_nonzero(predicted & labels, axis=1)
     num_predicted = np.count_nonzero(predicted, axis=1)
@@ -320,7 +301,7 @@ def warn_if_constant(log_odds_deviations: np.ndarray, num_documents: int) -> boo
     """Warns if a model predicts the same for every document, and returns whether it does.
 
     Fine-tuning can collapse to label frequencies, with a loss that looks like progress. The
-    deviations, float [L], are the standard deviation of each label's log-odds over documents.
+    deviations, float [L], are the standard deviations of each label's log-odds over documents.
     """
     spread = log_odds_deviations.max()
     constant = num_documents > 1 and bool(spread < CONSTANT_LOG_ODDS)

@@ -8,14 +8,10 @@ import numpy as np
 
 @dataclass(frozen=True)
 class Predictions:
-    """What a model says of documents of a split.
+    """What a model says of N documents of a split.
 
-    Attributes:
-      ids: N texts.
-      indices: int64 [N], each document's place in the order of the shards.
-      logits: float32 [N, L].
-      labels: bool [N, L].
-      slices: str [N, C], values of the kept columns.
+    `indices`, int64 [N], are their places in the order of the shards; logits are float32 [N, L],
+    labels bool [N, L], and slices, str [N, C], the values of the kept columns.
     """
 
     ids: list[str]
@@ -46,15 +42,10 @@ def concatenate(blocks: Iterable[Predictions]) -> Predictions:
 class CalibratedPredictions:
     """Documents of one split, in the split's reading order, beside their true labels.
 
-    All of them, or where they do not fit into memory a uniform sample without replacement.
-
-    Attributes:
-      ids: N document ids.
-      indices: int64 [N], rising: each document's place in the split's reading order.
-      probabilities: float32 [N, L], calibrated.
-      raw_probabilities: float32 [N, L], the plain sigmoid of the logits, before calibration.
-      labels: bool [N, L].
-      num_documents: documents of the whole split; N unless this is a sample.
+    All of them, or where they do not fit into memory a uniform sample without replacement of the
+    `num_documents`. `indices`, int64 [N], are each one's place in the reading order, rising. The
+    probabilities are calibrated, the raw ones the plain sigmoid of the logits, float32 [N, L];
+    labels are bool [N, L].
     """
 
     ids: list[str]

@@ -14,15 +14,11 @@ BLOCK_CELLS = 1 << 22
 class Cuts:
     """Every way to cut a list of scores in two, from the strictest down; of one list or of many.
 
-    Cut c predicts every document that scores at least `scores[c]`. Lists of different lengths are
+    Cut c predicts every document that scores at least `scores[c]`: `predicted[c]` documents, of
+    which `true_positives[c]` are positive, of the list's `positives`. Scores are float [..., C],
+    falling, the counts int64 [..., C], and `positives` int64 [...]. Lists of different lengths are
     held side by side, so some entries repeat the cut before them (at the start the one that
     predicts nothing).
-
-    Attributes:
-      scores: float [..., C], falling.
-      predicted: int64 [..., C], documents that the cut predicts.
-      true_positives: int64 [..., C], those of them that are positive.
-      positives: int64 [...], positives in the whole list.
     """
 
     scores: np.ndarray
@@ -32,14 +28,9 @@ class Cuts:
 
 
 def rank_labels(scores: np.ndarray, positive: np.ndarray) -> Cuts:
-    """The cuts of every label.
+    """The cuts [..., N] of every label, of scores float [..., N] and classes bool [..., N].
 
-    Args:
-      scores: float [..., N].
-      positive: bool [..., N].
-
-    Returns:
-      The cuts [..., N]. Of equal scores only the last is a cut; the others repeat the one before.
+    Of equal scores only the last is a cut; the others repeat the one before.
     """
     order = np.argsort(-scores, axis=-1)
     ranked = np.take_along_axis(scores, order, axis=-1)

@@ -23,24 +23,12 @@ CALIBRATION_FILE = "calibration.json"
 CURVES_FILE = "curves.json"
 # What the printed table shows, in its order.
 HEADLINES = (
-    "mean_average_precision",
-    "micro_average_precision",
-    "macro_roc_auc",
-    "micro_f1",
-    "macro_f1",
-    "samples_f1",
-    "micro_precision",
-    "micro_recall",
-    "macro_precision",
-    "macro_recall",
-    "precision_at_1",
-    "ndcg_at_5",
-    "expected_calibration_error",
-    "expected_calibration_error_before",
-    "brier_score",
-    "brier_score_before",
-    "log_loss",
-    "log_loss_before",
+    *("mean_average_precision", "micro_average_precision", "macro_roc_auc"),
+    *("micro_f1", "macro_f1", "samples_f1"),
+    *("micro_precision", "micro_recall", "macro_precision", "macro_recall"),
+    *("precision_at_1", "ndcg_at_5"),
+    *("expected_calibration_error", "expected_calibration_error_before"),
+    *("brier_score", "brier_score_before", "log_loss", "log_loss_before"),
 )
 # Names of labels that the last line of the table shows.
 _SHOWN_LABELS = 20
@@ -55,19 +43,12 @@ def slice_metrics(
     labels: np.ndarray,
     thresholds: np.ndarray,
 ) -> dict[str, Any]:
-    """Metrics by value of each kept column.
+    """Metrics by value of each kept column, of which `slices`, str [N, C], has each document's.
 
-    Args:
-      columns: C names.
-      slices: str [N, C], each document's values; empty for a missing one.
-      probabilities: float [N, L].
-      labels: bool [N, L].
-      thresholds: float [L]; NaN for a label that is never predicted.
-
-    Returns:
-      By column: `values`, metrics by value, the most frequent first and at most `MAX_VALUES`;
-      `rest`, those of all other values together with their number `num_values`, or None. Macro-F1
-      is over the labels that are present.
+    Probabilities are float [N, L], labels bool [N, L], thresholds float [L]. By column there are
+    `values`, metrics by value, the most frequent first and at most `MAX_VALUES`; and `rest`, those
+    of all other values together with their number `num_values`, or None. Macro-F1 is over the
+    labels that are present.
     """
 
     def measure(chosen: np.ndarray) -> dict[str, Any]:
@@ -136,12 +117,9 @@ def print_table(
     intervals: dict[str, tuple[float, float]],
     labels: tuple[str, ...],
 ) -> None:
-    """Prints headline metrics side by side, and what they leave out.
+    """Prints headline metrics by title, those of the reported split first, and what they leave out.
 
-    Args:
-      columns: metrics by title, those of the reported split first.
-      intervals: (low, high) of the reported split's metrics by name.
-      labels: L names.
+    The intervals, (low, high) by name, are of the reported split's metrics.
     """
     metrics = next(iter(columns.values()))
     width = max(map(len, HEADLINES))

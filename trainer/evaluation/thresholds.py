@@ -33,11 +33,10 @@ _MAX_ROUNDS = 50
 
 @dataclass(frozen=True)
 class MicroF1Tradeoff:
-    """What a label's true positives and predictions are worth in micro-F1.
+    """What a label's true positives and predictions are worth in micro-F1, whose value is `micro`.
 
-    Attributes:
-      micro: micro-F1.
-      rate: labels over the denominator of micro-F1, which makes it worth as much as one label's F1.
+    `rate` is labels over the denominator of micro-F1. It makes micro-F1 worth as much as one
+    label's F1.
     """
 
     micro: float
@@ -58,12 +57,10 @@ NO_TRADEOFF = MicroF1Tradeoff(0.0, 0.0)
 class ThresholdRule:
     """What thresholds are best for, and which labels have one of their own.
 
-    Attributes:
-      kind: f1 (each label's own), overall_f1 (the sum of macro- and micro-F1), precision or recall.
-      level: the minimum precision or recall.
-      min_support: 1 or more; labels with fewer positives take the global cut, which is the best one
-        of all labels' scores together.
-      is_global: whether all labels take the global cut.
+    `kind` is f1 (each label's own), overall_f1 (the sum of macro- and micro-F1), precision or
+    recall; `level` the minimum precision or recall. Labels with fewer than `min_support` positives
+    (1 or more), or all where `is_global`, take the global cut, the best one of all labels' scores
+    together.
     """
 
     kind: str = "f1"
@@ -98,9 +95,8 @@ class ThresholdRule:
 class Candidates(Cuts):
     """The cuts [M] of some labels that can be best: the strictest for each number of positives.
 
-    Attributes:
-      positives: int64 [M], of each cut's label.
-      labels: int64 [M], rising; the cuts of one label go from the strictest down.
+    `labels`, int64 [M], rise, and the cuts of one label go from the strictest down; `positives`,
+    int64 [M], are those of each cut's label.
     """
 
     labels: np.ndarray
@@ -143,27 +139,20 @@ def fit_thresholds(
 ) -> np.ndarray:
     """The thresholds that are best for a rule, over all cuts.
 
-    Args:
-      probabilities: float [N, L], calibrated, of a split that training did not see.
-      labels: bool [N, L].
-      rule: what they are best for.
-
-    Returns:
-      float64 [L], to compare with `>=`: midpoints between neighbouring scores. NaN (never
-      predicted) where no cut reaches the rule's level.
+    Probabilities, float [N, L], are calibrated, of a split that training did not see; labels are
+    bool [N, L]. Returns float64 [L], to compare with `>=`: midpoints between neighbouring scores.
+    NaN (never predicted) where no cut reaches the rule's level.
     """
     return _fit(_RankedScores(probabilities, np.asarray(labels, bool)), rule)[0]
 
 
 @dataclass(frozen=True)
 class BinnedThresholds:
-    """Thresholds that were fitted to histograms.
+    """Thresholds that were fitted to histograms: `probabilities`, as of `fit_thresholds`.
 
-    Attributes:
-      probabilities: float64 [L], as `fit_thresholds` gives them.
-      shortfall: float64 [L], how far what the label's own cut reaches on the fitted documents (F1,
-        or the recall or precision that the rule leaves free) can be from the best of all cuts; NaN
-        for labels that take the global cut.
+    `shortfall`, float64 [L], is how far what the label's own cut reaches on the fitted documents
+    (F1, or the recall or precision that the rule leaves free) can be from the best of all cuts; NaN
+    for labels that take the global cut.
     """
 
     probabilities: np.ndarray
@@ -179,13 +168,9 @@ def fit_binned_thresholds(
     """`fit_thresholds`, over the cuts at the lower edges of histogram bins.
 
     A label's own counts at these cuts are exact, so that a level is reached. The global cut is
-    found on calibrated log-odds, where each label's bins are put at their centres. It is as if
-    every score were moved by at most half a bin there and half a bin times the scale before.
-
-    Args:
-      histograms: of L labels.
-      scale, shift: float [L], from the histograms' log-odds to the calibrated ones.
-      rule: what they are best for.
+    found on calibrated log-odds, to which scale and shift, float [L], take those of the histograms.
+    Each label's bins are put at their centres there. It is as if every score were moved by at most
+    half a bin there and half a bin times the scale before.
     """
     thresholds, chosen, tradeoff = _fit(_BinnedScores(histograms, scale, shift), rule)
     shortfall = np.full(len(scale), np.nan)
@@ -234,16 +219,12 @@ def choose_overall(
 
     Micro-F1 is a ratio A / B of sums over labels. Near a choice with the value m = A / B, the sum
     of both changes as the sum over labels of F1 / L + (2 true positives - m predicted) / B. Each
-    label maximises its term over its own cuts. The choice is repeated from there for as long as
-    the sum rises (Dinkelbach 1967, "On Nonlinear Fractional Programming").
+    label maximises its term over its own cuts. The choice is repeated from there for as long as the
+    sum rises (Dinkelbach 1967, "On Nonlinear Fractional Programming").
 
-    Args:
-      candidates: of the labels that have cuts of their own.
-      support: int64 [L], positives of every label.
-      true_positives, predicted: of the other labels together, whose cuts are fixed.
-
-    Returns:
-      The place of each label's candidate, int64, in label order; and the tradeoff there.
+    `support`, int64 [L], are the positives of every label; `true_positives` and `predicted` are of
+    those without candidates together, whose cuts are fixed. Returns the place of each label's
+    candidate, int64, in label order, and the tradeoff there.
     """
     tradeoff = NO_TRADEOFF
     f1 = tradeoff.values(candidates)

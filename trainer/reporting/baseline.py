@@ -40,18 +40,11 @@ def fit_logits(
     inverse_strength: float = INVERSE_STRENGTH,
     max_labels: int | None = None,
 ) -> dict[str, np.ndarray]:
-    """Logits of one regression a label.
+    """Logits float32 [documents, L] by name, of one regression a label.
 
-    Args:
-      train: features of N documents.
-      labels: bool [N, L].
-      others: features of the documents to predict, by name.
-      inverse_strength: scikit-learn's C.
-      max_labels: how many of the most frequent labels are fitted, default all; the logits of the
-        others are those of their frequency.
-
-    Returns:
-      Logits float32 [documents, L] by name.
+    Each is fitted to the features of N documents with labels bool [N, L], and predicts those of
+    `others`. Only the `max_labels` most frequent labels are fitted (default: all); the logits of
+    the others are those of their frequency. `inverse_strength` is scikit-learn's C.
     """
     counts = labels.sum(axis=0)
     # Half a document keeps the log-odds of what never or always occurs finite.
@@ -78,15 +71,8 @@ def measure_baseline(
 ) -> dict[str, Any]:
     """Fits on `train`, thresholds on `fitted`, and measures on `reported`.
 
-    Args:
-      rule: what the thresholds are best for.
-
-    Returns:
-      The scalars of `compute_metrics` under `metrics`, and what it took: documents, features,
-      labels that were fitted, seconds.
-
-    Raises:
-      UserError: if the training documents have no tokens in common.
+    Returns the scalars of `compute_metrics` under `metrics`, and what it took: documents, features,
+    labels that were fitted, seconds. A UserError says that the training documents share no tokens.
     """
     began = time.perf_counter()
     vectorizer = count_features(

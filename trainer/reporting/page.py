@@ -22,26 +22,8 @@ from markupsafe import Markup
 from trainer.config import absolute
 from trainer.data.metadata import Metadata
 from trainer.evaluation.curves import HISTOGRAM_EDGES
+from trainer.reporting import sections, tables
 from trainer.reporting.plots import BLUE, GREY, ORANGE, Plot, draw_headline, draw_label_curves
-from trainer.reporting.sections import (
-    cooccurrence_plots,
-    data_plots,
-    frequency_plot,
-    history_plots,
-    overfitting_plot,
-)
-from trainer.reporting.tables import (
-    HEADLINES,
-    check_table,
-    comparison_tables,
-    count,
-    headline_table,
-    label_table,
-    number,
-    remarkable_labels,
-    slice_tables,
-    split_table,
-)
 from trainer.training.run_record import RunRecord
 
 LOWER_IS_BETTER = ("expected_calibration_error",)
@@ -55,14 +37,9 @@ MAX_CHARACTERS = 600
 class Material:
     """All that a report is made of.
 
-    Attributes:
-      model_dir: of the run.
-      record: of the run.
-      metrics, curves: what `evaluate` wrote.
-      history: rows of metrics.jsonl.
-      metadata: of the data folder; None if that has gone.
-      baseline: what `measure_baseline` returned, if it was run.
-      texts: of mistaken documents, by place in the split.
+    `metrics` and `curves` are what `evaluate` wrote, `history` the rows of metrics.jsonl.
+    `metadata` is None if the data folder has gone. `baseline` is what `measure_baseline` returned,
+    if it was run. `texts` are those of mistaken documents, by place in the split.
     """
 
     model_dir: str
@@ -86,7 +63,7 @@ def render(material: Material) -> str:
     )
     # Keys stay unsorted: the first place that names a Bokeh model has to be its definition.
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
-    environment.filters.update(number=number, count=count, exact="{:.6g}".format)
+    environment.filters.update(number=tables.number, count=tables.count, exact="{:.6g}".format)
     loader = environment.loader
     assert loader is not None
     style, script = (
@@ -111,7 +88,7 @@ def render(material: Material) -> str:
         shown_mistakes=SHOWN_MISTAKES,
         max_characters=MAX_CHARACTERS,
         checks=checks,
-        remarkable_labels=remarkable_labels(checks),
+        remarkable_labels=tables.remarkable_labels(checks),
         settings=_settings(material.record),
         versions=_versions(material.record),
         fingerprints=_fingerprints(material),
@@ -148,22 +125,22 @@ def _headlines(material: Material) -> list[dict[str, Any]]:
             "interval": intervals.get(name),
             "lower_is_better": name in LOWER_IS_BETTER,
         }
-        for name, title in HEADLINES.items()
+        for name, title in tables.HEADLINES.items()
         if name in metrics
     ]
 
 
 def _tables(material: Material, headlines: list[dict[str, Any]]) -> dict[str, Any]:
     metrics, metadata = material.metrics, material.metadata
-    decided, others = comparison_tables(metrics)
+    decided, others = tables.comparison_tables(metrics)
     return {
-        "headlines": headline_table(headlines, [name for _, name in _systems(material)]),
+        "headlines": tables.headline_table(headlines, [name for _, name in _systems(material)]),
         "decided": decided,
         "others": others,
-        "labels": label_table(metrics, material.curves, metadata),
-        "slices": slice_tables(metrics),
-        "splits": split_table(metadata) if metadata else None,
-        "checks": check_table(metadata.checks) if metadata and metadata.checks else None,
+        "labels": tables.label_table(metrics, material.curves, metadata),
+        "slices": tables.slice_tables(metrics),
+        "splits": tables.split_table(metadata) if metadata else None,
+        "checks": tables.check_table(metadata.checks) if metadata and metadata.checks else None,
     }
 
 
@@ -173,14 +150,14 @@ def _draw(material: Material, headlines: list[dict[str, Any]]) -> dict[str, tupl
     rows = [(row["title"], row["values"]) for row in headlines if not row["lower_is_better"]]
     return {
         "headline": (draw_headline(rows, intervals, _systems(material)),),
-        "history": history_plots(material.history),
+        "history": sections.history_plots(material.history),
         "labels": (
-            frequency_plot(metrics, curves, metadata),
-            overfitting_plot(metrics, curves),
+            sections.frequency_plot(metrics, curves, metadata),
+            sections.overfitting_plot(metrics, curves),
         ),
         "curves": draw_label_curves(metrics["split"], metrics["calibration_split"]),
-        "cooccurrence": cooccurrence_plots(curves),
-        "data": data_plots(metadata),
+        "cooccurrence": sections.cooccurrence_plots(curves),
+        "data": sections.data_plots(metadata),
     }
 
 

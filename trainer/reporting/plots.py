@@ -2,9 +2,8 @@
 
 Bokeh's core takes 1.3 MB inlined, a quarter of other interactive libraries. Names of labels are
 data: they reach the page inside JSON and are drawn as plain text, never as HTML or as TeX, for
-which Bokeh would load a library from the network. Legends are in the page's own text, where they
-cover no data. Hovering is the only tool, so that a finger scrolls the page. The plots of the label
-that the reader chooses are empty here; the page's script fills them in.
+which Bokeh would load a library from the network. Hovering is the only tool, so that a finger
+scrolls the page. The plots of the label that the reader chooses are empty; a script fills them in.
 """
 
 from collections.abc import Sequence
@@ -12,18 +11,8 @@ from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
+from bokeh import models
 from bokeh.embed import json_item
-from bokeh.models import (
-    ColumnDataSource,
-    FactorRange,
-    FixedTicker,
-    HoverTool,
-    LinearColorMapper,
-    NumeralTickFormatter,
-    PlainText,
-    PrintfTickFormatter,
-    Range1d,
-)
 from bokeh.palettes import Blues256
 from bokeh.plotting import figure
 
@@ -44,13 +33,10 @@ Line = tuple[str, Sequence[float], Sequence[float]]
 
 @dataclass(frozen=True)
 class Plot:
-    """One plot of the page.
+    """One plot of the page, its title and caption, and `keys`, its legend, as (colour, words).
 
-    Attributes:
-      name: of the figure, and the id of its element.
-      title, caption: text above it.
-      keys: its legend, as (colour, words).
-      item: what `Bokeh.embed.embed_item` takes.
+    Its name is the id of its element too; `item` is what `Bokeh.embed.embed_item` takes. The legend
+    is in the page's own text, where it covers no data.
     """
 
     name: str
@@ -87,7 +73,7 @@ def start_figure(name: str, x: str, y: str, height: int = 260, **options: Any) -
 
 
 def _show_on_hover(drawn: figure, glyphs: Any, tips: dict[str, str]) -> None:
-    drawn.add_tools(HoverTool(renderers=[glyphs], tooltips=list(tips.items())))
+    drawn.add_tools(models.HoverTool(renderers=[glyphs], tooltips=list(tips.items())))
 
 
 def draw_headline(
@@ -95,16 +81,13 @@ def draw_headline(
     intervals: dict[str, tuple[float, float]],
     systems: Sequence[tuple[str, str]],
 ) -> Plot:
-    """Metrics, a row each, of several systems.
+    """Metrics, a row each, of several systems, which are (colour, name), the model first.
 
-    Args:
-      rows: (name shown, value by system).
-      intervals: of the first system, by name shown.
-      systems: (colour, name), the model first.
+    Rows are (name shown, value by system); the intervals are the model's, by name shown.
     """
     names = [name for name, _ in rows][::-1]
     drawn = start_figure(
-        "headline", "", "", 60 + 34 * len(names), y_range=FactorRange(*names), x_range=(0, 1)
+        "headline", "", "", 60 + 34 * len(names), y_range=models.FactorRange(*names), x_range=(0, 1)
     )
     drawn.ygrid.grid_line_color = None
     kept = [name for name in names if name in intervals]
@@ -122,12 +105,7 @@ def draw_headline(
     return make_plot(drawn, "At a glance", "Bands are 95 % bootstrap intervals.", systems)
 
 
-def draw_lines(
-    name: str,
-    title: str,
-    y: str,
-    lines: Sequence[Line],
-) -> Plot:
+def draw_lines(name: str, title: str, y: str, lines: Sequence[Line]) -> Plot:
     """Lines over epochs, with dots where there are few points."""
     drawn = start_figure(name, "epochs", y)
     keys = []
@@ -137,9 +115,9 @@ def draw_lines(
             drawn.scatter(xs, ys, size=6, color=color)
         keys.append((color, words))
     if name == "learning_rate":
-        drawn.yaxis.formatter = PrintfTickFormatter(format="%.1e")
+        drawn.yaxis.formatter = models.PrintfTickFormatter(format="%.1e")
     elif name == "speed":
-        drawn.yaxis.formatter, drawn.y_range.start = NumeralTickFormatter(format="0,0"), 0
+        drawn.yaxis.formatter, drawn.y_range.start = models.NumeralTickFormatter(format="0,0"), 0
     return make_plot(drawn, title, "", keys if len(keys) > 1 else ())
 
 
@@ -156,12 +134,12 @@ def draw_points(
     kind = "log" if has_log_x else "linear"
     drawn = start_figure(name, *axes, height=300, x_axis_type=kind)
     if not has_log_x:
-        drawn.x_range = Range1d(-0.02, 1.02)
-    drawn.y_range = Range1d(-0.03, 1.03)
+        drawn.x_range = models.Range1d(-0.02, 1.02)
+    drawn.y_range = models.Range1d(-0.03, 1.03)
     if has_diagonal:
         drawn.line([0, 1], [0, 1], line_color=GREY, line_dash="dashed")
     points = drawn.scatter(
-        "x", "y", source=ColumnDataSource(columns, name=f"{name}_source"),
+        "x", "y", source=models.ColumnDataSource(columns, name=f"{name}_source"),
         size=9, fill_color=BLUE, fill_alpha=0.45, line_color=BLUE,
     )  # fmt: skip
     tips = {axes[0]: "@x{0.[000]}", axes[1]: "@y{0.000}", "positives": "@support"}
@@ -186,7 +164,7 @@ def draw_shares(
         else:
             drawn.step(xs, ys, mode="center", line_color=color, line_width=2)
         keys.append((color, words))
-    drawn.yaxis.formatter = NumeralTickFormatter(format="0.[000]%")
+    drawn.yaxis.formatter = models.NumeralTickFormatter(format="0.[000]%")
     return make_plot(drawn, title, caption, keys)
 
 
@@ -195,10 +173,8 @@ def draw_cooccurrence(
 ) -> Plot:
     """A matrix of the share of a row's documents that have the column's label too.
 
-    Args:
-      kind: `true` or `predicted`.
-      names: K labels.
-      counts: K rows of K numbers of documents, the diagonal each label's own.
+    `kind` is `true` or `predicted`. The counts of documents are K rows of K, for K names of labels;
+    the diagonal is each label's own.
     """
     pairs = np.array(counts, np.float64).reshape(len(names), len(names))
     own = np.diag(pairs)[:, None]
@@ -216,15 +192,17 @@ def draw_cooccurrence(
         "documents": pairs[rows, columns].tolist(),
     }
     cells = drawn.rect(
-        "x", "y", 1, 1, source=ColumnDataSource(data),
-        fill_color={"field": "share", "transform": LinearColorMapper(SHARES, low=0, high=1)},
+        "x", "y", 1, 1, source=models.ColumnDataSource(data),
+        fill_color={"field": "share", "transform": models.LinearColorMapper(SHARES, low=0, high=1)},
         line_color="white", line_width=1,
     )  # fmt: skip
-    drawn.x_range = Range1d(-0.5, len(names) - 0.5)
-    drawn.y_range = Range1d(len(names) - 0.5, -0.5)
+    drawn.x_range = models.Range1d(-0.5, len(names) - 0.5)
+    drawn.y_range = models.Range1d(len(names) - 0.5, -0.5)
     for axis in drawn.axis:
-        axis.ticker = FixedTicker(ticks=list(range(len(names))))
-        axis.major_label_overrides = {i: PlainText(_cut(name)) for i, name in enumerate(names)}
+        axis.ticker = models.FixedTicker(ticks=list(range(len(names))))
+        axis.major_label_overrides = {
+            i: models.PlainText(_cut(name)) for i, name in enumerate(names)
+        }
         axis.major_tick_line_color = axis.axis_line_color = None
         axis.major_label_text_font_size = "10px"
     drawn.xaxis.major_label_orientation = "vertical"
@@ -241,7 +219,7 @@ def _cut(name: str) -> str:
 def draw_label_curves(reported: str, fitted_on: str) -> tuple[Plot, ...]:
     """Precision-recall, reliability and histogram of a label; the arguments name the splits."""
     recall = start_figure("precision_recall", "recall", "precision", 300)
-    recall.x_range, recall.y_range = Range1d(-0.02, 1.02), Range1d(-0.03, 1.03)
+    recall.x_range, recall.y_range = models.Range1d(-0.02, 1.02), models.Range1d(-0.03, 1.03)
     share = _source("prevalence_source", "x", "y")
     recall.line("x", "y", source=share, line_color=GREY, line_dash="dashed")
     fitted = _source("fitted_precision_recall_source", "recall", "precision", "score")
@@ -269,7 +247,7 @@ def draw_label_curves(reported: str, fitted_on: str) -> tuple[Plot, ...]:
 
 def _draw_reliability() -> Plot:
     drawn = start_figure("reliability", "mean probability", "share of positives", 300)
-    both = Range1d(0, 1, name="reliability_range")
+    both = models.Range1d(0, 1, name="reliability_range")
     drawn.x_range = drawn.y_range = both
     drawn.line([0, 1], [0, 1], line_color=GREY, line_dash="dashed")
     before = _source("before_source", "probability", "share", "documents")
@@ -296,12 +274,12 @@ def _draw_histogram() -> Plot:
     drawn.quad(top="positive", bottom=0, fill_color=BLUE, fill_alpha=0.55, **edges)
     drawn.vspan(x="x", source=_source("threshold_source", "x"), line_color=ORANGE, line_width=2)
     places = {float(np.log(p / (1 - p))): f"{p:g}" for p in _MARKED}
-    drawn.xaxis.ticker = FixedTicker(ticks=list(places))
+    drawn.xaxis.ticker = models.FixedTicker(ticks=list(places))
     drawn.xaxis.major_label_overrides = places
-    drawn.x_range = Range1d(float(HISTOGRAM_EDGES[0]), float(HISTOGRAM_EDGES[-1]))
+    drawn.x_range = models.Range1d(float(HISTOGRAM_EDGES[0]), float(HISTOGRAM_EDGES[-1]))
     keys = ((BLUE, "has the label"), (GREY, "has it not"), (ORANGE, "threshold"))
     return make_plot(drawn, "Scores by class", "", keys)
 
 
-def _source(name: str, *columns: str) -> ColumnDataSource:
-    return ColumnDataSource({column: [] for column in columns}, name=name)
+def _source(name: str, *columns: str) -> models.ColumnDataSource:
+    return models.ColumnDataSource({column: [] for column in columns}, name=name)

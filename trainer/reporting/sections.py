@@ -6,14 +6,7 @@ from typing import Any
 import numpy as np
 
 from trainer.data.metadata import TRAIN_SPLIT, Metadata
-from trainer.reporting.plots import (
-    Line,
-    Plot,
-    draw_cooccurrence,
-    draw_lines,
-    draw_points,
-    draw_shares,
-)
+from trainer.reporting import plots
 from trainer.reporting.tables import train_split
 
 MAX_HISTORY_POINTS = 300
@@ -27,7 +20,7 @@ EVALUATED = {
 }
 
 
-def history_plots(history: Sequence[dict[str, Any]]) -> tuple[Plot, ...]:
+def history_plots(history: Sequence[dict[str, Any]]) -> tuple[plots.Plot, ...]:
     """Learning curves: loss, evaluations, learning rate and speed; none without a history."""
     steps = [row for row in history if "evaluation" not in row]
     evaluations = [row for row in history if "evaluation" in row]
@@ -37,25 +30,25 @@ def history_plots(history: Sequence[dict[str, Any]]) -> tuple[Plot, ...]:
     at = [row["epoch"] for row in steps]
     evaluated_at = [row["documents"] / an_epoch for row in evaluations]
 
-    def of_steps(name: str, words: str) -> Line:
+    def of_steps(name: str, words: str) -> plots.Line:
         return (words, *_thin(at, [row.get(name) for row in steps]))
 
-    def of_evaluations(name: str, words: str) -> Line:
+    def of_evaluations(name: str, words: str) -> plots.Line:
         return (words, *_thin(evaluated_at, [row["evaluation"].get(name) for row in evaluations]))
 
     split = evaluations[-1]["split"] if evaluations else ""
     losses = [of_steps("loss", "training"), of_evaluations("loss", split)]
-    measured = [of_evaluations(name, words) for name, words in EVALUATED.items()]
-    plots = [draw_lines("loss", "Loss", "loss", [line for line in losses if line[1]])]
-    if any(line[1] for line in measured):
-        title = f"On {split} while training"
-        plots.append(draw_lines("evaluations", title, "", [line for line in measured if line[1]]))
+    evaluated = [of_evaluations(name, words) for name, words in EVALUATED.items()]
+    evaluated = [line for line in evaluated if line[1]]
+    drawn = [plots.draw_lines("loss", "Loss", "loss", [line for line in losses if line[1]])]
+    if evaluated:
+        drawn.append(plots.draw_lines("evaluations", f"On {split} while training", "", evaluated))
     rate = of_steps("learning_rate", "learning rate")
-    plots.append(draw_lines("learning_rate", "Learning rate", "", [rate]))
+    drawn.append(plots.draw_lines("learning_rate", "Learning rate", "", [rate]))
     # The first step compiles.
     _, xs, ys = of_steps("tokens_per_second", "tokens/s")
-    plots.append(draw_lines("speed", "Speed", "tokens/s", [("tokens/s", xs[1:], ys[1:])]))
-    return tuple(plots)
+    drawn.append(plots.draw_lines("speed", "Speed", "tokens/s", [("tokens/s", xs[1:], ys[1:])]))
+    return tuple(drawn)
 
 
 def _thin(xs: Sequence[float], ys: Sequence[float | None]) -> tuple[list[float], list[float]]:
@@ -68,7 +61,7 @@ def _thin(xs: Sequence[float], ys: Sequence[float | None]) -> tuple[list[float],
 
 def frequency_plot(
     metrics: dict[str, Any], curves: dict[str, Any], metadata: Metadata | None
-) -> Plot:
+) -> plots.Plot:
     """F1 against the labels' frequency, in training where that is known."""
     per_label = metrics["per_label"]
     support = [per_label[label]["support"] for label in curves["labels"]]
@@ -79,7 +72,7 @@ def frequency_plot(
     known = [index for index, value in enumerate(counts) if value > 0]
     absent = len(counts) - len(known)
     note = f" {absent:,} labels without documents there are left out." if absent else ""
-    return draw_points(
+    return plots.draw_points(
         "f1_frequency",
         "F1 against label frequency",
         f"Each point is a label; frequency in {where}.{note}",
@@ -89,22 +82,18 @@ def frequency_plot(
     )
 
 
-def overfitting_plot(metrics: dict[str, Any], curves: dict[str, Any]) -> Plot:
+def overfitting_plot(metrics: dict[str, Any], curves: dict[str, Any]) -> plots.Plot:
     """F1 on the split that thresholds were fitted to, and on the reported one."""
     per_label = metrics["per_label"]
     chosen = [i for i, label in enumerate(curves["labels"]) if per_label[label]["support"] > 0]
+    xs = [per_label[curves["labels"][i]]["f1_on_calibration_split"] for i in chosen]
     was, now = metrics["calibration_split"], metrics["split"]
-    return draw_points(
+    return plots.draw_points(
         "f1_fitted",
         f"F1 of labels on {was} and on {now}",
         f"Far below the diagonal: thresholds that do not hold up. Labels with positives in {now}.",
         (f"F1 on {was}", f"F1 on {now}"),
-        _points(
-            metrics,
-            curves,
-            chosen,
-            [per_label[curves["labels"][i]]["f1_on_calibration_split"] for i in chosen],
-        ),
+        _points(metrics, curves, chosen, xs),
         has_diagonal=True,
     )
 
@@ -122,19 +111,19 @@ def _points(
     }
 
 
-def cooccurrence_plots(curves: dict[str, Any]) -> tuple[Plot, ...]:
+def cooccurrence_plots(curves: dict[str, Any]) -> tuple[plots.Plot, ...]:
     """How often labels occur together, true and predicted."""
     pairs = curves["cooccurrence"]
     names = [curves["labels"][index] for index in pairs["labels"]]
     if len(names) < 2:
         return ()
     return (
-        draw_cooccurrence("true", "True", names, pairs["true"]),
-        draw_cooccurrence("predicted", "Predicted", names, pairs["predicted"]),
+        plots.draw_cooccurrence("true", "True", names, pairs["true"]),
+        plots.draw_cooccurrence("predicted", "Predicted", names, pairs["predicted"]),
     )
 
 
-def data_plots(metadata: Metadata | None) -> tuple[Plot, ...]:
+def data_plots(metadata: Metadata | None) -> tuple[plots.Plot, ...]:
     """Lengths of documents, and how often labels occur, by split."""
     if metadata is None:
         return ()
@@ -150,12 +139,12 @@ def data_plots(metadata: Metadata | None) -> tuple[Plot, ...]:
         counts.append((name, list(range(1, len(falling) + 1)), falling.tolist()))
     what = "windows" if metadata.max_windows > 1 else "documents"
     return (
-        draw_shares(
+        plots.draw_shares(
             "lengths", "Lengths", f"Tokens of {what}, [CLS] and [SEP] included; at most "
             f"{metadata.max_seq_length}.",
             ("tokens", f"share of {what}"), lengths,
         ),
-        draw_shares(
+        plots.draw_shares(
             "label_counts", "Label frequencies", "The labels of each split, the most frequent "
             "first; those without documents are left out.",
             ("rank of the label", "share of documents"), counts, has_log_y=True,
