@@ -14,13 +14,14 @@ from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
 from trainer.errors import UserError
-from trainer.flags import CheckedConfig, changed_option, check_flag, is_unicode, option, parse_kind
+from trainer.flags import changed_option, check_flag, is_unicode, option, parse_kind
 from trainer.run_config import (
     DEFAULT_SEED,
     STRATEGIES,
     DeviceConfig,
     EvaluateConfig,
     ExportConfig,
+    ProgressConfig,
     ReportConfig,
     TrainConfig,
 )
@@ -57,7 +58,7 @@ def _as_tuple(value: Any) -> Any:
 
 
 @dataclass(frozen=True)
-class SampleConfig(CheckedConfig):
+class SampleConfig(ProgressConfig):
     """`multihot sample`: the docstrings of installed packages as a labelled corpus."""
 
     output: str = option("", "JSONL file to write (`.gz` compresses it).", required=True)
@@ -71,7 +72,7 @@ class SampleConfig(CheckedConfig):
 
 
 @dataclass(frozen=True)
-class InputConfig(CheckedConfig):
+class InputConfig(ProgressConfig):
     """The rows that `prepare` and `score` read, and what reads them."""
 
     input: tuple[str, ...] = option(

@@ -47,8 +47,10 @@ SHARD_BYTES = 32 << 20
 MIN_SHARDS = 4
 BYTES_BESIDE_TOKENS = 100
 BYTES_A_TOKEN = 2.5
-# Flags that say where and by whom, not what.
-_PLACES = ("data_dir", "work_dir", "num_workers", "tfds_data_dir", "runner", "beam_options")
+# Flags that do not change what is written: where, by whom, and how it is shown.
+_PLACES = (
+    "data_dir", "work_dir", "num_workers", "tfds_data_dir", "runner", "beam_options", "progress",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -109,7 +111,7 @@ def _prepare(
             tokenizer = _choose_tokenizer(config, previous, corpus, work_dir)
             trained = time.monotonic()
             plan = _plan_writing(config, corpus, work_dir)
-            shards, statistics = write_corpus(plan, corpus, pool)
+            shards, statistics = write_corpus(plan, corpus, pool, config.progress)
             written = time.monotonic()
         inputs.versions.check()
         indexes = write_text_indexes(corpus, plan.split_names, work_dir, plan.num_labels)
@@ -162,7 +164,7 @@ def _is_done(config: PrepareConfig, previous: Metadata) -> bool:
         if load_tokenizer(config.tokenizer).fingerprint != previous.tokenizer_fingerprint:
             return False
     files = [item for item in call["inputs"] if not isinstance(item, str)]
-    found = fingerprints([item["name"] for item in files])
+    found = fingerprints([item["name"] for item in files], config.progress)
     return found == [(item["bytes"], item["checksum"]) for item in files]
 
 

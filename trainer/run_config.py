@@ -17,6 +17,18 @@ BEST_METRICS = (
 
 
 @dataclass(frozen=True, kw_only=True)
+class ProgressConfig(CheckedConfig):
+    """The flag of the commands that show their progress."""
+
+    progress: str = option(
+        "auto",
+        "Progress on standard error. bar: a bar; lines: a line at most every 30 seconds; auto: a "
+        "bar on a terminal, else lines; none: nothing.",
+        choices=("auto", "bar", "lines", "none"),
+    )
+
+
+@dataclass(frozen=True, kw_only=True)
 class TrainStepConfig(EncoderConfig):
     """The flags of the training step, which `train` and `preflight` share."""
 
@@ -74,7 +86,7 @@ class RunConfig(CheckedConfig):
 
 
 @dataclass(frozen=True)
-class TrainConfig(TrainStepConfig, DeviceConfig, RunConfig):
+class TrainConfig(TrainStepConfig, DeviceConfig, ProgressConfig, RunConfig):
     """`multihot train`: shards to checkpoints."""
 
     model_dir: str = changed_option(

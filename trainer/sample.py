@@ -22,7 +22,9 @@ def run(config: SampleConfig) -> None:
     filesystem.require_local("output", config.output)
     with disk_errors(f"--output={config.output}"):
         os.makedirs(os.path.dirname(os.path.abspath(config.output)), exist_ok=True)
-        summary = write_sample(config.output, config.num_documents, config.seed)
+        summary = write_sample(
+            config.output, config.num_documents, config.seed, progress=config.progress
+        )
         write_atomically(config.output + ".about", json.dumps(asdict(summary), indent=2) + "\n")
     print(f"{config.output}: {summary.documents:,} documents, fingerprint {summary.fingerprint}")
 

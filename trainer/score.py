@@ -14,7 +14,6 @@ from dataclasses import dataclass
 from typing import Any
 
 import tensorflow as tf
-from tqdm import tqdm
 
 from trainer.beam.runners import BeamRunner, open_runner
 from trainer.config import LOCAL_RUNNER, ScoreConfig, absolute
@@ -22,6 +21,7 @@ from trainer.errors import UserError
 from trainer.model.model_folder import ModelFolder, load_model_folder
 from trainer.runtime.cluster import read_cluster
 from trainer.runtime.devices import choose_scoring_precision, make_strategy
+from trainer.runtime.progress import show_progress
 from trainer.scoring.batches import TokenBatch, check_finite
 from trainer.scoring.parts import FOLDERS, Manifest, PartWriter, PlanProgress, begin_part
 from trainer.scoring.pipeline import Compilations, ScoringPipeline, sample_packing
@@ -214,7 +214,7 @@ def _load_or_make_plan(this: ScoringRun) -> Plan:
     config, folder, model = this.config, this.folder, this.model
     plan = load_plan(folder)
     if plan is None:
-        inputs, parts = plan_parts(this.paths, config.rows_per_part)
+        inputs, parts = plan_parts(this.paths, config.rows_per_part, config.progress)
         packing = model.packing  # The only shape that the SavedModel takes.
         if config.runner == LOCAL_RUNNER:
             packing = sample_packing(parts, this.columns, model, config.tokens_per_batch)
@@ -224,7 +224,7 @@ def _load_or_make_plan(this: ScoringRun) -> Plan:
         # Another process with the same --worker_index was quicker, or is about to be.
         plan = wait_for_plan(folder, config.start_timeout)
     else:
-        inputs = describe_inputs(this.paths)
+        inputs = describe_inputs(this.paths, config.progress)
     _check_plan(this, plan, inputs)
     return plan
 
@@ -242,8 +242,8 @@ def _score_here(this: ScoringRun, progress: PlanProgress) -> tuple[int, Compilat
     skipped = total - sum(rows[index] for index in waiting)
     documents = 0
     with (
-        tqdm(desc="score", total=total, initial=skipped, unit=" documents", mininterval=1) as bar,
-        contextlib.closing(pipeline.run(waiting, bar.update)) as stream,
+        show_progress(this.config.progress, "score", total, "documents", initial=skipped) as shown,
+        contextlib.closing(pipeline.run(waiting, shown.update)) as stream,
     ):
         for index, batches in itertools.groupby(stream, lambda batch: batch.part):
             writer = begin_part(this.folder, progress.plan, index, this.layout)

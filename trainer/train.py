@@ -189,7 +189,7 @@ def _train(this: Run, metadata: Metadata) -> None:
     steps = _distribute_steps(this)
     metrics_log = MetricsLog(
         this.config.model_dir, this.steps, this.documents, this.record.total_documents,
-        is_chief(this.strategy),
+        is_chief(this.strategy), this.config.progress,
     )  # fmt: skip
     try:
         while not this.is_finished:

@@ -67,10 +67,19 @@ def test_work_of_unknown_size_has_no_share_and_no_end(clock, capsys):
     assert capsys.readouterr().err == "sample: 500 documents, 250 documents/s\n"
 
 
-def test_what_is_not_to_be_left_behind_writes_no_last_line(clock, capsys):
-    with show_progress("lines", "checksums", 3, "files", leave=False) as shown:
-        shown.update(3)
+def test_steps_are_passed_on_and_leave_no_line_behind(clock, capsys):
+    assert list(show_progress("lines", "checksums", 3, "files", "abc")) == ["a", "b", "c"]
     assert capsys.readouterr().err == ""
+
+
+def test_bytes_come_in_units_of_thousands(clock, capsys):
+    with show_progress("lines", "pass 1: reading", 48_000_000, "B") as shown:
+        shown._time = clock
+        clock.now += 4.0
+        shown.update(12_000_000)
+    assert capsys.readouterr().err == (
+        "pass 1: reading: 12.0M of 48.0MB (25 %), 3.00MB/s, 00:12 left\n"
+    )
 
 
 def test_none_is_silent_and_auto_writes_lines_into_a_pipe(capsys):

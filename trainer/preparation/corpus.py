@@ -9,7 +9,6 @@ from functools import partial
 from typing import BinaryIO
 
 import numpy as np
-from tqdm import tqdm
 
 from trainer.config import PrepareConfig
 from trainer.data.metadata import Metadata
@@ -26,6 +25,7 @@ from trainer.preparation.scan import (
     vocabulary_bound,
     vocabulary_path,
 )
+from trainer.runtime.progress import show_progress
 from trainer.runtime.workers import WorkerPool
 from trainer.sources.extents import Extent
 from trainer.sources.formats.lines import cut_bytes, line_format
@@ -137,7 +137,7 @@ def read_corpus(
     share_of_rows = partial(_vocabulary_share, config, previous)
     with open(os.path.join(work_dir, "rejected.jsonl"), "wb") as file:
         rejected = _RejectedRows(file, _rows_a_group(size))
-        for row_range, scanned in _scan(plan, cut, numbering, share_of_rows, pool):
+        for row_range, scanned in _scan(plan, cut, numbering, share_of_rows, pool, config.progress):
             row_index.add(scanned)
             rejected.add(row_range, scanned.rejected)
         num_rejected = rejected.cut(allowed_rejections(config.max_rejected, numbering.num_rows))
@@ -221,6 +221,7 @@ def _scan(
     numbering: "_Numbering",
     share_of_rows: Callable[[int], float],
     pool: WorkerPool,
+    progress: str,
 ) -> Iterator[tuple[RowRange, ScannedRange]]:
     """Scans ranges that were cut by bytes; yields them with their row numbers, in order.
 
@@ -229,9 +230,7 @@ def _scan(
     keeps the share for the number of rows so far: all texts of the final share, and a few more.
     """
     total = sum((row_range.end or 0) - row_range.start for row_range in cut)
-    with tqdm(
-        total=total, desc="pass 1: reading", unit="B", unit_scale=True, mininterval=1
-    ) as progress:
+    with show_progress(progress, "pass 1: reading", total, "B") as shown:
         start = 0
         while start < len(cut):
             end = min(max(4 * start, _RANGES_OF_FIRST_ROUND), len(cut))
@@ -241,7 +240,7 @@ def _scan(
             scans = pool.map(scan, range(start, end), cut[start:end])
             for row_range, scanned in zip(cut[start:end], scans, strict=True):
                 yield numbering.add(row_range, scanned)
-                progress.update(scanned.extent.end - scanned.extent.start)
+                shown.update(scanned.extent.end - scanned.extent.start)
             start = end
 
 

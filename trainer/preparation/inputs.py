@@ -68,7 +68,9 @@ def gather_inputs(config: PrepareConfig, work_dir: str) -> Inputs:
         )
         versions = FileVersions(files)
         others = [name for name in files if not hashed_by_readers(name)]
-        return Inputs(files, versions, dict(zip(others, fingerprints(others), strict=True)))
+        return Inputs(
+            files, versions, dict(zip(others, fingerprints(others, config.progress), strict=True))
+        )
     if len(config.input) > 1:
         raise UserError(f"--input={','.join(config.input)}: expected a sample or files, not both")
     number = re.fullmatch(re.escape(PREFIX) + r"(?::([1-9]\d*))?", samples[0])
@@ -76,7 +78,7 @@ def gather_inputs(config: PrepareConfig, work_dir: str) -> Inputs:
         raise UserError(f"--input={samples[0]}: expected {PREFIX} or {PREFIX}:N, N documents")
     path = os.path.join(work_dir, "docstrings.jsonl")
     num_documents = int(number[1]) if number[1] else None
-    summary = write_sample(path, num_documents, config.seed, config.num_workers)
+    summary = write_sample(path, num_documents, config.seed, config.num_workers, config.progress)
     sample = {"inputs": [samples[0]], "sample": dataclasses.asdict(summary)}
     return Inputs([path], FileVersions([path]), {}, sample)
 

@@ -14,7 +14,6 @@ from functools import partial
 from typing import BinaryIO
 
 import numpy as np
-from tqdm import tqdm
 
 from trainer.data.metadata import TOKENIZER_FOLDER, Shard, Split
 from trainer.data.records import encode_record, frame_records, frame_starts
@@ -27,6 +26,7 @@ from trainer.preparation.statistics import (
     no_documents,
     unknown_script,
 )
+from trainer.runtime.progress import show_progress
 from trainer.runtime.workers import WorkerPool
 from trainer.sources.reader import read_row_range
 from trainer.sources.rows import Columns, Row, RowRange, as_text
@@ -286,7 +286,7 @@ def _gather(work_dir: str, offsets: np.ndarray, gathered: BinaryIO) -> np.ndarra
 
 
 def write_corpus(
-    plan: WritePlan, corpus: Corpus, pool: WorkerPool
+    plan: WritePlan, corpus: Corpus, pool: WorkerPool, progress: str
 ) -> tuple[list[Shard], SplitStatistics]:
     """Tokenises all rows and writes all shards into the work folder.
 
@@ -298,9 +298,8 @@ def write_corpus(
     offsets = make_array(offsets_path, np.int64, (num_ranges, num_shards + 1))
     statistics = plan.no_documents()
     write = partial(write_range, plan, label_map=corpus.label_map)
-    with tqdm(
-        total=corpus.row_index.num_rows, desc="pass 2: tokenising", unit=" documents", mininterval=1
-    ) as progress:
+    num_rows = corpus.row_index.num_rows
+    with show_progress(progress, "pass 2: tokenising", num_rows, "documents") as shown:
         places, same_places = itertools.tee(corpus.ranks(len(plan.split_names)))
         splits, ranks = (splits for splits, _ in places), (ranks for _, ranks in same_places)
         written = pool.map(write, range(num_ranges), corpus.row_ranges, splits, ranks)
@@ -308,7 +307,7 @@ def write_corpus(
         for index, row_range in enumerate(written):
             offsets[index] = row_range.shard_offsets
             statistics.merge(row_range.statistics)
-            progress.update(rows[index])
+            shown.update(rows[index])
     offsets.flush()
     gather = partial(write_shard, plan, offsets_path=offsets_path, num_ranges=num_ranges)
     return list(pool.map(gather, range(num_shards))), statistics

@@ -3,6 +3,7 @@
 import math
 import sys
 import time
+from collections.abc import Iterable
 from typing import Any
 
 from tqdm import tqdm
@@ -12,7 +13,12 @@ _LINE_SECONDS = 30.0
 
 
 def show_progress(
-    mode: str, description: str, total: int | None, unit: str, **options: Any
+    mode: str,
+    description: str,
+    total: int | None,
+    unit: str,
+    steps: Iterable[Any] | None = None,
+    **options: Any,
 ) -> tqdm:
     """Progress that its `update(n)` moves on, and that its `close()`, or a `with`, ends.
 
@@ -20,16 +26,21 @@ def show_progress(
       mode: `bar`, `lines`, `none`, or `auto`: a bar where standard error is a terminal, else lines.
       description: what is done.
       total: units of the whole work, or None if nobody knows.
-      unit: what is counted, in the plural.
+      unit: what is counted, in the plural; "B" for bytes, which come in kB, MB and so on.
+      steps: an iterable, to go through it by way of the result. One item is one unit. Nothing is
+        shown in the first second, and no bar is left at the end.
       options: further ones of tqdm, as `initial`, the units that were done before.
     """
     if mode == "auto":
         mode = "bar" if sys.stderr.isatty() else "lines"
+    if steps is not None:
+        options |= {"iterable": steps, "delay": 1.0, "leave": False}
     # tqdm looks at the clock at each update with miniters=1. Left to itself it learns how many
     # updates fit into the interval, and is late when the work slows down.
     return (_Lines if mode == "lines" else tqdm)(
-        desc=description, total=total, unit=f" {unit}", disable=mode == "none", miniters=1,
-        mininterval=_BAR_SECONDS, dynamic_ncols=True, **options,
+        desc=description, total=total, unit=unit if unit == "B" else f" {unit}",
+        unit_scale=unit == "B", disable=mode == "none", miniters=1, mininterval=_BAR_SECONDS,
+        dynamic_ncols=True, **options,
     )  # fmt: skip
 
 
@@ -60,15 +71,14 @@ class _Lines(tqdm):
 
     def _write_line(self) -> None:
         self._due = time.monotonic() + _LINE_SECONDS
-        state = self.format_dict
-        speed = (self.n - self.initial) / max(state["elapsed"], 1e-9)
-        parts = [f"{self.desc}: {self.n:,}"]
+        seconds = self.format_dict["elapsed"]
+        speed = (self.n - self.initial) / max(seconds, 1e-9)
+        done = self._amount(self.n)
         if self.total:
-            parts[0] += f" of {self.total:,}"
-        parts[0] += self.unit
+            done += f" of {self._amount(self.total)}"
+        parts = [f"{self.desc}: {done}{self.unit}", f"{self._amount(speed)}{self.unit}/s"]
         if self.total:
-            parts[0] += f" ({100 * self.n // self.total} %)"
-        parts.append(f"{speed:,.{1 if speed < 100 else 0}f}{self.unit}/s")
+            parts[0] += f" ({int(100 * self.n / self.total)} %)"
         if self.total and speed:
             left = math.ceil(max(self.total - self.n, 0) / speed)
             parts.append(f"{self.format_interval(left)} left")
@@ -76,3 +86,8 @@ class _Lines(tqdm):
             parts.append(self.postfix)
         self.fp.write(", ".join(parts) + "\n")
         self.fp.flush()
+
+    def _amount(self, value: float) -> str:
+        if self.unit_scale:
+            return self.format_sizeof(value)
+        return f"{value:,.1f}" if isinstance(value, float) and value < 100 else f"{value:,.0f}"

@@ -15,6 +15,7 @@ from typing import Any
 from trainer.config import from_dict
 from trainer.errors import RunAgain, UserError
 from trainer.model_config import PackingConfig
+from trainer.runtime.progress import show_progress
 from trainer.sources.input_files import absolute_name, source_names
 from trainer.sources.listing import for_each_file
 from trainer.sources.reader import fingerprints, num_bytes, plan_and_fingerprint
@@ -69,9 +70,9 @@ class Plan:
     version: int = PLAN_VERSION
 
 
-def describe_inputs(paths: Sequence[str]) -> tuple[Input, ...]:
+def describe_inputs(paths: Sequence[str], progress: str = "auto") -> tuple[Input, ...]:
     """Sizes and checksums of the files."""
-    described = zip(paths, fingerprints(paths), strict=True)
+    described = zip(paths, fingerprints(paths, progress), strict=True)
     return tuple(Input(absolute_name(path), *found) for path, found in described)
 
 
@@ -93,7 +94,7 @@ def recall_inputs(plan: Plan, paths: Sequence[str], parts: Collection[int]) -> t
 
 
 def plan_parts(
-    paths: Sequence[str], rows_per_part: int
+    paths: Sequence[str], rows_per_part: int, progress: str = "auto"
 ) -> tuple[tuple[Input, ...], tuple[Part, ...]]:
     """Cuts the files into parts of about `rows_per_part` rows, small files together in one.
 
@@ -104,9 +105,10 @@ def plan_parts(
     room = 0
     inputs = []
     names = source_names([absolute_name(path) for path in paths])
-    planned = for_each_file(list(names), partial(plan_and_fingerprint, rows_per_part=rows_per_part))
-    for (path, source), (row_ranges, found) in zip(names.items(), planned, strict=True):
-        inputs.append(Input(path, *found))
+    found = for_each_file(list(names), partial(plan_and_fingerprint, rows_per_part=rows_per_part))
+    planned = show_progress(progress, "numbering rows", len(names), "files", found)
+    for (path, source), (row_ranges, sums) in zip(names.items(), planned, strict=True):
+        inputs.append(Input(path, *sums))
         for row_range in row_ranges:
             if row_range.num_rows > room:
                 groups.append([])

@@ -12,6 +12,7 @@ from dataclasses import dataclass
 from typing import BinaryIO, cast
 
 from trainer.errors import UserError
+from trainer.runtime.progress import show_progress
 from trainer.runtime.workers import process_pool
 
 PREFIX = "sample:docstrings"
@@ -140,27 +141,33 @@ def iterate_sample(
 
 
 def write_sample(
-    path: str, num_documents: int | None, seed: int, num_workers: int | None = None
+    path: str,
+    num_documents: int | None,
+    seed: int,
+    num_workers: int | None = None,
+    progress: str = "auto",
 ) -> SampleSummary:
     """Writes the sample as JSONL (`id`, `text`, `labels`, `package`, `kind`), atomically.
 
     Raises:
       UserError: if the installed packages do not hold that many documents.
     """
-    from tqdm import tqdm
-
     files, versions = list_source_files(seed)
     digest = hashlib.sha256()
     documents = 0
     temporary = f"{path}.tmp"
     try:
-        with open(temporary, "wb") as raw, _writer(path, raw) as output:
-            stream = iterate_sample(files, num_documents, num_workers)
-            for document in tqdm(stream, "sample", num_documents, unit=" documents", mininterval=1):
+        with (
+            open(temporary, "wb") as raw,
+            _writer(path, raw) as output,
+            show_progress(progress, "sample", num_documents, "documents") as shown,
+        ):
+            for document in iterate_sample(files, num_documents, num_workers):
                 line = json.dumps(document, ensure_ascii=False).encode() + b"\n"
                 digest.update(line)
                 output.write(line)
                 documents += 1
+                shown.update()
         if num_documents is not None and documents < num_documents:
             raise UserError(
                 f"{PREFIX}: the installed packages hold {documents} documents, fewer than the "

@@ -11,6 +11,7 @@ from collections.abc import Iterator, Sequence
 from functools import partial
 
 from trainer.errors import UserError
+from trainer.runtime.progress import show_progress
 from trainer.sources.formats.base import find_format
 from trainer.sources.formats.lines import line_format
 from trainer.sources.input_files import (
@@ -110,12 +111,10 @@ def fingerprint(name: str) -> tuple[int, str]:
     return found.bytes, found.checksum
 
 
-def fingerprints(names: Sequence[str]) -> list[tuple[int, str]]:
+def fingerprints(names: Sequence[str], progress: str = "auto") -> list[tuple[int, str]]:
     """`fingerprint` of each, several at a time: local files are read once for it."""
-    from tqdm import tqdm
-
     found = for_each_file(names, fingerprint)
-    return list(tqdm(found, "checksums", len(names), unit=" files", delay=1, leave=False))
+    return list(show_progress(progress, "checksums", len(names), "files", found))
 
 
 def hashed_by_readers(name: str) -> bool:

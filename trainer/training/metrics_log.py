@@ -8,8 +8,8 @@ import time
 from typing import Any
 
 import tensorflow as tf
-from tqdm import tqdm
 
+from trainer.runtime.progress import show_progress
 from trainer.storage import filesystem
 from trainer.storage.filesystem import write_atomically
 
@@ -33,6 +33,7 @@ class MetricsLog:
         documents: int,
         total_documents: int,
         is_chief: bool = True,
+        progress: str = "auto",
     ) -> None:
         """Opens the files.
 
@@ -41,6 +42,7 @@ class MetricsLog:
           step, documents: where the run stands.
           total_documents: where it ends.
           is_chief: whether this host reports; the others write and show nothing.
+          progress: how it is shown, as `show_progress` says.
         """
         self._is_chief = is_chief
         self._began = time.perf_counter()
@@ -53,10 +55,9 @@ class MetricsLog:
             os.path.join(model_dir, _TENSORBOARD_FOLDER),
             max_queue=_REMOTE_QUEUE if is_remote else _QUEUE,
         )
-        self._bar = tqdm(
-            total=total_documents, initial=documents, unit=" documents", desc="train",
-            mininterval=1.0, dynamic_ncols=True,
-        )  # fmt: skip
+        self._bar = show_progress(
+            progress, "train", total_documents, "documents", initial=documents
+        )
 
     def restart_clock(self) -> None:
         """Leaves what came since the last steps, such as an evaluation, out of the next speed."""

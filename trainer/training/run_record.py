@@ -32,6 +32,7 @@ RESUMABLE_FLAGS = (
     "steps_per_loop",
     "checkpoint_every",
     "keep_checkpoints",
+    "progress",
 )
 
 
