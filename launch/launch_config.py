@@ -1,7 +1,4 @@
-"""The settings of `submit` and `jobs`: one frozen dataclass a command.
-
-Nothing heavy is imported here, because `multihot --help` reads this file.
-"""
+"""The settings of `submit` and `jobs`, without heavy imports: `multihot --help` reads this file."""
 
 import re
 from dataclasses import dataclass
@@ -22,11 +19,7 @@ _RESOURCE = {"pattern": r"[\w.@:/-]+", "expected": "letters, digits and - _ . @ 
 
 
 def parse_labels(labels: tuple[str, ...]) -> dict[str, str]:
-    """`--labels` as a dictionary.
-
-    Raises:
-      UserError: for what Google Cloud would not take, and for names that mark our own.
-    """
+    """`--labels` as a dict; UserError for what Google Cloud does not take, and for our own keys."""
     parsed = {}
     for item in labels:
         key, _, value = item.partition("=")

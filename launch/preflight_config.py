@@ -1,7 +1,4 @@
-"""The settings of `preflight`.
-
-Nothing heavy is imported here, because `multihot --help` reads this file.
-"""
+"""The settings of `preflight`, without heavy imports: `multihot --help` reads this file."""
 
 from dataclasses import dataclass
 

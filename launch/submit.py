@@ -1,7 +1,7 @@
-"""What the three `submit` commands share: the commands behind `--`, and the course of a submission.
+"""What the `submit` commands share: the commands behind `--`, and the course of a submission.
 
-`parse_commands` checks the commands behind `--` before anything is sent. `submit` does everything
-from there to the end of the job; what differs between Cloud TPU and Vertex AI is a `Submission`.
+`parse_commands` checks the commands before anything is sent. `submit` does everything from there to
+the end of the job; what differs between Cloud TPU and Vertex AI is a `Submission`.
 """
 
 import abc
@@ -41,7 +41,6 @@ _NO_FILES = ("sample:", "tfds:")
 
 
 def _split(arguments: Sequence[str]) -> Commands:
-    """Splits what follows the first `--` of a command line at each further one."""
     commands: list[list[str]] = [[]]
     for argument in arguments:
         if argument == "--":
@@ -52,18 +51,10 @@ def _split(arguments: Sequence[str]) -> Commands:
 
 
 def parse_commands(arguments: Sequence[str]) -> Commands:
-    """Checks commands that are to run on other machines.
+    """Checks the commands that follow the first `--` of `submit`, one after each further `--`.
 
-    Args:
-      arguments: what follows the first `--` of `submit`: a command and its flags, and another one
-        after each further `--`.
-
-    Returns:
-      The commands, each as (name, flag, ...).
-
-    Raises:
-      UserError: if a command is unknown, its flags do not parse, it reads a local file, or its
-        output would be lost with the machine that it runs on.
+    Returns them, each as (name, flag, ...). Raises UserError if a command is unknown, its flags do
+    not parse, it reads a local file, or its output would be lost with the machine that it runs on.
     """
     commands = _split(arguments)
     local: dict[str, str] = {}
@@ -94,11 +85,8 @@ def parse_commands(arguments: Sequence[str]) -> Commands:
 def _check_places(name: str, config: Any, local: dict[str, str]) -> None:
     """Checks the places that one command reads and writes.
 
-    Args:
-      name: of the command.
-      config: its flags.
-      local: the local paths that commands before it wrote and none has read yet, with the command
-        that wrote each; updated.
+    `local` has the local paths that no command has read yet, with the command that wrote each; it
+    is updated.
     """
     written = _WRITTEN[name]
     for flag in _READ:
@@ -136,14 +124,7 @@ class Submission(abc.ABC):
         jobs: Sequence[Job],
         package: Package,
     ) -> None:
-        """Sends nothing yet.
-
-        Args:
-          config: the command's flags.
-          region: where the jobs run, and their bucket has to lie.
-          jobs: the records of what is submitted.
-          package: what the jobs' machines install.
-        """
+        """Sends nothing yet. The jobs run in `region`, where their bucket has to lie."""
         self.config, self.region, self.jobs, self.package = config, region, jobs, package
 
     @abc.abstractmethod
@@ -236,10 +217,9 @@ def write_record(job: Job) -> None:
 def submit(submission: Submission) -> None:
     """Submits jobs, waits for them if that is wanted, and reports how they ended.
 
-    Raises:
-      UserError: for what the user can correct, here or in the job, and for a job that failed.
-      RunAgain: if the job was lost, or a service does not answer.
-      KeyboardInterrupt: after a Ctrl-C, once the jobs are cancelled or left running on purpose.
+    Raises UserError for what the user can correct, here or in the job, and for a job that failed;
+    RunAgain if the job was lost, or a service does not answer; KeyboardInterrupt after a Ctrl-C,
+    once the jobs are cancelled or left running on purpose.
     """
     config = submission.config
     if config.dry_run:

@@ -76,14 +76,7 @@ def summarize(command: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs one command.
-
-    Args:
-      argv: the command and its flags; default: those of this process.
-
-    Raises:
-      SystemExit: with a non-zero code unless the command succeeds.
-    """
+    """Runs one command, by default this process's; SystemExit, not 0, unless it succeeds."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "-help", "help"):
         print(_overview())
@@ -140,7 +133,6 @@ def _run(command: str, arguments: Sequence[str], submitted: Sequence[str]) -> No
 
 
 def _train(parsed: TrainConfig, arguments: Sequence[str]) -> None:
-    """Runs `train`, here or restarted in child processes."""
     if parsed.max_restarts:
         from trainer.runtime.interruption import supervise
 

@@ -1,9 +1,7 @@
 """The settings of the commands that work on data and models: one frozen dataclass a command.
 
-Each command is the module `trainer.<name>` with a `run(config)`. It runs alike on a laptop and on
-what `multihot submit` creates; `cli.py` adds the commands that talk to Google Cloud. `flags.py`
-makes the flags from the fields, whose metadata holds help text and bounds. Nothing heavy is
-imported here, because `multihot --help` reads this file.
+Each command is the module `trainer.<name>` with a `run(config)`; `cli.py` adds those of `launch`.
+Nothing heavy is imported here, because `multihot --help` reads this file.
 """
 
 import dataclasses
@@ -35,11 +33,7 @@ _NOT_EMPTY = r"[\s\S]+"
 
 
 def from_dict(kind: type[Config], values: dict[str, Any]) -> Config:
-    """The inverse of `dataclasses.asdict`: rebuilds a config, which checks it again.
-
-    Raises:
-      UserError: for a field that this version does not know.
-    """
+    """The inverse of `dataclasses.asdict`, checks included; UserError for unknown fields."""
     fields = {item.name: item for item in dataclasses.fields(kind)}  # type: ignore[arg-type]
     unknown = sorted(set(values) - set(fields))
     if unknown:
@@ -125,11 +119,7 @@ class InputConfig(CheckedConfig):
 
 @functools.cache
 def parse_split(text: str) -> Mapping[str, float]:
-    """`--split` as the share of each split; the shares sum to 1. A single name takes all rows.
-
-    Raises:
-      UserError: if the text is anything else.
-    """
+    """`--split` as the share of each split; a single name takes all rows. UserError for others."""
     if ":" not in text:
         expected = "a name of letters, digits and _, or name:share pairs"
         check_flag(text.isidentifier(), "split", text, expected)
@@ -262,11 +252,7 @@ class ScoreRule(NamedTuple):
 
 @functools.cache
 def parse_scores(text: str) -> ScoreRule:
-    """`--scores` as a rule.
-
-    Raises:
-      UserError: if the text is anything else.
-    """
+    """`--scores` as a rule; UserError for other texts."""
     kind, number = parse_kind(text)
     if number is None:
         valid, number = kind in ("all", "chosen"), 0.0

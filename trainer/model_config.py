@@ -1,7 +1,4 @@
-"""The settings of a model and of its training step: encoder, micro-batch, optimizer and loss.
-
-Nothing heavy is imported here, because `multihot --help` reads this file.
-"""
+"""The settings of a model and its training step, without heavy imports: `--help` reads them."""
 
 import functools
 from dataclasses import dataclass
@@ -23,11 +20,7 @@ _NOT_NEGATIVE = {"at_least": 0, "expected": "a number not below 0"}
 
 @functools.cache
 def parse_row_groups(text: str) -> tuple[tuple[int, int], ...]:
-    """`48x128,16x256` to ((48, 128), (16, 256)).
-
-    Raises:
-      UserError: if the text is anything else.
-    """
+    """`48x128,16x256` to ((48, 128), (16, 256)); UserError for other texts."""
     try:
         groups = tuple(
             (int(rows), int(length))

@@ -31,13 +31,9 @@ def region_of(zone: str) -> str:
 
 
 def check_bucket(bucket: str, project: str, region: str) -> None:
-    """Checks that a bucket exists and lies in a region.
+    """Raises a UserError unless a bucket exists and lies in a region; RunAgain without an answer.
 
     An account that may use a bucket's objects but not look at the bucket gets a warning.
-
-    Raises:
-      UserError: if it does not.
-      RunAgain: if the store does not answer.
     """
     create = f"gcloud storage buckets create gs://{bucket} --project={project} --location={region}"
     try:
@@ -70,12 +66,9 @@ _TAIL_LINES = 20
 
 @dataclass(frozen=True)
 class Outcome:
-    """How a job ended.
+    """How a job ended: the exit code and last line of its last command, or what else ended it.
 
-    Attributes:
-      exit_code: of the command that ended last.
-      message: the last line that the command printed, or what else ended the job.
-      error: to raise instead of an error with that message.
+    `error` is to be raised instead of an error with that message.
     """
 
     exit_code: int
@@ -84,14 +77,9 @@ class Outcome:
 
 
 def read_records(job: Job, kind: type[Record]) -> dict[int, Record]:
-    """The last records of a submission's machines, by host.
+    """The last `State` or `Ending` records of a submission's machines, by host.
 
-    Args:
-      job: whose records; those of other submissions of the same name are left out.
-      kind: `State` (what a machine does) or `Ending` (how it ended).
-
-    Raises:
-      OSError, RunAgain: if the store refuses or does not answer.
+    Those of other submissions of the same name are left out.
     """
     folder = "state" if kind is State else "exit_code"
     urls = [item.url for item in gcs.list_objects(f"{job.folder}/{folder}/host-")]
@@ -110,16 +98,11 @@ class JobLog:
     """The output of one of a job's machines, as it comes into the bucket."""
 
     def __init__(self, job: Job, host: int = 0) -> None:
-        """Args: job, host: whose output."""
         self._prefix = f"{job.folder}/logs/host-{host}/{job.submission}-"
         self._seen: set[str] = set()
 
     def read_new(self) -> str:
-        """The output since the last call, in order.
-
-        Raises:
-          OSError, RunAgain: if the store refuses or does not answer.
-        """
+        """The output since the last call, in order."""
         new = [
             item.url
             for item in gcs.list_objects(self._prefix)
@@ -149,14 +132,7 @@ class Progress:
     def __init__(
         self, job: Job, follow: bool, start: str = "", max_characters: int | None = None
     ) -> None:
-        """Prints nothing yet.
-
-        Args:
-          job: whose output.
-          follow: whether to show all that the job prints.
-          start: what the job does before its first machine has reported.
-          max_characters: of the command's last line that a line shows; None for all.
-        """
+        """`start` stands for a job that has not reported; a line is cut at `max_characters`."""
         self._job = job
         self._log = JobLog(job) if follow else None
         self._line = start

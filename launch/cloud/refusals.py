@@ -15,15 +15,9 @@ SIGN_IN = "gcloud auth application-default login"
 class Place:
     """What was requested of which service, for error messages.
 
-    Attributes:
-      api: host of the service, such as `tpu.googleapis.com`.
-      project: that pays.
-      location: zone or region.
-      what: the user's words for what was requested, such as `the custom job NAME`.
-      role: that the caller needs, such as `roles/tpu.admin`.
-      service_account: that the job runs as; None for the project's default.
-      find_locations: command that lists the locations of the accelerator.
-      remove: command that removes what has the same name.
+    `api` is the service's host; `location` a zone or region; `what` the user's words for what was
+    requested, such as `the custom job NAME`. The caller needs `role`. `find_locations` is a command
+    that lists the locations of the accelerator, `remove` one that removes what has the same name.
     """
 
     api: str
@@ -63,8 +57,7 @@ def explained(place: Place) -> Iterator[None]:
 def explain(error: Exception, place: Place) -> UserError | RunAgain:
     """The error for the user that an exception of Google's clients stands for.
 
-    Returns:
-      A UserError for what the user can correct; RunAgain for a service that does not answer.
+    A UserError is what the user can correct; RunAgain a service that does not answer.
     """
     from google.api_core import exceptions
     from google.auth.exceptions import DefaultCredentialsError, GoogleAuthError, RefreshError

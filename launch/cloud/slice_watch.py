@@ -31,14 +31,7 @@ class SliceWatch:
         make_request: Callable[[int, int], Any],
         follow: bool,
     ) -> None:
-        """Creates nothing yet.
-
-        Args:
-          resources: of the project and zone.
-          job: the slice's record.
-          make_request: makes the request that creates it, from the attempt and the seconds left.
-          follow: whether to show the job's output.
-        """
+        """Creates nothing yet. `make_request` takes the attempt and the seconds that are left."""
         self.job = job
         self._attempt = 0
         self.is_requested = False
@@ -60,14 +53,9 @@ class SliceWatch:
     def step(self) -> Outcome | None:
         """Looks at the slice once, prints what is new, and creates or deletes it where needed.
 
-        An error leaves the slice as it is. The next step continues from there.
-
-        Returns:
-          How the job ended, once its slice is deleted; None before.
-
-        Raises:
-          UserError, OSError: if a service refuses a call.
-          RunAgain: if a service does not answer.
+        Returns how the job ended, once its slice is deleted; None before. A service's error
+        (UserError, OSError or RunAgain) leaves the slice as it is. The next step continues from
+        there.
         """
         if self._is_to_create:
             self._create_again()
@@ -93,11 +81,7 @@ class SliceWatch:
         return self._give_up(found) if found.phase is Phase.FAILED else None
 
     def cancel(self, seconds: float = 20.0) -> None:
-        """Deletes the slice, if there is one.
-
-        Args:
-          seconds: how long to wait for a slice that was requested and never seen yet.
-        """
+        """Deletes the slice, if there is one; waits `seconds` for a requested one to appear."""
         if not self.is_requested:
             return
         deadline = time.monotonic() + (seconds if self._phase is None else 0.0)
