@@ -216,24 +216,18 @@ def _fail(name: str, message: str, code: int) -> NoReturn:
 
 def _overview() -> str:
     width = max(map(len, COMMANDS))
-    lines = [f"  {command:<{width}}  {summarize(command)}" for command in COMMANDS]
-    return "\n".join(
-        ["Usage: multihot COMMAND --flag=value ...", "", "Commands:", *lines, ""]
-        + ["`multihot COMMAND --help` lists the flags of a command."]
+    lines = "\n".join(f"  {command:<{width}}  {summarize(command)}" for command in COMMANDS)
+    return (
+        f"Usage: multihot COMMAND --flag=value ...\n\nCommands:\n{lines}\n\n"
+        "`multihot COMMAND --help` lists the flags of a command."
     )
 
 
 def _usage(command: str) -> str:
     behind = " -- COMMAND --flag=value ..." if command.startswith(_SUBMITTING) else ""
-    return "\n".join(
-        [
-            f"Usage: multihot {command} --flag=value ...{behind}",
-            "",
-            summarize(command),
-            "",
-            "Flags:",
-            describe_flags(config_of(command)),
-        ]
+    return (
+        f"Usage: multihot {command} --flag=value ...{behind}\n\n{summarize(command)}\n\n"
+        f"Flags:\n{describe_flags(config_of(command))}"
     )
 
 

@@ -21,6 +21,8 @@ from absl import flags
 
 from trainer.errors import UserError
 
+Config = TypeVar("Config")
+_HELP_WIDTH = 100
 _COMPARISONS = {
     "at_least": operator.ge,
     "above": operator.gt,
@@ -147,10 +149,6 @@ def is_unicode(text: str) -> bool:
     return True
 
 
-Config = TypeVar("Config")
-HELP_WIDTH = 100
-
-
 def value_type(annotation: Any) -> Any:
     """The type of a flag's value: `int` for `int | None`, `tuple` for `tuple[str, ...]`."""
     if typing.get_origin(annotation) in (types.UnionType, typing.Union):
@@ -259,6 +257,6 @@ def _describe(item: dataclasses.Field) -> str:
         shown = str(default).lower() if isinstance(default, bool) else default
         text += f" [default: {shown}]"
     body = textwrap.fill(
-        text, HELP_WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6, break_on_hyphens=False
+        text, _HELP_WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6, break_on_hyphens=False
     )
     return f"{heading}\n{body}"

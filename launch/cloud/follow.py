@@ -1,6 +1,7 @@
 """What a user sees of a running job, read from the bucket; whether the bucket suits the job."""
 
 import json
+import math
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -11,6 +12,13 @@ from launch.machine.reports import Ending, State
 from trainer.errors import RunAgain, UserError
 from trainer.storage import gcs
 
+Record = TypeVar("Record", State, Ending)
+# A machine that has not reported for so long is called silent.
+_SILENT_SECONDS = 120.0
+# Between two lines on what a job does, where its output is not shown.
+_REPORT_SECONDS = 60.0
+_STARTUP = "-startup.log"
+_TAIL_LINES = 20
 # Multi-regions, and Google's own pairs of regions, by what the names of their regions begin with.
 _REGIONS = {
     "us": ("us-",),
@@ -53,15 +61,6 @@ def check_bucket(bucket: str, project: str, region: str) -> None:
             f"--bucket=gs://{bucket}: lies in {', '.join(places)}, but the job runs in {region}, "
             f"where every byte would come from far away and cost extra; create one there: {other}"
         )
-
-
-Record = TypeVar("Record", State, Ending)
-# A machine that has not reported for so long is called silent.
-_SILENT_SECONDS = 120.0
-# Between two lines on what a job does, where its output is not shown.
-_REPORT_SECONDS = 60.0
-_STARTUP = "-startup.log"
-_TAIL_LINES = 20
 
 
 @dataclass(frozen=True)
@@ -138,7 +137,7 @@ class Progress:
         self._line = start
         self._max_characters = max_characters
         self._shown = ""
-        self._looked: float | None = None
+        self._looked = -math.inf
 
     def show_output(self) -> None:
         """Prints the output since the last call, if it is to be shown."""
@@ -148,15 +147,12 @@ class Progress:
     def show_state(self) -> None:
         """Prints what the first machine does, if that is new and the output is not shown."""
         now = time.monotonic()
-        if self._log is not None:
-            return
-        if self._looked is not None and now - self._looked < _REPORT_SECONDS:
+        if self._log is not None or now - self._looked < _REPORT_SECONDS:
             return
         self._looked = now
         state = read_records(self._job, State).get(0)
         if state is not None:
-            line = state.line[: self._max_characters]
-            self._line = describe_state(replace(state, line=line))
+            self._line = describe_state(replace(state, line=state.line[: self._max_characters]))
         if self._line != self._shown:
             self._shown = self._line
             say(f"{self._job.name}: {self._line}")

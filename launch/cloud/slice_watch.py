@@ -47,7 +47,8 @@ class SliceWatch:
     def create(self) -> None:
         """Requests the slice; raises as `QueuedResources.create`."""
         self.is_requested = True
-        self._resources.create(self._make_request(self._attempt, self._seconds_left()))
+        seconds_left = max(60, int(self.job.max_seconds - self._seconds_used))
+        self._resources.create(self._make_request(self._attempt, seconds_left))
         self._phase = None
 
     def step(self) -> Outcome | None:
@@ -72,7 +73,8 @@ class SliceWatch:
             return Outcome(RUN_AGAIN, "another submission has taken its name")
         if found.phase is Phase.ACTIVE:
             return self._watch_active()
-        was_active = self._stop_clock()
+        was_active = self._active_since is not None
+        self._seconds_used, self._active_since = self._used(), None
         if found.phase is Phase.ABSENT:
             return self._miss()
         self._num_absent = 0
@@ -165,12 +167,3 @@ class SliceWatch:
         if self._active_since is None:
             return self._seconds_used
         return self._seconds_used + time.monotonic() - self._active_since
-
-    def _stop_clock(self) -> bool:
-        """Stops counting the slice's time; whether it was active until now."""
-        was_active = self._active_since is not None
-        self._seconds_used, self._active_since = self._used(), None
-        return was_active
-
-    def _seconds_left(self) -> int:
-        return max(60, int(self.job.max_seconds - self._seconds_used))

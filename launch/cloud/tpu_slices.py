@@ -236,11 +236,10 @@ class QueuedResources:
         from google.cloud.tpu_v2 import Node
 
         lost = (Node.State.PREEMPTED, Node.State.TERMINATED, Node.State.STOPPED)
-        try:
+        with contextlib.suppress(NotFound):
             node = self._client.get_node(name=f"{self._parent}/nodes/{name}", **_options())
-        except NotFound:
-            return False
-        return node.state in lost
+            return node.state in lost
+        return False
 
     def list_ours(self) -> Iterator[Any]:
         """The queued resources whose labels mark them as Multihot's."""

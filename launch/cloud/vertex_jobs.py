@@ -143,9 +143,8 @@ def find_submission(client: Any, request: Any) -> list[Any]:
 
 def _cancel_others(client: Any, request: Any, made: Any = None) -> Any:
     """The first of a request's jobs; cancels the others. The list may not have `made` yet."""
-    jobs = {job.name: job for job in find_submission(client, request)}
-    if made is not None:
-        jobs.setdefault(made.name, made)
+    found = [made, *find_submission(client, request)]
+    jobs = {job.name: job for job in found if job is not None}
     first, *others = sorted(jobs.values(), key=lambda job: (job.create_time, job.name))
     for other in others:
         print(f"warning: {other.name} was made twice over; ending it", file=sys.stderr)

@@ -73,16 +73,13 @@ class Node:
         for index, command in enumerate(self.job.commands):
             if index < num_done:
                 self.reporter.say(f"{command[0]} was done before")
-            elif self._is_mine(command):
+            elif self.host == 0 or command[0] in SHARED:
                 code = self._run_command(index, command)
                 if code != 0:
                     return code
                 if self.host == 0:
                     self.reporter.record_num_done(index + 1)
         return 0
-
-    def _is_mine(self, command: Sequence[str]) -> bool:
-        return self.host == 0 or command[0] in SHARED
 
     def _await_servers(self) -> int:
         """Waits until all hosts of a slice serve their chips; returns an exit code."""
