@@ -22,6 +22,7 @@ from trainer.flags import parse_flags
 from trainer.storage import gcs
 
 Commands = tuple[tuple[str, ...], ...]
+Config = SubmitTpuConfig | SubmitVertexConfig
 
 _POLL_SECONDS = 10.0
 # The flag of what each command writes, and the flags of what commands read. (`sample` writes to a
@@ -117,13 +118,7 @@ def _check_places(name: str, config: Any, local: dict[str, str]) -> None:
 class Submission(abc.ABC):
     """The steps of a submission that differ between Cloud TPU and Vertex AI."""
 
-    def __init__(
-        self,
-        config: SubmitTpuConfig | SubmitVertexConfig,
-        region: str,
-        jobs: Sequence[Job],
-        package: Package,
-    ) -> None:
+    def __init__(self, config: Config, region: str, jobs: Sequence[Job], package: Package) -> None:
         """Sends nothing yet. The jobs run in `region`, where their bucket has to lie."""
         self.config, self.region, self.jobs, self.package = config, region, jobs, package
 
@@ -186,11 +181,7 @@ class Submission(abc.ABC):
 
 
 def make_job(
-    config: SubmitTpuConfig | SubmitVertexConfig,
-    commands: Commands,
-    package: Package,
-    environment: str,
-    accelerator: str,
+    config: Config, commands: Commands, package: Package, environment: str, accelerator: str
 ) -> Job:
     """The record of a submission whose machines delete nothing; see `Job` for the arguments."""
     return Job(

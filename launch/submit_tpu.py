@@ -67,11 +67,7 @@ class TpuSubmission(Submission):
     config: SubmitTpuConfig
 
     def __init__(
-        self,
-        config: SubmitTpuConfig,
-        slice_of_chips: TpuSlice,
-        jobs: Sequence[Job],
-        package: Package,
+        self, config: SubmitTpuConfig, slice_of_chips: TpuSlice, jobs: list[Job], package: Package
     ) -> None:
         super().__init__(config, region_of(config.zone), jobs, package)
         self._slice = slice_of_chips
