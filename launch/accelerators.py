@@ -230,8 +230,7 @@ class Rates:
 class Target:
     """A slice of TPU chips that `preflight` compiles for.
 
-    `topology` is libtpu's name of it, such as `v5e:2x2`; `sizes` are the chips along each
-    dimension.
+    `topology` is libtpu's name of it, such as `v5e:2x2`; `sizes` counts chips by dimension.
     """
 
     kind: TpuKind

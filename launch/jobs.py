@@ -29,8 +29,7 @@ class FoundJob:
     """A slice or a custom job that `submit` created.
 
     `name` is its own; it differs from `group`, the user's, for a job of several slices. `is_alive`
-    says whether it costs money or quota, or soon will. `bucket` is that of its folder. `end` ends
-    it.
+    says whether it costs money or quota, or soon will. `bucket` is that of its folder.
     """
 
     name: str

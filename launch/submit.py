@@ -86,8 +86,7 @@ def parse_commands(arguments: Sequence[str]) -> Commands:
 def _check_places(name: str, config: Any, local: dict[str, str]) -> None:
     """Checks the places that one command reads and writes.
 
-    `local` has the local paths that no command has read yet, with the command that wrote each; it
-    is updated.
+    `local`, which is updated, maps local paths that no command has read yet to their writers.
     """
     written = _WRITTEN[name]
     for flag in _READ:

@@ -27,8 +27,7 @@ class DoesNotFit(Exception):
 class RunAgain(Exception):
     """The run stopped through no fault of its own: one line, exit code 75, no traceback.
 
-    A machine was taken away, or a worker was lost. The same command resumes from the last
-    checkpoint.
+    A machine or a worker was lost, say. The same command resumes from the last checkpoint.
     """
 
     exit_code = RUN_AGAIN

@@ -1,8 +1,7 @@
 """Command-line flags from config dataclasses: their definition, parsing, checks and help text.
 
 Each command has its own absl `FlagValues`. The dataclass alone states a flag's name, default,
-bounds and help. The fields of a nested config (`TrainConfig.optimizer`) are flags beside the
-others.
+bounds and help. A nested config (`TrainConfig.optimizer`) adds its fields as flags.
 """
 
 import dataclasses

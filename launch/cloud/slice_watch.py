@@ -55,8 +55,7 @@ class SliceWatch:
         """Looks at the slice once, prints what is new, and creates or deletes it where needed.
 
         Returns how the job ended, once its slice is deleted; None before. A service's error
-        (UserError, OSError or RunAgain) leaves the slice as it is. The next step continues from
-        there.
+        (UserError, OSError or RunAgain) leaves the slice as it is; the next step continues.
         """
         if self._is_to_create:
             self._create_again()
@@ -125,6 +124,7 @@ class SliceWatch:
         say(
             f"{self.job.name} is created again (restart {self._attempt} of {self.job.max_restarts})"
         )
+        # Set before the calls: where one of them fails, the next step makes them again.
         self._is_to_create = True
         self._create_again()
         return None

@@ -1,9 +1,8 @@
 """Queued resources of Cloud TPU: the requests that create them; creating, finding, deleting them.
 
 Every call is repeated while the service is away. If the answer to a creation is lost, the repeated
-request finds its own resource under the job's name: the resource's metadata says which submission
-it belongs to. MULTIHOT_TPU_ENDPOINT names another server, called without encryption and without
-credentials.
+request finds its own resource by the submission in the resource's metadata. MULTIHOT_TPU_ENDPOINT
+names another server, called without encryption and without credentials.
 """
 
 import contextlib

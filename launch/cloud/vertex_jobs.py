@@ -155,8 +155,7 @@ def _cancel_others(client: Any, request: Any, made: Any = None) -> Any:
 def find(client: Any, project: str, region: str, name: str | None = None) -> list[Any]:
     """Multihot's custom jobs of a region, or those of one name, the newest first.
 
-    Raises GoogleAPICallError if the service refuses the request, and RunAgain if it does not
-    answer.
+    Raises GoogleAPICallError if the service refuses the request, RunAgain if it does not answer.
     """
     condition = f"labels.{JOB_LABEL}={name}" if name else f"labels.{JOB_LABEL}:*"
     jobs = _list(client, calls.parent(project, region), condition)
