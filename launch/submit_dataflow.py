@@ -111,11 +111,13 @@ def beam_options(config: SubmitDataflowConfig, wheel: str, requirements: str) ->
 def place_of(config: SubmitDataflowConfig) -> Place:
     """What error messages about the Dataflow job say."""
     where = f"--project={config.project} --region={config.region}"
-    return Place.of(
-        config,
-        "dataflow.googleapis.com",
-        "roles/dataflow.developer",
+    return Place(
+        api="dataflow.googleapis.com",
+        project=config.project,
+        location=config.region,
         what=f"the Dataflow job {config.name}",
+        role="roles/dataflow.developer",
+        service_account=config.service_account,
         find_locations=f"gcloud compute machine-types list --project={config.project} "
         f"--filter=name={config.machine_type}",
         remove=f"gcloud dataflow jobs list {where} --status=active, then gcloud dataflow jobs "

@@ -82,11 +82,13 @@ class VertexSubmission(Submission):
     def place(self) -> Place:
         """What error messages about this submission say."""
         config = self.config
-        return Place.of(
-            config,
-            vertex_jobs.API,
-            vertex_jobs.ROLE,
+        return Place(
+            api=vertex_jobs.API,
+            project=config.project,
+            location=config.region,
             what=f"the custom job {config.name}",
+            role=vertex_jobs.ROLE,
+            service_account=config.service_account,
             find_locations=f"gcloud compute accelerator-types list --project={config.project} "
             f"--filter=zone:{config.region}; regions: "
             "cloud.google.com/vertex-ai/docs/general/locations#accelerators",

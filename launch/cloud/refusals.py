@@ -4,7 +4,6 @@ import contextlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from trainer.errors import RunAgain, UserError
 
@@ -28,18 +27,6 @@ class Place:
     service_account: str | None
     find_locations: str
     remove: str
-
-    @classmethod
-    def of(cls, config: Any, api: str, role: str, **words: str) -> "Place":
-        """A place of a regional service, from a command's flags; words: the other attributes."""
-        return cls(
-            api=api,
-            role=role,
-            project=config.project,
-            location=config.region,
-            service_account=config.service_account,
-            **words,
-        )
 
 
 @contextlib.contextmanager
@@ -71,16 +58,14 @@ def explain(error: Exception, place: Place) -> UserError | RunAgain:
     message = shorten(getattr(error, "message", None) or str(error))
     if isinstance(error, GoogleAuthError):
         return RunAgain(f"Google's sign-in did not answer ({message}); run the same command again")
+    taken = f"{place.what} exists already; take another --name, or remove it: {place.remove}"
+    not_there = (exceptions.NotFound, exceptions.BadRequest)
     kinds = (
         (exceptions.Unauthorized, f"the credentials were refused; sign in: {SIGN_IN}"),
         (exceptions.Forbidden, _explain_refusal(error, message, place)),
         (exceptions.TooManyRequests, _explain_quota(message, place)),
-        (
-            exceptions.Conflict,
-            f"{place.what} exists already; take another --name, or remove it: {place.remove}",
-        ),
-        (exceptions.NotFound, _explain_location(message, place)),
-        (exceptions.BadRequest, _explain_location(message, place)),
+        (exceptions.Conflict, taken),
+        (not_there, _explain_location(message, place)),
     )
     # Subclasses of Conflict and BadRequest that are about a resource's state.
     of_state = isinstance(error, exceptions.Aborted | exceptions.FailedPrecondition)
