@@ -11,17 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
+from trainer import run_config
 from trainer.errors import UserError
 from trainer.flags import CheckedConfig, changed_option, check_flag, is_unicode, option, parse_kind
-from trainer.run_config import (
-    DEFAULT_SEED,
-    STRATEGIES,
-    DeviceConfig,
-    EvaluateConfig,
-    ExportConfig,
-    ReportConfig,
-    TrainConfig,
-)
+from trainer.run_config import DEFAULT_SEED, STRATEGIES, DeviceConfig
 
 Config = TypeVar("Config")
 LOCAL_RUNNER = "local"
@@ -350,9 +343,9 @@ def absolute(path: str) -> str:
 COMMANDS: dict[str, type] = {
     "sample": SampleConfig,
     "prepare": PrepareConfig,
-    "train": TrainConfig,
-    "evaluate": EvaluateConfig,
-    "report": ReportConfig,
-    "export": ExportConfig,
+    "train": run_config.TrainConfig,
+    "evaluate": run_config.EvaluateConfig,
+    "report": run_config.ReportConfig,
+    "export": run_config.ExportConfig,
     "score": ScoreConfig,
 }
