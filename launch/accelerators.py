@@ -1,19 +1,11 @@
 """The accelerators that a job can run on, read from accelerators.json: a table, not code.
 
-For each TPU kind the table has the fields of `TpuKind`, the images of its slices' hosts, with a
-warning where TensorFlow is not known to work, Vertex AI's machine types, and the slices that Cloud
-TPU offers. Peaks, bandwidths and slices are those of Google's documentation
-(cloud.google.com/tpu/docs/v4, v5e, v5p, v6e). `hbm_bytes` was read from the compiler's error for
-programs that do not fit ("exceeds available HBM (15.75G)"); it is not the data sheet's figure. The
-clock is the peak divided by what the chip's matrix units do in a cycle (v5e: 4 units of 128 x 128);
-for v6e it assumes 4 units of 256 x 256, which Google does not document.
-
-For each GPU kind the table has Vertex AI's name, memory in bytes, the peak in the narrow type that
-training uses (`flops`, `flops_type`), the machine type for each number of GPUs, and the numbers
-that exist as spot machines only. For machines without accelerators, which prepare data as fast as
-others and cost less, it has the machine type for each number of virtual CPUs.
-
-A `Target` is a slice that `preflight` compiles for: its chips, their memory and their links.
+Peaks, bandwidths and slices are those of Google's documentation (cloud.google.com/tpu/docs/v4, v5e,
+v5p, v6e). `hbm_bytes` was read from the compiler's error for programs that do not fit ("exceeds
+available HBM (15.75G)"); it is not the data sheet's figure. The clock is the peak divided by what
+the chip's matrix units do in a cycle (v5e: 4 units of 128 x 128); for v6e it assumes 4 units of 256
+x 256, which Google does not document. The peak of a GPU is that of the narrow type that training
+uses. Machines without accelerators prepare data as fast as others and cost less.
 """
 
 import dataclasses
@@ -38,17 +30,11 @@ _CUBE = 4
 
 @dataclass(frozen=True)
 class TpuKind:
-    """One generation of TPU chips; all figures are those of one chip.
+    """One generation of TPU chips. All figures are those of one chip; rates are a second's.
 
-    Attributes:
-      name: such as `v5e`.
-      hbm_bytes: what libtpu's compiler lets a program take; None where that is not known.
-      bf16_flops: multiplications and additions a second, at most.
-      hbm_bandwidth: bytes a second.
-      clock: cycles a second.
-      ici_links: links to other chips.
-      ici_link_bandwidth: bytes a second of one link in one direction.
-      dimensions: of the torus that the chips form.
+    `hbm_bytes` is what libtpu's compiler lets a program take; None where that is not known.
+    `ici_link_bandwidth` is in bytes, for one link in one direction. `dimensions` counts those of
+    the torus that the chips form.
     """
 
     name: str
@@ -65,14 +51,9 @@ class TpuKind:
 class TpuSlice:
     """A slice as Cloud TPU offers it.
 
-    Attributes:
-      kind: of its chips.
-      name: Cloud TPU's accelerator type, such as `v5litepod-16`, which counts chips for v5e and
-        v6e and cores, two a chip, for v4 and v5p.
-      topology: chips along each dimension, such as `4x4`.
-      chips, hosts: their numbers.
-      runtime_image: of its hosts.
-      warning: why TensorFlow may not work there; None if no reason is known.
+    `name` is Cloud TPU's accelerator type, such as `v5litepod-16`. It counts chips for v5e and v6e,
+    and cores, two a chip, for v4 and v5p. `topology` is such as `4x4`. `warning` says why
+    TensorFlow may not work there; None if no reason is known.
     """
 
     kind: TpuKind
@@ -88,16 +69,10 @@ class TpuSlice:
 class VertexMachine:
     """A machine of Vertex AI with its accelerators, as a request names them.
 
-    Attributes:
-      name: as the user writes it, such as `l4:2`, `v5e:2x2` or `cpu:16`.
-      machine_type: Compute Engine's.
-      environment: which locked requirements run on it: `gpu`, `tpu` or `cpu`.
-      accelerator_type: Vertex AI's name of the GPU; None for TPUs, which the machine type implies,
-        and for machines without accelerators.
-      accelerators: number of GPUs or chips of the machine.
-      tpu_topology: of the chips; None for others.
-      spot_only: whether it exists as a spot machine only.
-      warning: why TensorFlow may not work there; None if no reason is known.
+    `name` is as the user writes it: `l4:2`, `v5e:2x2` or `cpu:16`. `environment` says which locked
+    requirements run on it: `gpu`, `tpu` or `cpu`. `accelerator_type` is Vertex AI's name of a GPU;
+    TPUs have none, because the machine type implies them. `accelerators` counts GPUs or chips.
+    `warning` says why TensorFlow may not work there; None if no reason is known.
     """
 
     name: str
@@ -147,8 +122,7 @@ def default_topology(kind: str) -> str:
 def parse_topology(text: str) -> tuple[TpuKind, str] | None:
     """Splits `v5e:4x4` into the kind of its chips and its topology, offered by Cloud TPU or not.
 
-    Returns:
-      None for other texts, and for another number of dimensions than that of the kind's torus.
+    None for other texts, and for another number of dimensions than that of the kind's torus.
     """
     match = re.fullmatch(r"(\w+):([1-9]\d*(?:x[1-9]\d*)+)", text)
     kind = tpu_kinds().get(match[1]) if match else None
@@ -158,10 +132,9 @@ def parse_topology(text: str) -> tuple[TpuKind, str] | None:
 
 
 def find_slice(text: str) -> TpuSlice:
-    """The slice of that accelerator type (`v5litepod-4`), topology (`v5e:2x2`) or kind (`v5e`).
+    """The slice of an accelerator type (`v5litepod-4`), topology (`v5e:2x2`) or kind (`v5e`).
 
-    Raises:
-      UserError: if Cloud TPU offers no such slice.
+    A UserError lists what Cloud TPU offers instead.
     """
     wanted = default_topology(text) if text in tpu_kinds() else text
     for item in tpu_slices():
@@ -216,10 +189,8 @@ def vertex_machines() -> tuple[VertexMachine, ...]:
 def find_vertex_machine(text: str) -> VertexMachine:
     """The machine with those GPUs (`l4`, `l4:2`), TPU chips (`v5e:2x2`) or CPUs (`cpu:8`).
 
-    A kind alone stands for its smallest machine that is not for spot only.
-
-    Raises:
-      UserError: if Vertex AI has no such machine.
+    A kind alone stands for its smallest machine that is not for spot only. A UserError lists what
+    Vertex AI has instead.
     """
     machines = {item.name: item for item in vertex_machines()}
     cloud_tpu = {item.name: f"{item.kind.name}:{item.topology}" for item in tpu_slices()}
@@ -242,14 +213,10 @@ def find_vertex_machine(text: str) -> VertexMachine:
 
 @dataclass(frozen=True)
 class Rates:
-    """The rates of one chip of a slice, at most.
+    """The peak rates of one chip of a slice: bfloat16 FLOPs, bytes and cycles a second.
 
-    Attributes:
-      flops: of matrix products in bfloat16, a second.
-      hbm: bytes a second between HBM and the chip.
-      links: bytes a second that a chip passes on in an all-reduce over the slice.
-      replicas: chips that take part in an all-reduce.
-      clock: cycles a second.
+    `hbm` is between HBM and the chip. `links` is what a chip passes on in an all-reduce of
+    `replicas` chips.
     """
 
     flops: float
@@ -261,12 +228,9 @@ class Rates:
 
 @dataclass(frozen=True)
 class Target:
-    """A slice of TPU chips.
+    """A slice of TPU chips that `preflight` compiles for.
 
-    Attributes:
-      kind: of its chips.
-      topology: libtpu's name of it, such as `v5e:2x2`.
-      sizes: chips along each dimension.
+    `topology` is libtpu's name of it, such as `v5e:2x2`; `sizes` counts chips by dimension.
     """
 
     kind: TpuKind
@@ -314,8 +278,7 @@ class Target:
 def parse_target(text: str) -> Target:
     """The slice of a text such as `v5e:2x2`, or `v5e` for the default slice of that kind.
 
-    Raises:
-      UserError: for other texts, and for chips whose `hbm_bytes` is not known.
+    A UserError names the kinds whose `hbm_bytes` is known.
     """
     known = [name for name, kind in tpu_kinds().items() if kind.hbm_bytes is not None]
     found = parse_topology(default_topology(text) if text in known else text)

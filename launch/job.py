@@ -43,18 +43,11 @@ class StoredFile:
 class Job:
     """One job: on Cloud TPU one slice, on Vertex AI one set of machines.
 
-    Attributes:
-      name: of the job and of the resource that is created for it.
-      group: the name that the user gave: `name`, unless the user's job has several slices.
-      submission: identifies this submission among those of the same name; sorts by time.
-      bucket: its name alone.
-      commands: Multihot commands, each with its flags, that run one after the other.
-      environment: the locked requirements that they need: `tpu`, `gpu` or `cpu`.
-      accelerator: what they run on, as the user named it.
-      resource: full name of the resource that the hosts delete at the end; "" for none.
-      wheel, requirements: the files that the hosts install.
-      max_restarts: how often to restart what was interrupted through no fault of its own.
-      max_seconds: after which the hosts stop the job.
+    `name` is that of the resource created for it. `group` is the name that the user gave: it
+    differs if the user's job has several slices. `submission` identifies this submission among
+    those of the same name, and sorts by time. `bucket` is its name alone. `environment` names the
+    locked requirements of the commands: `tpu`, `gpu` or `cpu`. `resource` is the full name of what
+    the hosts delete at the end; "" for none. They stop the job after `max_seconds`.
     """
 
     name: str
@@ -81,11 +74,7 @@ class Job:
 
     @classmethod
     def from_json(cls, text: str | bytes) -> "Job":
-        """The inverse of `to_json`.
-
-        Raises:
-          UserError: if the text is no record of this version.
-        """
+        """The inverse of `to_json`; UserError for a text that is no record of this version."""
         try:
             values = json.loads(text)
             for name in ("wheel", "requirements"):

@@ -28,16 +28,8 @@ _POLL_SECONDS = 10.0
 class FoundJob:
     """A slice or a custom job that `submit` created.
 
-    Attributes:
-      name: its own; differs from `group` for a job of several slices.
-      group: the job's name as the user gave it.
-      place: service and location, for the user.
-      accelerator: what it runs on.
-      state: in words.
-      is_alive: whether it costs money or quota, or soon will.
-      created: when.
-      bucket: of its folder.
-      end: ends it.
+    `name` is its own; it differs from `group`, the user's, for a job of several slices. `is_alive`
+    says whether it costs money or quota, or soon will. `bucket` is that of its folder.
     """
 
     name: str
@@ -89,10 +81,7 @@ def show_status(config: JobsStatusConfig) -> None:
 
 
 def print_logs(config: JobsLogsConfig) -> None:
-    """Prints a machine's output; raises as `find`, UserError without such a job.
-
-    With `config.follow` it prints until the machine has ended.
-    """
+    """Prints a machine's output, with `config.follow` until it ends; raises as `show_status`."""
     bucket = bucket_name(config.bucket) if config.bucket else _find_bucket(config)
     job = read_job(bucket, config.name)
     if job is None:
@@ -128,11 +117,8 @@ def cancel(config: JobsCancelConfig) -> None:
 def find(config: Any) -> list[FoundJob]:
     """Our slices of `config.zone` and custom jobs of `config.region`, the newest first.
 
-    If the command has a flag --name, those of that name.
-
-    Raises:
-      UserError: if a service refuses the call.
-      RunAgain: if a service does not answer.
+    If the command has a flag --name, those of that name. Raises UserError if a service refuses the
+    call, and RunAgain if it does not answer.
     """
     found = list(_find_slices(config.project, config.zone)) if config.zone else []
     if config.region:
@@ -143,13 +129,7 @@ def find(config: Any) -> list[FoundJob]:
 
 
 def read_job(bucket: str, name: str) -> Job | None:
-    """The record of a job; None if there is none.
-
-    Raises:
-      OSError: if the store refuses.
-      UserError: if the record is of another version.
-      RunAgain: if the store does not answer.
-    """
+    """The record of a job, None if there is none; UserError if it is of another version."""
     text = gcs.read_object(f"gs://{bucket}/{FOLDER}/{name}/job.json")
     return None if text is None else Job.from_json(text)
 
@@ -255,7 +235,6 @@ def _no_job(config: Any) -> str:
 
 
 def _show_machines(job: Job) -> None:
-    """Prints what each machine of a job does, or how it ended."""
     print(f"{job.name}: {' -- '.join(' '.join(command) for command in job.commands)}")
     print(f"{job.name}: {job.folder}/")
     states, endings = read_records(job, State), read_records(job, Ending)

@@ -1,7 +1,4 @@
-"""The settings of `submit` and `jobs`: one frozen dataclass a command.
-
-Nothing heavy is imported here, because `multihot --help` reads this file.
-"""
+"""The settings of `submit` and `jobs`, without heavy imports: `multihot --help` reads this file."""
 
 import re
 from dataclasses import dataclass
@@ -22,26 +19,15 @@ _RESOURCE = {"pattern": r"[\w.@:/-]+", "expected": "letters, digits and - _ . @ 
 
 
 def parse_labels(labels: tuple[str, ...]) -> dict[str, str]:
-    """`--labels` as a dictionary.
-
-    Raises:
-      UserError: for what Google Cloud would not take, and for names that mark our own.
-    """
-    parsed = {}
+    """`--labels` as a dict; UserError for what Google Cloud does not take, and for our own keys."""
+    expected = (
+        "KEY=VALUE of at most 63 lower-case letters, digits, - and _, and no key that begins with "
+        "multihot"
+    )
     for item in labels:
-        key, _, value = item.partition("=")
-        valid = re.fullmatch(r"[a-z][-a-z0-9_]{0,62}", key) and re.fullmatch(
-            r"[-a-z0-9_]{0,63}", value
-        )
-        check_flag(
-            valid is not None and not key.startswith("multihot"),
-            "labels",
-            item,
-            "KEY=VALUE of at most 63 lower-case letters, digits, - and _, and no key that begins "
-            "with multihot",
-        )
-        parsed[key] = value
-    return parsed
+        valid = re.fullmatch(r"(?!multihot)[a-z][-a-z0-9_]{0,62}(=[-a-z0-9_]{0,63})?", item)
+        check_flag(valid is not None, "labels", item, expected)
+    return {key: value for key, _, value in (item.partition("=") for item in labels)}
 
 
 @dataclass(frozen=True)
@@ -157,11 +143,8 @@ class SubmitTpuConfig(WaitingSubmitConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.expect(
-            self.reservation is None or self.provisioning == "reserved",
-            "reservation",
-            "--provisioning=reserved beside it",
-        )
+        fits = self.reservation is None or self.provisioning == "reserved"
+        self.expect(fits, "reservation", "--provisioning=reserved beside it")
 
 
 @dataclass(frozen=True)

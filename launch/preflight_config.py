@@ -1,7 +1,4 @@
-"""The settings of `preflight`.
-
-Nothing heavy is imported here, because `multihot --help` reads this file.
-"""
+"""The settings of `preflight`, without heavy imports: `multihot --help` reads this file."""
 
 from dataclasses import dataclass
 
@@ -111,11 +108,8 @@ class PreflightConfig(TrainStepConfig):
             value = getattr(self, name)
             if value is not None and self.data_dir is not None:
                 raise UserError(f"--{name}={value}: --data_dir says that; leave one of them out")
-        self.expect(
-            bool(self.steps) and set(self.steps) <= set(STEPS),
-            "steps",
-            "train, score, or train,score",
-        )
+        are_known = bool(self.steps) and set(self.steps) <= set(STEPS)
+        self.expect(are_known, "steps", "train, score, or train,score")
         if self.find_batch and self.row_groups is not None:
             raise UserError(
                 f"--row_groups={self.row_groups}: --find_batch chooses the rows; leave one of them "

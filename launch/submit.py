@@ -1,7 +1,7 @@
-"""What the three `submit` commands share: the commands behind `--`, and the course of a submission.
+"""What the `submit` commands share: the commands behind `--`, and the course of a submission.
 
-`parse_commands` checks the commands behind `--` before anything is sent. `submit` does everything
-from there to the end of the job; what differs between Cloud TPU and Vertex AI is a `Submission`.
+`parse_commands` checks the commands before anything is sent. `submit` does everything from there to
+the end of the job; what differs between Cloud TPU and Vertex AI is a `Submission`.
 """
 
 import abc
@@ -22,6 +22,7 @@ from trainer.flags import parse_flags
 from trainer.storage import gcs
 
 Commands = tuple[tuple[str, ...], ...]
+Config = SubmitTpuConfig | SubmitVertexConfig
 
 _POLL_SECONDS = 10.0
 # The flag of what each command writes, and the flags of what commands read. (`sample` writes to a
@@ -41,7 +42,6 @@ _NO_FILES = ("sample:", "tfds:")
 
 
 def _split(arguments: Sequence[str]) -> Commands:
-    """Splits what follows the first `--` of a command line at each further one."""
     commands: list[list[str]] = [[]]
     for argument in arguments:
         if argument == "--":
@@ -52,18 +52,10 @@ def _split(arguments: Sequence[str]) -> Commands:
 
 
 def parse_commands(arguments: Sequence[str]) -> Commands:
-    """Checks commands that are to run on other machines.
+    """Checks the commands that follow the first `--` of `submit`, one after each further `--`.
 
-    Args:
-      arguments: what follows the first `--` of `submit`: a command and its flags, and another one
-        after each further `--`.
-
-    Returns:
-      The commands, each as (name, flag, ...).
-
-    Raises:
-      UserError: if a command is unknown, its flags do not parse, it reads a local file, or its
-        output would be lost with the machine that it runs on.
+    Returns them, each as (name, flag, ...). Raises UserError if a command is unknown, its flags do
+    not parse, it reads a local file, or its output would be lost with the machine that it runs on.
     """
     commands = _split(arguments)
     local: dict[str, str] = {}
@@ -94,11 +86,7 @@ def parse_commands(arguments: Sequence[str]) -> Commands:
 def _check_places(name: str, config: Any, local: dict[str, str]) -> None:
     """Checks the places that one command reads and writes.
 
-    Args:
-      name: of the command.
-      config: its flags.
-      local: the local paths that commands before it wrote and none has read yet, with the command
-        that wrote each; updated.
+    `local`, which is updated, maps local paths that no command has read yet to their writers.
     """
     written = _WRITTEN[name]
     for flag in _READ:
@@ -129,21 +117,8 @@ def _check_places(name: str, config: Any, local: dict[str, str]) -> None:
 class Submission(abc.ABC):
     """The steps of a submission that differ between Cloud TPU and Vertex AI."""
 
-    def __init__(
-        self,
-        config: SubmitTpuConfig | SubmitVertexConfig,
-        region: str,
-        jobs: Sequence[Job],
-        package: Package,
-    ) -> None:
-        """Sends nothing yet.
-
-        Args:
-          config: the command's flags.
-          region: where the jobs run, and their bucket has to lie.
-          jobs: the records of what is submitted.
-          package: what the jobs' machines install.
-        """
+    def __init__(self, config: Config, region: str, jobs: Sequence[Job], package: Package) -> None:
+        """Sends nothing yet. The jobs run in `region`, where their bucket has to lie."""
         self.config, self.region, self.jobs, self.package = config, region, jobs, package
 
     @abc.abstractmethod
@@ -205,11 +180,7 @@ class Submission(abc.ABC):
 
 
 def make_job(
-    config: SubmitTpuConfig | SubmitVertexConfig,
-    commands: Commands,
-    package: Package,
-    environment: str,
-    accelerator: str,
+    config: Config, commands: Commands, package: Package, environment: str, accelerator: str
 ) -> Job:
     """The record of a submission whose machines delete nothing; see `Job` for the arguments."""
     return Job(
@@ -236,10 +207,9 @@ def write_record(job: Job) -> None:
 def submit(submission: Submission) -> None:
     """Submits jobs, waits for them if that is wanted, and reports how they ended.
 
-    Raises:
-      UserError: for what the user can correct, here or in the job, and for a job that failed.
-      RunAgain: if the job was lost, or a service does not answer.
-      KeyboardInterrupt: after a Ctrl-C, once the jobs are cancelled or left running on purpose.
+    Raises UserError for what the user can correct, here or in the job, and for a job that failed;
+    RunAgain if the job was lost, or a service does not answer; KeyboardInterrupt after a Ctrl-C,
+    once the jobs are cancelled or left running on purpose.
     """
     config = submission.config
     if config.dry_run:

@@ -1,10 +1,8 @@
 """`multihot submit dataflow`: `score` as a Beam pipeline that Dataflow runs.
 
-It is `multihot score --runner=DataflowRunner` with Beam's options filled in: this command plans
-the work, starts the job, waits for it, and checks and completes the output folder. Workers download
-the project's wheel and the locked requirements from the bucket and install them when they start. An
+It is `multihot score --runner=DataflowRunner` with Beam's options filled in. Workers download the
+project's wheel and the locked requirements from the bucket and install them when they start. An
 interrupted run cancels its job; the same command then scores what is missing.
-
 MULTIHOT_DATAFLOW_ENDPOINT names another server, called without credentials.
 """
 
@@ -31,15 +29,9 @@ ENDPOINT_VARIABLE = "MULTIHOT_DATAFLOW_ENDPOINT"
 
 
 def run(config: SubmitDataflowConfig, arguments: Sequence[str]) -> None:
-    """Scores a corpus with Dataflow.
+    """Scores a corpus with Dataflow; `arguments` is what follows `--`: `score` and its flags.
 
-    Args:
-      config: the command's flags.
-      arguments: what follows `--`: `score` and its flags.
-
-    Raises:
-      UserError: for what the user can correct.
-      RunAgain: if a service does not answer.
+    Raises UserError for what the user can correct, and RunAgain if a service does not answer.
     """
     score_config = _parse_score(arguments)
     if config.dry_run:
@@ -56,23 +48,18 @@ def run(config: SubmitDataflowConfig, arguments: Sequence[str]) -> None:
 
 
 def _find_server() -> list[str]:
-    """Options that name the server and the credentials.
-
-    Raises:
-      DefaultCredentialsError: if nobody is signed in; Beam would call the service anonymously, and
-        be refused.
-    """
+    """Options that name the server and the credentials."""
     endpoint = os.environ.get(ENDPOINT_VARIABLE)
     if endpoint:
         return [f"--dataflow_endpoint={endpoint}", "--no_auth"]
     import google.auth
 
+    # Fails if nobody is signed in. Beam would call the service anonymously, and be refused.
     google.auth.default()
     return []
 
 
 def _parse_score(arguments: Sequence[str]) -> ScoreConfig:
-    """The flags of the one command behind `--`; UserError for others than a plain `score`."""
     (name, *flags), *more = parse_commands(arguments)
     if name != "score" or more:
         raise UserError(
@@ -89,12 +76,7 @@ def _parse_score(arguments: Sequence[str]) -> ScoreConfig:
 
 
 def beam_options(config: SubmitDataflowConfig, wheel: str, requirements: str) -> list[str]:
-    """Beam's options for a job.
-
-    Args:
-      config: the command's flags.
-      wheel, requirements: local paths of the files that the workers install.
-    """
+    """Beam's options for a job; the workers install the local files `wheel` and `requirements`."""
     folder = f"gs://{bucket_name(config.bucket)}/{FOLDER}/{config.name}"
     options = [
         f"--project={config.project}",
@@ -129,11 +111,13 @@ def beam_options(config: SubmitDataflowConfig, wheel: str, requirements: str) ->
 def place_of(config: SubmitDataflowConfig) -> Place:
     """What error messages about the Dataflow job say."""
     where = f"--project={config.project} --region={config.region}"
-    return Place.of(
-        config,
-        "dataflow.googleapis.com",
-        "roles/dataflow.developer",
+    return Place(
+        api="dataflow.googleapis.com",
+        project=config.project,
+        location=config.region,
         what=f"the Dataflow job {config.name}",
+        role="roles/dataflow.developer",
+        service_account=config.service_account,
         find_locations=f"gcloud compute machine-types list --project={config.project} "
         f"--filter=name={config.machine_type}",
         remove=f"gcloud dataflow jobs list {where} --status=active, then gcloud dataflow jobs "

@@ -20,14 +20,9 @@ from trainer.errors import RunAgain, UserError
 
 
 def run(config: SubmitTpuConfig, arguments: Sequence[str]) -> None:
-    """Runs commands on slices that are created and deleted for them.
+    """Runs the commands that follow `--` on slices that are created and deleted for them.
 
-    Args:
-      config: the slices, and whether to wait for them.
-      arguments: what follows `--`.
-
-    Raises:
-      UserError, RunAgain: as `submit`; RunAgain also if a slice was taken away too often.
+    Raises as `submit`; RunAgain also if a slice was taken away too often.
     """
     commands = parse_commands(arguments)
     slice_of_chips = find_slice(config.accelerator)
@@ -38,11 +33,7 @@ def run(config: SubmitTpuConfig, arguments: Sequence[str]) -> None:
 
 
 def make_jobs(config: SubmitTpuConfig, commands: Commands, package: Package) -> list[Job]:
-    """The records of a submission: one a slice.
-
-    Raises:
-      UserError: for several slices of a command that does not share its work.
-    """
+    """A record for each slice; UserError for several slices of commands that do not share work."""
     count = config.num_slices
     names = [f"{config.name}-{index}" for index in range(count)] if count > 1 else [config.name]
     job = make_job(config, commands, package, "tpu", config.accelerator)
@@ -58,7 +49,6 @@ def make_jobs(config: SubmitTpuConfig, commands: Commands, package: Package) -> 
 
 
 def _share(commands: Commands, index: int, count: int) -> Commands:
-    """The commands of one of several slices."""
     if count == 1:
         return commands
     for command in commands:
@@ -77,13 +67,8 @@ class TpuSubmission(Submission):
     config: SubmitTpuConfig
 
     def __init__(
-        self,
-        config: SubmitTpuConfig,
-        slice_of_chips: TpuSlice,
-        jobs: Sequence[Job],
-        package: Package,
+        self, config: SubmitTpuConfig, slice_of_chips: TpuSlice, jobs: list[Job], package: Package
     ) -> None:
-        """See `Submission`; slice_of_chips: the one that `config.accelerator` names."""
         super().__init__(config, region_of(config.zone), jobs, package)
         self._slice = slice_of_chips
         self._outcomes: dict[str, Outcome] = {}
@@ -113,11 +98,7 @@ class TpuSubmission(Submission):
             self._watches.append(SliceWatch(self._resources, job, make_request, config.follow))
 
     def make_room(self) -> None:
-        """Deletes slices of the jobs' names that were taken away or failed, or waits for their end.
-
-        Raises:
-          UserError: if the name is taken by anything else.
-        """
+        """Deletes slices of those names that were taken away or failed, or waits for their end."""
         name = self.config.name
         for job in self.jobs:
             found = self._resources.find(job.name)
@@ -138,7 +119,6 @@ class TpuSubmission(Submission):
             self._resources.delete(job.name)
 
     def create(self) -> None:
-        """Requests all slices, or leaves none."""
         name = self.config.name
         say(f"{name}: asking for {self._slice.name} in {self.config.zone}")
         for index, watch in enumerate(self._watches):
@@ -152,10 +132,7 @@ class TpuSubmission(Submission):
         say(f"{name}: asked; {self.jobs[0].folder}/ has what is known of it")
 
     def step(self) -> Outcome | None:
-        """Looks at each slice; the first failure once all have ended.
-
-        A service that does not answer ends nothing: the slices run without being watched.
-        """
+        """A service that does not answer ends nothing: the slices run without being watched."""
         for watch in self._watches:
             if watch.job.name in self._outcomes:
                 continue

@@ -18,15 +18,7 @@ from trainer.errors import USER_FAULT, RunAgain, UserError
 
 
 def run(config: SubmitVertexConfig, arguments: Sequence[str]) -> None:
-    """Runs commands on machines that Vertex AI creates and deletes for them.
-
-    Args:
-      config: the machines, and whether to wait for them.
-      arguments: what follows `--`.
-
-    Raises:
-      UserError, RunAgain: as `submit`.
-    """
+    """Runs the commands that follow `--` on machines of Vertex AI; raises as `submit`."""
     commands = parse_commands(arguments)
     machine = find_machine(config, commands)
     package = packages.build(machine.environment)
@@ -39,8 +31,7 @@ def run(config: SubmitVertexConfig, arguments: Sequence[str]) -> None:
 def find_machine(config: SubmitVertexConfig, commands: Commands) -> VertexMachine:
     """The machine that the flags name; prints a warning if it is not known to work.
 
-    Raises:
-      UserError: if Vertex AI has no such machine, not so many, or not for that provisioning.
+    Raises UserError if Vertex AI has no such machine, not so many, or not for that provisioning.
     """
     machine = find_vertex_machine(config.accelerator)
     if machine.warning:
@@ -80,7 +71,6 @@ class VertexSubmission(Submission):
     def __init__(
         self, config: SubmitVertexConfig, machine: VertexMachine, job: Job, package: Package
     ) -> None:
-        """See `Submission`; machine: the one that `config.accelerator` names."""
         super().__init__(config, config.region, [job], package)
         self._job = job
         self._request = vertex_jobs.build_request(config, machine, job)
@@ -92,11 +82,13 @@ class VertexSubmission(Submission):
     def place(self) -> Place:
         """What error messages about this submission say."""
         config = self.config
-        return Place.of(
-            config,
-            vertex_jobs.API,
-            vertex_jobs.ROLE,
+        return Place(
+            api=vertex_jobs.API,
+            project=config.project,
+            location=config.region,
             what=f"the custom job {config.name}",
+            role=vertex_jobs.ROLE,
+            service_account=config.service_account,
             find_locations=f"gcloud compute accelerator-types list --project={config.project} "
             f"--filter=zone:{config.region}; regions: "
             "cloud.google.com/vertex-ai/docs/general/locations#accelerators",

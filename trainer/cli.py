@@ -76,14 +76,7 @@ def summarize(command: str) -> str:
 
 
 def main(argv: Sequence[str] | None = None) -> None:
-    """Runs one command.
-
-    Args:
-      argv: the command and its flags; default: those of this process.
-
-    Raises:
-      SystemExit: with a non-zero code unless the command succeeds.
-    """
+    """Runs one command, by default this process's; SystemExit, not 0, unless it succeeds."""
     arguments = list(sys.argv[1:] if argv is None else argv)
     if not arguments or arguments[0] in ("-h", "--help", "-help", "help"):
         print(_overview())
@@ -140,7 +133,6 @@ def _run(command: str, arguments: Sequence[str], submitted: Sequence[str]) -> No
 
 
 def _train(parsed: TrainConfig, arguments: Sequence[str]) -> None:
-    """Runs `train`, here or restarted in child processes."""
     if parsed.max_restarts:
         from trainer.runtime.interruption import supervise
 
@@ -224,24 +216,18 @@ def _fail(name: str, message: str, code: int) -> NoReturn:
 
 def _overview() -> str:
     width = max(map(len, COMMANDS))
-    lines = [f"  {command:<{width}}  {summarize(command)}" for command in COMMANDS]
-    return "\n".join(
-        ["Usage: multihot COMMAND --flag=value ...", "", "Commands:", *lines, ""]
-        + ["`multihot COMMAND --help` lists the flags of a command."]
+    lines = "\n".join(f"  {command:<{width}}  {summarize(command)}" for command in COMMANDS)
+    return (
+        f"Usage: multihot COMMAND --flag=value ...\n\nCommands:\n{lines}\n\n"
+        "`multihot COMMAND --help` lists the flags of a command."
     )
 
 
 def _usage(command: str) -> str:
     behind = " -- COMMAND --flag=value ..." if command.startswith(_SUBMITTING) else ""
-    return "\n".join(
-        [
-            f"Usage: multihot {command} --flag=value ...{behind}",
-            "",
-            summarize(command),
-            "",
-            "Flags:",
-            describe_flags(config_of(command)),
-        ]
+    return (
+        f"Usage: multihot {command} --flag=value ...{behind}\n\n{summarize(command)}\n\n"
+        f"Flags:\n{describe_flags(config_of(command))}"
     )
 
 

@@ -1,9 +1,7 @@
 """The settings of the commands that work on data and models: one frozen dataclass a command.
 
-Each command is the module `trainer.<name>` with a `run(config)`. It runs alike on a laptop and on
-what `multihot submit` creates; `cli.py` adds the commands that talk to Google Cloud. `flags.py`
-makes the flags from the fields, whose metadata holds help text and bounds. Nothing heavy is
-imported here, because `multihot --help` reads this file.
+Each command is the module `trainer.<name>` with a `run(config)`; `cli.py` adds those of `launch`.
+Nothing heavy is imported here, because `multihot --help` reads this file.
 """
 
 import dataclasses
@@ -13,18 +11,10 @@ from collections.abc import Mapping
 from dataclasses import dataclass
 from typing import Any, NamedTuple, TypeVar
 
+from trainer import run_config
 from trainer.errors import UserError
 from trainer.flags import changed_option, check_flag, is_unicode, option, parse_kind
-from trainer.run_config import (
-    DEFAULT_SEED,
-    STRATEGIES,
-    DeviceConfig,
-    EvaluateConfig,
-    ExportConfig,
-    ProgressConfig,
-    ReportConfig,
-    TrainConfig,
-)
+from trainer.run_config import DEFAULT_SEED, STRATEGIES, DeviceConfig, ProgressConfig
 
 Config = TypeVar("Config")
 LOCAL_RUNNER = "local"
@@ -36,11 +26,7 @@ _NOT_EMPTY = r"[\s\S]+"
 
 
 def from_dict(kind: type[Config], values: dict[str, Any]) -> Config:
-    """The inverse of `dataclasses.asdict`: rebuilds a config, which checks it again.
-
-    Raises:
-      UserError: for a field that this version does not know.
-    """
+    """The inverse of `dataclasses.asdict`, checks included; UserError for unknown fields."""
     fields = {item.name: item for item in dataclasses.fields(kind)}  # type: ignore[arg-type]
     unknown = sorted(set(values) - set(fields))
     if unknown:
@@ -117,20 +103,13 @@ class InputConfig(ProgressConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.expect(
-            not self.beam_options or self.runner != LOCAL_RUNNER,
-            "beam_options",
-            "none with --runner=local; name a Beam runner",
-        )
+        fits = not self.beam_options or self.runner != LOCAL_RUNNER
+        self.expect(fits, "beam_options", "none with --runner=local; name a Beam runner")
 
 
 @functools.cache
 def parse_split(text: str) -> Mapping[str, float]:
-    """`--split` as the share of each split; the shares sum to 1. A single name takes all rows.
-
-    Raises:
-      UserError: if the text is anything else.
-    """
+    """`--split` as the share of each split; a single name takes all rows. UserError for others."""
     if ":" not in text:
         expected = "a name of letters, digits and _, or name:share pairs"
         check_flag(text.isidentifier(), "split", text, expected)
@@ -143,12 +122,8 @@ def parse_split(text: str) -> Mapping[str, float]:
         except ValueError:
             raise UserError(f"--split={text}: {item!r} is not NAME:SHARE") from None
         check_flag(name.strip().isidentifier(), "split", text, "names of letters and digits")
-    check_flag(
-        all(share > 0 for share in shares.values()) and abs(sum(shares.values()) - 1) < 1e-6,
-        "split",
-        text,
-        "positive shares that sum to 1",
-    )
+    valid = all(share > 0 for share in shares.values()) and abs(sum(shares.values()) - 1) < 1e-6
+    check_flag(valid, "split", text, "positive shares that sum to 1")
     return shares
 
 
@@ -232,21 +207,15 @@ class PrepareConfig(InputConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.expect(
-            0 <= self.window_stride <= self.max_seq_length - 2,
-            "window_stride",
-            f"0 to {self.max_seq_length - 2} tokens: --max_seq_length less [CLS] and [SEP]",
-        )
-        self.expect(
-            self.window_stride == 0 or self.max_windows > 1,
-            "window_stride",
-            "--max_windows of 2 or more beside it: one window has no next one",
-        )
-        self.expect(
-            "" not in self.keep_columns and len(set(self.keep_columns)) == len(self.keep_columns),
-            "keep_columns",
-            "names of columns, each once",
-        )
+        longest = self.max_seq_length - 2
+        expected = f"0 to {longest} tokens: --max_seq_length less [CLS] and [SEP]"
+        self.expect(0 <= self.window_stride <= longest, "window_stride", expected)
+        fits = self.window_stride == 0 or self.max_windows > 1
+        expected = "--max_windows of 2 or more beside it: one window has no next one"
+        self.expect(fits, "window_stride", expected)
+        columns = self.keep_columns
+        valid = "" not in columns and len(set(columns)) == len(columns)
+        self.expect(valid, "keep_columns", "names of columns, each once")
 
     @property
     def split_shares(self) -> Mapping[str, float]:
@@ -263,11 +232,7 @@ class ScoreRule(NamedTuple):
 
 @functools.cache
 def parse_scores(text: str) -> ScoreRule:
-    """`--scores` as a rule.
-
-    Raises:
-      UserError: if the text is anything else.
-    """
+    """`--scores` as a rule; UserError for other texts."""
     kind, number = parse_kind(text)
     if number is None:
         valid, number = kind in ("all", "chosen"), 0.0
@@ -339,19 +304,15 @@ class ScoreConfig(DeviceConfig, InputConfig):
     def __post_init__(self) -> None:
         super().__post_init__()
         self._check_worker()
+        expected = f"none with --runner={self.runner}, which runs the SavedModel as it was exported"
         for name in ("precision", "tokens_per_batch"):
             allowed = (getattr(ScoreConfig, name), "float32")
-            self.expect(
-                self.runner == LOCAL_RUNNER or getattr(self, name) in allowed,
-                name,
-                f"none with --runner={self.runner}, which runs the SavedModel as it was exported",
-            )
-        self.expect(
-            not {"", "id", "labels", "scores"}.intersection(self.keep_columns)
-            and len(set(self.keep_columns)) == len(self.keep_columns),
-            "keep_columns",
-            "names of columns, each once, none of them id, labels or scores",
-        )
+            fits = self.runner == LOCAL_RUNNER or getattr(self, name) in allowed
+            self.expect(fits, name, expected)
+        columns = self.keep_columns
+        taken = {"", "id", "labels", "scores"}.intersection(columns)
+        expected = "names of columns, each once, none of them id, labels or scores"
+        self.expect(not taken and len(set(columns)) == len(columns), "keep_columns", expected)
         for name in ("text_field", "id_field", "keep_columns"):
             found = ",".join(getattr(self, name)) if name == "keep_columns" else getattr(self, name)
             # Bytes of an argument that are not UTF-8 arrive as halves of surrogate pairs.
@@ -364,11 +325,9 @@ class ScoreConfig(DeviceConfig, InputConfig):
             raise UserError(f"--{missing}: expected too, beside the other of the two")
         if index is not None and count is not None:
             self.expect(0 <= index < count, "worker_index", f"0 to {count - 1}, of {count}")
-        self.expect(
-            self.runner == LOCAL_RUNNER or count is None,
-            "num_workers",
-            f"none with --runner={self.runner}, which has workers of its own",
-        )
+        fits = self.runner == LOCAL_RUNNER or count is None
+        expected = f"none with --runner={self.runner}, which has workers of its own"
+        self.expect(fits, "num_workers", expected)
 
     def selection(self) -> ScoreRule:
         """`--scores`, parsed."""
@@ -384,9 +343,9 @@ def absolute(path: str) -> str:
 COMMANDS: dict[str, type] = {
     "sample": SampleConfig,
     "prepare": PrepareConfig,
-    "train": TrainConfig,
-    "evaluate": EvaluateConfig,
-    "report": ReportConfig,
-    "export": ExportConfig,
+    "train": run_config.TrainConfig,
+    "evaluate": run_config.EvaluateConfig,
+    "report": run_config.ReportConfig,
+    "export": run_config.ExportConfig,
     "score": ScoreConfig,
 }

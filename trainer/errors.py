@@ -19,10 +19,7 @@ class UserError(ValueError):
 
 
 class DoesNotFit(Exception):
-    """A step needs more memory than its accelerator has: one line, exit code 3, no traceback.
-
-    The message says what it needs, what there is and what to do.
-    """
+    """A step needs more memory than its accelerator has: one line, exit code 3, no traceback."""
 
     exit_code = DOES_NOT_FIT
 
@@ -30,23 +27,18 @@ class DoesNotFit(Exception):
 class RunAgain(Exception):
     """The run stopped through no fault of its own: one line, exit code 75, no traceback.
 
-    A machine was taken away, or a worker was lost. The same command resumes from the last
-    checkpoint. The message says what happened and what to do.
+    A machine or a worker was lost, say. The same command resumes from the last checkpoint.
     """
 
     exit_code = RUN_AGAIN
 
 
 def end_process(message: str, code: int, standard_error: int = 2) -> NoReturn:
-    """Prints an error line of `train` and ends this process at once. Any thread may call it.
+    """Prints `message` as an error line of `train` and ends this process, from any thread.
 
     It is for threads that watch a main thread which may never return from TensorFlow. Nothing is
     cleaned up. That is as safe as a SIGKILL, because unfinished files have no final name.
-
-    Args:
-      message: becomes one line.
-      code: of the exit.
-      standard_error: file descriptor to write to.
+    `standard_error` is a file descriptor.
     """
     os.write(standard_error, f"multihot train: error: {' '.join(message.split())}\n".encode())
     os._exit(code)

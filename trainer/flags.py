@@ -1,8 +1,7 @@
 """Command-line flags from config dataclasses: their definition, parsing, checks and help text.
 
-Each command has its own absl `FlagValues`, made from the fields of its config dataclass. So the
-dataclass alone states a flag's name, default, bounds and help. The fields of a nested config
-(`TrainConfig.optimizer`) are flags beside the others.
+Each command has its own absl `FlagValues`. The dataclass alone states a flag's name, default,
+bounds and help. A nested config (`TrainConfig.optimizer`) adds its fields as flags.
 """
 
 import dataclasses
@@ -21,6 +20,8 @@ from absl import flags
 
 from trainer.errors import UserError
 
+Config = TypeVar("Config")
+_HELP_WIDTH = 100
 _COMPARISONS = {
     "at_least": operator.ge,
     "above": operator.gt,
@@ -33,15 +34,9 @@ _COMPARISONS = {
 class Option:
     """The help text and the checks of a flag. The value None passes all checks but `required`.
 
-    Attributes:
-      help: what the flag does, with its unit; the help text adds the default.
-      choices: the allowed values, if the flag is an enumeration.
-      required: whether the command refuses to start without a value.
-      at_least, above, at_most, below: bounds of a number.
-      unit: the unit of the bounds in the error text.
-      pattern: regular expression that has to match the whole text.
-      expected: the error text after "expected"; default: made from the bounds and the unit.
-      check: function of the value that raises UserError for one that is not allowed.
+    The bounds are those of a number, in `unit`; the whole text has to match `pattern`. `expected`
+    is the error text after "expected"; default: made from the bounds and the unit. `check` raises
+    UserError for a value that is not allowed.
     """
 
     help: str
@@ -153,10 +148,6 @@ def is_unicode(text: str) -> bool:
     return True
 
 
-Config = TypeVar("Config")
-HELP_WIDTH = 100
-
-
 def value_type(annotation: Any) -> Any:
     """The type of a flag's value: `int` for `int | None`, `tuple` for `tuple[str, ...]`."""
     if typing.get_origin(annotation) in (types.UnionType, typing.Union):
@@ -174,17 +165,13 @@ def option_fields(kind: type) -> Iterator[dataclasses.Field]:
 
 
 class _Number(flags.ArgumentParser):
-    """Parses an integer or a finite number.
-
-    absl's own parsers accept NaN, and their error texts quote Python's.
-    """
+    """An integer or a finite number; absl's own parsers accept NaN, and quote Python's errors."""
 
     def __init__(self, kind: type[int] | type[float]) -> None:
         super().__init__()
         self.kind = kind
 
     def parse(self, argument: Any) -> int | float:
-        """The number, or a ValueError that says what was expected."""
         try:
             value = self.kind(argument)
         except ValueError:
@@ -214,15 +201,10 @@ def define_flags(kind: type) -> flags.FlagValues:
 
 
 def parse_flags(kind: type[Config], arguments: Sequence[str]) -> Config:
-    """A command's arguments as its config.
+    """A command's arguments (`--name=value` or `--name value`) as its config, a `kind`.
 
-    Args:
-      kind: the config dataclass of the command.
-      arguments: what follows the command's name, as `--name=value` or `--name value`.
-
-    Raises:
-      UserError: for an unknown flag, a value of the wrong type or out of range, a required flag
-        that is missing, or an argument that is no flag.
+    Raises UserError for an unknown flag, a value of the wrong type or out of range, a required flag
+    that is missing, or an argument that is no flag.
     """
     values = define_flags(kind)
     try:
@@ -256,10 +238,7 @@ def _build(kind: type[Config], values: flags.FlagValues) -> Config:
 
 
 def describe_flags(kind: type) -> str:
-    """The help text of a command's flags, the required ones first.
-
-    Each has its name, kind of value, meaning, unit and default.
-    """
+    """The help text of a command's flags, the required ones first."""
     fields = sorted(option_fields(kind), key=lambda item: not item.metadata["option"].required)
     return "\n".join(map(_describe, fields))
 
@@ -277,6 +256,6 @@ def _describe(item: dataclasses.Field) -> str:
         shown = str(default).lower() if isinstance(default, bool) else default
         text += f" [default: {shown}]"
     body = textwrap.fill(
-        text, HELP_WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6, break_on_hyphens=False
+        text, _HELP_WIDTH, initial_indent=" " * 6, subsequent_indent=" " * 6, break_on_hyphens=False
     )
     return f"{heading}\n{body}"

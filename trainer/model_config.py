@@ -1,7 +1,4 @@
-"""The settings of a model and of its training step: encoder, micro-batch, optimizer and loss.
-
-Nothing heavy is imported here, because `multihot --help` reads this file.
-"""
+"""The settings of a model and its training step, without heavy imports: `--help` reads them."""
 
 import functools
 from dataclasses import dataclass
@@ -23,11 +20,7 @@ _NOT_NEGATIVE = {"at_least": 0, "expected": "a number not below 0"}
 
 @functools.cache
 def parse_row_groups(text: str) -> tuple[tuple[int, int], ...]:
-    """`48x128,16x256` to ((48, 128), (16, 256)).
-
-    Raises:
-      UserError: if the text is anything else.
-    """
+    """`48x128,16x256` to ((48, 128), (16, 256)); UserError for other texts."""
     try:
         groups = tuple(
             (int(rows), int(length))
@@ -37,12 +30,8 @@ def parse_row_groups(text: str) -> tuple[tuple[int, int], ...]:
         raise UserError(
             f"--row_groups={text}: expected ROWSxLENGTH,..., as 48x128,16x256"
         ) from None
-    check_flag(
-        all(rows > 0 and length > 0 for rows, length in groups),
-        "row_groups",
-        text,
-        "positive rows and lengths",
-    )
+    valid = all(rows > 0 and length > 0 for rows, length in groups)
+    check_flag(valid, "row_groups", text, "positive rows and lengths")
     return groups
 
 
@@ -76,11 +65,9 @@ class EncoderConfig(CheckedConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        self.expect(
-            self.hidden_size % self.num_attention_heads == 0,
-            "hidden_size",
-            f"a multiple of --num_attention_heads={self.num_attention_heads}",
-        )
+        heads = self.num_attention_heads
+        expected = f"a multiple of --num_attention_heads={heads}"
+        self.expect(self.hidden_size % heads == 0, "hidden_size", expected)
 
 
 @dataclass(frozen=True)
@@ -114,19 +101,11 @@ class PackingConfig:
     max_windows: int
 
     def __post_init__(self) -> None:
-        check_flag(
-            len(self.row_groups) > 0
-            and all(rows > 0 and length > 0 for rows, length in self.row_groups),
-            "row_groups",
-            self.row_groups,
-            "one or more ROWSxLENGTH, both positive",
-        )
-        check_flag(
-            0 < self.max_documents <= self.max_windows,
-            "max_documents",
-            self.max_documents,
-            f"between 1 and the {self.max_windows} window slots",
-        )
+        groups, count = self.row_groups, self.max_documents
+        valid = len(groups) > 0 and all(rows > 0 and length > 0 for rows, length in groups)
+        check_flag(valid, "row_groups", groups, "one or more ROWSxLENGTH, both positive")
+        expected = f"between 1 and the {self.max_windows} window slots"
+        check_flag(0 < count <= self.max_windows, "max_documents", count, expected)
 
     @property
     def num_tokens(self) -> int:

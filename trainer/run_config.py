@@ -1,7 +1,4 @@
-"""The settings of the commands that make or read a training run: train, evaluate, report, export.
-
-Nothing heavy is imported here, because `multihot --help` reads this file.
-"""
+"""The settings of train, evaluate, report and export, without heavy imports for `--help`."""
 
 import functools
 from dataclasses import dataclass
@@ -142,9 +139,7 @@ class TrainConfig(TrainStepConfig, DeviceConfig, ProgressConfig, RunConfig):
     )
     eval_split: str = option("validation", "Split of the evaluations while training.")
     best_metric: str = option(
-        "mean_average_precision",
-        "Metric that picks the best checkpoint.",
-        choices=BEST_METRICS,
+        "mean_average_precision", "Metric that picks the best checkpoint.", choices=BEST_METRICS
     )
     patience: int = option(
         0,
@@ -163,11 +158,7 @@ class TrainConfig(TrainStepConfig, DeviceConfig, ProgressConfig, RunConfig):
 
 @functools.cache
 def parse_threshold_for(text: str) -> tuple[str, float]:
-    """`--threshold_for` as kind (overall_f1, f1, precision or recall) and level (0 for F1).
-
-    Raises:
-      UserError: if the text is anything else.
-    """
+    """`--threshold_for` as kind (overall_f1, f1, precision or recall) and level (0 for F1)."""
     kind, level = parse_kind(text)
     if level is None:
         valid, level = kind in ("overall_f1", "f1"), 0.0

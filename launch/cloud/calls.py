@@ -14,13 +14,10 @@ MAX_PAUSE_SECONDS = 30.0
 
 
 def make_client(kind: Any, endpoint_variable: str, **options: Any) -> Any:
-    """A client with the machine's default credentials.
+    """A client, of Google's class `kind`, with the machine's default credentials.
 
-    Args:
-      kind: Google's class of the service's client.
-      endpoint_variable: environment variable that may name another server, which is called without
-        encryption and without credentials.
-      options: arguments of `kind` for Google's own server.
+    The environment variable may name another server, which is called without encryption, without
+    credentials and without `options`.
     """
     endpoint = os.environ.get(endpoint_variable)
     if not endpoint:
@@ -37,11 +34,9 @@ def parent(project: str, location: str) -> str:
 
 
 def pauses(first: float | None = None, seconds: float = math.inf) -> Iterator[float]:
-    """Seconds to wait before each further attempt: twice as long each time, up to a maximum.
+    """Seconds to wait before each further attempt, doubled each time up to a maximum.
 
-    Args:
-      first: the first pause; default: a second.
-      seconds: after which there are no more.
+    There are no more after `seconds`.
     """
     end = time.monotonic() + seconds
     pause = FIRST_PAUSE_SECONDS if first is None else first
@@ -62,13 +57,10 @@ def away() -> tuple[type[Exception], ...]:
 
 
 def retry(seconds: float, on_error: Callable[[Any], None] | None = None) -> Any:
-    """A policy that repeats a call while the service is away.
+    """A policy that repeats a call while the service is away; after `seconds`, RetryError.
 
-    Google's clients repeat none of our calls by themselves.
-
-    Args:
-      seconds: after which the call ends with a RetryError.
-      on_error: gets the exception of each attempt that is going to be repeated.
+    Google's clients repeat none of our calls by themselves. `on_error` gets the exception of each
+    attempt that is going to be repeated.
     """
     from google.api_core.retry import Retry, if_exception_type
 

@@ -1,6 +1,7 @@
 """What a user sees of a running job, read from the bucket; whether the bucket suits the job."""
 
 import json
+import math
 import sys
 import time
 from dataclasses import dataclass, replace
@@ -11,6 +12,13 @@ from launch.machine.reports import Ending, State
 from trainer.errors import RunAgain, UserError
 from trainer.storage import gcs
 
+Record = TypeVar("Record", State, Ending)
+# A machine that has not reported for so long is called silent.
+_SILENT_SECONDS = 120.0
+# Between two lines on what a job does, where its output is not shown.
+_REPORT_SECONDS = 60.0
+_STARTUP = "-startup.log"
+_TAIL_LINES = 20
 # Multi-regions, and Google's own pairs of regions, by what the names of their regions begin with.
 _REGIONS = {
     "us": ("us-",),
@@ -31,13 +39,9 @@ def region_of(zone: str) -> str:
 
 
 def check_bucket(bucket: str, project: str, region: str) -> None:
-    """Checks that a bucket exists and lies in a region.
+    """Raises a UserError unless a bucket exists and lies in a region; RunAgain without an answer.
 
     An account that may use a bucket's objects but not look at the bucket gets a warning.
-
-    Raises:
-      UserError: if it does not.
-      RunAgain: if the store does not answer.
     """
     create = f"gcloud storage buckets create gs://{bucket} --project={project} --location={region}"
     try:
@@ -59,23 +63,11 @@ def check_bucket(bucket: str, project: str, region: str) -> None:
         )
 
 
-Record = TypeVar("Record", State, Ending)
-# A machine that has not reported for so long is called silent.
-_SILENT_SECONDS = 120.0
-# Between two lines on what a job does, where its output is not shown.
-_REPORT_SECONDS = 60.0
-_STARTUP = "-startup.log"
-_TAIL_LINES = 20
-
-
 @dataclass(frozen=True)
 class Outcome:
-    """How a job ended.
+    """How a job ended: the exit code and last line of its last command, or what else ended it.
 
-    Attributes:
-      exit_code: of the command that ended last.
-      message: the last line that the command printed, or what else ended the job.
-      error: to raise instead of an error with that message.
+    `error` is to be raised instead of an error with that message.
     """
 
     exit_code: int
@@ -84,14 +76,9 @@ class Outcome:
 
 
 def read_records(job: Job, kind: type[Record]) -> dict[int, Record]:
-    """The last records of a submission's machines, by host.
+    """The last `State` or `Ending` records of a submission's machines, by host.
 
-    Args:
-      job: whose records; those of other submissions of the same name are left out.
-      kind: `State` (what a machine does) or `Ending` (how it ended).
-
-    Raises:
-      OSError, RunAgain: if the store refuses or does not answer.
+    Those of other submissions of the same name are left out.
     """
     folder = "state" if kind is State else "exit_code"
     urls = [item.url for item in gcs.list_objects(f"{job.folder}/{folder}/host-")]
@@ -110,16 +97,11 @@ class JobLog:
     """The output of one of a job's machines, as it comes into the bucket."""
 
     def __init__(self, job: Job, host: int = 0) -> None:
-        """Args: job, host: whose output."""
         self._prefix = f"{job.folder}/logs/host-{host}/{job.submission}-"
         self._seen: set[str] = set()
 
     def read_new(self) -> str:
-        """The output since the last call, in order.
-
-        Raises:
-          OSError, RunAgain: if the store refuses or does not answer.
-        """
+        """The output since the last call, in order."""
         new = [
             item.url
             for item in gcs.list_objects(self._prefix)
@@ -149,20 +131,13 @@ class Progress:
     def __init__(
         self, job: Job, follow: bool, start: str = "", max_characters: int | None = None
     ) -> None:
-        """Prints nothing yet.
-
-        Args:
-          job: whose output.
-          follow: whether to show all that the job prints.
-          start: what the job does before its first machine has reported.
-          max_characters: of the command's last line that a line shows; None for all.
-        """
+        """`start` stands for a job that has not reported; a line is cut at `max_characters`."""
         self._job = job
         self._log = JobLog(job) if follow else None
         self._line = start
         self._max_characters = max_characters
         self._shown = ""
-        self._looked: float | None = None
+        self._looked = -math.inf
 
     def show_output(self) -> None:
         """Prints the output since the last call, if it is to be shown."""
@@ -172,15 +147,12 @@ class Progress:
     def show_state(self) -> None:
         """Prints what the first machine does, if that is new and the output is not shown."""
         now = time.monotonic()
-        if self._log is not None:
-            return
-        if self._looked is not None and now - self._looked < _REPORT_SECONDS:
+        if self._log is not None or now - self._looked < _REPORT_SECONDS:
             return
         self._looked = now
         state = read_records(self._job, State).get(0)
         if state is not None:
-            line = state.line[: self._max_characters]
-            self._line = describe_state(replace(state, line=line))
+            self._line = describe_state(replace(state, line=state.line[: self._max_characters]))
         if self._line != self._shown:
             self._shown = self._line
             say(f"{self._job.name}: {self._line}")

@@ -1,9 +1,8 @@
 """What a job's machines install: the project's own wheel and the locked requirements.
 
-The wheel is built from the source that this command runs from, so that a job runs what its user
-sees. An installed Multihot packs the wheel from the installed files. The wheel's bytes depend on
-the source alone. Their SHA-256 is part of its name in the job's folder, and the job's machines
-compare it with that of the file that they downloaded.
+The wheel is built from the source that this command runs from, or packed from the installed files:
+a job runs what its user sees. Its bytes depend on the source alone. Their SHA-256 is part of its
+name in the job's folder, and the job's machines compare it with that of their download.
 """
 
 import base64
@@ -41,7 +40,7 @@ print(build_meta.build_wheel(sys.argv[1]))
 
 @dataclass(frozen=True)
 class Package:
-    """The files of a package: their entries in the job's record, and their bytes by name."""
+    """A package's files: their entries in the job's record, and their bytes by name."""
 
     wheel: StoredFile
     requirements: StoredFile
@@ -62,12 +61,7 @@ def build(environment: str) -> Package:
 
 
 def upload(job: Job, package: Package) -> None:
-    """Uploads a package to a job's folder.
-
-    Raises:
-      OSError: if the store refuses it.
-      RunAgain: if the store does not answer.
-    """
+    """Uploads a package to a job's folder; OSError or RunAgain if the store fails."""
     for name, data in package.contents.items():
         url = f"{job.folder}/package/{name}"
         try:

@@ -4,7 +4,6 @@ import contextlib
 import re
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import Any
 
 from trainer.errors import RunAgain, UserError
 
@@ -15,15 +14,9 @@ SIGN_IN = "gcloud auth application-default login"
 class Place:
     """What was requested of which service, for error messages.
 
-    Attributes:
-      api: host of the service, such as `tpu.googleapis.com`.
-      project: that pays.
-      location: zone or region.
-      what: the user's words for what was requested, such as `the custom job NAME`.
-      role: that the caller needs, such as `roles/tpu.admin`.
-      service_account: that the job runs as; None for the project's default.
-      find_locations: command that lists the locations of the accelerator.
-      remove: command that removes what has the same name.
+    `api` is the service's host; `location` a zone or region; `what` the user's words for what was
+    requested, such as `the custom job NAME`. The caller needs `role`. `find_locations` is a command
+    that lists the locations of the accelerator, `remove` one that removes what has the same name.
     """
 
     api: str
@@ -34,18 +27,6 @@ class Place:
     service_account: str | None
     find_locations: str
     remove: str
-
-    @classmethod
-    def of(cls, config: Any, api: str, role: str, **words: str) -> "Place":
-        """A place of a regional service, from a command's flags; words: the other attributes."""
-        return cls(
-            api=api,
-            role=role,
-            project=config.project,
-            location=config.region,
-            service_account=config.service_account,
-            **words,
-        )
 
 
 @contextlib.contextmanager
@@ -63,8 +44,7 @@ def explained(place: Place) -> Iterator[None]:
 def explain(error: Exception, place: Place) -> UserError | RunAgain:
     """The error for the user that an exception of Google's clients stands for.
 
-    Returns:
-      A UserError for what the user can correct; RunAgain for a service that does not answer.
+    A UserError is what the user can correct; RunAgain a service that does not answer.
     """
     from google.api_core import exceptions
     from google.auth.exceptions import DefaultCredentialsError, GoogleAuthError, RefreshError
@@ -78,16 +58,14 @@ def explain(error: Exception, place: Place) -> UserError | RunAgain:
     message = shorten(getattr(error, "message", None) or str(error))
     if isinstance(error, GoogleAuthError):
         return RunAgain(f"Google's sign-in did not answer ({message}); run the same command again")
+    taken = f"{place.what} exists already; take another --name, or remove it: {place.remove}"
+    not_there = (exceptions.NotFound, exceptions.BadRequest)
     kinds = (
         (exceptions.Unauthorized, f"the credentials were refused; sign in: {SIGN_IN}"),
         (exceptions.Forbidden, _explain_refusal(error, message, place)),
         (exceptions.TooManyRequests, _explain_quota(message, place)),
-        (
-            exceptions.Conflict,
-            f"{place.what} exists already; take another --name, or remove it: {place.remove}",
-        ),
-        (exceptions.NotFound, _explain_location(message, place)),
-        (exceptions.BadRequest, _explain_location(message, place)),
+        (exceptions.Conflict, taken),
+        (not_there, _explain_location(message, place)),
     )
     # Subclasses of Conflict and BadRequest that are about a resource's state.
     of_state = isinstance(error, exceptions.Aborted | exceptions.FailedPrecondition)

@@ -31,14 +31,7 @@ class SliceWatch:
         make_request: Callable[[int, int], Any],
         follow: bool,
     ) -> None:
-        """Creates nothing yet.
-
-        Args:
-          resources: of the project and zone.
-          job: the slice's record.
-          make_request: makes the request that creates it, from the attempt and the seconds left.
-          follow: whether to show the job's output.
-        """
+        """Creates nothing yet. `make_request` takes the attempt and the seconds that are left."""
         self.job = job
         self._attempt = 0
         self.is_requested = False
@@ -54,20 +47,15 @@ class SliceWatch:
     def create(self) -> None:
         """Requests the slice; raises as `QueuedResources.create`."""
         self.is_requested = True
-        self._resources.create(self._make_request(self._attempt, self._seconds_left()))
+        seconds_left = max(60, int(self.job.max_seconds - self._seconds_used))
+        self._resources.create(self._make_request(self._attempt, seconds_left))
         self._phase = None
 
     def step(self) -> Outcome | None:
         """Looks at the slice once, prints what is new, and creates or deletes it where needed.
 
-        An error leaves the slice as it is. The next step continues from there.
-
-        Returns:
-          How the job ended, once its slice is deleted; None before.
-
-        Raises:
-          UserError, OSError: if a service refuses a call.
-          RunAgain: if a service does not answer.
+        Returns how the job ended, once its slice is deleted; None before. A service's error
+        (UserError, OSError or RunAgain) leaves the slice as it is; the next step continues.
         """
         if self._is_to_create:
             self._create_again()
@@ -84,7 +72,8 @@ class SliceWatch:
             return Outcome(RUN_AGAIN, "another submission has taken its name")
         if found.phase is Phase.ACTIVE:
             return self._watch_active()
-        was_active = self._stop_clock()
+        was_active = self._active_since is not None
+        self._seconds_used, self._active_since = self._used(), None
         if found.phase is Phase.ABSENT:
             return self._miss()
         self._num_absent = 0
@@ -93,11 +82,7 @@ class SliceWatch:
         return self._give_up(found) if found.phase is Phase.FAILED else None
 
     def cancel(self, seconds: float = 20.0) -> None:
-        """Deletes the slice, if there is one.
-
-        Args:
-          seconds: how long to wait for a slice that was requested and never seen yet.
-        """
+        """Deletes the slice, if there is one; waits `seconds` for a requested one to appear."""
         if not self.is_requested:
             return
         deadline = time.monotonic() + (seconds if self._phase is None else 0.0)
@@ -139,6 +124,7 @@ class SliceWatch:
         say(
             f"{self.job.name} is created again (restart {self._attempt} of {self.job.max_restarts})"
         )
+        # Set before the calls: where one of them fails, the next step makes them again.
         self._is_to_create = True
         self._create_again()
         return None
@@ -181,12 +167,3 @@ class SliceWatch:
         if self._active_since is None:
             return self._seconds_used
         return self._seconds_used + time.monotonic() - self._active_since
-
-    def _stop_clock(self) -> bool:
-        """Stops counting the slice's time; whether it was active until now."""
-        was_active = self._active_since is not None
-        self._seconds_used, self._active_since = self._used(), None
-        return was_active
-
-    def _seconds_left(self) -> int:
-        return max(60, int(self.job.max_seconds - self._seconds_used))

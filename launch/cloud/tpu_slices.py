@@ -1,10 +1,8 @@
 """Queued resources of Cloud TPU: the requests that create them; creating, finding, deleting them.
 
-Google's own client sends the requests. Every call is repeated while the service is away. If the
-answer to a creation is lost, the repeated request finds its own resource under the job's name: the
-resource's metadata says which submission it belongs to.
-
-MULTIHOT_TPU_ENDPOINT names another server, called without encryption and without credentials.
+Every call is repeated while the service is away. If the answer to a creation is lost, the repeated
+request finds its own resource by the submission in the resource's metadata. MULTIHOT_TPU_ENDPOINT
+names another server, called without encryption and without credentials.
 """
 
 import contextlib
@@ -49,14 +47,9 @@ def make_create_request(
     attempt: int = 0,
     seconds_left: int | None = None,
 ) -> Any:
-    """The CreateQueuedResourceRequest of a job.
+    """The CreateQueuedResourceRequest of a job, whose slice was taken away `attempt` times before.
 
-    Args:
-      config: the command's flags.
-      slice_of_chips: that `config.accelerator` names.
-      job: the slice's record.
-      attempt: how often the slice was taken away before.
-      seconds_left: of the job's `max_seconds`; default: all of them.
+    `seconds_left` are those of the job's `max_seconds`; default: all of them.
     """
     import google.cloud.tpu_v2 as tpu_v2
 
@@ -108,10 +101,8 @@ def _make_node(config: SubmitTpuConfig, slice_of_chips: TpuSlice, job: Job) -> A
 def make_metadata(job: Job, attempt: int, seconds_left: int | None = None) -> dict[str, str]:
     """The metadata of a slice's hosts, which startup.sh reads.
 
-    What its watchdog needs has keys of its own, because Bash cannot parse the record's JSON.
-
-    Raises:
-      UserError: for commands that are longer than a value of the metadata may be.
+    What its watchdog needs has keys of its own, because Bash cannot parse the record's JSON. Raises
+    UserError for commands that are longer than a value of the metadata may be.
     """
     folder = Path(__file__).parents[1] / "machine"
     record = json.dumps(dataclasses.asdict(job), sort_keys=True)
@@ -162,12 +153,8 @@ _PHASES = {
 class ResourceState:
     """A queued resource as it is now.
 
-    Attributes:
-      phase: how far it has come.
-      state: Google's name of its state.
-      submission: which submission created it; "" if Multihot did not.
-      job: the job's name as the user gave it; "" if Multihot did not create it.
-      resource: Google's message; None if the resource is absent.
+    `state` is Google's name of its state, `job` the job's name as the user gave it, and `resource`
+    Google's message. `submission` and `job` are "" if Multihot did not create it.
     """
 
     phase: Phase
@@ -184,11 +171,6 @@ class QueuedResources:
     """
 
     def __init__(self, project: str, zone: str, service_account: str | None = None) -> None:
-        """Creates a client.
-
-        Raises:
-          UserError: without credentials.
-        """
         import google.cloud.tpu_v2 as tpu_v2
 
         self._parent = calls.parent(project, zone)
@@ -215,9 +197,7 @@ class QueuedResources:
     def create(self, request: Any) -> None:
         """Requests a queued resource, and waits until the service has accepted the request.
 
-        Raises:
-          UserError: if it is refused, or another submission's resource has that name.
-          RunAgain: if the service does not answer.
+        UserError also if another submission's resource has that name.
         """
         from google.api_core.exceptions import AlreadyExists
 
@@ -255,11 +235,10 @@ class QueuedResources:
         from google.cloud.tpu_v2 import Node
 
         lost = (Node.State.PREEMPTED, Node.State.TERMINATED, Node.State.STOPPED)
-        try:
+        with contextlib.suppress(NotFound):
             node = self._client.get_node(name=f"{self._parent}/nodes/{name}", **_options())
-        except NotFound:
-            return False
-        return node.state in lost
+            return node.state in lost
+        return False
 
     def list_ours(self) -> Iterator[Any]:
         """The queued resources whose labels mark them as Multihot's."""
@@ -278,11 +257,7 @@ class QueuedResources:
         """Deletes a queued resource and its node, and waits until both are gone.
 
         The service may refuse this for a while for a resource that is still being created. The
-        request is then repeated.
-
-        Raises:
-          UserError: if the service refuses.
-          RunAgain: if the service does not answer, or the resource is still there at the deadline.
+        request is then repeated. RunAgain also if the resource is still there at the deadline.
         """
         from google.api_core import exceptions
 
@@ -329,13 +304,7 @@ def _options() -> dict[str, Any]:
 
 
 def _wait_for(operation: Any, seconds: float) -> None:
-    """Waits for a long-running operation, at most that long.
-
-    An operation that takes longer is no error: the caller looks at the resource itself.
-
-    Raises:
-      GoogleAPICallError: that the operation ended with.
-    """
+    """Waits for an operation. A timeout is no error: the caller looks at the resource itself."""
     from google.api_core.future.polling import DEFAULT_POLLING
 
     polling = DEFAULT_POLLING.with_delay(

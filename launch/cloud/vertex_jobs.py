@@ -1,12 +1,9 @@
 """Custom jobs of Vertex AI: the requests that create them; creating, finding and cancelling them.
 
-Worker pool 0 is the chief, one machine; pool 1 holds the other machines. Vertex AI tells each
-machine its place by TF_CONFIG. The machines' container is any image with Python. It runs
-launch/machine/bootstrap.py, which is passed to Python as text, installs the job's wheel and its
-locked dependencies, and then runs the job's commands. The job's record comes as JSON in one
-variable of the environment. No shell is involved.
-
-MULTIHOT_VERTEX_ENDPOINT names another server, called without encryption and without credentials.
+Worker pool 0 is the chief, one machine; pool 1 holds the others. TF_CONFIG tells each its place.
+Their container, any image with Python, runs the text of launch/machine/bootstrap.py, which reads
+the job's record from a variable of the environment. No shell is involved. MULTIHOT_VERTEX_ENDPOINT
+names another server, called without encryption and without credentials.
 """
 
 import re
@@ -46,13 +43,7 @@ Answer = TypeVar("Answer")
 
 
 def build_request(config: SubmitVertexConfig, machine: VertexMachine, job: Job) -> Any:
-    """The CreateCustomJobRequest of a job.
-
-    Args:
-      config: the command's flags.
-      machine: that `config.accelerator` names.
-      job: the job's record, which is passed to the machines.
-    """
+    """The CreateCustomJobRequest of a job, whose record is passed to the machines."""
     from google.cloud.aiplatform_v1 import types
     from google.protobuf import duration_pb2
 
@@ -127,11 +118,8 @@ def create(client: Any, request: Any) -> Any:
 
     Vertex AI has no identity for a request by which it could recognise a repeated one. So after a
     lost answer the jobs with the label of this submission are listed before the request is sent
-    again. If there are several jobs in the end, all but the first are cancelled.
-
-    Raises:
-      GoogleAPICallError: if the service refuses the request.
-      RunAgain: if the service does not answer.
+    again. If there are several jobs in the end, all but the first are cancelled. Raises
+    GoogleAPICallError if the service refuses the request, and RunAgain if it does not answer.
     """
     lost = None
     for pause in calls.pauses(seconds=_DEADLINE_SECONDS):
@@ -154,16 +142,9 @@ def find_submission(client: Any, request: Any) -> list[Any]:
 
 
 def _cancel_others(client: Any, request: Any, made: Any = None) -> Any:
-    """The first of the jobs that a request has created, after the others were cancelled.
-
-    Args:
-      client: of the service.
-      request: that created them.
-      made: one of them; the list may not have it yet.
-    """
-    jobs = {job.name: job for job in find_submission(client, request)}
-    if made is not None:
-        jobs.setdefault(made.name, made)
+    """The first of a request's jobs; cancels the others. The list may not have `made` yet."""
+    found = [made, *find_submission(client, request)]
+    jobs = {job.name: job for job in found if job is not None}
     first, *others = sorted(jobs.values(), key=lambda job: (job.create_time, job.name))
     for other in others:
         print(f"warning: {other.name} was made twice over; ending it", file=sys.stderr)
@@ -174,9 +155,7 @@ def _cancel_others(client: Any, request: Any, made: Any = None) -> Any:
 def find(client: Any, project: str, region: str, name: str | None = None) -> list[Any]:
     """Multihot's custom jobs of a region, or those of one name, the newest first.
 
-    Raises:
-      GoogleAPICallError: if the service refuses the request.
-      RunAgain: if the service does not answer.
+    Raises GoogleAPICallError if the service refuses the request, RunAgain if it does not answer.
     """
     condition = f"labels.{JOB_LABEL}={name}" if name else f"labels.{JOB_LABEL}:*"
     jobs = _list(client, calls.parent(project, region), condition)
@@ -226,14 +205,8 @@ def _no_answer(reason: object) -> RunAgain:
 
 
 def _check_address(error: Any) -> None:
-    """Tells a region that does not exist from a service that is away.
-
-    Vertex AI has a server for each region, so that the name of an unknown region's does not
-    resolve, which gRPC reports as UNAVAILABLE.
-
-    Raises:
-      UserError: if the server's name does not resolve.
-    """
+    """Raises a UserError if the server's name does not resolve: there is no such region."""
+    # Each region has a server of its own. gRPC reports a name that does not resolve as UNAVAILABLE.
     unknown = re.search(r"(?:errors resolving|resolution failed for) (\S+)-aipl", error.message)
     if unknown:
         raise UserError(

@@ -3,12 +3,10 @@
     python3 bootstrap.py JOB_FILE WORK_DIR [FLAGS OF launch.machine.node ...]
 
 JOB_FILE is a job's record (launch/job.py); `-` stands for the text in $MULTIHOT_JOB. This file uses
-only the standard library of Python 3.8 or newer, because Multihot is not installed yet. It
-downloads the package with the machine's own account, checks its SHA-256, and installs the
-dependencies by their hashes. A second run in the same WORK_DIR uses what the first one installed.
-
-GCE_METADATA_HOST and STORAGE_EMULATOR_HOST name other servers, and MULTIHOT_SITE_PACKAGES a folder
-of installed dependencies to use instead of installing them.
+only the standard library of Python 3.8 or newer, because Multihot is not installed yet. A second
+run in the same WORK_DIR uses what the first one installed. GCE_METADATA_HOST and
+STORAGE_EMULATOR_HOST name other servers, and MULTIHOT_SITE_PACKAGES a folder of installed
+dependencies to use.
 """
 
 from __future__ import annotations

@@ -2,10 +2,8 @@
 
     python -m launch.machine.node JOB_FILE WORK_DIR [--host=K] [--attempt=A] [--endpoints=…]
 
-The commands run one after the other, each in its own process. A command that ends with exit code 75
-("run again") is restarted, up to the job's --max_restarts. Commands that were done before the
-machine was taken away are not run again. Their output goes to `logs/host-K/` in pieces, this
-machine's state to `state/host-K.json` every few seconds, and its end to `exit_code/host-K`.
+A command that ends with exit code 75 ("run again") is restarted, up to the job's --max_restarts.
+Commands that were done before the machine was taken away are not run again.
 
 On a slice of several hosts the first host runs the commands. Its TensorFlow uses the chips of the
 others through a server that runs there (launch/machine/tpu_runtime.py). With TF_CONFIG, all
@@ -35,6 +33,7 @@ RUNTIME_PORT = 8470
 _PAUSE_SECONDS = 30.0
 _OF_CLUSTER = ("TF_CONFIG", "CLUSTER_SPEC")
 _POLL_SECONDS = 0.5
+# Each host installs the package on its own, some of them later than the first.
 _SERVERS_SECONDS = 1800.0
 
 
@@ -74,7 +73,7 @@ class Node:
         for index, command in enumerate(self.job.commands):
             if index < num_done:
                 self.reporter.say(f"{command[0]} was done before")
-            elif self._is_mine(command):
+            elif self.host == 0 or command[0] in SHARED:
                 code = self._run_command(index, command)
                 if code != 0:
                     return code
@@ -82,14 +81,8 @@ class Node:
                     self.reporter.record_num_done(index + 1)
         return 0
 
-    def _is_mine(self, command: Sequence[str]) -> bool:
-        return self.host == 0 or command[0] in SHARED
-
     def _await_servers(self) -> int:
-        """Waits until all hosts of a slice serve their chips; returns an exit code.
-
-        Each host installs the package on its own, some of them later than this one.
-        """
+        """Waits until all hosts of a slice serve their chips; returns an exit code."""
         hosts = tuple(f"{address}:{RUNTIME_PORT}" for address in self.addresses)
         cluster = Cluster(("this host", *hosts), 0, "the slice")
         self.reporter.begin(f"waiting for {len(hosts)} hosts to serve their chips")
@@ -128,15 +121,10 @@ class Node:
         return (*command, f"--tpu={hosts}")
 
     def _run_process(self, command: Sequence[str], what: str, shared: bool = True) -> int:
-        """Runs a process and passes its output to the reporter.
+        """Runs a process that does `what`, and passes its output to the reporter.
 
-        Args:
-          command: the program and its arguments.
-          what: the process does, for the user.
-          shared: whether the process gets the variables that name the other machines.
-
-        Returns:
-          Its exit code; 128 plus the signal's number if a signal ended it, as in shells.
+        Returns its exit code; 128 plus the signal's number if a signal ended it, as in shells. The
+        variables that name the other machines are for commands that share their work.
         """
         self.reporter.begin(what)
         variables = {
@@ -189,10 +177,7 @@ def runtime_command() -> list[str]:
 
 
 def parse_endpoints(text: str) -> list[str]:
-    """The hosts' addresses from the metadata's `worker-network-endpoints`, in order.
-
-    Entries look like `unknown:unknown:10.128.0.5`.
-    """
+    """The addresses in the metadata's `worker-network-endpoints`: `unknown:unknown:10.0.0.5,…`."""
     return [item.rpartition(":")[2].strip() for item in text.split(",") if item.strip()]
 
 

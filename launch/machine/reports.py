@@ -23,14 +23,9 @@ _DONE = "state/done.json"
 
 @dataclass(frozen=True)
 class State:
-    """What a machine does at one moment.
+    """What a machine does at one moment (`time`, in seconds since 1970).
 
-    Attributes:
-      submission, attempt: which run of which submission it is part of.
-      host: which machine.
-      what: the machine does, for the user.
-      line: the last line of its command, progress bars included.
-      time: the moment, in seconds since 1970.
+    `line` is the last line of its command, progress bars included.
     """
 
     submission: str
@@ -59,7 +54,6 @@ class Reporter:
     """
 
     def __init__(self, job: Job, host: int, attempt: int, interval: float = _INTERVAL_SECONDS):
-        """Args: job, host, attempt: whose output; interval: seconds between two uploads."""
         self._job, self._host, self._attempt = job, host, attempt
         self._interval = interval
         self._what = "starting"

@@ -1,8 +1,8 @@
 """Serves the TPU chips of one host of a slice to the TensorFlow of another (run with `python -m`).
 
-TensorFlow for TPUs has that server in tensorflow.python.tools.grpc_tpu_worker. The entry point
-there has a table of the kinds of chips and fails for newer ones. Newer libtpu finds the shape of
-the slice by itself, so that this module sets the remaining variables only.
+The server is TensorFlow's own grpc_tpu_worker. Its entry point has a table of the kinds of chips
+and fails for newer ones. Newer libtpu finds the shape of the slice by itself, so that this module
+sets the remaining variables only.
 """
 
 import os
