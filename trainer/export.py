@@ -45,8 +45,8 @@ _UPLOADED = re.compile(r"[\w.-]+\.(json|safetensors|txt)|saved_model/.*")
 def run(config: ExportConfig) -> None:
     """Writes the model folder, whole or not at all; nothing if it is there already.
 
-    Raises:
-      UserError: if the run has no checkpoint or calibration that fits, or the folder is taken.
+    A UserError says that the run has no checkpoint or calibration that fits, or the folder is
+    taken.
     """
     if _is_up_to_date(config):
         print(f"{config.export_dir}: exported from this checkpoint already; nothing to do")
@@ -61,10 +61,7 @@ def run(config: ExportConfig) -> None:
 
 
 def _is_up_to_date(config: ExportConfig) -> bool:
-    """Whether the folder holds the model of the same checkpoint with the same calibration.
-
-    Then a chain of commands that was interrupted can be run again.
-    """
+    """Whether the folder holds this checkpoint and calibration, as when a command is run again."""
     place = config.export_dir.rstrip("/")
     path = f"{place}/{MULTIHOT_FILE}"
     if filesystem.is_remote(place):
@@ -95,10 +92,7 @@ def _is_up_to_date(config: ExportConfig) -> bool:
 def _check_vacant(url: str) -> dict[str, int]:
     """Refuses a folder of Cloud Storage that holds a model or anything but parts of one.
 
-    Parts of a model without multihot.json are what an interrupted upload left.
-
-    Returns:
-      The generations of these parts by name.
+    Parts without multihot.json are what an interrupted upload left: their generations by name.
     """
     found = {item.url.removeprefix(f"{url}/"): item for item in list_objects(f"{url}/")}
     strange = sorted(name for name in found if not _UPLOADED.fullmatch(name))

@@ -89,11 +89,9 @@ class ScoringRun:
 def run(config: ScoreConfig) -> ScoreSummary:
     """Scores every row of this worker's parts that are not done yet, and says what was done.
 
-    Raises:
-      UserError: if an input, the model or the output folder is not usable, the folder was begun
-        with another model, other inputs or other settings, too many rows cannot be used, or
-        another process writes the same part.
-      RunAgain: if worker 0 does not write a plan, or a store does not answer.
+    A UserError refuses inputs, a model or an output folder that is not usable, a folder that was
+    begun with other settings, too many rows that cannot be used, or a second process that writes
+    the same part. RunAgain says that worker 0 writes no plan, or that a store does not answer.
     """
     with own_temporary_files():
         return _run(config)
@@ -157,7 +155,7 @@ def _open_run(config: ScoreConfig, worker_index: int) -> ScoringRun:
 
 
 def _find_worker(config: ScoreConfig) -> tuple[int, int]:
-    """Which worker this is, and of how many."""
+    """The index of this worker, and the number of workers."""
     if config.runner != LOCAL_RUNNER:
         return 0, 1
     if config.worker_index is not None and config.num_workers is not None:
@@ -180,10 +178,7 @@ def _check_inputs(config: ScoreConfig, paths: Sequence[str], columns: Columns) -
 
 
 def _check_kept(paths: Sequence[str], columns: Columns) -> None:
-    """Checks that each column to keep is one that some input has.
-
-    A field that the first rows of JSONL lack may come later: that is a warning.
-    """
+    """Checks the columns to keep; a field may be absent from JSONL's first rows: a warning."""
     found: dict[str, None] = {}
     for names in for_each_file(paths, column_names):
         found |= dict.fromkeys(names or ())

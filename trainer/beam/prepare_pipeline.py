@@ -52,11 +52,7 @@ def save_value(path: str, value: Any) -> None:
 
 
 def load_value(path: str) -> Any:
-    """The value of a file that `save_value` wrote.
-
-    Raises:
-      UserError: if the file is not there or not whole.
-    """
+    """The value of a file that `save_value` wrote; a UserError if it is not there or not whole."""
     try:
         with np.load(path, allow_pickle=False) as file:
             return _decode(json.loads(file["value"].tobytes()), file)
@@ -101,10 +97,12 @@ def _decode(value: Any, arrays: Any) -> Any:
 
 
 class BeamPool:
-    """Maps functions over tasks by a Beam runner, as a pool of processes does by processes."""
+    """Maps functions over tasks by a Beam runner, as a pool of processes does by processes.
+
+    All workers have to share the folder `work_dir`.
+    """
 
     def __init__(self, runner: BeamRunner, work_dir: str) -> None:
-        """Makes the pool; all workers have to share the folder `work_dir`."""
         self._runner = runner
         self._work_dir = os.path.abspath(work_dir)
         self._num_calls = 0
@@ -112,15 +110,8 @@ class BeamPool:
     def map(self, function: Callable[..., Any], /, *arguments: Iterable[Any]) -> Iterator[Any]:
         """Calls a function with the first of all arguments, with the second of all, and so on.
 
-        Args:
-          function: pickles.
-          *arguments: as many of each as there are calls.
-
-        Returns:
-          The results in order, once all are there.
-
-        Raises:
-          UserError, RunAgain, OSError: what a call raised.
+        The function has to pickle. The results come in order, once all are there. A UserError,
+        RunAgain or OSError of a call is raised here.
         """
         self._num_calls += 1
         folder = os.path.join(self._work_dir, f"call-{self._num_calls}")

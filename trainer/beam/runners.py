@@ -38,9 +38,8 @@ class WorkerFault(Exception):
 def marked_faults() -> Iterator[None]:
     """Marks exceptions of the block that the command line reports in one line.
 
-    Raises:
-      WorkerFault: in the place of a UserError, a RunAgain, an OSError, or what TensorFlow says of a
-        store that does not answer.
+    A WorkerFault takes the place of a UserError, a RunAgain, an OSError, or what TensorFlow says of
+    a store that does not answer.
     """
     try:
         yield
@@ -79,8 +78,7 @@ def _find_fault(error: BaseException) -> Exception | None:
 def open_runner(name: str, options: Sequence[str]) -> "BeamRunner | None":
     """The runner of `--runner` with its `--beam_options`; None where the command runs by itself.
 
-    Raises:
-      UserError: if Beam has no such runner or option.
+    A UserError says that Beam has no such runner or option.
     """
     return None if name == LOCAL_RUNNER else BeamRunner(name, options)
 
@@ -88,12 +86,10 @@ def open_runner(name: str, options: Sequence[str]) -> "BeamRunner | None":
 class BeamRunner:
     """A runner and its options, checked; runs one pipeline after the other.
 
-    Attributes:
-      is_local: whether everything runs on this machine, which holds what is grouped in memory.
+    `is_local`: everything runs on this machine, which holds what is grouped in memory.
     """
 
     def __init__(self, name: str, arguments: Sequence[str]) -> None:
-        """Finds the runner; the arguments and errors are those of `open_runner`."""
         self._name = name
         self._arguments = _whole_arguments(arguments)
         self.is_local = name.lower() in _IN_THIS_PROCESS
@@ -146,10 +142,8 @@ class BeamRunner:
         """Builds a pipeline, runs it to its end, and prints its counters.
 
         A cluster's job is cancelled when this command is interrupted: nobody would look at it.
-
-        Raises:
-          UserError, RunAgain, OSError: what a worker marked; UserError also for a job that did not
-            end well.
+        Raises what a worker marked (UserError, RunAgain, OSError), and a UserError if the job did
+        not end well.
         """
         from apache_beam.metrics import MetricsFilter
         from apache_beam.runners.runner import PipelineState

@@ -68,10 +68,7 @@ Item = TypeVar("Item")
 
 
 class PackedModelHandler(ModelHandler[MicroBatch, np.ndarray, Any]):
-    """The SavedModel's `packed` for RunInference: micro-batches to probabilities, float32 [D, L].
-
-    Beam loads the model once a process.
-    """
+    """The SavedModel's `packed` for RunInference: micro-batches to float32 [D, L] probabilities."""
 
     def __init__(self, folder: str, fingerprint: str) -> None:
         super().__init__()
@@ -128,7 +125,6 @@ class ScoreJob:
     versions: FileVersions
 
     def load_plan(self) -> Plan:
-        """The plan, which the command wrote."""
         plan = load_plan(open_output(self.output_dir))
         assert plan is not None
         return plan
@@ -155,7 +151,6 @@ class PackParts(beam.DoFn):
         self._job = job
 
     def setup(self) -> None:
-        """Reads plan and tokenizer, once a worker."""
         with marked_faults(), local_model(self._job.model) as folder:
             self._plan = self._job.load_plan()
             check_fingerprint(folder, self._job.fingerprint)
@@ -214,11 +209,7 @@ def _count(name: str, number: int) -> None:
 
 
 def keep_documents(result: tuple[PackedDocuments, np.ndarray], model: str) -> RankedScores:
-    """A micro-batch's documents with their probabilities, without those of empty slots.
-
-    Raises:
-      WorkerFault: if one is not finite.
-    """
+    """A micro-batch's documents with their probabilities, which must be finite; no empty slots."""
     documents, probabilities = result
     scores = DocumentScores(documents.ids, probabilities[documents.slots], documents.kept)
     with marked_faults():
@@ -234,7 +225,6 @@ class WriteParts(beam.DoFn):
         self._job = job
 
     def setup(self) -> None:
-        """Reads the plan, once a worker."""
         with marked_faults():
             self._plan = self._job.load_plan()
 
@@ -309,10 +299,8 @@ def score_parts(
 ) -> None:
     """Scores the waiting parts (indices, ascending): in one job, or on this machine in several.
 
-    Calls `on_written` when a pipeline has written its parts.
-
-    Raises:
-      UserError, RunAgain, OSError: what a worker met.
+    Calls `on_written` when a pipeline has written its parts. Raises what a worker met: a UserError,
+    RunAgain or OSError.
     """
     cells_a_row = len(job.layout.labels) + _KEPT_CELLS * len(job.columns.kept)
     limits = cells_a_row, _LOCAL_CELLS if runner.is_local else None

@@ -52,10 +52,8 @@ _FIELDS = {"labels", "head", "max_seq_length", "packing", "thresholds", "fingerp
 class TextEncoder:
     """Texts to windows of token ids, as a model folder says.
 
-    Attributes:
-      tokenizer: what turns a text into ids.
-      max_seq_length: longest window in tokens, [CLS] and [SEP] included.
-      window_stride, max_windows: as `Tokenizer.encode_windows` takes them.
+    `max_seq_length` is that of a window in tokens, [CLS] and [SEP] included; `window_stride` and
+    `max_windows` are as `Tokenizer.encode_windows` takes them.
     """
 
     tokenizer: Tokenizer
@@ -79,12 +77,10 @@ class TextEncoder:
 class ModelFolder(TextEncoder):
     """A model folder, ready to score.
 
-    Attributes:
-      labels: L names.
-      thresholds: float64 [L], NaN for a label that is never predicted.
-      packing: the shape of the micro-batches that the SavedModel's `packed` takes.
-      model: whose logits' sigmoids are calibrated probabilities.
-      fingerprint: of the folder's weights, labels, thresholds and tokenizer (SHA-256).
+    `thresholds` are float64 [L], NaN for a label that is never predicted. `packing` is the shape of
+    the micro-batches that the SavedModel's `packed` takes. The sigmoids of the model's logits are
+    calibrated probabilities. `fingerprint` is the SHA-256 of weights, labels, thresholds and
+    tokenizer.
     """
 
     labels: tuple[str, ...]
@@ -95,14 +91,9 @@ class ModelFolder(TextEncoder):
 
 
 def load_model_folder(folder: str, precision: str = "float32") -> ModelFolder:
-    """Loads a model folder.
+    """Loads a model folder, from here or from Cloud Storage, in float32 or mixed_bfloat16.
 
-    Args:
-      folder: what `multihot export` wrote, here or in Cloud Storage.
-      precision: `float32` or `mixed_bfloat16`.
-
-    Raises:
-      UserError: if it is not a model folder, or a damaged one.
+    A UserError says that it is no model folder, or a damaged one.
     """
     with local_model(folder) as copy:
         return _load_local(copy, precision)
@@ -112,12 +103,8 @@ def load_model_folder(folder: str, precision: str = "float32") -> ModelFolder:
 def local_model(folder: str, below: bool = False) -> Iterator[str]:
     """A model folder as a local one: itself, or a copy that is removed afterwards.
 
-    Args:
-      folder: what `multihot export` wrote, here or in Cloud Storage.
-      below: whether the copy has the folders in it too, and so the SavedModel.
-
-    Raises:
-      UserError: that of the block, with the URL in the place of the copy's path.
+    With `below` the copy has the folders in it too, and so the SavedModel. A UserError of the block
+    names the URL in the place of the copy's path.
     """
     if not filesystem.is_remote(folder):
         yield folder
@@ -132,11 +119,7 @@ def local_model(folder: str, below: bool = False) -> Iterator[str]:
 
 
 def load_text_encoder(folder: str) -> TextEncoder:
-    """What a local model folder says of texts, without its model.
-
-    Raises:
-      UserError: if it is not a model folder, or a damaged one.
-    """
+    """What a local model folder says of texts, without its model; a UserError if it is damaged."""
     return _text_encoder(folder, _read_description(folder))
 
 
@@ -215,11 +198,7 @@ def _fingerprint(folder: str) -> str:
 
 
 def check_fingerprint(folder: str, expected: str) -> None:
-    """Checks that a local model folder is the one that a plan was made for.
-
-    Raises:
-      UserError: if it is another, or lacks files.
-    """
+    """Checks, by a UserError, that a local model folder is the one that a plan was made for."""
     try:
         found = _fingerprint(folder)
     except FileNotFoundError as error:
@@ -245,11 +224,7 @@ def _digest_saved_model(folder: str) -> str:
 
 
 def check_saved_model(folder: str) -> None:
-    """Checks a local model folder's SavedModel against what `multihot export` wrote.
-
-    Raises:
-      UserError: if it is another, or damaged.
-    """
+    """Checks, by a UserError, that the SavedModel of a local model folder is as exported."""
     try:
         with open(os.path.join(folder, _DIGEST_FILE), encoding="utf-8") as file:
             expected = json.load(file)["sha256"]
@@ -282,12 +257,8 @@ def save_model_folder(
 ) -> None:
     """Writes a model folder to an empty local folder.
 
-    Args:
-      folder: the folder.
-      model: in float32, with the calibration folded into its head.
-      tokenizer: of the data that it was trained on.
-      packing: the shape of the micro-batches that the SavedModel's `packed` takes.
-      description: what multihot.json says.
+    The model is in float32, with the calibration folded into its head. `description` is what
+    multihot.json says.
     """
     _write_weights(model, folder)
     _write_config(model.config, description["labels"], tokenizer.pad_id, folder)

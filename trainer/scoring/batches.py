@@ -32,13 +32,10 @@ Encode = Callable[[list[str]], tuple[list[list[list[int]]], list[bool]]]
 
 @dataclass
 class _PartRows:
-    """Consecutive rows of one part.
+    """Consecutive rows of one part: N that can be used, and the rejected ones beside them.
 
-    Attributes:
-      part: index of the part.
-      ids, kept: N ids, and tuples of the kept columns' values.
-      rejected: the rows that cannot be used, which are not among the N.
-      carried: characters of ids and kept columns, which stay in memory until they are written.
+    `kept` are tuples of the kept columns' values. `carried` counts the characters of ids and kept
+    columns, which stay in memory until they are written.
     """
 
     part: int
@@ -50,13 +47,10 @@ class _PartRows:
 
 @dataclass
 class RawBatch(_PartRows):
-    """Consecutive rows of one part, as read.
+    """Consecutive rows of one part, as read; the part's last ones if `ends_part`.
 
-    Attributes:
-      texts, windows: of each row either a text and None, or, if it comes tokenised, an empty text
-        and its windows.
-      characters: of texts, ids and kept columns.
-      ends_part: whether they are the part's last rows.
+    A row has a text and None for its windows, or, if it comes tokenised, an empty text and its
+    windows. `characters` counts those of texts, ids and kept columns.
     """
 
     texts: list[str] = field(default_factory=list)
@@ -105,12 +99,9 @@ class RawBatch(_PartRows):
 def read_raw_batches(
     parts: Sequence[Part], waiting: Sequence[int], columns: Columns, limits: TokenLimits
 ) -> Generator[RawBatch, None, None]:
-    """Reads the rows of the waiting parts, in order; each part has a last batch of its own.
+    """Reads the rows of the waiting parts (ascending indices); no batch spans two parts.
 
-    Args:
-      parts, waiting: all parts of the plan, and the indices of those to read, ascending.
-      columns: of the rows.
-      limits: of rows that come tokenised; a row that exceeds them counts as rejected.
+    A row that comes tokenised and exceeds the limits counts as rejected.
     """
     by_part = itertools.groupby(_read_rows(parts, waiting, columns), lambda item: item[0])
     upcoming = next(by_part, None)
@@ -140,12 +131,9 @@ def _read_rows(
 class TokenBatch(_PartRows):
     """Consecutive rows of one part, tokenised: N documents, enough of them to pack well.
 
-    Attributes:
-      tokens: int32 arrays, whose concatenation holds all tokens.
-      window_lengths, window_counts: int64 arrays, likewise: tokens of each window, and windows of
-        each document.
-      num_tokens, num_truncated: tokens, and documents that lost some.
-      probabilities: float32 [N, L], filled one micro-batch after the other.
+    The concatenations of `tokens` (int32), `window_lengths` and `window_counts` (int64) hold all
+    tokens, the tokens of each window, and the windows of each document. `num_truncated` documents
+    lost tokens. `probabilities` (float32 [N, L]) are filled one micro-batch after the other.
     """
 
     tokens: list[np.ndarray] = field(default_factory=list)
@@ -206,8 +194,7 @@ def tokenize(
 class BatchPacker:
     """Packs token batches of at least one document into micro-batches, as `pack` does.
 
-    Attributes:
-      num_traces: how often TensorFlow traced the packing: once, whatever the batches.
+    `num_traces` counts how often TensorFlow traced the packing: once, whatever the batches.
     """
 
     def __init__(self, packing: PackingConfig) -> None:
@@ -235,11 +222,7 @@ class BatchPacker:
 
 
 def check_finite(model: str, documents: DocumentScores) -> None:
-    """Checks that all probabilities are numbers.
-
-    Raises:
-      UserError: naming the model folder and the first document that has one that is not.
-    """
+    """Checks that all probabilities are finite; a UserError names the first bad document."""
     finite = np.isfinite(documents.probabilities).all(axis=1)
     if not finite.all():
         identifier = documents.ids[int(np.argmin(finite))]

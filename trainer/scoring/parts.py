@@ -96,8 +96,7 @@ class PartWriter:
     def commit(self) -> Manifest:
         """Names the part, then its rejected rows, and last its manifest, which makes it count.
 
-        Raises:
-          UserError: if another process wrote the same part meanwhile.
+        A UserError says that another process wrote the same part meanwhile.
         """
         self._results.close()
         found = self._file.name_part()
@@ -130,8 +129,7 @@ def begin_part(
 ) -> PartWriter | None:
     """Begins to write a part; None if another process has finished it by now.
 
-    Raises:
-      UserError: if another live process is writing it.
+    A UserError says that another live process is writing it.
     """
     part = plan.parts[index]
     file = folder.open_part(part_file(part, plan), manifest_file(part))
@@ -141,10 +139,8 @@ def begin_part(
 class PlanProgress:
     """Which parts of a plan are done, in a folder that other workers may write to as well.
 
-    Attributes:
-      plan: the plan.
-      manifests: of each part, or None if it is not done.
-      mine: indices of the parts of this worker.
+    `manifests` has one entry for each part, None if the part is not done. `mine` are the indices of
+    this worker's parts.
     """
 
     def __init__(
@@ -251,11 +247,7 @@ class PlanProgress:
         return {name: sum(getattr(item, name) for item in self.done) for name in _TOTALS}
 
     def check_rejected(self, limit: float) -> None:
-        """Checks that the parts that are done hold no more unusable rows than --max_rejected.
-
-        Raises:
-          UserError: naming the first of them.
-        """
+        """Refuses, by a UserError, more unusable rows in finished parts than --max_rejected."""
         num_rows = sum(part.num_rows for part in self.plan.parts)
         with_rejected = [item for item in self.done if item.rows_rejected]
         num_rejected = sum(item.rows_rejected for item in with_rejected)

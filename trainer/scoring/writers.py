@@ -31,13 +31,10 @@ _CELLS_A_GROUP = 1 << 22
 class ResultLayout:
     """What a file of scores holds of each document.
 
-    Attributes:
-      format: one of `ENDINGS`.
-      labels: L names.
-      thresholds: float64 [L]; a label is chosen at this probability or above, never for NaN.
-      selection: the scores to write: ("all", 0), ("chosen", 0) for those of the chosen labels,
-        ("top", K) or ("above", P).
-      kept_columns: C columns of the input, none of them called `id`, `labels` or `scores`.
+    `format` is one of `ENDINGS`. A label is chosen at its threshold (float64 [L]) or above, never
+    for NaN. `selection` says which scores to write: ("all", 0), ("chosen", 0) for those of the
+    chosen labels, ("top", K) or ("above", P). None of the C kept columns is called `id`, `labels`
+    or `scores`.
     """
 
     format: str
@@ -59,7 +56,6 @@ class DocumentScores(NamedTuple):
     kept: Sequence[tuple[Any, ...]]
 
     def rows(self, start: int, end: int) -> "DocumentScores":
-        """Some consecutive ones of them."""
         chosen = slice(start, end)
         return DocumentScores(self.ids[chosen], self.probabilities[chosen], self.kept[chosen])
 
