@@ -39,6 +39,7 @@ from trainer.storage.temporary import temporary_folder
 from trainer.training.checkpoint import LoadedRun, load_best
 
 _FORMAT_VERSION = 1
+_CALIBRATION = ("calibrated", "scale", "shift")
 _UPLOADED = re.compile(r"[\w.-]+\.(json|safetensors|txt)|saved_model/.*")
 
 
@@ -50,14 +51,14 @@ def run(config: ExportConfig) -> None:
     """
     if _is_up_to_date(config):
         print(f"{config.export_dir}: exported from this checkpoint already; nothing to do")
-        return None
-    if not filesystem.is_remote(config.export_dir):
-        return _export(config, config.export_dir)
-    url = config.export_dir.rstrip("/")
-    with temporary_folder() as folder:
-        _check_vacant(url)
-        local = dataclasses.replace(config, export_dir=os.path.join(folder, "model"))
-        _export(local, url)
+    elif not filesystem.is_remote(config.export_dir):
+        _export(config, config.export_dir)
+    else:
+        url = config.export_dir.rstrip("/")
+        with temporary_folder() as folder:
+            _check_vacant(url)
+            local = dataclasses.replace(config, export_dir=os.path.join(folder, "model"))
+            _export(local, url)
 
 
 def _is_up_to_date(config: ExportConfig) -> bool:
@@ -80,10 +81,7 @@ def _is_up_to_date(config: ExportConfig) -> bool:
         return (
             found["fingerprints"]["checkpoint"] == best.fingerprint
             and found["thresholds"] == calibration["thresholds"]
-            and all(
-                found["calibration"][name] == calibration[name]
-                for name in ("calibrated", "scale", "shift")
-            )
+            and all(found["calibration"][name] == calibration[name] for name in _CALIBRATION)
         )
     except (ValueError, TypeError, KeyError):
         return False
@@ -186,13 +184,8 @@ def _read_calibration(config: ExportConfig, best: LoadedRun) -> dict[str, Any]:
     """Scale, shift and thresholds [L]; those of an uncalibrated model if asked for."""
     count = len(best.record.labels)
     if config.uncalibrated:
-        return {
-            "scale": [1.0] * count,
-            "shift": [0.0] * count,
-            "thresholds": [0.5] * count,
-            "calibrated": False,
-            "metrics": None,
-        }
+        neutral = {"scale": [1.0] * count, "shift": [0.0] * count, "thresholds": [0.5] * count}
+        return neutral | {"calibrated": False, "metrics": None}
     folder = os.path.join(config.model_dir, EVALUATION_FOLDER)
     remedy = "run `multihot evaluate` first, or give --uncalibrated"
     try:
@@ -241,12 +234,8 @@ def _describe(
         "packing": dataclasses.asdict(packing),
         "thresholds": calibration["thresholds"],
         "pos_weights": record.pos_weights,
-        "calibration": {
-            "calibrated": calibration["calibrated"],
-            "scale": calibration["scale"],
-            "shift": calibration["shift"],
-            "folded_into_weights": True,
-        },
+        "calibration": {name: calibration[name] for name in _CALIBRATION}
+        | {"folded_into_weights": True},
         "fingerprints": {
             "checkpoint": best.fingerprint,
             "tokenizer": record.tokenizer_fingerprint,

@@ -48,14 +48,9 @@ from trainer.storage.temporary import own_temporary_files
 
 # Flags that change what is written; a rerun has to give them as they were.
 _SETTINGS = (
-    "format",
-    "scores",
-    "keep_columns",
-    "text_field",
-    "id_field",
-    "rows_per_part",
+    "format", "scores", "keep_columns", "text_field", "id_field", "rows_per_part",
     "tokens_per_batch",
-)
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -86,6 +81,7 @@ class ScoringRun:
     settings: dict[str, Any]
 
 
+@own_temporary_files()
 def run(config: ScoreConfig) -> ScoreSummary:
     """Scores every row of this worker's parts that are not done yet, and says what was done.
 
@@ -93,11 +89,6 @@ def run(config: ScoreConfig) -> ScoreSummary:
     begun with other settings, too many rows that cannot be used, or a second process that writes
     the same part. RunAgain says that worker 0 writes no plan, or that a store does not answer.
     """
-    with own_temporary_files():
-        return _run(config)
-
-
-def _run(config: ScoreConfig) -> ScoreSummary:
     runner = open_runner(config.runner, config.beam_options)
     worker_index, num_workers = _find_worker(config)
     this = _open_run(config, worker_index)

@@ -16,7 +16,6 @@ import uuid
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from typing import Any
 
 import apache_beam as beam
@@ -120,29 +119,21 @@ class BeamPool:
         for num_tasks, task in enumerate(zip(*arguments, strict=True), 1):
             save_value(_path(folder, "task", num_tasks - 1), task)
         if num_tasks:
-            print(f"{self._runner}: {num_tasks:,} tasks of {_name(function)}", flush=True)
-            build = partial(_build, function=function, folder=folder, num_tasks=num_tasks)
-            self._runner.run(build)
+            name = getattr(function, "func", function).__name__
+            print(f"{self._runner}: {num_tasks:,} tasks of {name}", flush=True)
+            self._runner.run(
+                lambda pipeline: (
+                    pipeline
+                    | "Tasks" >> beam.Create(range(num_tasks))
+                    | "Spread" >> beam.Reshuffle()
+                    | "Call" >> beam.Map(_call, function, folder)
+                )
+            )
         return (load_value(_path(folder, "result", index)) for index in range(num_tasks))
-
-
-def _name(function: Any) -> str:
-    return getattr(function, "func", function).__name__
 
 
 def _path(folder: str, kind: str, index: int) -> str:
     return os.path.join(folder, f"{kind}-{index:06d}.npz")
-
-
-def _build(
-    pipeline: beam.Pipeline, function: Callable[..., Any], folder: str, num_tasks: int
-) -> None:
-    (
-        pipeline
-        | "Tasks" >> beam.Create(range(num_tasks))
-        | "Spread" >> beam.Reshuffle()
-        | "Call" >> beam.Map(_call, function, folder)
-    )
 
 
 def _call(index: int, function: Callable[..., Any], folder: str) -> None:

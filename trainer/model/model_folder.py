@@ -46,6 +46,11 @@ _DIGEST_FILE = "saved_model.json"
 # Where our head's tensors live when transformers' classes have no place for them.
 _HEAD_PREFIX = "multihot."
 _FIELDS = {"labels", "head", "max_seq_length", "packing", "thresholds", "fingerprints"}
+# Fields of ModelConfig that transformers' BertConfig has under the same name.
+_SAME_IN_BERT = (
+    "vocab_size", "hidden_size", "num_attention_heads", "intermediate_size", "hidden_act",
+    "max_position_embeddings", "type_vocab_size", "initializer_range", "layer_norm_eps",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -96,7 +101,17 @@ def load_model_folder(folder: str, precision: str = "float32") -> ModelFolder:
     A UserError says that it is no model folder, or a damaged one.
     """
     with local_model(folder) as copy:
-        return _load_local(copy, precision)
+        description = _read_description(copy)
+        encoder = load_text_encoder(copy)
+        thresholds = [np.nan if cut is None else cut for cut in description["thresholds"]]
+        return ModelFolder(
+            **vars(encoder),
+            labels=tuple(description["labels"]),
+            thresholds=np.asarray(thresholds, np.float64),
+            packing=from_dict(PackingConfig, description["packing"]),
+            model=_load_model(copy, description, precision),
+            fingerprint=_fingerprint(copy),
+        )
 
 
 @contextlib.contextmanager
@@ -120,10 +135,7 @@ def local_model(folder: str, below: bool = False) -> Iterator[str]:
 
 def load_text_encoder(folder: str) -> TextEncoder:
     """What a local model folder says of texts, without its model; a UserError if it is damaged."""
-    return _text_encoder(folder, _read_description(folder))
-
-
-def _text_encoder(folder: str, description: dict[str, Any]) -> TextEncoder:
+    description = _read_description(folder)
     tokenizer = load_tokenizer(folder)
     if tokenizer.fingerprint != description["fingerprints"]["tokenizer"]:
         raise UserError(f"{folder}: its tokenizer is not the one of {MULTIHOT_FILE}; export again")
@@ -133,20 +145,6 @@ def _text_encoder(folder: str, description: dict[str, Any]) -> TextEncoder:
         # Folders that are older than windows do not name them.
         description.get("window_stride", 0),
         description.get("max_windows", 1),
-    )
-
-
-def _load_local(folder: str, precision: str) -> ModelFolder:
-    description = _read_description(folder)
-    encoder = _text_encoder(folder, description)
-    thresholds = [np.nan if cut is None else cut for cut in description["thresholds"]]
-    return ModelFolder(
-        **vars(encoder),
-        labels=tuple(description["labels"]),
-        thresholds=np.asarray(thresholds, np.float64),
-        packing=from_dict(PackingConfig, description["packing"]),
-        model=_load_model(folder, description, precision),
-        fingerprint=_fingerprint(folder),
     )
 
 
@@ -177,11 +175,9 @@ def _load_model(folder: str, description: dict[str, Any], precision: str) -> Mod
     if sizes.head == "cls":
         values["head/classifier/kernel"] = tensors["classifier.weight"].T
         values["head/classifier/bias"] = tensors["classifier.bias"]
-    values |= {
-        name.removeprefix(_HEAD_PREFIX): value
-        for name, value in tensors.items()
-        if name.startswith(_HEAD_PREFIX)
-    }
+    for name, value in tensors.items():
+        if name.startswith(_HEAD_PREFIX):
+            values[name.removeprefix(_HEAD_PREFIX)] = value
     variables = model.named_variables()
     if set(values) != set(variables):
         raise UserError(
@@ -219,10 +215,6 @@ def list_model_files(folder: str, below: str = "") -> list[str]:
     )
 
 
-def _digest_saved_model(folder: str) -> str:
-    return _digest(folder, list_model_files(folder, SAVED_MODEL_FOLDER))
-
-
 def check_saved_model(folder: str) -> None:
     """Checks, by a UserError, that the SavedModel of a local model folder is as exported."""
     try:
@@ -232,7 +224,7 @@ def check_saved_model(folder: str) -> None:
         return
     except (ValueError, KeyError, TypeError):
         expected = None
-    if _digest_saved_model(folder) != expected:
+    if _digest(folder, list_model_files(folder, SAVED_MODEL_FOLDER)) != expected:
         raise UserError(
             f"{os.path.join(folder, SAVED_MODEL_FOLDER)}: damaged, or not the one that was "
             "exported; export the model again"
@@ -266,7 +258,8 @@ def save_model_folder(
     _write_saved_model(model, packing, os.path.join(folder, SAVED_MODEL_FOLDER))
     # Not in multihot.json, whose bytes count for the fingerprint: the SavedModels of equal models
     # differ in the names of their functions.
-    _write_json(os.path.join(folder, _DIGEST_FILE), {"sha256": _digest_saved_model(folder)})
+    digest = _digest(folder, list_model_files(folder, SAVED_MODEL_FOLDER))
+    _write_json(os.path.join(folder, _DIGEST_FILE), {"sha256": digest})
     _write_json(os.path.join(folder, MULTIHOT_FILE), description)
 
 
@@ -291,18 +284,10 @@ def _write_config(sizes: ModelConfig, labels: Sequence[str], pad_id: int, folder
     is_standard = sizes.head == "cls"
     BertConfig(
         architectures=["BertForSequenceClassification" if is_standard else "BertModel"],
-        vocab_size=sizes.vocab_size,
-        hidden_size=sizes.hidden_size,
+        **{name: getattr(sizes, name) for name in _SAME_IN_BERT},
         num_hidden_layers=sizes.num_layers,
-        num_attention_heads=sizes.num_attention_heads,
-        intermediate_size=sizes.intermediate_size,
-        hidden_act=sizes.hidden_act,
         hidden_dropout_prob=sizes.hidden_dropout,
         attention_probs_dropout_prob=sizes.attention_dropout,
-        max_position_embeddings=sizes.max_position_embeddings,
-        type_vocab_size=sizes.type_vocab_size,
-        initializer_range=sizes.initializer_range,
-        layer_norm_eps=sizes.layer_norm_eps,
         pad_token_id=pad_id,
         problem_type="multi_label_classification",
         id2label=dict(enumerate(labels)),
@@ -334,9 +319,8 @@ def _write_saved_model(model: Model, packing: PackingConfig, folder: str) -> Non
     def packed(input_ids, position_ids, segment_ids, window_starts, window_document):  # type: ignore[no-untyped-def]
         values = (input_ids, position_ids, segment_ids, window_starts, window_document)
         batch = dict(zip(INPUTS, values, strict=True))
-        return answer(
-            model(batch, row_groups=packing.row_groups, num_documents=packing.max_documents)
-        )
+        groups, rows = packing.row_groups, packing.max_documents
+        return answer(model(batch, row_groups=groups, num_documents=rows))
 
     tf.saved_model.save(module, folder, signatures={"serving_default": serve, "packed": packed})
 

@@ -87,12 +87,11 @@ class RawBatch(_PartRows):
         self, encode: Encode, max_rows: int | None = None
     ) -> tuple[list[list[list[int]]], int]:
         """The windows (lists of ids) of its rows, or the first rows, and how many lost tokens."""
-        rows = zip(self.texts[:max_rows], self.windows[:max_rows], strict=True)
+        given = self.windows[:max_rows]
+        rows = zip(self.texts[:max_rows], given, strict=True)
         encoded, truncated = encode([text for text, windows in rows if windows is None])
         rest = iter(encoded)
-        documents = [
-            next(rest) if windows is None else windows for windows in self.windows[:max_rows]
-        ]
+        documents = [next(rest) if windows is None else windows for windows in given]
         return documents, sum(truncated)
 
 
@@ -103,28 +102,21 @@ def read_raw_batches(
 
     A row that comes tokenised and exceeds the limits counts as rejected.
     """
-    by_part = itertools.groupby(_read_rows(parts, waiting, columns), lambda item: item[0])
+    ranges = [(index, row_range) for index in waiting for row_range in parts[index].row_ranges]
+    rows = read_row_ranges([row_range for _, row_range in ranges], columns)
+    by_part = itertools.groupby(rows, lambda item: ranges[item[0]][0])
     upcoming = next(by_part, None)
     for index in waiting:
         batch = RawBatch(index)
         if upcoming is not None and upcoming[0] == index:
-            for _, source, row in upcoming[1]:
-                batch.add(row, source, limits)
+            for at, row in upcoming[1]:
+                batch.add(row, ranges[at][1].source, limits)
                 if batch.is_full:
                     yield batch
                     batch = RawBatch(index)
             upcoming = next(by_part, None)
         batch.ends_part = True
         yield batch
-
-
-def _read_rows(
-    parts: Sequence[Part], waiting: Sequence[int], columns: Columns
-) -> Iterator[tuple[int, str, Row | BadRow]]:
-    """(part, source, row) of the waiting parts."""
-    ranges = [(index, row_range) for index in waiting for row_range in parts[index].row_ranges]
-    for at, row in read_row_ranges([row_range for _, row_range in ranges], columns):
-        yield ranges[at][0], ranges[at][1].source, row
 
 
 @dataclass

@@ -170,7 +170,6 @@ class PlanProgress:
         Of the other workers' parts only the sizes are compared.
         """
         had_ended = SUCCESS_FILE in self._folder.find("")
-        self.manifests = [None] * len(self.manifests)
         names = self._read_new()
         files = self._compare_sizes()
         files |= {
@@ -237,10 +236,9 @@ class PlanProgress:
 
     def finish(self) -> None:
         """Writes _SUCCESS if every part is there, as far as known, whoever did it."""
-        if not self.is_complete:
-            return
-        self._folder.create(SUCCESS_FILE, _to_json({"parts": len(self.done)} | self.totals()))
-        self.clear_up()
+        if self.is_complete:
+            self._folder.create(SUCCESS_FILE, _to_json({"parts": len(self.done)} | self.totals()))
+            self.clear_up()
 
     def totals(self) -> dict[str, int]:
         """The sums of the manifests' numbers, by field."""
