@@ -201,11 +201,8 @@ def _read_calibration(config: ExportConfig, best: LoadedRun) -> dict[str, Any]:
             f"{folder}: calibrates checkpoint {found[:12]}, but the best one is now "
             f"{best.fingerprint[:12]}; {remedy}"
         )
-    shown = {
-        name: value
-        for name, value in metrics.items()
-        if isinstance(value, (int, float, str)) or value is None
-    }
+    scalars = (int, float, str, type(None))
+    shown = {name: value for name, value in metrics.items() if isinstance(value, scalars)}
     return calibration | {"calibrated": True, "metrics": shown}
 
 

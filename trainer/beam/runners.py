@@ -43,21 +43,16 @@ def marked_faults() -> Iterator[None]:
     """
     try:
         yield
-    except (UserError, RunAgain, OSError) as error:
-        raise _marked(error) from None
     except Exception as error:
-        of_store = filesystem.explain(error)
-        if of_store is None:
+        is_known = isinstance(error, UserError | RunAgain | OSError)
+        found = error if is_known else filesystem.explain(error)
+        if found is None:
             raise
-        raise _marked(of_store) from None
-
-
-def _marked(error: Exception) -> WorkerFault:
-    if isinstance(error, OSError) and error.errno is not None:
-        fault = {"errno": error.errno, "message": error.strerror, "file": error.filename}
-    else:
-        fault = {"again": isinstance(error, RunAgain), "message": str(error)}
-    return WorkerFault(_MARKER + json.dumps(fault))
+        if isinstance(found, OSError) and found.errno is not None:
+            fault = {"errno": found.errno, "message": found.strerror, "file": found.filename}
+        else:
+            fault = {"again": isinstance(found, RunAgain), "message": str(found)}
+        raise WorkerFault(_MARKER + json.dumps(fault)) from None
 
 
 def _find_fault(error: BaseException) -> Exception | None:

@@ -148,8 +148,12 @@ class PackParts(beam.DoFn):
             yield from self._read(run)
 
     def _read(self, run: Sequence[int]) -> Iterator[Any]:
+        encoder, plan = self._text_encoder, self._plan
+        limits = encoder.token_limits
+        raw = batches.read_raw_batches(plan.parts, run, self._job.columns, limits)
+        min_tokens = BLOCK_MICRO_BATCHES * plan.packing.num_tokens
         read = {part: {"documents": 0, "truncated": 0, "rejected": 0} for part in run}
-        for batch in self._token_batches(run):
+        for batch in batches.tokenize(raw, encoder.encode, min_tokens, _BATCH_DOCUMENTS):
             counts = read[batch.part]
             if batch.rejected:
                 # Numbered in the order of the rows: Beam hands them over in any order.
@@ -164,13 +168,6 @@ class PackParts(beam.DoFn):
             _count("rejected", counts["rejected"])
             _count("truncated", counts["truncated"])
             yield beam.pvalue.TaggedOutput(_READ, (part, counts))
-
-    def _token_batches(self, run: Sequence[int]) -> Iterator[TokenBatch]:
-        encoder, plan = self._text_encoder, self._plan
-        limits = encoder.token_limits
-        raw = batches.read_raw_batches(plan.parts, run, self._job.columns, limits)
-        min_tokens = BLOCK_MICRO_BATCHES * plan.packing.num_tokens
-        return batches.tokenize(raw, encoder.encode, min_tokens, _BATCH_DOCUMENTS)
 
     def _micro_batches_of(
         self, batch: TokenBatch, first_rank: int

@@ -26,15 +26,9 @@ from safetensors.numpy import load_file, save_file
 from trainer.config import from_dict
 from trainer.data.tokenizer import Tokenizer, TokenLimits, load_tokenizer
 from trainer.errors import UserError
+from trainer.model import pretrained
 from trainer.model.model import INPUTS, Model, build_model, pad_batch
-from trainer.model.pretrained import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    from_variables,
-    model_config,
-    read_tensors,
-    to_variables,
-)
+from trainer.model.pretrained import WEIGHTS_FILE
 from trainer.model_config import ModelConfig, PackingConfig
 from trainer.storage import filesystem
 from trainer.storage.gcs import download_folder
@@ -166,11 +160,11 @@ def _read_description(folder: str) -> dict[str, Any]:
 
 def _load_model(folder: str, description: dict[str, Any], precision: str) -> Model:
     sizes = dataclasses.replace(
-        model_config(folder, len(description["labels"]), description["head"], 0.0, 0.0),
+        pretrained.model_config(folder, len(description["labels"]), description["head"], 0.0, 0.0),
         window_pooling=description.get("window_pooling", "max"),
     )
     model = build_model(sizes, precision)
-    values = to_variables(read_tensors(folder), sizes, folder)
+    values = pretrained.to_variables(pretrained.read_tensors(folder), sizes, folder)
     tensors = load_file(os.path.join(folder, WEIGHTS_FILE))
     if sizes.head == "cls":
         values["head/classifier/kernel"] = tensors["classifier.weight"].T
@@ -190,7 +184,7 @@ def _load_model(folder: str, description: dict[str, Any], precision: str) -> Mod
 
 def _fingerprint(folder: str) -> str:
     """Changes with weights, labels, thresholds and tokenizer; the SavedModel has its own digest."""
-    return _digest(folder, (MULTIHOT_FILE, WEIGHTS_FILE, CONFIG_FILE))
+    return _digest(folder, (MULTIHOT_FILE, WEIGHTS_FILE, pretrained.CONFIG_FILE))
 
 
 def check_fingerprint(folder: str, expected: str) -> None:
@@ -265,7 +259,7 @@ def save_model_folder(
 
 def _write_weights(model: Model, folder: str) -> None:
     values = {name: variable.numpy() for name, variable in model.named_variables().items()}
-    encoder = from_variables(values, model.config)
+    encoder = pretrained.from_variables(values, model.config)
     if model.config.head == "cls":
         tensors = {f"bert.{name}": value for name, value in encoder.items()}
         tensors["classifier.weight"] = np.ascontiguousarray(values["head/classifier/kernel"].T)
