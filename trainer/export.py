@@ -46,8 +46,7 @@ _UPLOADED = re.compile(r"[\w.-]+\.(json|safetensors|txt)|saved_model/.*")
 def run(config: ExportConfig) -> None:
     """Writes the model folder, whole or not at all; nothing if it is there already.
 
-    A UserError says that the run has no checkpoint or calibration that fits, or the folder is
-    taken.
+    A UserError names what is missing or does not fit, or says that the folder is taken.
     """
     if _is_up_to_date(config):
         print(f"{config.export_dir}: exported from this checkpoint already; nothing to do")
@@ -88,10 +87,7 @@ def _is_up_to_date(config: ExportConfig) -> bool:
 
 
 def _check_vacant(url: str) -> dict[str, int]:
-    """Refuses a folder of Cloud Storage that holds a model or anything but parts of one.
-
-    Parts without multihot.json are what an interrupted upload left: their generations by name.
-    """
+    """Generations of an interrupted upload's files; refuses a folder with anything else."""
     found = {item.url.removeprefix(f"{url}/"): item for item in list_objects(f"{url}/")}
     strange = sorted(name for name in found if not _UPLOADED.fullmatch(name))
     if MULTIHOT_FILE in found or strange:

@@ -2,11 +2,11 @@
 
 `prepare` maps pure functions over row ranges and shards, and makes decisions between the passes
 that need all results. So each pass is one pipeline that maps such a function, and the shards are
-the local command's, byte for byte. Arguments and results are files of the work folder: a
-pipeline's own graph is limited to some megabytes.
+the local command's, byte for byte.
 
-One file holds one value: a `.npz` whose entry `value` is UTF-8 JSON and whose other entries are the
-arrays that it refers to. Reading it runs no code, as reading a pickle would.
+Arguments and results are files of the work folder: a pipeline's own graph is limited to some
+megabytes. Each is a `.npz` whose entry `value` is UTF-8 JSON and whose other entries are the arrays
+that it refers to. Reading it runs no code, as reading a pickle would.
 """
 
 import dataclasses

@@ -1,10 +1,8 @@
 """Beam runners: which one runs a pipeline, with which options, and what came of it.
 
-Apache Beam is imported only when a runner is asked for: the local commands do without it.
-
-A runner hands on a worker's exception as the text of its traceback, and each runner does so in its
-own way. What the command line would say of the exception is put into that text as JSON behind a
-marker, and looked for there.
+Apache Beam is imported only when a runner is asked for: the local commands do without it. Each
+runner hands on a worker's exception in its own way, as the text of its traceback. So what the
+command line would say of it is put into that text as JSON behind a marker, and looked for there.
 """
 
 import contextlib

@@ -90,10 +90,7 @@ class ModelFolder(TextEncoder):
 
 
 def load_model_folder(folder: str, precision: str = "float32") -> ModelFolder:
-    """Loads a model folder, from here or from Cloud Storage, in float32 or mixed_bfloat16.
-
-    A UserError says that it is no model folder, or a damaged one.
-    """
+    """Loads a local or gs:// model folder, in float32 or mixed_bfloat16; UserError if damaged."""
     with local_model(folder) as copy:
         description = _read_description(copy)
         encoder = load_text_encoder(copy)

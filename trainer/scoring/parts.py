@@ -6,11 +6,9 @@
     manifests/part-….json           written last: the part is done
     _SUCCESS                        written when every part is
 
-A file has its name only when all of its content is there. Workers share a folder without a server.
-Part i belongs to worker i modulo the number of workers. A consecutive stretch of parts for each
-worker would be unbalanced after an earlier run that ended early, or had another number of workers.
-The worker that finds all manifests writes _SUCCESS. The folder keeps two writers of one part apart
-(output_folder.py).
+A file has its name only when all of its content is there. Workers share a folder without a server:
+part i belongs to worker i modulo their number, and the worker that finds all manifests writes
+_SUCCESS. output_folder.py keeps two writers of one part apart.
 """
 
 import dataclasses
@@ -127,10 +125,7 @@ class PartWriter:
 def begin_part(
     folder: OutputFolder, plan: Plan, index: int, layout: ResultLayout
 ) -> PartWriter | None:
-    """Begins to write a part; None if another process has finished it by now.
-
-    A UserError says that another live process is writing it.
-    """
+    """Begins a part; None if it is done by now, a UserError if another process writes it."""
     part = plan.parts[index]
     file = folder.open_part(part_file(part, plan), manifest_file(part))
     return None if file is None else PartWriter(folder, plan, part, file, layout)
@@ -147,6 +142,8 @@ class PlanProgress:
         self, folder: OutputFolder, plan: Plan, worker_index: int = 0, num_workers: int = 1
     ) -> None:
         self.manifests: list[Manifest | None] = [None] * len(plan.parts)
+        # Each worker takes every n-th part: consecutive stretches would be unbalanced after an
+        # earlier run that ended early, or had another number of workers.
         self.mine = range(worker_index, len(plan.parts), num_workers)
         self.plan = plan
         self._folder = folder

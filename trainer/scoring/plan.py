@@ -124,10 +124,7 @@ def save_plan(folder: OutputFolder, plan: Plan) -> bool:
 
 
 def load_plan(folder: OutputFolder) -> Plan | None:
-    """The plan of an output folder, or None if there is none yet.
-
-    A UserError refuses a folder that holds parts without a plan, or a plan that cannot be read.
-    """
+    """An output folder's plan, None if it is empty; a UserError if damaged or lost."""
     (contents,) = folder.read([PLAN_FILE])
     if contents is None:
         if any(name.startswith("part-") for name in folder.find("")):
