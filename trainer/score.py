@@ -103,7 +103,7 @@ def run(config: ScoreConfig) -> ScoreSummary:
     if worker_index:
         _check_plan(this, plan, recall_inputs(plan, this.paths, progress.waiting))
     if progress.has_ended:
-        progress.clear_up()
+        this.folder.clear_up(FOLDERS)
         num_done = len(progress.done)
         print(f"{this.folder.url}: all {num_done} parts are there already; nothing to do")
         return ScoreSummary(0, 0.0)

@@ -69,10 +69,7 @@ def _find_fault(error: BaseException) -> Exception | None:
 
 
 def open_runner(name: str, options: Sequence[str]) -> "BeamRunner | None":
-    """The runner of `--runner` with its `--beam_options`; None where the command runs by itself.
-
-    A UserError says that Beam has no such runner or option.
-    """
+    """The runner of `--runner` and `--beam_options`, None for local; UserError for unknown ones."""
     return None if name == LOCAL_RUNNER else BeamRunner(name, options)
 
 

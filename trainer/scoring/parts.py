@@ -92,10 +92,7 @@ class PartWriter:
         self._rejected += rejected
 
     def commit(self) -> Manifest:
-        """Names the part, then its rejected rows, and last its manifest, which makes it count.
-
-        A UserError says that another process wrote the same part meanwhile.
-        """
+        """Names part, rejected rows, and last the manifest; a UserError if another process did."""
         self._results.close()
         found = self._file.name_part()
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self._rejected)
@@ -232,10 +229,10 @@ class PlanProgress:
         self._compare_sizes()
 
     def finish(self) -> None:
-        """Writes _SUCCESS if every part is there, as far as known, whoever did it."""
+        """Writes _SUCCESS if every part is there, and removes what killed processes left aside."""
         if self.is_complete:
             self._folder.create(SUCCESS_FILE, _to_json({"parts": len(self.done)} | self.totals()))
-            self.clear_up()
+            self._folder.clear_up(FOLDERS)
 
     def totals(self) -> dict[str, int]:
         """The sums of the manifests' numbers, by field."""
@@ -250,10 +247,6 @@ class PlanProgress:
             (lines,) = self._folder.read([rejected_file(with_rejected[0].part)])
             where = f"{self._folder.url}/{REJECTED_FOLDER}"
             raise describe_rejections(lines or b"", num_rejected, num_rows, limit, where)
-
-    def clear_up(self) -> None:
-        """Removes what killed processes left aside, once every part is there."""
-        self._folder.clear_up(FOLDERS)
 
     @property
     def is_complete(self) -> bool:
