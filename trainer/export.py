@@ -39,32 +39,29 @@ from trainer.storage.temporary import temporary_folder
 from trainer.training.checkpoint import LoadedRun, load_best
 
 _FORMAT_VERSION = 1
+_CALIBRATION = ("calibrated", "scale", "shift")
 _UPLOADED = re.compile(r"[\w.-]+\.(json|safetensors|txt)|saved_model/.*")
 
 
 def run(config: ExportConfig) -> None:
     """Writes the model folder, whole or not at all; nothing if it is there already.
 
-    Raises:
-      UserError: if the run has no checkpoint or calibration that fits, or the folder is taken.
+    A UserError names what is missing or does not fit, or says that the folder is taken.
     """
     if _is_up_to_date(config):
         print(f"{config.export_dir}: exported from this checkpoint already; nothing to do")
-        return None
-    if not filesystem.is_remote(config.export_dir):
-        return _export(config, config.export_dir)
-    url = config.export_dir.rstrip("/")
-    with temporary_folder() as folder:
-        _check_vacant(url)
-        local = dataclasses.replace(config, export_dir=os.path.join(folder, "model"))
-        _export(local, url)
+    elif not filesystem.is_remote(config.export_dir):
+        _export(config, config.export_dir)
+    else:
+        url = config.export_dir.rstrip("/")
+        with temporary_folder() as folder:
+            _check_vacant(url)
+            local = dataclasses.replace(config, export_dir=os.path.join(folder, "model"))
+            _export(local, url)
 
 
 def _is_up_to_date(config: ExportConfig) -> bool:
-    """Whether the folder holds the model of the same checkpoint with the same calibration.
-
-    Then a chain of commands that was interrupted can be run again.
-    """
+    """Whether the folder holds this checkpoint and calibration, as when a command is run again."""
     place = config.export_dir.rstrip("/")
     path = f"{place}/{MULTIHOT_FILE}"
     if filesystem.is_remote(place):
@@ -83,23 +80,14 @@ def _is_up_to_date(config: ExportConfig) -> bool:
         return (
             found["fingerprints"]["checkpoint"] == best.fingerprint
             and found["thresholds"] == calibration["thresholds"]
-            and all(
-                found["calibration"][name] == calibration[name]
-                for name in ("calibrated", "scale", "shift")
-            )
+            and all(found["calibration"][name] == calibration[name] for name in _CALIBRATION)
         )
     except (ValueError, TypeError, KeyError):
         return False
 
 
 def _check_vacant(url: str) -> dict[str, int]:
-    """Refuses a folder of Cloud Storage that holds a model or anything but parts of one.
-
-    Parts of a model without multihot.json are what an interrupted upload left.
-
-    Returns:
-      The generations of these parts by name.
-    """
+    """Generations of an interrupted upload's files; refuses a folder with anything else."""
     found = {item.url.removeprefix(f"{url}/"): item for item in list_objects(f"{url}/")}
     strange = sorted(name for name in found if not _UPLOADED.fullmatch(name))
     if MULTIHOT_FILE in found or strange:
@@ -192,13 +180,8 @@ def _read_calibration(config: ExportConfig, best: LoadedRun) -> dict[str, Any]:
     """Scale, shift and thresholds [L]; those of an uncalibrated model if asked for."""
     count = len(best.record.labels)
     if config.uncalibrated:
-        return {
-            "scale": [1.0] * count,
-            "shift": [0.0] * count,
-            "thresholds": [0.5] * count,
-            "calibrated": False,
-            "metrics": None,
-        }
+        neutral = {"scale": [1.0] * count, "shift": [0.0] * count, "thresholds": [0.5] * count}
+        return neutral | {"calibrated": False, "metrics": None}
     folder = os.path.join(config.model_dir, EVALUATION_FOLDER)
     remedy = "run `multihot evaluate` first, or give --uncalibrated"
     try:
@@ -214,11 +197,8 @@ def _read_calibration(config: ExportConfig, best: LoadedRun) -> dict[str, Any]:
             f"{folder}: calibrates checkpoint {found[:12]}, but the best one is now "
             f"{best.fingerprint[:12]}; {remedy}"
         )
-    shown = {
-        name: value
-        for name, value in metrics.items()
-        if isinstance(value, (int, float, str)) or value is None
-    }
+    scalars = (int, float, str, type(None))
+    shown = {name: value for name, value in metrics.items() if isinstance(value, scalars)}
     return calibration | {"calibrated": True, "metrics": shown}
 
 
@@ -247,12 +227,8 @@ def _describe(
         "packing": dataclasses.asdict(packing),
         "thresholds": calibration["thresholds"],
         "pos_weights": record.pos_weights,
-        "calibration": {
-            "calibrated": calibration["calibrated"],
-            "scale": calibration["scale"],
-            "shift": calibration["shift"],
-            "folded_into_weights": True,
-        },
+        "calibration": {name: calibration[name] for name in _CALIBRATION}
+        | {"folded_into_weights": True},
         "fingerprints": {
             "checkpoint": best.fingerprint,
             "tokenizer": record.tokenizer_fingerprint,

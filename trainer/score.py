@@ -48,14 +48,9 @@ from trainer.storage.temporary import own_temporary_files
 
 # Flags that change what is written; a rerun has to give them as they were.
 _SETTINGS = (
-    "format",
-    "scores",
-    "keep_columns",
-    "text_field",
-    "id_field",
-    "rows_per_part",
+    "format", "scores", "keep_columns", "text_field", "id_field", "rows_per_part",
     "tokens_per_batch",
-)
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -86,20 +81,14 @@ class ScoringRun:
     settings: dict[str, Any]
 
 
+@own_temporary_files()
 def run(config: ScoreConfig) -> ScoreSummary:
     """Scores every row of this worker's parts that are not done yet, and says what was done.
 
-    Raises:
-      UserError: if an input, the model or the output folder is not usable, the folder was begun
-        with another model, other inputs or other settings, too many rows cannot be used, or
-        another process writes the same part.
-      RunAgain: if worker 0 does not write a plan, or a store does not answer.
+    A UserError refuses inputs, a model or an output folder that is not usable, a folder that was
+    begun with other settings, too many rows that cannot be used, or a second process that writes
+    the same part. RunAgain says that worker 0 writes no plan, or that a store does not answer.
     """
-    with own_temporary_files():
-        return _run(config)
-
-
-def _run(config: ScoreConfig) -> ScoreSummary:
     runner = open_runner(config.runner, config.beam_options)
     worker_index, num_workers = _find_worker(config)
     this = _open_run(config, worker_index)
@@ -114,7 +103,7 @@ def _run(config: ScoreConfig) -> ScoreSummary:
     if worker_index:
         _check_plan(this, plan, recall_inputs(plan, this.paths, progress.waiting))
     if progress.has_ended:
-        progress.clear_up()
+        this.folder.clear_up(FOLDERS)
         num_done = len(progress.done)
         print(f"{this.folder.url}: all {num_done} parts are there already; nothing to do")
         return ScoreSummary(0, 0.0)
@@ -157,7 +146,7 @@ def _open_run(config: ScoreConfig, worker_index: int) -> ScoringRun:
 
 
 def _find_worker(config: ScoreConfig) -> tuple[int, int]:
-    """Which worker this is, and of how many."""
+    """The index of this worker, and the number of workers."""
     if config.runner != LOCAL_RUNNER:
         return 0, 1
     if config.worker_index is not None and config.num_workers is not None:
@@ -180,10 +169,7 @@ def _check_inputs(config: ScoreConfig, paths: Sequence[str], columns: Columns) -
 
 
 def _check_kept(paths: Sequence[str], columns: Columns) -> None:
-    """Checks that each column to keep is one that some input has.
-
-    A field that the first rows of JSONL lack may come later: that is a warning.
-    """
+    """Checks the columns to keep; a field may be absent from JSONL's first rows: a warning."""
     found: dict[str, None] = {}
     for names in for_each_file(paths, column_names):
         found |= dict.fromkeys(names or ())

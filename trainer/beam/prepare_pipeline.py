@@ -2,11 +2,11 @@
 
 `prepare` maps pure functions over row ranges and shards, and makes decisions between the passes
 that need all results. So each pass is one pipeline that maps such a function, and the shards are
-the local command's, byte for byte. Arguments and results are files of the work folder: a
-pipeline's own graph is limited to some megabytes.
+the local command's, byte for byte.
 
-One file holds one value: a `.npz` whose entry `value` is UTF-8 JSON and whose other entries are the
-arrays that it refers to. Reading it runs no code, as reading a pickle would.
+Arguments and results are files of the work folder: a pipeline's own graph is limited to some
+megabytes. Each is a `.npz` whose entry `value` is UTF-8 JSON and whose other entries are the arrays
+that it refers to. Reading it runs no code, as reading a pickle would.
 """
 
 import dataclasses
@@ -16,7 +16,6 @@ import uuid
 import zipfile
 from collections import Counter
 from collections.abc import Callable, Iterable, Iterator
-from functools import partial
 from typing import Any
 
 import apache_beam as beam
@@ -53,11 +52,7 @@ def save_value(path: str, value: Any) -> None:
 
 
 def load_value(path: str) -> Any:
-    """The value of a file that `save_value` wrote.
-
-    Raises:
-      UserError: if the file is not there or not whole.
-    """
+    """The value of a file that `save_value` wrote; a UserError if it is not there or not whole."""
     try:
         with np.load(path, allow_pickle=False) as file:
             return _decode(json.loads(file["value"].tobytes()), file)
@@ -102,10 +97,12 @@ def _decode(value: Any, arrays: Any) -> Any:
 
 
 class BeamPool:
-    """Maps functions over tasks by a Beam runner, as a pool of processes does by processes."""
+    """Maps functions over tasks by a Beam runner, as a pool of processes does by processes.
+
+    All workers have to share the folder `work_dir`.
+    """
 
     def __init__(self, runner: BeamRunner, work_dir: str) -> None:
-        """Makes the pool; all workers have to share the folder `work_dir`."""
         self._runner = runner
         self._work_dir = os.path.abspath(work_dir)
         self._num_calls = 0
@@ -113,15 +110,8 @@ class BeamPool:
     def map(self, function: Callable[..., Any], /, *arguments: Iterable[Any]) -> Iterator[Any]:
         """Calls a function with the first of all arguments, with the second of all, and so on.
 
-        Args:
-          function: pickles.
-          *arguments: as many of each as there are calls.
-
-        Returns:
-          The results in order, once all are there.
-
-        Raises:
-          UserError, RunAgain, OSError: what a call raised.
+        The function has to pickle. The results come in order, once all are there. A UserError,
+        RunAgain or OSError of a call is raised here.
         """
         self._num_calls += 1
         folder = os.path.join(self._work_dir, f"call-{self._num_calls}")
@@ -130,29 +120,21 @@ class BeamPool:
         for num_tasks, task in enumerate(zip(*arguments, strict=True), 1):
             save_value(_path(folder, "task", num_tasks - 1), task)
         if num_tasks:
-            print(f"{self._runner}: {num_tasks:,} tasks of {_name(function)}", flush=True)
-            build = partial(_build, function=function, folder=folder, num_tasks=num_tasks)
-            self._runner.run(build)
+            name = getattr(function, "func", function).__name__
+            print(f"{self._runner}: {num_tasks:,} tasks of {name}", flush=True)
+            self._runner.run(
+                lambda pipeline: (
+                    pipeline
+                    | "Tasks" >> beam.Create(range(num_tasks))
+                    | "Spread" >> beam.Reshuffle()
+                    | "Call" >> beam.Map(_call, function, folder)
+                )
+            )
         return (load_value(_path(folder, "result", index)) for index in range(num_tasks))
-
-
-def _name(function: Any) -> str:
-    return getattr(function, "func", function).__name__
 
 
 def _path(folder: str, kind: str, index: int) -> str:
     return os.path.join(folder, f"{kind}-{index:06d}.npz")
-
-
-def _build(
-    pipeline: beam.Pipeline, function: Callable[..., Any], folder: str, num_tasks: int
-) -> None:
-    (
-        pipeline
-        | "Tasks" >> beam.Create(range(num_tasks))
-        | "Spread" >> beam.Reshuffle()
-        | "Call" >> beam.Map(_call, function, folder)
-    )
 
 
 def _call(index: int, function: Callable[..., Any], folder: str) -> None:

@@ -1,10 +1,8 @@
 """Beam runners: which one runs a pipeline, with which options, and what came of it.
 
-Apache Beam is imported only when a runner is asked for: the local commands do without it.
-
-A runner hands on a worker's exception as the text of its traceback, and each runner does so in its
-own way. What the command line would say of the exception is put into that text as JSON behind a
-marker, and looked for there.
+Apache Beam is imported only when a runner is asked for: the local commands do without it. Each
+runner hands on a worker's exception in its own way, as the text of its traceback. So what the
+command line would say of it is put into that text as JSON behind a marker, and looked for there.
 """
 
 import contextlib
@@ -38,27 +36,21 @@ class WorkerFault(Exception):
 def marked_faults() -> Iterator[None]:
     """Marks exceptions of the block that the command line reports in one line.
 
-    Raises:
-      WorkerFault: in the place of a UserError, a RunAgain, an OSError, or what TensorFlow says of a
-        store that does not answer.
+    A WorkerFault takes the place of a UserError, a RunAgain, an OSError, or what TensorFlow says of
+    a store that does not answer.
     """
     try:
         yield
-    except (UserError, RunAgain, OSError) as error:
-        raise _marked(error) from None
     except Exception as error:
-        of_store = filesystem.explain(error)
-        if of_store is None:
+        is_known = isinstance(error, UserError | RunAgain | OSError)
+        found = error if is_known else filesystem.explain(error)
+        if found is None:
             raise
-        raise _marked(of_store) from None
-
-
-def _marked(error: Exception) -> WorkerFault:
-    if isinstance(error, OSError) and error.errno is not None:
-        fault = {"errno": error.errno, "message": error.strerror, "file": error.filename}
-    else:
-        fault = {"again": isinstance(error, RunAgain), "message": str(error)}
-    return WorkerFault(_MARKER + json.dumps(fault))
+        if isinstance(found, OSError) and found.errno is not None:
+            fault = {"errno": found.errno, "message": found.strerror, "file": found.filename}
+        else:
+            fault = {"again": isinstance(found, RunAgain), "message": str(found)}
+        raise WorkerFault(_MARKER + json.dumps(fault)) from None
 
 
 def _find_fault(error: BaseException) -> Exception | None:
@@ -77,23 +69,17 @@ def _find_fault(error: BaseException) -> Exception | None:
 
 
 def open_runner(name: str, options: Sequence[str]) -> "BeamRunner | None":
-    """The runner of `--runner` with its `--beam_options`; None where the command runs by itself.
-
-    Raises:
-      UserError: if Beam has no such runner or option.
-    """
+    """The runner of `--runner` and `--beam_options`, None for local; UserError for unknown ones."""
     return None if name == LOCAL_RUNNER else BeamRunner(name, options)
 
 
 class BeamRunner:
     """A runner and its options, checked; runs one pipeline after the other.
 
-    Attributes:
-      is_local: whether everything runs on this machine, which holds what is grouped in memory.
+    `is_local`: everything runs on this machine, which holds what is grouped in memory.
     """
 
     def __init__(self, name: str, arguments: Sequence[str]) -> None:
-        """Finds the runner; the arguments and errors are those of `open_runner`."""
         self._name = name
         self._arguments = _whole_arguments(arguments)
         self.is_local = name.lower() in _IN_THIS_PROCESS
@@ -146,10 +132,8 @@ class BeamRunner:
         """Builds a pipeline, runs it to its end, and prints its counters.
 
         A cluster's job is cancelled when this command is interrupted: nobody would look at it.
-
-        Raises:
-          UserError, RunAgain, OSError: what a worker marked; UserError also for a job that did not
-            end well.
+        Raises what a worker marked (UserError, RunAgain, OSError), and a UserError if the job did
+        not end well.
         """
         from apache_beam.metrics import MetricsFilter
         from apache_beam.runners.runner import PipelineState

@@ -26,21 +26,10 @@ from apache_beam.ml.inference.base import KeyedModelHandler, ModelHandler, RunIn
 from trainer.beam.runners import NAMESPACE, BeamRunner, marked_faults
 from trainer.data.packing import BLOCK_MICRO_BATCHES
 from trainer.errors import UserError
+from trainer.model import model_folder
 from trainer.model.model import INPUTS
-from trainer.model.model_folder import (
-    SAVED_MODEL_FOLDER,
-    check_fingerprint,
-    check_saved_model,
-    load_text_encoder,
-    local_model,
-)
-from trainer.scoring.batches import (
-    BatchPacker,
-    TokenBatch,
-    check_finite,
-    read_raw_batches,
-    tokenize,
-)
+from trainer.scoring import batches
+from trainer.scoring.batches import BatchPacker, TokenBatch
 from trainer.scoring.parts import begin_part
 from trainer.scoring.plan import Part, Plan, load_plan
 from trainer.scoring.writers import DocumentScores, ResultLayout
@@ -68,10 +57,7 @@ Item = TypeVar("Item")
 
 
 class PackedModelHandler(ModelHandler[MicroBatch, np.ndarray, Any]):
-    """The SavedModel's `packed` for RunInference: micro-batches to probabilities, float32 [D, L].
-
-    Beam loads the model once a process.
-    """
+    """The SavedModel's `packed` for RunInference: micro-batches to float32 [D, L] probabilities."""
 
     def __init__(self, folder: str, fingerprint: str) -> None:
         super().__init__()
@@ -80,29 +66,25 @@ class PackedModelHandler(ModelHandler[MicroBatch, np.ndarray, Any]):
 
     def load_model(self) -> Any:
         """The whole SavedModel: signatures alone would not keep its variables alive."""
-        with marked_faults(), local_model(self._folder, below=True) as folder:
-            path = os.path.join(folder, SAVED_MODEL_FOLDER)
+        with marked_faults(), model_folder.local_model(self._folder, below=True) as folder:
+            path = os.path.join(folder, model_folder.SAVED_MODEL_FOLDER)
             if not os.path.isdir(path):
                 raise UserError(f"{path}: no such folder; export the model again")
-            check_fingerprint(folder, self._fingerprint)
-            check_saved_model(folder)
+            model_folder.check_fingerprint(folder, self._fingerprint)
+            model_folder.check_saved_model(folder)
             model = tf.saved_model.load(path)
             if "packed" not in model.signatures:
                 raise UserError(f"{path}: no signature `packed`; export the model again")
             return model
 
     def run_inference(
-        self,
-        batch: Sequence[MicroBatch],
-        model: Any,
-        inference_args: dict[str, Any] | None = None,
+        self, batch: Sequence[MicroBatch], model: Any, inference_args: dict[str, Any] | None = None
     ) -> Iterable[np.ndarray]:
         """Runs the micro-batches one by one: each is a batch of documents already."""
         packed = model.signatures["packed"]
         for inputs in batch:
-            yield packed(**{name: tf.constant(value) for name, value in inputs.items()})[
-                "probabilities"
-            ].numpy()
+            tensors = {name: tf.constant(value) for name, value in inputs.items()}
+            yield packed(**tensors)["probabilities"].numpy()
 
     def batch_elements_kwargs(self) -> Mapping[str, Any]:
         """One element at a time: a micro-batch has its full number of tokens."""
@@ -128,7 +110,6 @@ class ScoreJob:
     versions: FileVersions
 
     def load_plan(self) -> Plan:
-        """The plan, which the command wrote."""
         plan = load_plan(open_output(self.output_dir))
         assert plan is not None
         return plan
@@ -155,11 +136,10 @@ class PackParts(beam.DoFn):
         self._job = job
 
     def setup(self) -> None:
-        """Reads plan and tokenizer, once a worker."""
-        with marked_faults(), local_model(self._job.model) as folder:
+        with marked_faults(), model_folder.local_model(self._job.model) as folder:
             self._plan = self._job.load_plan()
-            check_fingerprint(folder, self._job.fingerprint)
-            self._text_encoder = load_text_encoder(folder)
+            model_folder.check_fingerprint(folder, self._job.fingerprint)
+            self._text_encoder = model_folder.load_text_encoder(folder)
             self._pack = BatchPacker(self._plan.packing)
 
     def process(self, run: Sequence[int]) -> Iterator[Any]:
@@ -168,8 +148,12 @@ class PackParts(beam.DoFn):
             yield from self._read(run)
 
     def _read(self, run: Sequence[int]) -> Iterator[Any]:
+        encoder, plan = self._text_encoder, self._plan
+        limits = encoder.token_limits
+        raw = batches.read_raw_batches(plan.parts, run, self._job.columns, limits)
+        min_tokens = BLOCK_MICRO_BATCHES * plan.packing.num_tokens
         read = {part: {"documents": 0, "truncated": 0, "rejected": 0} for part in run}
-        for batch in self._token_batches(run):
+        for batch in batches.tokenize(raw, encoder.encode, min_tokens, _BATCH_DOCUMENTS):
             counts = read[batch.part]
             if batch.rejected:
                 # Numbered in the order of the rows: Beam hands them over in any order.
@@ -184,12 +168,6 @@ class PackParts(beam.DoFn):
             _count("rejected", counts["rejected"])
             _count("truncated", counts["truncated"])
             yield beam.pvalue.TaggedOutput(_READ, (part, counts))
-
-    def _token_batches(self, run: Sequence[int]) -> Iterator[TokenBatch]:
-        encoder, plan = self._text_encoder, self._plan
-        raw = read_raw_batches(plan.parts, run, self._job.columns, encoder.token_limits)
-        min_tokens = BLOCK_MICRO_BATCHES * plan.packing.num_tokens
-        return tokenize(raw, encoder.encode, min_tokens, _BATCH_DOCUMENTS)
 
     def _micro_batches_of(
         self, batch: TokenBatch, first_rank: int
@@ -214,15 +192,11 @@ def _count(name: str, number: int) -> None:
 
 
 def keep_documents(result: tuple[PackedDocuments, np.ndarray], model: str) -> RankedScores:
-    """A micro-batch's documents with their probabilities, without those of empty slots.
-
-    Raises:
-      WorkerFault: if one is not finite.
-    """
+    """A micro-batch's documents with their probabilities, which must be finite; no empty slots."""
     documents, probabilities = result
     scores = DocumentScores(documents.ids, probabilities[documents.slots], documents.kept)
     with marked_faults():
-        check_finite(model, scores)
+        batches.check_finite(model, scores)
     _count("scored", len(scores.ids))
     return documents.part, (documents.ranks, scores)
 
@@ -234,7 +208,6 @@ class WriteParts(beam.DoFn):
         self._job = job
 
     def setup(self) -> None:
-        """Reads the plan, once a worker."""
         with marked_faults():
             self._plan = self._job.load_plan()
 
@@ -309,10 +282,8 @@ def score_parts(
 ) -> None:
     """Scores the waiting parts (indices, ascending): in one job, or on this machine in several.
 
-    Calls `on_written` when a pipeline has written its parts.
-
-    Raises:
-      UserError, RunAgain, OSError: what a worker met.
+    Calls `on_written` when a pipeline has written its parts. Raises what a worker met: a UserError,
+    RunAgain or OSError.
     """
     cells_a_row = len(job.layout.labels) + _KEPT_CELLS * len(job.columns.kept)
     limits = cells_a_row, _LOCAL_CELLS if runner.is_local else None
@@ -341,10 +312,7 @@ def _runs(
 
 
 def _pipelines(
-    parts: Sequence[Part],
-    runs: Iterable[tuple[int, ...]],
-    cells_a_row: int,
-    max_cells: int | None,
+    parts: Sequence[Part], runs: Iterable[tuple[int, ...]], cells_a_row: int, max_cells: int | None
 ) -> Iterator[list[tuple[int, ...]]]:
     """Runs of parts for one pipeline each: as many as the limit allows."""
     sized = ((run, sum(parts[index].num_rows for index in run) * cells_a_row) for run in runs)

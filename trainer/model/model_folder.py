@@ -26,15 +26,9 @@ from safetensors.numpy import load_file, save_file
 from trainer.config import from_dict
 from trainer.data.tokenizer import Tokenizer, TokenLimits, load_tokenizer
 from trainer.errors import UserError
+from trainer.model import pretrained
 from trainer.model.model import INPUTS, Model, build_model, pad_batch
-from trainer.model.pretrained import (
-    CONFIG_FILE,
-    WEIGHTS_FILE,
-    from_variables,
-    model_config,
-    read_tensors,
-    to_variables,
-)
+from trainer.model.pretrained import WEIGHTS_FILE
 from trainer.model_config import ModelConfig, PackingConfig
 from trainer.storage import filesystem
 from trainer.storage.gcs import download_folder
@@ -46,16 +40,19 @@ _DIGEST_FILE = "saved_model.json"
 # Where our head's tensors live when transformers' classes have no place for them.
 _HEAD_PREFIX = "multihot."
 _FIELDS = {"labels", "head", "max_seq_length", "packing", "thresholds", "fingerprints"}
+# Fields of ModelConfig that transformers' BertConfig has under the same name.
+_SAME_IN_BERT = (
+    "vocab_size", "hidden_size", "num_attention_heads", "intermediate_size", "hidden_act",
+    "max_position_embeddings", "type_vocab_size", "initializer_range", "layer_norm_eps",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
 class TextEncoder:
     """Texts to windows of token ids, as a model folder says.
 
-    Attributes:
-      tokenizer: what turns a text into ids.
-      max_seq_length: longest window in tokens, [CLS] and [SEP] included.
-      window_stride, max_windows: as `Tokenizer.encode_windows` takes them.
+    `max_seq_length` is that of a window in tokens, [CLS] and [SEP] included; `window_stride` and
+    `max_windows` are as `Tokenizer.encode_windows` takes them.
     """
 
     tokenizer: Tokenizer
@@ -79,12 +76,10 @@ class TextEncoder:
 class ModelFolder(TextEncoder):
     """A model folder, ready to score.
 
-    Attributes:
-      labels: L names.
-      thresholds: float64 [L], NaN for a label that is never predicted.
-      packing: the shape of the micro-batches that the SavedModel's `packed` takes.
-      model: whose logits' sigmoids are calibrated probabilities.
-      fingerprint: of the folder's weights, labels, thresholds and tokenizer (SHA-256).
+    `thresholds` are float64 [L], NaN for a label that is never predicted. `packing` is the shape of
+    the micro-batches that the SavedModel's `packed` takes. The sigmoids of the model's logits are
+    calibrated probabilities. `fingerprint` is the SHA-256 of weights, labels, thresholds and
+    tokenizer.
     """
 
     labels: tuple[str, ...]
@@ -95,29 +90,27 @@ class ModelFolder(TextEncoder):
 
 
 def load_model_folder(folder: str, precision: str = "float32") -> ModelFolder:
-    """Loads a model folder.
-
-    Args:
-      folder: what `multihot export` wrote, here or in Cloud Storage.
-      precision: `float32` or `mixed_bfloat16`.
-
-    Raises:
-      UserError: if it is not a model folder, or a damaged one.
-    """
+    """Loads a local or gs:// model folder, in float32 or mixed_bfloat16; UserError if damaged."""
     with local_model(folder) as copy:
-        return _load_local(copy, precision)
+        description = _read_description(copy)
+        encoder = load_text_encoder(copy)
+        thresholds = [np.nan if cut is None else cut for cut in description["thresholds"]]
+        return ModelFolder(
+            **vars(encoder),
+            labels=tuple(description["labels"]),
+            thresholds=np.asarray(thresholds, np.float64),
+            packing=from_dict(PackingConfig, description["packing"]),
+            model=_load_model(copy, description, precision),
+            fingerprint=_fingerprint(copy),
+        )
 
 
 @contextlib.contextmanager
 def local_model(folder: str, below: bool = False) -> Iterator[str]:
     """A model folder as a local one: itself, or a copy that is removed afterwards.
 
-    Args:
-      folder: what `multihot export` wrote, here or in Cloud Storage.
-      below: whether the copy has the folders in it too, and so the SavedModel.
-
-    Raises:
-      UserError: that of the block, with the URL in the place of the copy's path.
+    With `below` the copy has the folders in it too, and so the SavedModel. A UserError of the block
+    names the URL in the place of the copy's path.
     """
     if not filesystem.is_remote(folder):
         yield folder
@@ -132,15 +125,8 @@ def local_model(folder: str, below: bool = False) -> Iterator[str]:
 
 
 def load_text_encoder(folder: str) -> TextEncoder:
-    """What a local model folder says of texts, without its model.
-
-    Raises:
-      UserError: if it is not a model folder, or a damaged one.
-    """
-    return _text_encoder(folder, _read_description(folder))
-
-
-def _text_encoder(folder: str, description: dict[str, Any]) -> TextEncoder:
+    """What a local model folder says of texts, without its model; a UserError if it is damaged."""
+    description = _read_description(folder)
     tokenizer = load_tokenizer(folder)
     if tokenizer.fingerprint != description["fingerprints"]["tokenizer"]:
         raise UserError(f"{folder}: its tokenizer is not the one of {MULTIHOT_FILE}; export again")
@@ -150,20 +136,6 @@ def _text_encoder(folder: str, description: dict[str, Any]) -> TextEncoder:
         # Folders that are older than windows do not name them.
         description.get("window_stride", 0),
         description.get("max_windows", 1),
-    )
-
-
-def _load_local(folder: str, precision: str) -> ModelFolder:
-    description = _read_description(folder)
-    encoder = _text_encoder(folder, description)
-    thresholds = [np.nan if cut is None else cut for cut in description["thresholds"]]
-    return ModelFolder(
-        **vars(encoder),
-        labels=tuple(description["labels"]),
-        thresholds=np.asarray(thresholds, np.float64),
-        packing=from_dict(PackingConfig, description["packing"]),
-        model=_load_model(folder, description, precision),
-        fingerprint=_fingerprint(folder),
     )
 
 
@@ -185,20 +157,18 @@ def _read_description(folder: str) -> dict[str, Any]:
 
 def _load_model(folder: str, description: dict[str, Any], precision: str) -> Model:
     sizes = dataclasses.replace(
-        model_config(folder, len(description["labels"]), description["head"], 0.0, 0.0),
+        pretrained.model_config(folder, len(description["labels"]), description["head"], 0.0, 0.0),
         window_pooling=description.get("window_pooling", "max"),
     )
     model = build_model(sizes, precision)
-    values = to_variables(read_tensors(folder), sizes, folder)
+    values = pretrained.to_variables(pretrained.read_tensors(folder), sizes, folder)
     tensors = load_file(os.path.join(folder, WEIGHTS_FILE))
     if sizes.head == "cls":
         values["head/classifier/kernel"] = tensors["classifier.weight"].T
         values["head/classifier/bias"] = tensors["classifier.bias"]
-    values |= {
-        name.removeprefix(_HEAD_PREFIX): value
-        for name, value in tensors.items()
-        if name.startswith(_HEAD_PREFIX)
-    }
+    for name, value in tensors.items():
+        if name.startswith(_HEAD_PREFIX):
+            values[name.removeprefix(_HEAD_PREFIX)] = value
     variables = model.named_variables()
     if set(values) != set(variables):
         raise UserError(
@@ -211,15 +181,11 @@ def _load_model(folder: str, description: dict[str, Any], precision: str) -> Mod
 
 def _fingerprint(folder: str) -> str:
     """Changes with weights, labels, thresholds and tokenizer; the SavedModel has its own digest."""
-    return _digest(folder, (MULTIHOT_FILE, WEIGHTS_FILE, CONFIG_FILE))
+    return _digest(folder, (MULTIHOT_FILE, WEIGHTS_FILE, pretrained.CONFIG_FILE))
 
 
 def check_fingerprint(folder: str, expected: str) -> None:
-    """Checks that a local model folder is the one that a plan was made for.
-
-    Raises:
-      UserError: if it is another, or lacks files.
-    """
+    """Checks, by a UserError, that a local model folder is the one that a plan was made for."""
     try:
         found = _fingerprint(folder)
     except FileNotFoundError as error:
@@ -240,16 +206,8 @@ def list_model_files(folder: str, below: str = "") -> list[str]:
     )
 
 
-def _digest_saved_model(folder: str) -> str:
-    return _digest(folder, list_model_files(folder, SAVED_MODEL_FOLDER))
-
-
 def check_saved_model(folder: str) -> None:
-    """Checks a local model folder's SavedModel against what `multihot export` wrote.
-
-    Raises:
-      UserError: if it is another, or damaged.
-    """
+    """Checks, by a UserError, that the SavedModel of a local model folder is as exported."""
     try:
         with open(os.path.join(folder, _DIGEST_FILE), encoding="utf-8") as file:
             expected = json.load(file)["sha256"]
@@ -257,7 +215,7 @@ def check_saved_model(folder: str) -> None:
         return
     except (ValueError, KeyError, TypeError):
         expected = None
-    if _digest_saved_model(folder) != expected:
+    if _digest(folder, list_model_files(folder, SAVED_MODEL_FOLDER)) != expected:
         raise UserError(
             f"{os.path.join(folder, SAVED_MODEL_FOLDER)}: damaged, or not the one that was "
             "exported; export the model again"
@@ -282,12 +240,8 @@ def save_model_folder(
 ) -> None:
     """Writes a model folder to an empty local folder.
 
-    Args:
-      folder: the folder.
-      model: in float32, with the calibration folded into its head.
-      tokenizer: of the data that it was trained on.
-      packing: the shape of the micro-batches that the SavedModel's `packed` takes.
-      description: what multihot.json says.
+    The model is in float32, with the calibration folded into its head. `description` is what
+    multihot.json says.
     """
     _write_weights(model, folder)
     _write_config(model.config, description["labels"], tokenizer.pad_id, folder)
@@ -295,13 +249,14 @@ def save_model_folder(
     _write_saved_model(model, packing, os.path.join(folder, SAVED_MODEL_FOLDER))
     # Not in multihot.json, whose bytes count for the fingerprint: the SavedModels of equal models
     # differ in the names of their functions.
-    _write_json(os.path.join(folder, _DIGEST_FILE), {"sha256": _digest_saved_model(folder)})
+    digest = _digest(folder, list_model_files(folder, SAVED_MODEL_FOLDER))
+    _write_json(os.path.join(folder, _DIGEST_FILE), {"sha256": digest})
     _write_json(os.path.join(folder, MULTIHOT_FILE), description)
 
 
 def _write_weights(model: Model, folder: str) -> None:
     values = {name: variable.numpy() for name, variable in model.named_variables().items()}
-    encoder = from_variables(values, model.config)
+    encoder = pretrained.from_variables(values, model.config)
     if model.config.head == "cls":
         tensors = {f"bert.{name}": value for name, value in encoder.items()}
         tensors["classifier.weight"] = np.ascontiguousarray(values["head/classifier/kernel"].T)
@@ -320,18 +275,10 @@ def _write_config(sizes: ModelConfig, labels: Sequence[str], pad_id: int, folder
     is_standard = sizes.head == "cls"
     BertConfig(
         architectures=["BertForSequenceClassification" if is_standard else "BertModel"],
-        vocab_size=sizes.vocab_size,
-        hidden_size=sizes.hidden_size,
+        **{name: getattr(sizes, name) for name in _SAME_IN_BERT},
         num_hidden_layers=sizes.num_layers,
-        num_attention_heads=sizes.num_attention_heads,
-        intermediate_size=sizes.intermediate_size,
-        hidden_act=sizes.hidden_act,
         hidden_dropout_prob=sizes.hidden_dropout,
         attention_probs_dropout_prob=sizes.attention_dropout,
-        max_position_embeddings=sizes.max_position_embeddings,
-        type_vocab_size=sizes.type_vocab_size,
-        initializer_range=sizes.initializer_range,
-        layer_norm_eps=sizes.layer_norm_eps,
         pad_token_id=pad_id,
         problem_type="multi_label_classification",
         id2label=dict(enumerate(labels)),
@@ -363,9 +310,8 @@ def _write_saved_model(model: Model, packing: PackingConfig, folder: str) -> Non
     def packed(input_ids, position_ids, segment_ids, window_starts, window_document):  # type: ignore[no-untyped-def]
         values = (input_ids, position_ids, segment_ids, window_starts, window_document)
         batch = dict(zip(INPUTS, values, strict=True))
-        return answer(
-            model(batch, row_groups=packing.row_groups, num_documents=packing.max_documents)
-        )
+        groups, rows = packing.row_groups, packing.max_documents
+        return answer(model(batch, row_groups=groups, num_documents=rows))
 
     tf.saved_model.save(module, folder, signatures={"serving_default": serve, "packed": packed})
 

@@ -32,13 +32,10 @@ Encode = Callable[[list[str]], tuple[list[list[list[int]]], list[bool]]]
 
 @dataclass
 class _PartRows:
-    """Consecutive rows of one part.
+    """Consecutive rows of one part: N that can be used, and the rejected ones beside them.
 
-    Attributes:
-      part: index of the part.
-      ids, kept: N ids, and tuples of the kept columns' values.
-      rejected: the rows that cannot be used, which are not among the N.
-      carried: characters of ids and kept columns, which stay in memory until they are written.
+    `kept` are tuples of the kept columns' values. `carried` counts the characters of ids and kept
+    columns, which stay in memory until they are written.
     """
 
     part: int
@@ -50,13 +47,10 @@ class _PartRows:
 
 @dataclass
 class RawBatch(_PartRows):
-    """Consecutive rows of one part, as read.
+    """Consecutive rows of one part, as read; the part's last ones if `ends_part`.
 
-    Attributes:
-      texts, windows: of each row either a text and None, or, if it comes tokenised, an empty text
-        and its windows.
-      characters: of texts, ids and kept columns.
-      ends_part: whether they are the part's last rows.
+    A row has a text and None for its windows, or, if it comes tokenised, an empty text and its
+    windows. `characters` counts those of texts, ids and kept columns.
     """
 
     texts: list[str] = field(default_factory=list)
@@ -93,32 +87,30 @@ class RawBatch(_PartRows):
         self, encode: Encode, max_rows: int | None = None
     ) -> tuple[list[list[list[int]]], int]:
         """The windows (lists of ids) of its rows, or the first rows, and how many lost tokens."""
-        rows = zip(self.texts[:max_rows], self.windows[:max_rows], strict=True)
+        given = self.windows[:max_rows]
+        rows = zip(self.texts[:max_rows], given, strict=True)
         encoded, truncated = encode([text for text, windows in rows if windows is None])
         rest = iter(encoded)
-        documents = [
-            next(rest) if windows is None else windows for windows in self.windows[:max_rows]
-        ]
+        documents = [next(rest) if windows is None else windows for windows in given]
         return documents, sum(truncated)
 
 
 def read_raw_batches(
     parts: Sequence[Part], waiting: Sequence[int], columns: Columns, limits: TokenLimits
 ) -> Generator[RawBatch, None, None]:
-    """Reads the rows of the waiting parts, in order; each part has a last batch of its own.
+    """Reads the rows of the waiting parts (ascending indices); no batch spans two parts.
 
-    Args:
-      parts, waiting: all parts of the plan, and the indices of those to read, ascending.
-      columns: of the rows.
-      limits: of rows that come tokenised; a row that exceeds them counts as rejected.
+    A row that comes tokenised and exceeds the limits counts as rejected.
     """
-    by_part = itertools.groupby(_read_rows(parts, waiting, columns), lambda item: item[0])
+    ranges = [(index, row_range) for index in waiting for row_range in parts[index].row_ranges]
+    rows = read_row_ranges([row_range for _, row_range in ranges], columns)
+    by_part = itertools.groupby(rows, lambda item: ranges[item[0]][0])
     upcoming = next(by_part, None)
     for index in waiting:
         batch = RawBatch(index)
         if upcoming is not None and upcoming[0] == index:
-            for _, source, row in upcoming[1]:
-                batch.add(row, source, limits)
+            for at, row in upcoming[1]:
+                batch.add(row, ranges[at][1].source, limits)
                 if batch.is_full:
                     yield batch
                     batch = RawBatch(index)
@@ -127,25 +119,13 @@ def read_raw_batches(
         yield batch
 
 
-def _read_rows(
-    parts: Sequence[Part], waiting: Sequence[int], columns: Columns
-) -> Iterator[tuple[int, str, Row | BadRow]]:
-    """(part, source, row) of the waiting parts."""
-    ranges = [(index, row_range) for index in waiting for row_range in parts[index].row_ranges]
-    for at, row in read_row_ranges([row_range for _, row_range in ranges], columns):
-        yield ranges[at][0], ranges[at][1].source, row
-
-
 @dataclass
 class TokenBatch(_PartRows):
     """Consecutive rows of one part, tokenised: N documents, enough of them to pack well.
 
-    Attributes:
-      tokens: int32 arrays, whose concatenation holds all tokens.
-      window_lengths, window_counts: int64 arrays, likewise: tokens of each window, and windows of
-        each document.
-      num_tokens, num_truncated: tokens, and documents that lost some.
-      probabilities: float32 [N, L], filled one micro-batch after the other.
+    The concatenations of `tokens` (int32), `window_lengths` and `window_counts` (int64) hold all
+    tokens, the tokens of each window, and the windows of each document. `num_truncated` documents
+    lost tokens. `probabilities` (float32 [N, L]) are filled one micro-batch after the other.
     """
 
     tokens: list[np.ndarray] = field(default_factory=list)
@@ -206,8 +186,7 @@ def tokenize(
 class BatchPacker:
     """Packs token batches of at least one document into micro-batches, as `pack` does.
 
-    Attributes:
-      num_traces: how often TensorFlow traced the packing: once, whatever the batches.
+    `num_traces` counts how often TensorFlow traced the packing: once, whatever the batches.
     """
 
     def __init__(self, packing: PackingConfig) -> None:
@@ -235,11 +214,7 @@ class BatchPacker:
 
 
 def check_finite(model: str, documents: DocumentScores) -> None:
-    """Checks that all probabilities are numbers.
-
-    Raises:
-      UserError: naming the model folder and the first document that has one that is not.
-    """
+    """Checks that all probabilities are finite; a UserError names the first bad document."""
     finite = np.isfinite(documents.probabilities).all(axis=1)
     if not finite.all():
         identifier = documents.ids[int(np.argmin(finite))]

@@ -6,11 +6,9 @@
     manifests/part-….json           written last: the part is done
     _SUCCESS                        written when every part is
 
-A file has its name only when all of its content is there. Workers share a folder without a server.
-Part i belongs to worker i modulo the number of workers. A consecutive stretch of parts for each
-worker would be unbalanced after an earlier run that ended early, or had another number of workers.
-The worker that finds all manifests writes _SUCCESS. The folder keeps two writers of one part apart
-(output_folder.py).
+A file has its name only when all of its content is there. Workers share a folder without a server:
+part i belongs to worker i modulo their number, and the worker that finds all manifests writes
+_SUCCESS. output_folder.py keeps two writers of one part apart.
 """
 
 import dataclasses
@@ -94,11 +92,7 @@ class PartWriter:
         self._rejected += rejected
 
     def commit(self) -> Manifest:
-        """Names the part, then its rejected rows, and last its manifest, which makes it count.
-
-        Raises:
-          UserError: if another process wrote the same part meanwhile.
-        """
+        """Names part, rejected rows, and last the manifest; a UserError if another process did."""
         self._results.close()
         found = self._file.name_part()
         lines = "".join(json.dumps(row, ensure_ascii=False) + "\n" for row in self._rejected)
@@ -128,11 +122,7 @@ class PartWriter:
 def begin_part(
     folder: OutputFolder, plan: Plan, index: int, layout: ResultLayout
 ) -> PartWriter | None:
-    """Begins to write a part; None if another process has finished it by now.
-
-    Raises:
-      UserError: if another live process is writing it.
-    """
+    """Begins a part; None if it is done by now, a UserError if another process writes it."""
     part = plan.parts[index]
     file = folder.open_part(part_file(part, plan), manifest_file(part))
     return None if file is None else PartWriter(folder, plan, part, file, layout)
@@ -141,16 +131,16 @@ def begin_part(
 class PlanProgress:
     """Which parts of a plan are done, in a folder that other workers may write to as well.
 
-    Attributes:
-      plan: the plan.
-      manifests: of each part, or None if it is not done.
-      mine: indices of the parts of this worker.
+    `manifests` has one entry for each part, None if the part is not done. `mine` are the indices of
+    this worker's parts.
     """
 
     def __init__(
         self, folder: OutputFolder, plan: Plan, worker_index: int = 0, num_workers: int = 1
     ) -> None:
         self.manifests: list[Manifest | None] = [None] * len(plan.parts)
+        # Each worker takes every n-th part: consecutive stretches would be unbalanced after an
+        # earlier run that ended early, or had another number of workers.
         self.mine = range(worker_index, len(plan.parts), num_workers)
         self.plan = plan
         self._folder = folder
@@ -174,7 +164,6 @@ class PlanProgress:
         Of the other workers' parts only the sizes are compared.
         """
         had_ended = SUCCESS_FILE in self._folder.find("")
-        self.manifests = [None] * len(self.manifests)
         names = self._read_new()
         files = self._compare_sizes()
         files |= {
@@ -240,22 +229,17 @@ class PlanProgress:
         self._compare_sizes()
 
     def finish(self) -> None:
-        """Writes _SUCCESS if every part is there, as far as known, whoever did it."""
-        if not self.is_complete:
-            return
-        self._folder.create(SUCCESS_FILE, _to_json({"parts": len(self.done)} | self.totals()))
-        self.clear_up()
+        """Writes _SUCCESS if every part is there, and removes what killed processes left aside."""
+        if self.is_complete:
+            self._folder.create(SUCCESS_FILE, _to_json({"parts": len(self.done)} | self.totals()))
+            self._folder.clear_up(FOLDERS)
 
     def totals(self) -> dict[str, int]:
         """The sums of the manifests' numbers, by field."""
         return {name: sum(getattr(item, name) for item in self.done) for name in _TOTALS}
 
     def check_rejected(self, limit: float) -> None:
-        """Checks that the parts that are done hold no more unusable rows than --max_rejected.
-
-        Raises:
-          UserError: naming the first of them.
-        """
+        """Refuses, by a UserError, more unusable rows in finished parts than --max_rejected."""
         num_rows = sum(part.num_rows for part in self.plan.parts)
         with_rejected = [item for item in self.done if item.rows_rejected]
         num_rejected = sum(item.rows_rejected for item in with_rejected)
@@ -263,10 +247,6 @@ class PlanProgress:
             (lines,) = self._folder.read([rejected_file(with_rejected[0].part)])
             where = f"{self._folder.url}/{REJECTED_FOLDER}"
             raise describe_rejections(lines or b"", num_rejected, num_rows, limit, where)
-
-    def clear_up(self) -> None:
-        """Removes what killed processes left aside, once every part is there."""
-        self._folder.clear_up(FOLDERS)
 
     @property
     def is_complete(self) -> bool:

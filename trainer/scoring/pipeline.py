@@ -96,14 +96,11 @@ class Compilations:
 
 @dataclass
 class PackedBatch:
-    """One micro-batch of a token batch, or a whole token batch without documents.
+    """One micro-batch of a token batch, or a token batch without documents (`inputs` is None).
 
-    Attributes:
-      batch: the token batch.
-      document_index: int64 [D], which of its documents each slot is (-1: none).
-      inputs: what the model takes; None for a token batch without documents.
-      ends_batch: whether it is the last of the token batch.
-      probabilities: float32 [D, L] once it has run; the device may still compute them.
+    `document_index` (int64 [D]) says which of the token batch's documents each slot holds (-1:
+    none). `ends_batch` marks the token batch's last micro-batch. `probabilities` are float32 [D, L]
+    once it has run; the device may still compute them.
     """
 
     batch: TokenBatch
@@ -192,11 +189,9 @@ class ScoringPipeline:
     def run(
         self, waiting: Sequence[int], on_rows: Callable[[int], object]
     ) -> Generator[TokenBatch, None, None]:
-        """The rows of the waiting parts, in order, with their probabilities.
+        """The rows of the waiting parts (indices, ascending), in order, with their probabilities.
 
-        Args:
-          waiting: indices of the parts, ascending.
-          on_rows: called with the number of rows that were done since the last call.
+        Calls `on_rows` with the number of rows that were done since the last call.
         """
         with contextlib.closing(self._start(waiting)) as micro_batches:
             for packed in micro_batches:

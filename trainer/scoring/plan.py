@@ -54,12 +54,8 @@ class Part:
 class Plan:
     """Everything that the bytes of the parts depend on.
 
-    Attributes:
-      model_fingerprint: of the model folder.
-      settings: the flags that change what is written, by name.
-      packing: the shape of a micro-batch.
-      inputs: the files, in order.
-      parts: the output files, in order.
+    `settings` are the flags that change what is written, by name. `packing` is the shape of a
+    micro-batch.
     """
 
     model_fingerprint: str
@@ -135,11 +131,7 @@ def save_plan(folder: OutputFolder, plan: Plan) -> bool:
 
 
 def load_plan(folder: OutputFolder) -> Plan | None:
-    """The plan of an output folder, or None if there is none yet.
-
-    Raises:
-      UserError: if the folder holds parts without a plan, or a plan that cannot be read.
-    """
+    """An output folder's plan, None if it is empty; a UserError if damaged or lost."""
     (contents,) = folder.read([PLAN_FILE])
     if contents is None:
         if any(name.startswith("part-") for name in folder.find("")):
@@ -168,11 +160,7 @@ def load_plan(folder: OutputFolder) -> Plan | None:
 
 
 def wait_for_plan(folder: OutputFolder, seconds: float) -> Plan:
-    """The plan, as soon as worker 0 has written it.
-
-    Raises:
-      RunAgain: if it has not after that many seconds.
-    """
+    """The plan, as soon as worker 0 has written it; RunAgain if it has not after `seconds`."""
     deadline = time.monotonic() + seconds
     is_said = False
     while (plan := load_plan(folder)) is None:
@@ -191,11 +179,7 @@ def wait_for_plan(folder: OutputFolder, seconds: float) -> Plan:
 def check_plan(
     plan: Plan, output_dir: str, model_fingerprint: str, settings: dict, inputs: Sequence[Input]
 ) -> None:
-    """Checks that a call may continue the plan of an output folder.
-
-    Raises:
-      UserError: for another model, another setting, or inputs that changed.
-    """
+    """Refuses, by a UserError, to continue a plan with another model, setting or input."""
     remedy = "restore it, or choose another --output_dir"
     if plan.model_fingerprint != model_fingerprint:
         raise UserError(

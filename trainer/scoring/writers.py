@@ -4,7 +4,6 @@ A row holds the document's id, its chosen labels, the selected scores and the ke
 bytes of a file depend on its rows alone, however many of them are written at a time.
 """
 
-import abc
 import gzip
 import io
 import itertools
@@ -31,13 +30,10 @@ _CELLS_A_GROUP = 1 << 22
 class ResultLayout:
     """What a file of scores holds of each document.
 
-    Attributes:
-      format: one of `ENDINGS`.
-      labels: L names.
-      thresholds: float64 [L]; a label is chosen at this probability or above, never for NaN.
-      selection: the scores to write: ("all", 0), ("chosen", 0) for those of the chosen labels,
-        ("top", K) or ("above", P).
-      kept_columns: C columns of the input, none of them called `id`, `labels` or `scores`.
+    `format` is one of `ENDINGS`. A label is chosen at its threshold (float64 [L]) or above, never
+    for NaN. `selection` says which scores to write: ("all", 0), ("chosen", 0) for those of the
+    chosen labels, ("top", K) or ("above", P). None of the C kept columns is called `id`, `labels`
+    or `scores`.
     """
 
     format: str
@@ -59,7 +55,6 @@ class DocumentScores(NamedTuple):
     kept: Sequence[tuple[Any, ...]]
 
     def rows(self, start: int, end: int) -> "DocumentScores":
-        """Some consecutive ones of them."""
         chosen = slice(start, end)
         return DocumentScores(self.ids[chosen], self.probabilities[chosen], self.kept[chosen])
 
@@ -94,11 +89,6 @@ class SelectedLabels(NamedTuple):
         return itertools.pairwise(self.bounds.tolist())
 
 
-def choose_labels(probabilities: np.ndarray, layout: ResultLayout) -> SelectedLabels:
-    """The labels of N documents at or above their thresholds, in label order."""
-    return SelectedLabels.of(probabilities >= layout.thresholds)
-
-
 def select_scores(probabilities: np.ndarray, layout: ResultLayout) -> SelectedLabels:
     """The labels of N documents whose scores are written.
 
@@ -130,28 +120,15 @@ def _is_highest(probabilities: np.ndarray, count: int) -> np.ndarray:
     return is_higher | (is_equal & (np.cumsum(is_equal, axis=1, dtype=np.int32) <= room))
 
 
-class ResultWriter(abc.ABC):
-    """One file of scores that is being written; it stays open when the writer ends."""
+def open_results(file: BinaryIO, layout: ResultLayout) -> "LineWriter | TableWriter":
+    """Begins a file of scores in a file that is open for writing, and stays so.
 
-    @abc.abstractmethod
-    def write(self, documents: DocumentScores) -> None:
-        """Adds documents."""
-
-    @abc.abstractmethod
-    def close(self) -> None:
-        """Writes what is not written yet."""
-
-    @abc.abstractmethod
-    def discard(self) -> None:
-        """Ends the writer in the place of `close`: what is not written yet is dropped."""
+    `close` writes what is not written yet; `discard`, in its place, drops it.
+    """
+    return LineWriter(file, layout) if layout.format == "jsonl" else TableWriter(file, layout)
 
 
-def open_results(file: BinaryIO, layout: ResultLayout) -> ResultWriter:
-    """Begins a file of scores in a file that is open for writing."""
-    return (LineWriter if layout.format == "jsonl" else TableWriter)(file, layout)
-
-
-class LineWriter(ResultWriter):
+class LineWriter:
     """Gzipped lines of `{"id": ..., "labels": [...], "scores": {...}, ...}`.
 
     They are formatted by hand: for a thousand labels `json.dumps` takes longer than the encoder
@@ -171,6 +148,7 @@ class LineWriter(ResultWriter):
         self._all = f"{{{keys}}}"
 
     def write(self, documents: DocumentScores) -> None:
+        """Adds documents."""
         for lines in self.format(documents):
             self._file.write(lines)
 
@@ -190,7 +168,7 @@ class LineWriter(ResultWriter):
             yield self._format(documents.rows(start, start + step))
 
     def _format(self, documents: DocumentScores) -> bytes:
-        chosen = choose_labels(documents.probabilities, self._layout)
+        chosen = SelectedLabels.of(documents.probabilities >= self._layout.thresholds)
         names = [self._names[column] for column in chosen.columns.tolist()]
         labels_of = [", ".join(names[start:end]) for start, end in chosen.spans()]
         scores_of = self._format_scores(documents.probabilities)
@@ -216,7 +194,7 @@ class LineWriter(ResultWriter):
         return [f"{{{', '.join(texts[start:end])}}}" for start, end in selected.spans()]
 
 
-class TableWriter(ResultWriter):
+class TableWriter:
     """Parquet with `id` (string), `labels` (list<string>), `scores` (map<string, float>), ….
 
     Kept columns follow as strings: text as it is, null as null, all else as JSON. All row groups
@@ -264,7 +242,7 @@ class TableWriter(ResultWriter):
         self._held, self._num_held = [], 0
 
     def _to_batch(self, documents: DocumentScores) -> pa.RecordBatch:
-        chosen = choose_labels(documents.probabilities, self._layout)
+        chosen = SelectedLabels.of(documents.probabilities >= self._layout.thresholds)
         selected = select_scores(documents.probabilities, self._layout)
         scores = pa.array(selected.values(documents.probabilities), pa.float32())
         columns = [
