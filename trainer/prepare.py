@@ -1,10 +1,9 @@
 """`multihot prepare`: raw rows to TFRecord shards, the tokenizer beside them, metadata.json last.
 
-There are two passes, each by several processes or by the workers of a Beam runner. The first
-reduces rows to labels, lengths and text hashes; these decide the labels, the splits and the texts
-for the vocabulary. The second tokenises and writes. Everything is made in a work folder inside the
-data folder and moved to its place at the end, so that a run that fails or is killed leaves nothing
-under a final name.
+Each of two passes is run by processes or by a Beam runner's workers. The first reduces rows to
+labels, lengths and text hashes, which decide labels, splits and the texts for the vocabulary. The
+second tokenises and writes. Everything is made in a work folder inside the data folder and moved at
+the end, so that a run that fails or is killed leaves nothing under a final name.
 """
 
 import contextlib
@@ -64,11 +63,7 @@ class Timing:
 
 
 def run(config: PrepareConfig) -> Timing:
-    """Prepares a corpus, or adds a split to one that is prepared already.
-
-    Raises:
-      UserError: for anything wrong with the input, the flags or the folder.
-    """
+    """Prepares a corpus, or adds a split to one; a UserError says what is wrong."""
     runner = open_runner(config.runner, config.beam_options)
     if not filesystem.is_remote(config.data_dir):
         return _prepare(config, runner, config.data_dir)
@@ -225,11 +220,7 @@ def _open_pool(
 def _choose_tokenizer(
     config: PrepareConfig, previous: Metadata | None, corpus: Corpus, work_dir: str
 ) -> Tokenizer:
-    """The tokenizer: the folder's own, one that is named, or a new one; saved to the work folder.
-
-    Raises:
-      UserError: if it is not the one that the folder was prepared with.
-    """
+    """The folder's own tokenizer, one that is named, or a new one; saved to the work folder."""
     if previous is not None:
         folder = os.path.join(config.data_dir, TOKENIZER_FOLDER)
         names = [folder] if config.tokenizer == "train" else [folder, config.tokenizer]

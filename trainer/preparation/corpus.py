@@ -113,18 +113,10 @@ def read_corpus(
     work_dir: str,
     pool: WorkerPool,
 ) -> Corpus:
-    """Reads every row once and decides labels and splits.
+    """Reads every row once and decides labels and splits; side files go to `work_dir`.
 
-    Args:
-      config: the flags.
-      previous: what the data folder holds already, whose labels then apply; or None.
-      files: what to read.
-      token_limits: of rows that come tokenised, if there are any.
-      work_dir: where side files go.
-      pool: the processes that read.
-
-    Raises:
-      UserError: if a column is missing, or too many rows are unusable, or too few usable.
+    `previous` is what the data folder holds already, whose labels then apply. A UserError says that
+    a column is missing, or that too many rows are unusable, or too few usable.
     """
     columns = columns_of(config)
     check_all_columns(files, columns)
@@ -259,11 +251,7 @@ class _Numbering:
         self._extents: dict[str, Extent] = {}
 
     def add(self, cut: RowRange, scanned: ScannedRange) -> tuple[RowRange, ScannedRange]:
-        """Numbers the rows of the next range.
-
-        Raises:
-          UserError: if it does not begin where the one before it ended: the file was changed.
-        """
+        """Numbers the rows of the next range, which has to begin where the last one ended."""
         whole, extent = self._extents.setdefault(cut.path, Extent()), scanned.extent
         if extent.num_rows and extent.start != whole.end:
             raise changed(cut.path)
@@ -336,7 +324,6 @@ def _move_rejected(path: str, rejected_path: str, num_rejected: int) -> None:
 def _check_rows(
     config: PrepareConfig, num_rejected: int, num_usable: int, num_rows: int, path: str
 ) -> None:
-    """Checks that not too many rows are unusable, and that there are any usable ones."""
     if num_rejected + num_usable == 0:
         raise UserError(f"--input={','.join(config.input)}: no rows; expected at least one")
     limit = config.max_rejected
@@ -348,7 +335,6 @@ def _check_rows(
 def _check_kept(
     config: PrepareConfig, columns: Columns, row_index: RowIndex, files: Sequence[str]
 ) -> None:
-    """Checks that every column to keep is one that some row has."""
     missing = [name for name in columns.kept if name not in row_index.kept]
     if missing:
         found = ", ".join(column_names(files[0]) or ["none"])

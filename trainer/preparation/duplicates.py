@@ -115,11 +115,9 @@ def _write_ranks(corpus: Corpus, num_splits: int, path: str) -> np.ndarray:
 def find_repeats(
     paths: Mapping[str, str], pairs: Sequence[tuple[str, str]]
 ) -> dict[tuple[str, str], Repeats]:
-    """Finds texts that occur more than once.
+    """Finds the texts that occur more than once, by the text index of each split (`paths`).
 
-    Args:
-      paths: the text index of each split.
-      pairs: which splits to compare; one with itself for the repeats within it.
+    `pairs` are the splits to compare; one is paired with itself for the repeats within it.
     """
     within, across = Repeats(0, (0,), 0, []), Repeats(0, (0, 0), 0, [])
     found = {(a, b): Repeats(**vars(within if a == b else across)) for a, b in pairs}

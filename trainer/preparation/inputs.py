@@ -56,11 +56,7 @@ class Inputs:
 
 
 def gather_inputs(config: PrepareConfig, work_dir: str) -> Inputs:
-    """Finds the files to read; a sample is written to the work folder.
-
-    Raises:
-      UserError: if `--input` names nothing that can be read.
-    """
+    """Finds the files to read, or writes a sample; a UserError if `--input` names nothing."""
     samples = [item for item in config.input if item.split(":")[0] == "sample"]
     if not samples:
         files = list_files(
@@ -110,8 +106,7 @@ def choose_token_limits(
 ) -> TokenLimits | None:
     """The limits of rows that come tokenised; None if there are no such rows.
 
-    Raises:
-      UserError: if there are, and no tokenizer is named that made them.
+    A UserError says that no tokenizer is named that made them.
     """
     tokenised = next((name for name in files if is_tokenised(name)), None)
     if tokenised is None:
@@ -131,8 +126,7 @@ def choose_token_limits(
 def make_reader(config: PrepareConfig, previous: Metadata | None) -> LabelReader:
     """The reader of the labels of a row, by the flags or the folder's earlier splits.
 
-    Raises:
-      UserError: if --labels and --label_field do not go together.
+    A UserError says that --labels and --label_field do not go together.
     """
     columns = config.label_field
     check_unique(columns, f"--label_field={','.join(columns)}")
@@ -155,11 +149,7 @@ def make_reader(config: PrepareConfig, previous: Metadata | None) -> LabelReader
 
 
 def check_labels(name: str, columns: Columns, reader: LabelReader) -> None:
-    """Checks that the labels of one of the first rows of a file can be read.
-
-    Raises:
-      UserError: if there are several rows, and those of none can.
-    """
+    """Checks that labels of the first rows can be read; a UserError if none of several can."""
     rows = (row for row in read_row_range(whole_file(name), columns) if isinstance(row, Row))
     reasons = []
     for row in itertools.islice(rows, _ROWS_TO_CHECK):
@@ -178,11 +168,7 @@ def check_labels(name: str, columns: Columns, reader: LabelReader) -> None:
 def choose_labels(
     config: PrepareConfig, reader: LabelReader, row_index: RowIndex
 ) -> tuple[tuple[str, ...], dict[str, int]]:
-    """The labels in order, and the number of documents of each label that is too rare.
-
-    Raises:
-      UserError: if none is left.
-    """
+    """The labels in order, and the documents of each too rare one; a UserError if none is left."""
     counts = dict(zip(row_index.names, row_index.label_counts, strict=True))
     if reader.names is not None:
         return reader.names, {}

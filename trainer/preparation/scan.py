@@ -90,19 +90,9 @@ def pieces_of(name: str) -> list[RowRange]:
 
 
 def copy_rows(piece: RowRange, copy_path: str, source: str, columns: Columns) -> str:
-    """Copies what cannot be cut by bytes to a file of lines.
+    """Copies what cannot be cut by bytes to a file of lines; returns its name with the format.
 
-    Args:
-      piece: of `pieces_of` the file.
-      copy_path: where to put the copy.
-      source: the file's name in the ids of rows without an id.
-      columns: what to copy.
-
-    Returns:
-      The name of the copy, its format before the path.
-
-    Raises:
-      UserError: if the file is damaged.
+    `piece` is of `pieces_of`; `source` is the file's name in the ids of rows without an id.
     """
     kind, _ = format_of(piece.path)
     if kind in LINE_FORMATS:

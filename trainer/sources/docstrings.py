@@ -62,11 +62,7 @@ class SourceFile:
 
 
 def list_source_files(seed: int) -> tuple[list[SourceFile], dict[str, str]]:
-    """The packages' Python files in the order of a seeded hash of their names, and the versions.
-
-    Raises:
-      UserError: if none of the packages is installed.
-    """
+    """The packages' sources in a seeded order, and the versions; a UserError if there are none."""
     files, versions = [], {}
     for package, candidates in PACKAGES.items():
         for distribution_name in candidates:
@@ -121,10 +117,7 @@ def _documents_of_file(file: SourceFile) -> Iterator[dict]:
 def iterate_sample(
     files: list[SourceFile], num_documents: int | None, num_workers: int | None
 ) -> Iterator[dict]:
-    """Streams documents of distinct text in the files' order until there are enough.
-
-    The result does not depend on `num_workers`.
-    """
+    """Streams documents of distinct text in the files' order, whatever `num_workers` is."""
     seen: set[bytes] = set()
     tasks = [files[at : at + _FILES_A_TASK] for at in range(0, len(files), _FILES_A_TASK)]
     with process_pool(num_workers) as pool:
@@ -144,8 +137,7 @@ def write_sample(
 ) -> SampleSummary:
     """Writes the sample as JSONL (`id`, `text`, `labels`, `package`, `kind`), atomically.
 
-    Raises:
-      UserError: if the installed packages do not hold that many documents.
+    A UserError says that the installed packages hold fewer documents than asked for.
     """
     from tqdm import tqdm
 

@@ -67,5 +67,4 @@ def _power_of_x(exponent: int) -> int:
 
 @functools.cache
 def _square(times: int) -> int:
-    """x, squared so many times."""
     return _X if times == 0 else _multiply(_square(times - 1), _square(times - 1))

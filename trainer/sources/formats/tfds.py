@@ -1,8 +1,8 @@
 """TensorFlow Datasets: `tfds:NAME[/CONFIG][:VERSION]`, one name a split, in the files' order.
 
 The builder itself reads, in this process, so that a builder that the caller defined or replaced by
-a mock is used. A whole name is
-`tfds:NAME[/CONFIG][:VERSION]:SPLIT[@FOLDER]`; NAME may be the folder of a data set on disk.
+a mock is used. A whole name is `tfds:NAME[/CONFIG][:VERSION]:SPLIT[@FOLDER]`; NAME may be the
+folder of a data set on disk.
 """
 
 import re
@@ -40,11 +40,7 @@ def _library() -> Any:
 
 
 def _open(name: str) -> _DataSet:
-    """The builder that a name stands for.
-
-    Raises:
-      UserError: if there is none of that name.
-    """
+    """The builder that a name stands for; a UserError if there is none."""
     match = _NAME.fullmatch(name)
     if match is None:
         raise UserError(f"--input={name}: expected tfds:NAME, tfds:NAME/CONFIG or with :VERSION")
@@ -70,14 +66,8 @@ def _first_line(error: Exception) -> str:
 def list_splits(item: str, source_split: str | None, data_dir: str | None) -> list[str]:
     """The whole names of a data set's splits; it is downloaded and prepared if it is not there.
 
-    Args:
-      item: `tfds:NAME...` as the user wrote it.
-      source_split: one split, or what else TensorFlow Datasets understands (`train[:10%]`); None
-        for all.
-      data_dir: where the library keeps its files; None: where it does by itself.
-
-    Raises:
-      UserError: if there is no such data set or split, or it cannot be downloaded.
+    `source_split` is one split, or what else TensorFlow Datasets understands (`train[:10%]`). A
+    UserError says that there is no such data set or split, or that it cannot be downloaded.
     """
     folder = f"@{data_dir}" if data_dir and "@" not in item else ""
     builder, split = _open(item + folder)

@@ -35,11 +35,7 @@ _NUMBERS = ("input_ids", "window_lengths", "input_mask", "segment_ids")
 
 
 def _records(name: str) -> Iterator[bytes | int]:
-    """The records of a file, their checksums checked; of one over the limit only its length.
-
-    Raises:
-      UserError: if the file is damaged or cut short.
-    """
+    """The records of a file, checksums checked; of one over the limit only its length."""
     number = 0
     try:
         with open_decompressed(name) as file:
@@ -150,11 +146,7 @@ def _row(
     features: dict[str, list[Any]],
     columns: Columns,
 ) -> Row | BadRow | None:
-    """An example as a row; None for one that only fills a batch.
-
-    Raises:
-      ValueError: if its features do not fit together.
-    """
+    """An example as a row; None for one that only fills a batch; a ValueError if it is none."""
     if "input_ids" not in features or columns.text in features:
         return _row_of_text(row_range, position, features, columns)
     for name in _NUMBERS:
