@@ -109,11 +109,8 @@ def _prepare(
         inputs.versions.check()
         indexes = write_text_indexes(corpus, plan.split_names, work_dir, plan.num_labels)
         splits = describe_splits(plan, shards, statistics, indexes, corpus.num_rejected)
-        call = inputs.describe(corpus.fingerprints) | {
-            "rejected": corpus.num_rejected,
-            "seed": config.seed,
-        }
-        call |= {"splits": list(splits), "flags": flags}
+        call = {**inputs.describe(corpus.fingerprints), "rejected": corpus.num_rejected}
+        call |= {"seed": config.seed, "splits": list(splits), "flags": flags}
         metadata = _describe(previous, corpus, tokenizer, plan, splits, call)
         checks = check_splits(
             metadata, list(splits), statistics, config.data_dir, work_dir, shards_dir=shown_dir
@@ -251,10 +248,9 @@ def _plan_writing(config: PrepareConfig, corpus: Corpus, work_dir: str) -> Write
     mean_tokens = min(corpus.row_index.characters / corpus.row_index.num_rows / 2, max_tokens)
     record_bytes = BYTES_BESIDE_TOKENS + BYTES_A_TOKEN * mean_tokens
     wanted = np.ceil(documents * record_bytes / SHARD_BYTES).astype(np.int64)
+    wanted = np.maximum(wanted, MIN_SHARDS)
     if config.num_shards is not None:
         wanted = np.full(len(names), config.num_shards)
-    else:
-        wanted = np.maximum(wanted, MIN_SHARDS)
     return WritePlan(
         columns=columns_of(config),
         work_dir=work_dir,

@@ -71,10 +71,7 @@ def read_frame(file: BinaryIO, place: int) -> bytes:
 
 
 def encode_record(
-    document_id: str,
-    windows: Sequence[list[int]],
-    labels: list[int],
-    kept: Sequence[str] = (),
+    document_id: str, windows: Sequence[list[int]], labels: list[int], kept: Sequence[str] = ()
 ) -> bytes:
     """One document as a serialised `tf.train.Example`, features in the order of their names.
 

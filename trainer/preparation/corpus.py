@@ -31,12 +31,7 @@ from trainer.sources.extents import Extent
 from trainer.sources.formats.lines import cut_bytes, line_format
 from trainer.sources.input_files import changed, is_data_set, is_divisible, source_names
 from trainer.sources.listing import for_each_file
-from trainer.sources.reader import (
-    check_all_columns,
-    column_names,
-    num_bytes,
-    total_bytes,
-)
+from trainer.sources.reader import check_all_columns, column_names, num_bytes
 from trainer.sources.rows import (
     REJECTED_FOLDER,
     BadRow,
@@ -89,10 +84,8 @@ class Corpus:
 
     def count_documents(self, num_splits: int) -> np.ndarray:
         """int64 [num_splits], the rows of each split."""
-        total = np.zeros(num_splits, np.int64)
-        for splits, _ in self.ranks(num_splits):
-            total += np.bincount(splits, minlength=num_splits)
-        return total
+        counts = (np.bincount(splits, minlength=num_splits) for splits, _ in self.ranks(num_splits))
+        return sum(counts, np.zeros(num_splits, np.int64))
 
 
 def columns_of(config: PrepareConfig) -> Columns:
@@ -123,12 +116,12 @@ def read_corpus(
     reader = make_reader(config, previous)
     check_labels(files[0], columns, reader)
     plan = ScanPlan(columns, reader, hash_seed(config, previous), 0.0, work_dir, token_limits)
-    size = total_bytes(files)
+    size = sum(for_each_file(files, num_bytes))
     cut = _cut_files(files, columns, work_dir, _range_bytes(size), pool)
     row_index, numbering = RowIndex(work_dir), _Numbering()
     share_of_rows = partial(_vocabulary_share, config, previous)
     with open(os.path.join(work_dir, "rejected.jsonl"), "wb") as file:
-        rejected = _RejectedRows(file, _rows_a_group(size))
+        rejected = _RejectedRows(file, 1024 if size < _SMALL_INPUT_BYTES else 4096)
         for row_range, scanned in _scan(plan, cut, numbering, share_of_rows, pool):
             row_index.add(scanned)
             rejected.add(row_range, scanned.rejected)
@@ -168,10 +161,6 @@ def _map_labels(row_index: RowIndex, labels: Sequence[str]) -> tuple[np.ndarray,
 def _range_bytes(num_bytes: int) -> int:
     """Bytes of a range: few where the input is small, so that all cores have some."""
     return 1 << 20 if num_bytes < _SMALL_INPUT_BYTES else 1 << 22
-
-
-def _rows_a_group(num_bytes: int) -> int:
-    return 1024 if num_bytes < _SMALL_INPUT_BYTES else 4096
 
 
 def _cut_files(
@@ -227,10 +216,8 @@ def _scan(
         start = 0
         while start < len(cut):
             end = min(max(4 * start, _RANGES_OF_FIRST_ROUND), len(cut))
-            scan = partial(
-                scan_range, replace(plan, vocabulary_share=share_of_rows(numbering.num_rows))
-            )
-            scans = pool.map(scan, range(start, end), cut[start:end])
+            plan = replace(plan, vocabulary_share=share_of_rows(numbering.num_rows))
+            scans = pool.map(partial(scan_range, plan), range(start, end), cut[start:end])
             for row_range, scanned in zip(cut[start:end], scans, strict=True):
                 yield numbering.add(row_range, scanned)
                 progress.update(scanned.extent.end - scanned.extent.start)
@@ -255,13 +242,11 @@ class _Numbering:
         whole, extent = self._extents.setdefault(cut.path, Extent()), scanned.extent
         if extent.num_rows and extent.start != whole.end:
             raise changed(cut.path)
-        first_row = whole.num_rows
-        row_range = RowRange(
-            cut.path, extent.start, extent.end, first_row, extent.num_rows, cut.source
-        )
+        first_row, num_rows = whole.num_rows, extent.num_rows
+        row_range = RowRange(cut.path, extent.start, extent.end, first_row, num_rows, cut.source)
         whole.join(extent)
         self.row_ranges.append(row_range)
-        self.num_rows += extent.num_rows
+        self.num_rows += num_rows
         if line_format(cut.path).has_own_positions:
             return row_range, scanned
         rejected = [row._replace(position=row.position + first_row) for row in scanned.rejected]
@@ -303,9 +288,8 @@ class _RejectedRows:
     def cut(self, max_rejected: int) -> int:
         """Ends the file; returns the number of rows that are left in it."""
         bounds = [*self._bounds, (self._num_rejected, self._file.tell())]
-        num_rejected, size = next(
-            (bound for bound in bounds if bound[0] > max_rejected), bounds[-1]
-        )
+        too_many = (bound for bound in bounds if bound[0] > max_rejected)
+        num_rejected, size = next(too_many, bounds[-1])
         self._file.truncate(size)
         return num_rejected
 

@@ -14,15 +14,14 @@ from trainer.data.tokenizer import TokenLimits, load_tokenizer
 from trainer.errors import UserError
 from trainer.preparation.row_index import RowIndex
 from trainer.sources.docstrings import PREFIX, write_sample
+from trainer.sources.formats.base import find_format
 from trainer.sources.labels import LabelError, LabelReader, check_unique, read_label_file
 from trainer.sources.listing import FileVersions, list_files
 from trainer.sources.reader import (
     column_names,
     fingerprints,
     hashed_by_readers,
-    is_tokenised,
     read_row_range,
-    truth_value_columns,
     whole_file,
 )
 from trainer.sources.rows import Columns, Row
@@ -85,11 +84,11 @@ def choose_label_columns(config: PrepareConfig, files: Sequence[str]) -> Prepare
     """
     if config.label_field != PrepareConfig.label_field:
         return config
-    columns = truth_value_columns(files[0])
+    columns = find_format(files[0]).truth_value_columns(files[0])
     if not columns or config.label_field[0] in (column_names(files[0]) or ()):
         return config
     for name in files[1:]:
-        if truth_value_columns(name) != columns:
+        if find_format(name).truth_value_columns(name) != columns:
             raise UserError(
                 f"{name}: other columns of truth values than {files[0]}; say with --label_field "
                 "which columns are the labels"
@@ -108,7 +107,7 @@ def choose_token_limits(
 
     A UserError says that no tokenizer is named that made them.
     """
-    tokenised = next((name for name in files if is_tokenised(name)), None)
+    tokenised = next((name for name in files if find_format(name).is_tokenised(name)), None)
     if tokenised is None:
         return None
     if previous is not None:
@@ -130,11 +129,9 @@ def make_reader(config: PrepareConfig, previous: Metadata | None) -> LabelReader
     """
     columns = config.label_field
     check_unique(columns, f"--label_field={','.join(columns)}")
-    names: tuple[str, ...] | None = None
+    names = columns if len(columns) > 1 else None
     if config.labels is not None:
         names = read_label_file(config.labels)
-    elif len(columns) > 1:
-        names = columns
     if names is not None and len(columns) > 1 and set(names) != set(columns):
         differing = ", ".join(sorted(set(names) ^ set(columns))[:5])
         raise UserError(

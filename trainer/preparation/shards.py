@@ -129,7 +129,6 @@ def write_range(
     shard_list = _shards_of_rows(plan, splits, ranks).tolist()
     done = 0
     for batch in _batches(row_range, plan.columns, positions):
-        texts = [row.text for row in batch]
         documents, lost = _windows(plan, tokenizer, batch)
         encoded = [
             encode_record(
@@ -145,7 +144,8 @@ def write_range(
         batch_splits = splits[done : done + len(batch)]
         statistics.add_documents(batch_splits, documents, lost, tokenizer.unk_id)
         if known is not None:
-            statistics.add_scripts(batch_splits, [unknown_script(text, known) for text in texts])
+            scripts = [unknown_script(row.text, known) for row in batch]
+            statistics.add_scripts(batch_splits, scripts)
         done += len(batch)
     with open(records_path(plan.work_dir, index), "wb") as file:
         sizes = [file.write(b"".join(of_shard)) for of_shard in records]

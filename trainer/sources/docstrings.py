@@ -9,7 +9,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import BinaryIO, cast
+from typing import BinaryIO
 
 from trainer.errors import UserError
 from trainer.runtime.workers import process_pool
@@ -19,26 +19,15 @@ MIN_WORDS, MAX_WORDS = 8, 550
 # Label of the package, and the distributions that may hold it: the first one installed is read.
 PACKAGES = {
     "tensorflow": ("tensorflow", "tensorflow-cpu", "tensorflow-tpu"),
-    "transformers": ("transformers",),
-    "keras": ("keras",),
-    "numpy": ("numpy",),
+    "transformers": ("transformers",), "keras": ("keras",), "numpy": ("numpy",),
     "tensorflow_datasets": ("tensorflow-datasets",),
-    "google_cloud_storage": ("google-cloud-storage",),
-    "huggingface_hub": ("huggingface-hub",),
-    "google_auth": ("google-auth",),
-    "google_api_core": ("google-api-core",),
-    "tensorboard": ("tensorboard",),
-    "werkzeug": ("werkzeug",),
-    "grpc": ("grpcio",),
-    "fsspec": ("fsspec",),
-    "protobuf": ("protobuf",),
-    "absl": ("absl-py",),
-    "h5py": ("h5py",),
-    "pyarrow": ("pyarrow",),
-    "tqdm": ("tqdm",),
-    "tokenizers": ("tokenizers",),
+    "google_cloud_storage": ("google-cloud-storage",), "huggingface_hub": ("huggingface-hub",),
+    "google_auth": ("google-auth",), "google_api_core": ("google-api-core",),
+    "tensorboard": ("tensorboard",), "werkzeug": ("werkzeug",), "grpc": ("grpcio",),
+    "fsspec": ("fsspec",), "protobuf": ("protobuf",), "absl": ("absl-py",), "h5py": ("h5py",),
+    "pyarrow": ("pyarrow",), "tqdm": ("tqdm",), "tokenizers": ("tokenizers",),
     "safetensors": ("safetensors",),
-}
+}  # fmt: skip
 _FILES_A_TASK = 8
 
 
@@ -165,11 +154,9 @@ def write_sample(
     return SampleSummary(documents, seed, versions, digest.hexdigest())
 
 
-def _writer(path: str, raw: BinaryIO) -> BinaryIO:
+def _writer(path: str, raw: BinaryIO) -> BinaryIO | gzip.GzipFile:
     """A file to write lines to, compressed without a time stamp if the name asks for it."""
-    if not path.endswith(".gz"):
-        return raw
-    return cast(BinaryIO, gzip.GzipFile("", "wb", 6, raw, mtime=0))
+    return gzip.GzipFile("", "wb", 6, raw, mtime=0) if path.endswith(".gz") else raw
 
 
 Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef

@@ -13,13 +13,7 @@ from functools import partial
 from trainer.errors import UserError
 from trainer.sources.formats.base import find_format
 from trainer.sources.formats.lines import line_format
-from trainer.sources.input_files import (
-    changed,
-    is_data_set,
-    is_divisible,
-    location,
-    source_names,
-)
+from trainer.sources.input_files import changed, is_data_set, is_divisible, location, source_names
 from trainer.sources.listing import for_each_file
 from trainer.sources.rows import BadRow, Columns, Row, RowRange
 from trainer.storage import filesystem
@@ -52,26 +46,11 @@ def column_names(name: str) -> list[str] | None:
     return find_format(name).column_names(name)
 
 
-def truth_value_columns(name: str) -> tuple[str, ...]:
-    """The columns that hold truth values only, where a format's schema says so."""
-    return find_format(name).truth_value_columns(name)
-
-
-def is_tokenised(name: str) -> bool:
-    """Whether the rows of a file are token ids and not text."""
-    return find_format(name).is_tokenised(name)
-
-
 def num_bytes(name: str) -> int:
     """Bytes of what a name stands for; a UserError if it is not there."""
     if is_data_set(name) or filesystem.is_remote(location(name)):
         return fingerprint(name)[0]
     return os.path.getsize(location(name))
-
-
-def total_bytes(names: Sequence[str]) -> int:
-    """Bytes of all that names stand for."""
-    return sum(for_each_file(names, num_bytes))
 
 
 def fingerprint(name: str) -> tuple[int, str]:

@@ -123,10 +123,7 @@ class ParquetFiles(ArrowFormat):
             open_file(name) as stream,
             # Buffered, so that a row group of any size is read by pages.
             parquet.ParquetFile(
-                stream,
-                buffer_size=_BUFFER_BYTES,
-                pre_buffer=False,
-                page_checksum_verification=True,
+                stream, buffer_size=_BUFFER_BYTES, pre_buffer=False, page_checksum_verification=True
             ) as file,
         ):
             yield file.schema_arrow, file

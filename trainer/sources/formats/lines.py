@@ -227,7 +227,8 @@ class JsonLines(LineFormat):
             raise wrong_type(name, columns.text, columns, found, "text")
         for column in columns.labels:
             values = _values(objects, column)
-            if len(values) > 1 and all(_is_fraction(value) for value in values):
+            is_fraction = [isinstance(value, float) and not value.is_integer() for value in values]
+            if len(values) > 1 and all(is_fraction):
                 raise wrong_type(name, column, columns, "fractions", "names, ids, or 0 and 1")
 
     def _first_objects(self, name: str) -> list[dict[str, Any]]:
@@ -238,7 +239,9 @@ class JsonLines(LineFormat):
             if count == 0:
                 _refuse_array(name, line, value)
             if isinstance(value, dict):
-                objects.append({key: _cut(item) for key, item in value.items()})
+                # Types and messages need no more of a string.
+                cut = {key: item[:64] for key, item in value.items() if isinstance(item, str)}
+                objects.append(value | cut)
             if len(objects) >= _ROWS_TO_CHECK or count >= _LINES_TO_CHECK:
                 break
         return objects
@@ -254,10 +257,6 @@ class JsonLines(LineFormat):
             return BadRow(position, reason, _shown(line))
         row = row_of_values(row_range, position, value, columns)
         return row._replace(raw=_shown(line)) if isinstance(row, BadRow) and not row.raw else row
-
-
-def _cut(value: Any) -> Any:
-    return value[:64] if isinstance(value, str) else value  # Its type and a message need no more.
 
 
 def _load_json(line: bytes) -> Any:
@@ -285,10 +284,6 @@ def _field_names(objects: Sequence[dict[str, Any]]) -> list[str]:
 
 def _values(objects: Sequence[dict[str, Any]], column: str) -> list[Any]:
     return [value[column] for value in objects if value.get(column) is not None]
-
-
-def _is_fraction(value: Any) -> bool:
-    return isinstance(value, float) and not value.is_integer()
 
 
 class TextLines(LineFormat):
