@@ -185,7 +185,7 @@ def _example_class() -> Any:
 
 
 def parse_example(record: bytes) -> dict[str, list[Any]]:
-    """The features of an example: lists of bytes, floats or integers; a ValueError without any."""
+    """An example's features, lists of bytes, floats or integers; a ValueError if it is none."""
     from google.protobuf.message import DecodeError
 
     try:

@@ -120,7 +120,7 @@ _NEEDED = re.compile(rf"{re.escape(METADATA_FILE)}|{TOKENIZER_FOLDER}/.*|\w+\.te
 
 
 class DataMirror:
-    """A local folder, `folder`, that stands for one in Cloud Storage, `url`."""
+    """A local folder (`folder`) that stands for one in Cloud Storage (`url`)."""
 
     def __init__(self, url: str, folder: str) -> None:
         self.url = url.rstrip("/")
@@ -171,7 +171,6 @@ class DataMirror:
         gcs.upload_files(self.url, self.folder, names)
 
     def _new_files(self) -> list[str]:
-        """Names of the local files that the store does not have so."""
         names = [
             os.path.relpath(os.path.join(place, name), self.folder)
             for place, _, files in os.walk(self.folder)

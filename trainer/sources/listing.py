@@ -53,7 +53,7 @@ class FileVersions:
         self._versions = dict(zip(names, for_each_file(names, version_of), strict=True))
 
     def check(self, names: Iterable[str] | None = None) -> None:
-        """Checks that files, by default all, are what they were; a UserError names one."""
+        """Checks that files, by default all, have not changed; a UserError names one that has."""
         chosen = list(dict.fromkeys(self._versions if names is None else names))
         for name, version in zip(chosen, for_each_file(chosen, version_of), strict=True):
             if version != self._versions[name]:

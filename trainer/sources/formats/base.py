@@ -25,7 +25,7 @@ class Format(abc.ABC):
 
     @abc.abstractmethod
     def check_columns(self, name: str, columns: Columns) -> None:
-        """Checks columns and their types; a UserError names column, finding and flag."""
+        """Checks a file's columns and types; a UserError names column, finding and flag."""
 
     @abc.abstractmethod
     def plan_row_ranges(self, name: str, rows_per_part: int) -> list[RowRange]:

@@ -171,7 +171,7 @@ class LineFormat(Format):
             yield position, line
 
     def _plain_lines(self, row_range: RowRange, extent: Extent) -> NumberedLines:
-        """The lines that begin in [start, end), wherever these are within a line."""
+        """The lines that begin in [start, end), which may themselves lie within lines."""
         end = math.inf if row_range.end is None else row_range.end
         with open_file(row_range.path, row_range.end) as file:
             if start := row_range.start:

@@ -137,7 +137,7 @@ def _metadata_of_folder(folder: str) -> Metadata | None:
 def _row(
     row_range: RowRange, position: int, features: dict[str, list[Any]], columns: Columns
 ) -> Row | BadRow | None:
-    """An example as a row; None for one that only fills a batch; a ValueError if it is none."""
+    """An example as a row; None for one that only fills a batch; a ValueError if features clash."""
     if "input_ids" not in features or columns.text in features:
         return _row_of_text(row_range, position, features, columns)
     for name in _NUMBERS:
