@@ -21,6 +21,7 @@ CORE = [
     "jinja2>=3.1,<4",
     "keras>=3.12,<4",
     "numpy>=1.26,<3",
+    "protobuf>=5.28,<8",
     "pyarrow>=17,<27",
     "safetensors>=0.4.3,<1",
     "scikit-learn>=1.5,<2",

@@ -1,10 +1,9 @@
 """`multihot prepare`: raw rows to TFRecord shards, the tokenizer beside them, metadata.json last.
 
-There are two passes, each by several processes or by the workers of a Beam runner. The first
-reduces rows to labels, lengths and text hashes; these decide the labels, the splits and the texts
-for the vocabulary. The second tokenises and writes. Everything is made in a work folder inside the
-data folder and moved to its place at the end, so that a run that fails or is killed leaves nothing
-under a final name.
+Each of two passes is run by processes or by a Beam runner's workers. The first reduces rows to
+labels, lengths and text hashes, which decide labels, splits and the texts for the vocabulary. The
+second tokenises and writes. Everything is made in a work folder inside the data folder and moved at
+the end, so that a run that fails or is killed leaves nothing under a final name.
 """
 
 import contextlib
@@ -66,11 +65,7 @@ class Timing:
 
 
 def run(config: PrepareConfig) -> Timing:
-    """Prepares a corpus, or adds a split to one that is prepared already.
-
-    Raises:
-      UserError: for anything wrong with the input, the flags or the folder.
-    """
+    """Prepares a corpus, or adds a split to one; a UserError says what is wrong."""
     runner = open_runner(config.runner, config.beam_options)
     if not filesystem.is_remote(config.data_dir):
         return _prepare(config, runner, config.data_dir)
@@ -116,11 +111,8 @@ def _prepare(
         inputs.versions.check()
         indexes = write_text_indexes(corpus, plan.split_names, work_dir, plan.num_labels)
         splits = describe_splits(plan, shards, statistics, indexes, corpus.num_rejected)
-        call = inputs.describe(corpus.fingerprints) | {
-            "rejected": corpus.num_rejected,
-            "seed": config.seed,
-        }
-        call |= {"splits": list(splits), "flags": flags}
+        call = {**inputs.describe(corpus.fingerprints), "rejected": corpus.num_rejected}
+        call |= {"seed": config.seed, "splits": list(splits), "flags": flags}
         metadata = _describe(previous, corpus, tokenizer, plan, splits, call)
         checks = check_splits(
             metadata, list(splits), statistics, config.data_dir, work_dir, shards_dir=shown_dir
@@ -227,11 +219,7 @@ def _open_pool(
 def _choose_tokenizer(
     config: PrepareConfig, previous: Metadata | None, corpus: Corpus, work_dir: str
 ) -> Tokenizer:
-    """The tokenizer: the folder's own, one that is named, or a new one; saved to the work folder.
-
-    Raises:
-      UserError: if it is not the one that the folder was prepared with.
-    """
+    """The folder's own tokenizer, one that is named, or a new one; saved to the work folder."""
     if previous is not None:
         folder = os.path.join(config.data_dir, TOKENIZER_FOLDER)
         names = [folder] if config.tokenizer == "train" else [folder, config.tokenizer]
@@ -262,10 +250,9 @@ def _plan_writing(config: PrepareConfig, corpus: Corpus, work_dir: str) -> Write
     mean_tokens = min(corpus.row_index.characters / corpus.row_index.num_rows / 2, max_tokens)
     record_bytes = BYTES_BESIDE_TOKENS + BYTES_A_TOKEN * mean_tokens
     wanted = np.ceil(documents * record_bytes / SHARD_BYTES).astype(np.int64)
+    wanted = np.maximum(wanted, MIN_SHARDS)
     if config.num_shards is not None:
         wanted = np.full(len(names), config.num_shards)
-    else:
-        wanted = np.maximum(wanted, MIN_SHARDS)
     return WritePlan(
         columns=columns_of(config),
         work_dir=work_dir,

@@ -16,16 +16,15 @@ from tf_examples import example, write_records
 
 from trainer.data.records import encode_record
 from trainer.errors import UserError
+from trainer.sources.formats.base import find_format
 from trainer.sources.formats.lines import MAX_LINE_BYTES
 from trainer.sources.labels import LabelError, LabelReader
 from trainer.sources.listing import list_files
 from trainer.sources.reader import (
     check_columns,
-    is_tokenised,
     plan_row_ranges,
     read_row_range,
     read_row_ranges,
-    truth_value_columns,
     whole_file,
 )
 from trainer.sources.rows import BadRow, Columns, LabelIds, Row
@@ -222,8 +221,9 @@ def test_wrong_types_are_told_before_anything_is_read(tmp_path, ending, values, 
 
 def test_the_truth_columns_of_a_schema(tmp_path):
     table = pyarrow.table({"text": ["x"], "angry": [True], "year": [3], "glad": [False]})
-    parquet.write_table(table, tmp_path / "x.parquet")
-    assert truth_value_columns(str(tmp_path / "x.parquet")) == ("angry", "glad")
+    name = str(tmp_path / "x.parquet")
+    parquet.write_table(table, name)
+    assert find_format(name).truth_value_columns(name) == ("angry", "glad")
 
 
 def test_token_ids_come_as_windows(tmp_path):
@@ -232,7 +232,7 @@ def test_token_ids_come_as_windows(tmp_path):
         encode_record("b", [[2, 8, 3]], [2]),
     ]
     path = write_records(tmp_path / "train-00000-of-00001.tfrecord", own)
-    assert is_tokenised(str(path))
+    assert find_format(str(path)).is_tokenised(str(path))
     check_columns(str(path), Columns(labels=("labels",)))
     rows = read(path, Columns(labels=("labels",)))
     assert rows[0] == Row(0, "a", "", LabelIds((0, 1)), (), [[2, 5, 3], [2, 6, 7, 3]])

@@ -57,12 +57,7 @@ def frame_starts(framed: bytes) -> list[int]:
 def read_frame(file: BinaryIO, place: int) -> bytes:
     """The record at a place, counted from 0, of a TFRecord file; its checksums are not looked at.
 
-    Args:
-      file: open at its beginning.
-      place: of the record.
-
-    Raises:
-      EOFError: if the file has no such record.
+    The file is open at its beginning. An EOFError says that it has no such record.
     """
     for _ in range(place + 1):
         head = file.read(12)
@@ -76,18 +71,12 @@ def read_frame(file: BinaryIO, place: int) -> bytes:
 
 
 def encode_record(
-    document_id: str,
-    windows: Sequence[list[int]],
-    labels: list[int],
-    kept: Sequence[str] = (),
+    document_id: str, windows: Sequence[list[int]], labels: list[int], kept: Sequence[str] = ()
 ) -> bytes:
     """One document as a serialised `tf.train.Example`, features in the order of their names.
 
-    Args:
-      document_id: any text.
-      windows: one or more lists of token ids, each with [CLS] and [SEP], not padded.
-      labels: label indices, sorted and unique.
-      kept: values of the kept columns, in the order of metadata.json's `slice_columns`.
+    Windows have [CLS] and [SEP] and no padding; `labels` are sorted, unique indices; `kept` are in
+    the order of metadata.json's `slice_columns`.
     """
     example = _example_class()()
     feature = example.features.feature
@@ -126,11 +115,9 @@ class Records(NamedTuple):
 
 
 def parse_records(serialized: Any, num_slice_columns: int = 0) -> Records:
-    """Parses a batch of records, in graph mode.
+    """Parses a batch of records, string [N], in graph mode.
 
-    Args:
-      serialized: string tensor [N].
-      num_slice_columns: C, how many of the kept columns to read: all, or none of them.
+    `num_slice_columns` is C, how many of the kept columns to read: all, or none of them.
     """
     import tensorflow as tf
 
@@ -198,11 +185,7 @@ def _example_class() -> Any:
 
 
 def parse_example(record: bytes) -> dict[str, list[Any]]:
-    """The features of a serialised example: lists of bytes, floats or whole numbers.
-
-    Raises:
-      ValueError: if it is not one.
-    """
+    """An example's features, lists of bytes, floats or integers; a ValueError if it is none."""
     from google.protobuf.message import DecodeError
 
     try:

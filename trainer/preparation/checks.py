@@ -54,21 +54,11 @@ def check_splits(
     work_dir: str,
     shards_dir: str,
 ) -> dict[str, Any]:
-    """The checks of a data folder to which splits are added.
+    """`checks` for metadata.json of a data folder to which splits are added.
 
-    Args:
-      metadata: of the folder, the new splits in it; its `checks` are those of the others.
-      new_splits: their names.
-      statistics: what was counted of them.
-      data_dir: where the text indexes of the others are.
-      work_dir: where the files of the new ones are.
-      shards_dir: where the shards of the others are, local or not.
-
-    Returns:
-      `checks` for metadata.json.
-
-    Raises:
-      UserError: if a text index of another split is not what metadata.json says.
+    `metadata` holds the new splits already; its `checks` are those of the others. The files of new
+    splits are in `work_dir`, other text indexes in `data_dir`, other shards in `shards_dir`, which
+    may be remote. A UserError says that a text index is not what metadata.json says.
     """
     folders = {name: work_dir if name in new_splits else data_dir for name in metadata.splits}
     paths = _index_paths(metadata, folders)
@@ -181,7 +171,6 @@ def _check_tokens(split: Split, statistics: SplitStatistics, place: int) -> dict
 
 
 def _warn_of_split(name: str, metadata: Metadata, checks: Mapping[str, Any]) -> list[str]:
-    """What is worth a line about a split."""
     documents = metadata.splits[name].documents
     lines = []
     if checks["repeated_documents"]:

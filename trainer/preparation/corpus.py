@@ -31,12 +31,7 @@ from trainer.sources.extents import Extent
 from trainer.sources.formats.lines import cut_bytes, line_format
 from trainer.sources.input_files import changed, is_data_set, is_divisible, source_names
 from trainer.sources.listing import for_each_file
-from trainer.sources.reader import (
-    check_all_columns,
-    column_names,
-    num_bytes,
-    total_bytes,
-)
+from trainer.sources.reader import check_all_columns, column_names, num_bytes
 from trainer.sources.rows import (
     REJECTED_FOLDER,
     BadRow,
@@ -89,10 +84,8 @@ class Corpus:
 
     def count_documents(self, num_splits: int) -> np.ndarray:
         """int64 [num_splits], the rows of each split."""
-        total = np.zeros(num_splits, np.int64)
-        for splits, _ in self.ranks(num_splits):
-            total += np.bincount(splits, minlength=num_splits)
-        return total
+        counts = (np.bincount(splits, minlength=num_splits) for splits, _ in self.ranks(num_splits))
+        return sum(counts, np.zeros(num_splits, np.int64))
 
 
 def columns_of(config: PrepareConfig) -> Columns:
@@ -113,30 +106,22 @@ def read_corpus(
     work_dir: str,
     pool: WorkerPool,
 ) -> Corpus:
-    """Reads every row once and decides labels and splits.
+    """Reads every row once and decides labels and splits; side files go to `work_dir`.
 
-    Args:
-      config: the flags.
-      previous: what the data folder holds already, whose labels then apply; or None.
-      files: what to read.
-      token_limits: of rows that come tokenised, if there are any.
-      work_dir: where side files go.
-      pool: the processes that read.
-
-    Raises:
-      UserError: if a column is missing, or too many rows are unusable, or too few usable.
+    `previous` is what the data folder holds already, whose labels then apply. A UserError says that
+    a column is missing, or that too many rows are unusable, or too few usable.
     """
     columns = columns_of(config)
     check_all_columns(files, columns)
     reader = make_reader(config, previous)
     check_labels(files[0], columns, reader)
     plan = ScanPlan(columns, reader, hash_seed(config, previous), 0.0, work_dir, token_limits)
-    size = total_bytes(files)
+    size = sum(for_each_file(files, num_bytes))
     cut = _cut_files(files, columns, work_dir, _range_bytes(size), pool)
     row_index, numbering = RowIndex(work_dir), _Numbering()
     share_of_rows = partial(_vocabulary_share, config, previous)
     with open(os.path.join(work_dir, "rejected.jsonl"), "wb") as file:
-        rejected = _RejectedRows(file, _rows_a_group(size))
+        rejected = _RejectedRows(file, 1024 if size < _SMALL_INPUT_BYTES else 4096)
         for row_range, scanned in _scan(plan, cut, numbering, share_of_rows, pool, config.progress):
             row_index.add(scanned)
             rejected.add(row_range, scanned.rejected)
@@ -176,10 +161,6 @@ def _map_labels(row_index: RowIndex, labels: Sequence[str]) -> tuple[np.ndarray,
 def _range_bytes(num_bytes: int) -> int:
     """Bytes of a range: few where the input is small, so that all cores have some."""
     return 1 << 20 if num_bytes < _SMALL_INPUT_BYTES else 1 << 22
-
-
-def _rows_a_group(num_bytes: int) -> int:
-    return 1024 if num_bytes < _SMALL_INPUT_BYTES else 4096
 
 
 def _cut_files(
@@ -234,10 +215,8 @@ def _scan(
         start = 0
         while start < len(cut):
             end = min(max(4 * start, _RANGES_OF_FIRST_ROUND), len(cut))
-            scan = partial(
-                scan_range, replace(plan, vocabulary_share=share_of_rows(numbering.num_rows))
-            )
-            scans = pool.map(scan, range(start, end), cut[start:end])
+            plan = replace(plan, vocabulary_share=share_of_rows(numbering.num_rows))
+            scans = pool.map(partial(scan_range, plan), range(start, end), cut[start:end])
             for row_range, scanned in zip(cut[start:end], scans, strict=True):
                 yield numbering.add(row_range, scanned)
                 shown.update(scanned.extent.end - scanned.extent.start)
@@ -258,21 +237,15 @@ class _Numbering:
         self._extents: dict[str, Extent] = {}
 
     def add(self, cut: RowRange, scanned: ScannedRange) -> tuple[RowRange, ScannedRange]:
-        """Numbers the rows of the next range.
-
-        Raises:
-          UserError: if it does not begin where the one before it ended: the file was changed.
-        """
+        """Numbers the rows of the next range, which has to begin where the last one ended."""
         whole, extent = self._extents.setdefault(cut.path, Extent()), scanned.extent
         if extent.num_rows and extent.start != whole.end:
             raise changed(cut.path)
-        first_row = whole.num_rows
-        row_range = RowRange(
-            cut.path, extent.start, extent.end, first_row, extent.num_rows, cut.source
-        )
+        first_row, num_rows = whole.num_rows, extent.num_rows
+        row_range = RowRange(cut.path, extent.start, extent.end, first_row, num_rows, cut.source)
         whole.join(extent)
         self.row_ranges.append(row_range)
-        self.num_rows += extent.num_rows
+        self.num_rows += num_rows
         if line_format(cut.path).has_own_positions:
             return row_range, scanned
         rejected = [row._replace(position=row.position + first_row) for row in scanned.rejected]
@@ -314,9 +287,8 @@ class _RejectedRows:
     def cut(self, max_rejected: int) -> int:
         """Ends the file; returns the number of rows that are left in it."""
         bounds = [*self._bounds, (self._num_rejected, self._file.tell())]
-        num_rejected, size = next(
-            (bound for bound in bounds if bound[0] > max_rejected), bounds[-1]
-        )
+        too_many = (bound for bound in bounds if bound[0] > max_rejected)
+        num_rejected, size = next(too_many, bounds[-1])
         self._file.truncate(size)
         return num_rejected
 
@@ -335,7 +307,6 @@ def _move_rejected(path: str, rejected_path: str, num_rejected: int) -> None:
 def _check_rows(
     config: PrepareConfig, num_rejected: int, num_usable: int, num_rows: int, path: str
 ) -> None:
-    """Checks that not too many rows are unusable, and that there are any usable ones."""
     if num_rejected + num_usable == 0:
         raise UserError(f"--input={','.join(config.input)}: no rows; expected at least one")
     limit = config.max_rejected
@@ -347,7 +318,6 @@ def _check_rows(
 def _check_kept(
     config: PrepareConfig, columns: Columns, row_index: RowIndex, files: Sequence[str]
 ) -> None:
-    """Checks that every column to keep is one that some row has."""
     missing = [name for name in columns.kept if name not in row_index.kept]
     if missing:
         found = ", ".join(column_names(files[0]) or ["none"])

@@ -1,17 +1,14 @@
 """The data folder while `prepare` writes to it: its work folder, and its mirror if it is remote.
 
-    .prepare/              the work folder: unfinished files, locked by the process that prepares
-    .prepare/moving.json   the names of the files that are about to move, written before they do
-
-A run that is killed while its files move leaves that list, and the next run moves them back. No
-other file is ever removed or replaced.
+The work folder `.prepare` holds unfinished files, locked by the process that prepares. Its file
+moving.json names the files that are about to move; the next run moves them back if this one is
+killed meanwhile. No other file is ever removed or replaced.
 
 A data folder in Cloud Storage is prepared in a local mirror. The mirror holds what `prepare` needs
 of the earlier splits: metadata, tokenizer and text indexes, but no shards. At the end the new files
 are uploaded, metadata.json last and only if nobody has changed it since. So a reader finds the
-earlier splits alone, or all of the new ones too. No object is ever replaced or removed: a file that
-a killed run left there is used if it has the bytes of the new one, and refused otherwise. So
-commands that write to one folder at the same time cannot damage each other's files.
+earlier splits alone, or all of the new ones too. A file that a killed run left there is used if it
+has the bytes of the new one, and refused otherwise: two commands cannot damage each other's files.
 """
 
 import contextlib
@@ -38,8 +35,7 @@ _MOVING_FILE = "moving.json"
 def open_work_folder(data_dir: str) -> Iterator[str]:
     """An empty folder inside the data folder, removed in the end, and an empty data folder too.
 
-    Raises:
-      UserError: if another process is preparing there, or the folder cannot be written to.
+    A UserError says that another process prepares there, or that it cannot be written to.
     """
     work_dir = os.path.join(data_dir, WORK_FOLDER)
     lock = None
@@ -72,11 +68,7 @@ def find_metadata(data_dir: str) -> Metadata | None:
 
 
 def check_vacant(data_dir: str, splits: Collection[str], is_new: bool) -> None:
-    """Checks that nothing stands where new splits, and in a new folder all else, will stand.
-
-    Raises:
-      UserError: naming a file that does.
-    """
+    """Checks that nothing is in the way of new splits or of a new folder; a UserError names it."""
     for name in sorted(os.listdir(data_dir)):
         match = FILE_NAME.fullmatch(name)
         is_in_the_way = match and (is_new or match["split"] in splits)
@@ -91,11 +83,7 @@ def check_vacant(data_dir: str, splits: Collection[str], is_new: bool) -> None:
 def move_out(data_dir: str, work_dir: str, splits: Collection[str], names: Collection[str]) -> None:
     """Moves files and folders of the work folder to the data folder: all of them, or none.
 
-    Args:
-      data_dir: the data folder; metadata.json has to follow to make them count.
-      work_dir: the work folder.
-      splits: the splits that they belong to.
-      names: of the files and folders.
+    They count once a metadata.json with `splits` has followed.
     """
     list_path = os.path.join(work_dir, _MOVING_FILE)
     write_atomically(list_path, json.dumps({"splits": list(splits), "names": list(names)}))
@@ -132,12 +120,7 @@ _NEEDED = re.compile(rf"{re.escape(METADATA_FILE)}|{TOKENIZER_FOLDER}/.*|\w+\.te
 
 
 class DataMirror:
-    """A local folder that stands for one in Cloud Storage.
-
-    Attributes:
-      url: of the folder.
-      folder: the local one.
-    """
+    """A local folder (`folder`) that stands for one in Cloud Storage (`url`)."""
 
     def __init__(self, url: str, folder: str) -> None:
         self.url = url.rstrip("/")
@@ -156,11 +139,7 @@ class DataMirror:
             )
 
     def commit(self) -> None:
-        """Uploads what is new, metadata.json last.
-
-        Raises:
-          UserError: if somebody else's file is in the way, or the folder was changed meanwhile.
-        """
+        """Uploads what is new, metadata.json last; a UserError if others changed the folder."""
         new = [name for name in self._new_files() if name != METADATA_FILE]
         rejected = [name for name in new if name.startswith(f"{REJECTED_FOLDER}/")]
         rest = [name for name in new if name not in rejected]
@@ -192,7 +171,6 @@ class DataMirror:
         gcs.upload_files(self.url, self.folder, names)
 
     def _new_files(self) -> list[str]:
-        """Names of the local files that the store does not have so."""
         names = [
             os.path.relpath(os.path.join(place, name), self.folder)
             for place, _, files in os.walk(self.folder)
@@ -212,14 +190,9 @@ class DataMirror:
 
 @contextlib.contextmanager
 def mirrored(url: str, work_dir: str | None) -> Iterator[DataMirror]:
-    """The mirror of a data folder, removed in the end.
+    """The mirror of a data folder, below `work_dir` or a temporary folder, removed in the end.
 
-    Args:
-      url: of the folder in Cloud Storage.
-      work_dir: a local folder for it; None: the system's temporary folder.
-
-    Raises:
-      UserError: as what happens inside, the URL in the place of the local folder.
+    A UserError from inside names the URL in the place of the local folder.
     """
     with temporary_folder(work_dir) as folder:
         mirror = DataMirror(url, folder)

@@ -82,9 +82,7 @@ def write_text_indexes(
             sums = np.concatenate([[np.uint64(0)], np.cumsum(numbers[labels], dtype=np.uint64)])
             entries = np.zeros(len(rows), ENTRY)
             entries["text"] = hashes
-            entries["labels"] = (sums[label_offsets[1:]] - sums[label_offsets[:-1]]) >> np.uint64(
-                32
-            )
+            entries["labels"] = np.diff(sums[label_offsets]) >> np.uint64(32)
             entries["rank"] = ranks[rows]
             order = np.lexsort((entries["rank"], entries["text"]))
             entries, splits = entries[order], corpus.splits[rows][order]
@@ -103,9 +101,8 @@ def write_text_indexes(
 def _write_ranks(corpus: Corpus, num_splits: int, path: str) -> np.ndarray:
     """uint32 [rows], on disk: how many rows before a row went to the same split."""
     ranks = make_array(path, np.uint32, (corpus.row_index.num_rows,))
-    for first_row, (splits, before) in zip(
-        corpus.row_index.first_rows, corpus.ranks(num_splits), strict=False
-    ):
+    first_rows = corpus.row_index.first_rows
+    for first_row, (splits, before) in zip(first_rows, corpus.ranks(num_splits), strict=False):
         for split, count in enumerate(before):
             rows = np.flatnonzero(splits == split)
             ranks[first_row + rows] = count + np.arange(len(rows))
@@ -115,11 +112,9 @@ def _write_ranks(corpus: Corpus, num_splits: int, path: str) -> np.ndarray:
 def find_repeats(
     paths: Mapping[str, str], pairs: Sequence[tuple[str, str]]
 ) -> dict[tuple[str, str], Repeats]:
-    """Finds texts that occur more than once.
+    """Finds the texts that occur more than once, by the text index of each split (`paths`).
 
-    Args:
-      paths: the text index of each split.
-      pairs: which splits to compare; one with itself for the repeats within it.
+    `pairs` are the splits to compare; one is paired with itself for the repeats within it.
     """
     within, across = Repeats(0, (0,), 0, []), Repeats(0, (0, 0), 0, [])
     found = {(a, b): Repeats(**vars(within if a == b else across)) for a, b in pairs}
@@ -179,13 +174,12 @@ def _group(entries: np.ndarray) -> _Texts:
 def _repeats_within(texts: _Texts) -> Repeats:
     repeated = np.flatnonzero(texts.counts > 1)
     some = repeated[:MAX_EXAMPLES]
+    examples = zip(texts.ranks[some].tolist(), texts.next_ranks[some].tolist(), strict=True)
     return Repeats(
         texts=len(repeated),
         documents=(int((texts.counts - 1).sum()),),
         conflicting=int((texts.lowest != texts.highest).sum()),
-        examples=list(
-            zip(texts.ranks[some].tolist(), texts.next_ranks[some].tolist(), strict=True)
-        ),
+        examples=list(examples),
     )
 
 

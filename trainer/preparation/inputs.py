@@ -14,15 +14,14 @@ from trainer.data.tokenizer import TokenLimits, load_tokenizer
 from trainer.errors import UserError
 from trainer.preparation.row_index import RowIndex
 from trainer.sources.docstrings import PREFIX, write_sample
+from trainer.sources.formats.base import find_format
 from trainer.sources.labels import LabelError, LabelReader, check_unique, read_label_file
 from trainer.sources.listing import FileVersions, list_files
 from trainer.sources.reader import (
     column_names,
     fingerprints,
     hashed_by_readers,
-    is_tokenised,
     read_row_range,
-    truth_value_columns,
     whole_file,
 )
 from trainer.sources.rows import Columns, Row
@@ -56,11 +55,7 @@ class Inputs:
 
 
 def gather_inputs(config: PrepareConfig, work_dir: str) -> Inputs:
-    """Finds the files to read; a sample is written to the work folder.
-
-    Raises:
-      UserError: if `--input` names nothing that can be read.
-    """
+    """Finds the files to read, or writes a sample; a UserError if `--input` names nothing."""
     samples = [item for item in config.input if item.split(":")[0] == "sample"]
     if not samples:
         files = list_files(
@@ -91,11 +86,11 @@ def choose_label_columns(config: PrepareConfig, files: Sequence[str]) -> Prepare
     """
     if config.label_field != PrepareConfig.label_field:
         return config
-    columns = truth_value_columns(files[0])
+    columns = find_format(files[0]).truth_value_columns(files[0])
     if not columns or config.label_field[0] in (column_names(files[0]) or ()):
         return config
     for name in files[1:]:
-        if truth_value_columns(name) != columns:
+        if find_format(name).truth_value_columns(name) != columns:
             raise UserError(
                 f"{name}: other columns of truth values than {files[0]}; say with --label_field "
                 "which columns are the labels"
@@ -112,10 +107,9 @@ def choose_token_limits(
 ) -> TokenLimits | None:
     """The limits of rows that come tokenised; None if there are no such rows.
 
-    Raises:
-      UserError: if there are, and no tokenizer is named that made them.
+    A UserError says that no tokenizer is named that made them.
     """
-    tokenised = next((name for name in files if is_tokenised(name)), None)
+    tokenised = next((name for name in files if find_format(name).is_tokenised(name)), None)
     if tokenised is None:
         return None
     if previous is not None:
@@ -133,16 +127,13 @@ def choose_token_limits(
 def make_reader(config: PrepareConfig, previous: Metadata | None) -> LabelReader:
     """The reader of the labels of a row, by the flags or the folder's earlier splits.
 
-    Raises:
-      UserError: if --labels and --label_field do not go together.
+    A UserError says that --labels and --label_field do not go together.
     """
     columns = config.label_field
     check_unique(columns, f"--label_field={','.join(columns)}")
-    names: tuple[str, ...] | None = None
+    names = columns if len(columns) > 1 else None
     if config.labels is not None:
         names = read_label_file(config.labels)
-    elif len(columns) > 1:
-        names = columns
     if names is not None and len(columns) > 1 and set(names) != set(columns):
         differing = ", ".join(sorted(set(names) ^ set(columns))[:5])
         raise UserError(
@@ -157,11 +148,7 @@ def make_reader(config: PrepareConfig, previous: Metadata | None) -> LabelReader
 
 
 def check_labels(name: str, columns: Columns, reader: LabelReader) -> None:
-    """Checks that the labels of one of the first rows of a file can be read.
-
-    Raises:
-      UserError: if there are several rows, and those of none can.
-    """
+    """Checks that labels of the first rows can be read; a UserError if none of several can."""
     rows = (row for row in read_row_range(whole_file(name), columns) if isinstance(row, Row))
     reasons = []
     for row in itertools.islice(rows, _ROWS_TO_CHECK):
@@ -180,11 +167,7 @@ def check_labels(name: str, columns: Columns, reader: LabelReader) -> None:
 def choose_labels(
     config: PrepareConfig, reader: LabelReader, row_index: RowIndex
 ) -> tuple[tuple[str, ...], dict[str, int]]:
-    """The labels in order, and the number of documents of each label that is too rare.
-
-    Raises:
-      UserError: if none is left.
-    """
+    """The labels in order, and the documents of each too rare one; a UserError if none is left."""
     counts = dict(zip(row_index.names, row_index.label_counts, strict=True))
     if reader.names is not None:
         return reader.names, {}

@@ -21,17 +21,9 @@ from trainer.preparation.scan import ScannedRange
 
 
 def make_array(path: str, dtype: Any, shape: tuple[int, ...]) -> "np.memmap[Any, Any]":
-    """A new array of zeros in a file, whose room on the disk is taken at once.
+    """A new array of zeros in a file, which is replaced; an OSError if the disk has no room.
 
-    (A sparse file would end the process by a signal when the disk turns out to be full.)
-
-    Args:
-      path: of the file, which is replaced.
-      dtype: of the array.
-      shape: of the array, at least one element.
-
-    Raises:
-      OSError: if there is no room.
+    The room is taken at once: with a sparse file a full disk would end the process by a signal.
     """
     size = math.prod(shape) * np.dtype(dtype).itemsize
     with open(path, "wb") as file:
@@ -118,14 +110,9 @@ class RowIndex:
     ) -> np.ndarray:
         """Assigns every row to a split, stratified by label, equal texts together.
 
-        Args:
-          shares: of the splits; they sum to 1.
-          label_map: int [names], from a label's number here to its final one, or -1.
-          label_counts: int [L], rows of the final labels.
-          num_lines: all rows of the inputs, which set the number of buckets.
-
-        Returns:
-          uint8 [num_rows], on disk: index into `shares`.
+        `shares` sum to 1. `label_map` (int [names]) gives a label's final number or -1, and
+        `label_counts` (int [L]) the rows of each final label. `num_lines`, all rows of the inputs,
+        sets the number of buckets. Returns uint8 [num_rows], on disk: index into `shares`.
         """
         self._fill_buckets(min(MAX_BUCKETS, -(-max(num_lines, 1) // ROWS_PER_BUCKET)))
         path = os.path.join(self.work_dir, "splits.bin")
@@ -166,9 +153,8 @@ class RowIndex:
     def buckets(self) -> Iterator[tuple[np.ndarray, np.ndarray, np.ndarray, np.ndarray]]:
         """The rows again, bucket by bucket, each of which holds a higher range of text hashes.
 
-        Yields:
-          rows (int64 [N]), their text hashes (uint64 [N]), and their labels by the numbers of this
-          row index, ragged, as label_offsets (int64 [N + 1]) and labels (int32 [M]).
+        Yields rows (int64 [N]), their text hashes (uint64 [N]), and their labels by the numbers of
+        this row index, ragged, as label_offsets (int64 [N + 1]) and labels (int32 [M]).
         """
         return map(self._load_bucket, range(self._num_buckets))
 
@@ -200,10 +186,7 @@ def range_path(work_dir: str, index: int) -> str:
 class StratifiedSplitter:
     """Assigns documents to splits bucket by bucket.
 
-    Args:
-      shares: share of each split; they sum to 1.
-      label_counts: int [L], documents of each label in the whole corpus.
-      num_documents: documents in the whole corpus.
+    `shares` sum to 1; `label_counts` (int [L]) and `num_documents` are of the whole corpus.
     """
 
     def __init__(self, shares: Sequence[float], label_counts: np.ndarray, num_documents: int):
@@ -221,17 +204,10 @@ class StratifiedSplitter:
     def assign(
         self, hashes: np.ndarray, label_offsets: np.ndarray, labels: np.ndarray
     ) -> np.ndarray:
-        """Splits of one bucket's documents.
+        """Splits of one bucket's documents, uint8 [N], as indices into `shares`.
 
-        Args:
-          hashes: uint64 [N], of the texts; documents of equal hash stay together, and so all of
-            them have to be in the same bucket.
-          label_offsets: int64 [N + 1]; document i has the labels from label_offsets[i] to
-            label_offsets[i + 1].
-          labels: int [M], label indices.
-
-        Returns:
-          uint8 [N], index into `shares`.
+        Documents of equal hash (uint64 [N]) stay together, so all of them have to be in one bucket.
+        Document i has the label indices labels[label_offsets[i]:label_offsets[i + 1]].
         """
         if len(hashes) == 0:
             return np.zeros(0, np.uint8)

@@ -8,26 +8,15 @@ import hashlib
 import json
 import os
 from dataclasses import dataclass, replace
-from typing import TextIO
 
 import numpy as np
 
 from trainer.data.tokenizer import TokenLimits, check_windows
 from trainer.sources.extents import Extent
 from trainer.sources.formats.lines import encode_row, line_format
-from trainer.sources.input_files import (
-    LINE_FORMATS,
-    damaged,
-    format_of,
-    open_decompressed,
-)
+from trainer.sources.input_files import LINE_FORMATS, damaged, format_of, open_decompressed
 from trainer.sources.labels import LabelError, LabelReader
-from trainer.sources.reader import (
-    can_enter,
-    plan_row_ranges,
-    read_row_range,
-    whole_file,
-)
+from trainer.sources.reader import can_enter, plan_row_ranges, read_row_range, whole_file
 from trainer.sources.rows import BadRow, Columns, Row, RowRange, shown
 
 _VOCABULARY_TEXT_CHARACTERS = 10_000
@@ -90,19 +79,9 @@ def pieces_of(name: str) -> list[RowRange]:
 
 
 def copy_rows(piece: RowRange, copy_path: str, source: str, columns: Columns) -> str:
-    """Copies what cannot be cut by bytes to a file of lines.
+    """Copies what cannot be cut by bytes to a file of lines; returns its name with the format.
 
-    Args:
-      piece: of `pieces_of` the file.
-      copy_path: where to put the copy.
-      source: the file's name in the ids of rows without an id.
-      columns: what to copy.
-
-    Returns:
-      The name of the copy, its format before the path.
-
-    Raises:
-      UserError: if the file is damaged.
+    `piece` is of `pieces_of`; `source` is the file's name in the ids of rows without an id.
     """
     kind, _ = format_of(piece.path)
     if kind in LINE_FORMATS:
@@ -127,9 +106,8 @@ def _copy_decompressed(name: str, copy_path: str) -> None:
 def hash_text(text: str, seed: int) -> int:
     """64 seeded bits of a text: equal texts have equal hashes, on every machine."""
     key = seed.to_bytes(8, "little", signed=True)
-    return int.from_bytes(
-        hashlib.blake2b(text.encode("utf-8"), digest_size=8, key=key).digest(), "little"
-    )
+    digest = hashlib.blake2b(text.encode("utf-8"), digest_size=8, key=key).digest()
+    return int.from_bytes(digest, "little")
 
 
 def vocabulary_bound(share: float) -> int:
@@ -154,7 +132,8 @@ def scan_range(plan: ScanPlan, index: int, row_range: RowRange) -> ScannedRange:
     kept: set[str] = set()
     rejected: list[BadRow] = []
     below = vocabulary_bound(plan.vocabulary_share)
-    with _vocabulary_file(plan, index) as vocabulary:
+    path = vocabulary_path(plan.work_dir, index) if plan.vocabulary_share > 0 else os.devnull
+    with open(path, "w", encoding="utf-8") as vocabulary:
         rows = line_format(row_range.path).read_extent(row_range, plan.columns, extent)
         for row in rows:
             row_labels = _read_labels(plan, row)
@@ -165,16 +144,14 @@ def scan_range(plan: ScanPlan, index: int, row_range: RowRange) -> ScannedRange:
             text_hash = hash_text(row.text if row.windows is None else str(row.windows), plan.seed)
             if text_hash % 2**32 < below:
                 cut = row.text[:_VOCABULARY_TEXT_CHARACTERS]
-                kept_text = [len(positions), text_hash % 2**32, cut]
-                vocabulary.write(json.dumps(kept_text) + "\n")
+                vocabulary.write(json.dumps([len(positions), text_hash % 2**32, cut]) + "\n")
             if len(kept) < len(plan.columns.kept):
                 values = zip(plan.columns.kept, row.kept, strict=True)
                 kept.update(name for name, value in values if value is not None)
             positions.append(row.position)
             hashes.append(text_hash)
-            characters.append(
-                len(row.text) or _CHARACTERS_A_TOKEN * sum(map(len, row.windows or ()))
-            )
+            num_tokens = sum(map(len, row.windows or ()))
+            characters.append(len(row.text) or _CHARACTERS_A_TOKEN * num_tokens)
             counts.append(len(row_labels))
             labels.extend(names.setdefault(name, len(names)) for name in row_labels)
     return ScannedRange(
@@ -188,11 +165,6 @@ def scan_range(plan: ScanPlan, index: int, row_range: RowRange) -> ScannedRange:
         kept=kept,
         rejected=rejected,
     )
-
-
-def _vocabulary_file(plan: ScanPlan, index: int) -> TextIO:
-    path = vocabulary_path(plan.work_dir, index) if plan.vocabulary_share > 0 else os.devnull
-    return open(path, "w", encoding="utf-8")
 
 
 def _read_labels(plan: ScanPlan, row: Row | BadRow) -> list[str] | BadRow:

@@ -41,16 +41,9 @@ _RECORDS_AT_A_TIME = 1 << 12
 class WritePlan:
     """What the writing of every range and of every shard needs.
 
-    Attributes:
-      columns: where text and id stand.
-      work_dir: where the side files and the tokenizer are.
-      max_seq_length: longest window in tokens.
-      window_stride: tokens from one window's start to the next; 0: windows do not overlap.
-      max_windows: greatest number of windows of a document.
-      split_names: the splits.
-      num_shards: shards of each split.
-      num_labels: L.
-      seed: of the order of records.
+    `window_stride` is the number of tokens from one window's start to the next (0: windows do not
+    overlap). `num_shards` are those of each split. `seed` is that of the order of records. The
+    tokenizer is in `work_dir`, with the side files.
     """
 
     columns: Columns
@@ -122,13 +115,8 @@ def write_range(
 ) -> WrittenRange:
     """Tokenises a range's usable rows and writes their records, ordered by shard.
 
-    Args:
-      plan: what all ranges share.
-      index: the range's number.
-      row_range: where its rows are.
-      splits: uint8 [N], split of each usable row.
-      ranks: for each split the documents that earlier ranges put there.
-      label_map: int [names], the row index's label numbers to final ones, or -1.
+    `splits` (uint8 [N]) are those of the usable rows; `ranks` are the documents that earlier ranges
+    put into each split; `label_map` (int [names]) gives a label's final number or -1.
     """
     tokenizer, known = _tokenizer(plan.work_dir)
     with np.load(range_path(plan.work_dir, index)) as rows:
@@ -141,7 +129,6 @@ def write_range(
     shard_list = _shards_of_rows(plan, splits, ranks).tolist()
     done = 0
     for batch in _batches(row_range, plan.columns, positions):
-        texts = [row.text for row in batch]
         documents, lost = _windows(plan, tokenizer, batch)
         encoded = [
             encode_record(
@@ -157,7 +144,8 @@ def write_range(
         batch_splits = splits[done : done + len(batch)]
         statistics.add_documents(batch_splits, documents, lost, tokenizer.unk_id)
         if known is not None:
-            statistics.add_scripts(batch_splits, [unknown_script(text, known) for text in texts])
+            scripts = [unknown_script(row.text, known) for row in batch]
+            statistics.add_scripts(batch_splits, scripts)
         done += len(batch)
     with open(records_path(plan.work_dir, index), "wb") as file:
         sizes = [file.write(b"".join(of_shard)) for of_shard in records]
@@ -202,11 +190,8 @@ def find_record(
 ) -> tuple[Shard, int]:
     """The shard of the document with a rank within its split, and its place there.
 
-    Args:
-      rank: how many documents of the split were read before it.
-      shards: all shards of the split, in order.
-      first_shard: shards of the other splits before these, in the call that wrote them.
-      seed: of that call.
+    `shards` are all of the split. `first_shard` is the number of shards of other splits before
+    these, in the call that wrote them; `seed` is that call's.
     """
     number = int(choose_shards(np.array([rank]), len(shards), seed)[0])
     order = _shuffle(first_shard + number, shards[number].documents, seed)
@@ -240,13 +225,9 @@ def _batches(row_range: RowRange, columns: Columns, positions: np.ndarray) -> It
 
 
 def write_shard(plan: WritePlan, number: int, offsets_path: str, num_ranges: int) -> Shard:
-    """Gathers one shard's records from all ranges, shuffles them and writes the shard.
+    """Gathers the records of shard `number` from all ranges, shuffles them, writes the shard.
 
-    Args:
-      plan: what all shards share.
-      number: the shard's place in `plan.shard_names`.
-      offsets_path: file of int64 [num_ranges, shards + 1], the ranges' `shard_offsets`.
-      num_ranges: number of ranges.
+    `offsets_path` holds the ranges' `shard_offsets`, int64 [num_ranges, shards + 1].
     """
     shape = (num_ranges, len(plan.shard_names) + 1)
     offsets = np.memmap(offsets_path, np.int64, "r", shape=shape)[:, number : number + 2]
@@ -268,11 +249,7 @@ def write_shard(plan: WritePlan, number: int, offsets_path: str, num_ranges: int
 
 
 def _gather(work_dir: str, offsets: np.ndarray, gathered: BinaryIO) -> np.ndarray:
-    """Puts a shard's records from all ranges into one file, in order.
-
-    Returns:
-      int64 [N + 1], where each of the N records begins, and the end.
-    """
+    """Puts a shard's N records into one file, in order; int64 [N + 1] has their bounds."""
     starts = []
     position = 0
     for index, (start, end) in enumerate(offsets.tolist()):
@@ -288,11 +265,7 @@ def _gather(work_dir: str, offsets: np.ndarray, gathered: BinaryIO) -> np.ndarra
 def write_corpus(
     plan: WritePlan, corpus: Corpus, pool: WorkerPool, progress: str
 ) -> tuple[list[Shard], SplitStatistics]:
-    """Tokenises all rows and writes all shards into the work folder.
-
-    Returns:
-      The shards in the order of `plan.shard_names`, and what was counted.
-    """
+    """Tokenises all rows and writes all shards, which come in the order of `plan.shard_names`."""
     num_ranges, num_shards = len(corpus.row_ranges), len(plan.shard_names)
     offsets_path = os.path.join(plan.work_dir, "offsets.bin")
     offsets = make_array(offsets_path, np.int64, (num_ranges, num_shards + 1))

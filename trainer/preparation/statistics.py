@@ -60,12 +60,7 @@ def known_scripts(tokenizer: Tokenizer) -> frozenset[str] | None:
 
 
 def unknown_script(text: str, known: frozenset[str]) -> str | None:
-    """The commonest unknown script of a text, if over half of its letters are in unknown ones.
-
-    Args:
-      text: of which the first LOOKED_AT_CHARACTERS count.
-      known: what `known_scripts` gave.
-    """
+    """A text's commonest unknown script, if over half of its first letters are in unknown ones."""
     head = text[:LOOKED_AT_CHARACTERS]
     if "LATIN" in known:
         # This decides for nearly all Latin texts, at a tenth of the cost of counting.
@@ -107,14 +102,7 @@ class SplitStatistics:
         lost: Sequence[bool],
         unknown_id: int | None,
     ) -> None:
-        """Counts the windows of N documents.
-
-        Args:
-          splits: int [N], the documents' splits.
-          documents: for each its windows, lists of ids.
-          lost: which documents lost tokens.
-          unknown_id: of [UNK].
-        """
+        """Counts N documents: splits (int [N]), windows of ids, whether tokens were lost."""
         windows = [window for document in documents for window in document]
         counts = np.array([len(document) for document in documents])
         splits_of_windows = np.repeat(splits, counts)

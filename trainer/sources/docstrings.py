@@ -9,7 +9,7 @@ import os
 import warnings
 from collections.abc import Iterator
 from dataclasses import dataclass
-from typing import BinaryIO, cast
+from typing import BinaryIO
 
 from trainer.errors import UserError
 from trainer.runtime.progress import show_progress
@@ -20,26 +20,15 @@ MIN_WORDS, MAX_WORDS = 8, 550
 # Label of the package, and the distributions that may hold it: the first one installed is read.
 PACKAGES = {
     "tensorflow": ("tensorflow", "tensorflow-cpu", "tensorflow-tpu"),
-    "transformers": ("transformers",),
-    "keras": ("keras",),
-    "numpy": ("numpy",),
+    "transformers": ("transformers",), "keras": ("keras",), "numpy": ("numpy",),
     "tensorflow_datasets": ("tensorflow-datasets",),
-    "google_cloud_storage": ("google-cloud-storage",),
-    "huggingface_hub": ("huggingface-hub",),
-    "google_auth": ("google-auth",),
-    "google_api_core": ("google-api-core",),
-    "tensorboard": ("tensorboard",),
-    "werkzeug": ("werkzeug",),
-    "grpc": ("grpcio",),
-    "fsspec": ("fsspec",),
-    "protobuf": ("protobuf",),
-    "absl": ("absl-py",),
-    "h5py": ("h5py",),
-    "pyarrow": ("pyarrow",),
-    "tqdm": ("tqdm",),
-    "tokenizers": ("tokenizers",),
+    "google_cloud_storage": ("google-cloud-storage",), "huggingface_hub": ("huggingface-hub",),
+    "google_auth": ("google-auth",), "google_api_core": ("google-api-core",),
+    "tensorboard": ("tensorboard",), "werkzeug": ("werkzeug",), "grpc": ("grpcio",),
+    "fsspec": ("fsspec",), "protobuf": ("protobuf",), "absl": ("absl-py",), "h5py": ("h5py",),
+    "pyarrow": ("pyarrow",), "tqdm": ("tqdm",), "tokenizers": ("tokenizers",),
     "safetensors": ("safetensors",),
-}
+}  # fmt: skip
 _FILES_A_TASK = 8
 
 
@@ -63,11 +52,7 @@ class SourceFile:
 
 
 def list_source_files(seed: int) -> tuple[list[SourceFile], dict[str, str]]:
-    """The packages' Python files in the order of a seeded hash of their names, and the versions.
-
-    Raises:
-      UserError: if none of the packages is installed.
-    """
+    """The packages' sources in a seeded order, and the versions; a UserError if there are none."""
     files, versions = [], {}
     for package, candidates in PACKAGES.items():
         for distribution_name in candidates:
@@ -122,10 +107,7 @@ def _documents_of_file(file: SourceFile) -> Iterator[dict]:
 def iterate_sample(
     files: list[SourceFile], num_documents: int | None, num_workers: int | None
 ) -> Iterator[dict]:
-    """Streams documents of distinct text in the files' order until there are enough.
-
-    The result does not depend on `num_workers`.
-    """
+    """Streams documents of distinct text in the files' order, whatever `num_workers` is."""
     seen: set[bytes] = set()
     tasks = [files[at : at + _FILES_A_TASK] for at in range(0, len(files), _FILES_A_TASK)]
     with process_pool(num_workers) as pool:
@@ -149,8 +131,7 @@ def write_sample(
 ) -> SampleSummary:
     """Writes the sample as JSONL (`id`, `text`, `labels`, `package`, `kind`), atomically.
 
-    Raises:
-      UserError: if the installed packages do not hold that many documents.
+    A UserError says that the installed packages hold fewer documents than asked for.
     """
     files, versions = list_source_files(seed)
     digest = hashlib.sha256()
@@ -180,11 +161,9 @@ def write_sample(
     return SampleSummary(documents, seed, versions, digest.hexdigest())
 
 
-def _writer(path: str, raw: BinaryIO) -> BinaryIO:
+def _writer(path: str, raw: BinaryIO) -> BinaryIO | gzip.GzipFile:
     """A file to write lines to, compressed without a time stamp if the name asks for it."""
-    if not path.endswith(".gz"):
-        return raw
-    return cast(BinaryIO, gzip.GzipFile("", "wb", 6, raw, mtime=0))
+    return gzip.GzipFile("", "wb", 6, raw, mtime=0) if path.endswith(".gz") else raw
 
 
 Definition = ast.ClassDef | ast.FunctionDef | ast.AsyncFunctionDef

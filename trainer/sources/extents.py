@@ -3,7 +3,6 @@
 Processes that read ranges of one file give one extent each; joined in order they are the file's.
 """
 
-import functools
 from dataclasses import dataclass
 
 import google_crc32c
@@ -56,16 +55,9 @@ def _multiply(left: int, right: int) -> int:
 
 
 def _power_of_x(exponent: int) -> int:
-    """x to a power, modulo the CRC's polynomial."""
-    power, place = _ONE, 0
-    while exponent >> place:
-        if exponent >> place & 1:
-            power = _multiply(_square(place), power)
-        place += 1
-    return power
-
-
-@functools.cache
-def _square(times: int) -> int:
-    """x, squared so many times."""
-    return _X if times == 0 else _multiply(_square(times - 1), _square(times - 1))
+    """x to a power, modulo the CRC's polynomial, by repeated squaring."""
+    if exponent < 2:
+        return _X if exponent else _ONE
+    half = _power_of_x(exponent // 2)
+    square = _multiply(half, half)
+    return _multiply(_X, square) if exponent % 2 else square

@@ -77,11 +77,7 @@ def _short_name(name: str) -> str:
 
 
 def format_of(name: str) -> tuple[str, str | None]:
-    """The format and compression (gzip, zstd, None) of a name.
-
-    Raises:
-      UserError: if the name's ending is not one that is known.
-    """
+    """Format and compression (gzip, zstd, None) of a name; a UserError if its ending is unknown."""
     match = _PREFIX.match(name)
     stem, ending = os.path.splitext(location(name).lower())
     compression = None if is_data_set(name) else COMPRESSIONS.get(ending)
@@ -138,9 +134,7 @@ class _BoundedReader(io.RawIOBase):
 def open_file(name: str, end: int | None = None) -> Any:
     """A file or object as a buffered, seekable stream of its bytes.
 
-    Args:
-      name: of the file.
-      end: of the bytes that are wanted; the stream goes on behind it, but does not read ahead.
+    The stream goes on behind `end`, but does not read ahead there.
     """
     path = location(name)
     block_bytes = _BLOCK_BYTES

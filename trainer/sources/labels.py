@@ -52,11 +52,7 @@ class LabelReader:
         object.__setattr__(self, "known", frozenset(self.names or ()))
 
     def read(self, raw: Any) -> list[str]:
-        """The names of a row's labels.
-
-        Raises:
-          LabelError: if the labels cannot be understood, or are not among the known ones.
-        """
+        """The names of a row's labels; a LabelError if they are unknown or unclear."""
         if len(self.columns) > 1:
             return self._names_of_columns(raw)
         if isinstance(raw, bool):
@@ -196,8 +192,7 @@ def _shown(value: Any) -> str:
 def read_label_file(path: str) -> tuple[str, ...]:
     """Label names, one a line, in the order of their ids.
 
-    Raises:
-      UserError: if the file is missing, empty, not UTF-8, or names a label twice.
+    A UserError says that the file is missing, empty, not UTF-8, or names a label twice.
     """
     try:
         with open(path, encoding="utf-8-sig") as file:
@@ -219,11 +214,7 @@ def read_label_file(path: str) -> tuple[str, ...]:
 
 
 def check_unique(names: Iterable[str], where: str) -> None:
-    """Checks that no label is named twice.
-
-    Raises:
-      UserError: naming the label and its two places, counted from 1.
-    """
+    """Checks that no label is named twice; a UserError gives its two places, counted from 1."""
     seen: dict[str, int] = {}
     for number, name in enumerate(names, 1):
         if name in seen:

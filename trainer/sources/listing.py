@@ -53,11 +53,7 @@ class FileVersions:
         self._versions = dict(zip(names, for_each_file(names, version_of), strict=True))
 
     def check(self, names: Iterable[str] | None = None) -> None:
-        """Checks that some of the files, by default all, are what they were.
-
-        Raises:
-          UserError: naming the first that is not.
-        """
+        """Checks that files, by default all, have not changed; a UserError names one that has."""
         chosen = list(dict.fromkeys(self._versions if names is None else names))
         for name, version in zip(chosen, for_each_file(chosen, version_of), strict=True):
             if version != self._versions[name]:
@@ -82,16 +78,9 @@ def list_files(
 
     A folder stands for the files in it (not below it) whose names have a known ending; hidden ones
     and those that begin with "_" are left out. A folder that the `datasets` library saved stands
-    for its Arrow files. `tfds:NAME` becomes one name a split.
-
-    Args:
-      inputs: what the user named.
-      input_format: the format of all files, whatever they are called; None: as they are called.
-      source_split: the split to take of data sets that have splits; None: all.
-      tfds_data_dir: where TensorFlow Datasets keeps its files; None: where it does by itself.
-
-    Raises:
-      UserError: if one of `inputs` names nothing, or a file is empty or of an unknown format.
+    for its Arrow files. `tfds:NAME` becomes one name a split, `source_split` alone if it is given.
+    `input_format` is the format of all files, whatever their names say. A UserError says that an
+    input names nothing, or that a file is empty or of an unknown format.
     """
     files: set[str] = set()
     for item in inputs:
@@ -113,7 +102,6 @@ def list_files(
 
 
 def _check_file(name: str) -> None:
-    """Checks that a file can be read and holds something."""
     if not name.isascii() and name != name.encode("utf-8", "replace").decode("utf-8"):
         shown = name.encode("utf-8", "backslashreplace").decode("utf-8")
         raise UserError(f"{shown}: its name is not UTF-8; rename the file")
@@ -255,8 +243,7 @@ def _why_nothing(item: str, source_split: str | None) -> str:
 def for_each_file(names: Sequence[str], function: Callable[[str], Result]) -> Iterator[Result]:
     """A function's results for all names, in order; in threads, as each call mostly waits.
 
-    Raises:
-      Exception: that of the first data set, else of the first file, in order, that raises one.
+    The first error is raised: of a data set if one has any, else of the first file in order.
     """
     # Data sets in this thread, where a test or a caller may have put its builder.
     here = {name: function(name) for name in names if is_data_set(name)}

@@ -14,13 +14,7 @@ from trainer.errors import UserError
 from trainer.runtime.progress import show_progress
 from trainer.sources.formats.base import find_format
 from trainer.sources.formats.lines import line_format
-from trainer.sources.input_files import (
-    changed,
-    is_data_set,
-    is_divisible,
-    location,
-    source_names,
-)
+from trainer.sources.input_files import changed, is_data_set, is_divisible, location, source_names
 from trainer.sources.listing import for_each_file
 from trainer.sources.rows import BadRow, Columns, Row, RowRange
 from trainer.storage import filesystem
@@ -33,11 +27,7 @@ def whole_file(name: str) -> RowRange:
 
 
 def check_columns(name: str, columns: Columns) -> None:
-    """Checks by a file's beginning that it has the required columns, of types that can be right.
-
-    Raises:
-      UserError: naming the column that is missing or wrong, and those that were found.
-    """
+    """Checks a file's columns and their types by its beginning; a UserError names the wrong one."""
     try:
         find_format(name).check_columns(name, columns)
     except OSError as error:
@@ -47,11 +37,7 @@ def check_columns(name: str, columns: Columns) -> None:
 
 
 def check_all_columns(names: Sequence[str], columns: Columns) -> None:
-    """Checks the columns of all files.
-
-    Raises:
-      UserError: for the first file that has not.
-    """
+    """Checks the columns of all files; a UserError tells of the first file that lacks one."""
     for _ in for_each_file(names, partial(check_columns, columns=columns)):
         pass
 
@@ -61,40 +47,18 @@ def column_names(name: str) -> list[str] | None:
     return find_format(name).column_names(name)
 
 
-def truth_value_columns(name: str) -> tuple[str, ...]:
-    """The columns that hold truth values only, where a format's schema says so."""
-    return find_format(name).truth_value_columns(name)
-
-
-def is_tokenised(name: str) -> bool:
-    """Whether the rows of a file are token ids and not text."""
-    return find_format(name).is_tokenised(name)
-
-
 def num_bytes(name: str) -> int:
-    """Bytes of what a name stands for.
-
-    Raises:
-      UserError: if it is not there.
-    """
+    """Bytes of what a name stands for; a UserError if it is not there."""
     if is_data_set(name) or filesystem.is_remote(location(name)):
         return fingerprint(name)[0]
     return os.path.getsize(location(name))
 
 
-def total_bytes(names: Sequence[str]) -> int:
-    """Bytes of all that names stand for."""
-    return sum(for_each_file(names, num_bytes))
-
-
 def fingerprint(name: str) -> tuple[int, str]:
-    """Bytes and CRC-32C (hex) of what a name stands for.
+    """Bytes and CRC-32C (hex) of what a name stands for; a UserError if it is not there.
 
     Of an object these are its metadata's: nothing is downloaded. Of a data set they are its size
     and a digest of its description.
-
-    Raises:
-      UserError: if it is not there.
     """
     if is_data_set(name):
         from trainer.sources.formats.tfds import describe
@@ -130,8 +94,7 @@ def can_enter(name: str) -> bool:
 def plan_row_ranges(name: str, rows_per_part: int) -> list[RowRange]:
     """Cuts a file into ranges of `rows_per_part` rows, the last one shorter.
 
-    A file without an index of its rows is read once, so that row numbers are exact wherever a
-    range begins.
+    A file without an index is read once, so that row numbers are exact wherever a range begins.
     """
     return find_format(name).plan_row_ranges(name, rows_per_part)
 
@@ -145,27 +108,17 @@ def plan_and_fingerprint(name: str, rows_per_part: int) -> tuple[list[RowRange],
 
 
 def read_row_range(row_range: RowRange, columns: Columns) -> Iterator[Row | BadRow]:
-    """Streams the rows of a range in order; blank lines are passed over.
-
-    Raises:
-      UserError: if the file cannot be read on (cut short, damaged), or a table lacks a column.
-    """
+    """Streams the rows of a range in order; a UserError if the file is damaged or lacks columns."""
     return find_format(row_range.path).read_rows(row_range, columns)
 
 
 def read_row_ranges(
     row_ranges: Sequence[RowRange], columns: Columns
 ) -> Iterator[tuple[int, Row | BadRow]]:
-    """Streams the rows of several ranges, in order; there may be gaps between them.
+    """Streams (place in `row_ranges`, row) of several ranges in order, with gaps or without.
 
     Ranges of one file that follow each other are read in one go. So are those with gaps between
     them if the file's middle is reached through its beginning only.
-
-    Yields:
-      The range's place in `row_ranges`, and a row.
-
-    Raises:
-      UserError: as `read_row_range`.
     """
     start = 0
     while start < len(row_ranges):

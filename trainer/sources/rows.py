@@ -162,9 +162,7 @@ def _complaint(value: Any) -> str | None:
 def plain_value(value: Any) -> Any:
     """A value as JSON can hold it; what is no number becomes null.
 
-    Raises:
-      ValueError: if it cannot be read, or holds text that is not Unicode.
-      RecursionError: if it is nested too deeply.
+    A ValueError says that it cannot be read, or holds text that is not Unicode.
     """
     if isinstance(value, str):
         if not is_unicode(value):
@@ -235,12 +233,8 @@ def describe_rejections(
 ) -> UserError:
     """The error of a command that stops for unusable rows; it shows the first of them.
 
-    Args:
-      lines: the beginning of a JSONL file of rejected rows, or nothing if the file is gone.
-      num_rejected: rows that cannot be used.
-      num_rows: all rows.
-      limit: `--max_rejected`.
-      where: the file or folder that holds all of the rejected rows.
+    `lines` begins the JSONL file of rejected rows and is empty if that is gone; `limit` is
+    `--max_rejected`; `where` is the file or folder that holds all rejected rows.
     """
     first = json.loads(lines.splitlines()[0]) if lines else None
     example = f"{first['source']}: row {first['row']}: {first['reason']}; " if first else ""

@@ -35,11 +35,7 @@ class ArrowFormat(Format):
 
     @abc.abstractmethod
     def _open(self, name: str) -> contextlib.AbstractContextManager[tuple[pyarrow.Schema, Any]]:
-        """The schema, and what the subclass takes the batches from.
-
-        Raises:
-          UserError: if the file is damaged, also while it is open.
-        """
+        """The schema, and what the subclass takes batches from; damage is a UserError."""
 
     @abc.abstractmethod
     def _batches(
@@ -127,10 +123,7 @@ class ParquetFiles(ArrowFormat):
             open_file(name) as stream,
             # Buffered, so that a row group of any size is read by pages.
             parquet.ParquetFile(
-                stream,
-                buffer_size=_BUFFER_BYTES,
-                pre_buffer=False,
-                page_checksum_verification=True,
+                stream, buffer_size=_BUFFER_BYTES, pre_buffer=False, page_checksum_verification=True
             ) as file,
         ):
             yield file.schema_arrow, file
@@ -183,11 +176,7 @@ def _slice_rows(
 
 
 def _check_offsets(column: Any) -> None:
-    """Checks that a column points to nothing outside of itself, which would crash the process.
-
-    Raises:
-      pyarrow.ArrowInvalid: if it does.
-    """
+    """Checks that a column points to nothing outside of itself, which would crash the process."""
     column.validate()
     try:
         column.validate(full=True)
@@ -208,11 +197,7 @@ def _with_bytes(kind: Any) -> Any:
 
 
 def _check_schema(name: str, schema: pyarrow.Schema, columns: Columns) -> None:
-    """Checks that a schema has the columns, of types that can be right.
-
-    Raises:
-      UserError: naming the column, what was found, and the flag.
-    """
+    """Checks that a schema has the columns, of types that can be right."""
     require_columns(name, schema.names, columns)
     for column in columns.all:
         if schema.names.count(column) > 1:

@@ -25,11 +25,7 @@ class Format(abc.ABC):
 
     @abc.abstractmethod
     def check_columns(self, name: str, columns: Columns) -> None:
-        """Checks that a file has the columns, and that their types can be right.
-
-        Raises:
-          UserError: naming the column, what was found, and the flag.
-        """
+        """Checks a file's columns and types; a UserError names column, finding and flag."""
 
     @abc.abstractmethod
     def plan_row_ranges(self, name: str, rows_per_part: int) -> list[RowRange]:
@@ -59,11 +55,7 @@ _CLASSES = {
 
 
 def find_format(name: str) -> Format:
-    """What reads a file.
-
-    Raises:
-      UserError: if the name's ending is not one that is known.
-    """
+    """What reads a file; a UserError if the name's ending is not one that is known."""
     return _load_format(format_of(name)[0])
 
 
@@ -95,17 +87,9 @@ def flag_of(column: str, columns: Columns) -> str:
 def require_columns(
     name: str, found: Sequence[str], columns: Columns, optional: Iterable[str] = (), hint: str = ""
 ) -> None:
-    """Checks that a file has the required columns.
+    """Checks that a file has the required columns, those in `optional` excepted.
 
-    Args:
-      name: of the file.
-      found: its columns.
-      columns: those that are wanted.
-      optional: required ones that may be absent from this file.
-      hint: what else could be done, behind a comma.
-
-    Raises:
-      UserError: naming the column that is missing and those that were found.
+    A UserError names the missing column and those that were found; `hint` ends its text.
     """
     for column in columns.required:
         if column not in found and column not in optional:

@@ -185,14 +185,12 @@ class DelimitedFormat(Format):
 
     def check_columns(self, name: str, columns: Columns) -> None:
         found = self.column_names(name)
-        is_bare = location(name).lower().endswith((".tsv", ".txt"))
         hint = (
             "; if the lines are id<TAB>labels<TAB>text, without a header, say so with "
             "--input_format=libmultilabel"
-            if is_bare
-            else ""
         )
-        require_columns(name, found, columns, hint=hint)
+        is_bare = location(name).lower().endswith((".tsv", ".txt"))
+        require_columns(name, found, columns, hint=hint if is_bare else "")
         counts = Counter(found)
         for column in columns.all:
             if counts[column] > 1:
@@ -202,8 +200,7 @@ class DelimitedFormat(Format):
                 )
 
     def plan_row_ranges(self, name: str, rows_per_part: int) -> list[RowRange]:
-        num_rows = sum(1 for _ in _numbered(name))
-        return cut_rows(name, num_rows, rows_per_part)
+        return cut_rows(name, sum(1 for _ in _numbered(name)), rows_per_part)
 
     def read_rows(self, row_range: RowRange, columns: Columns) -> Iterator[Row | BadRow]:
         self.check_columns(row_range.path, columns)

@@ -55,12 +55,9 @@ NumberedLines = Iterator[tuple[int, bytes | LongLine]]
 def bounded_lines(
     file: Any, limit: int = MAX_LINE_BYTES, on_bytes: Callable[[bytes], None] | None = None
 ) -> Iterator[bytes | LongLine]:
-    """The lines of a stream, their ends included; none over `limit` bytes is ever held.
+    """The lines of a buffered stream, with their ends; none over `limit` bytes is ever held.
 
-    Args:
-      file: a buffered stream of bytes.
-      limit: of a line.
-      on_bytes: called with all bytes in order, before the line that they belong to comes.
+    `on_bytes` is called with all bytes in order, before the line that they belong to comes.
     """
     while line := file.readline(limit + 1):
         if on_bytes is not None:
@@ -78,7 +75,6 @@ def bounded_lines(
 
 
 def _rest_of_line(file: Any) -> Iterator[bytes]:
-    """What is left of a line, piece by piece."""
     while piece := file.readline(_SKIPPED_BYTES):
         yield piece
         if piece.endswith(b"\n"):
@@ -92,11 +88,7 @@ def too_long(position: int, line: LongLine) -> BadRow:
 
 
 def without_mark(name: str, line: bytes) -> bytes:
-    """The first line of a file without its byte order mark.
-
-    Raises:
-      UserError: if the mark, and the zeros that come with it, are those of UTF-16 or UTF-32.
-    """
+    """The first line of a file without its byte order mark; a UserError if that is UTF-16's."""
     if line.startswith(_WIDE_MARKS) and b"\0" in line[2:64]:
         raise UserError(
             f"{name}: UTF-16, expected UTF-8; convert it with `iconv -f UTF-16 -t UTF-8`"
@@ -171,11 +163,7 @@ class LineFormat(Format):
                 yield self._read_line(row_range, columns, position, line)
 
     def _lines(self, row_range: RowRange, extent: Extent) -> NumberedLines:
-        """(row number, line) of a range.
-
-        Raises:
-          UserError: if the file is damaged, cut short, or not in an encoding like UTF-8.
-        """
+        """(row number, line) of a range, the first line of the file without its mark."""
         lines = self._plain_lines if is_divisible(row_range.path) else self._compressed_lines
         for position, line in lines(row_range, extent):
             if row_range.start == position == 0 and isinstance(line, bytes):
@@ -183,7 +171,7 @@ class LineFormat(Format):
             yield position, line
 
     def _plain_lines(self, row_range: RowRange, extent: Extent) -> NumberedLines:
-        """The lines that begin in [start, end), wherever these are within a line."""
+        """The lines that begin in [start, end), which may themselves lie within lines."""
         end = math.inf if row_range.end is None else row_range.end
         with open_file(row_range.path, row_range.end) as file:
             if start := row_range.start:
@@ -239,22 +227,21 @@ class JsonLines(LineFormat):
             raise wrong_type(name, columns.text, columns, found, "text")
         for column in columns.labels:
             values = _values(objects, column)
-            if len(values) > 1 and all(_is_fraction(value) for value in values):
+            is_fraction = [isinstance(value, float) and not value.is_integer() for value in values]
+            if len(values) > 1 and all(is_fraction):
                 raise wrong_type(name, column, columns, "fractions", "names, ids, or 0 and 1")
 
     def _first_objects(self, name: str) -> list[dict[str, Any]]:
-        """The first rows that are JSON objects, their strings cut short.
-
-        Raises:
-          UserError: if the file is one JSON array.
-        """
+        """The first rows that are JSON objects, strings cut short; refuses one array."""
         objects: list[dict[str, Any]] = []
         for count, line in enumerate(self._first_lines(name)):
             value = _load_json(line)
             if count == 0:
                 _refuse_array(name, line, value)
             if isinstance(value, dict):
-                objects.append({key: _cut(item) for key, item in value.items()})
+                # Types and messages need no more of a string.
+                cut = {key: item[:64] for key, item in value.items() if isinstance(item, str)}
+                objects.append(value | cut)
             if len(objects) >= _ROWS_TO_CHECK or count >= _LINES_TO_CHECK:
                 break
         return objects
@@ -270,10 +257,6 @@ class JsonLines(LineFormat):
             return BadRow(position, reason, _shown(line))
         row = row_of_values(row_range, position, value, columns)
         return row._replace(raw=_shown(line)) if isinstance(row, BadRow) and not row.raw else row
-
-
-def _cut(value: Any) -> Any:
-    return value[:64] if isinstance(value, str) else value  # Its type and a message need no more.
 
 
 def _load_json(line: bytes) -> Any:
@@ -301,10 +284,6 @@ def _field_names(objects: Sequence[dict[str, Any]]) -> list[str]:
 
 def _values(objects: Sequence[dict[str, Any]], column: str) -> list[Any]:
     return [value[column] for value in objects if value.get(column) is not None]
-
-
-def _is_fraction(value: Any) -> bool:
-    return isinstance(value, float) and not value.is_integer()
 
 
 class TextLines(LineFormat):

@@ -1,13 +1,13 @@
 """TensorFlow Datasets: `tfds:NAME[/CONFIG][:VERSION]`, one name a split, in the files' order.
 
 The builder itself reads, in this process, so that a builder that the caller defined or replaced by
-a mock is used. A whole name is
-`tfds:NAME[/CONFIG][:VERSION]:SPLIT[@FOLDER]`; NAME may be the folder of a data set on disk.
+a mock is used. A whole name is `tfds:NAME[/CONFIG][:VERSION]:SPLIT[@FOLDER]`; NAME may be the
+folder of a data set on disk.
 """
 
 import re
 from collections.abc import Iterator
-from typing import Any, NamedTuple
+from typing import Any
 
 from trainer.errors import UserError
 from trainer.sources.formats.base import Format, cut_rows, require_columns, wrong_type
@@ -17,13 +17,6 @@ _NAME = re.compile(
     r"tfds:(?P<data_set>[^:@\[]+?)/?(?P<version>:[\d*]+\.[\d*]+\.[\d*]+)?"
     r"(:(?P<split>[^@]+))?(@(?P<folder>.+))?"
 )
-
-
-class _DataSet(NamedTuple):
-    """A builder, and the split of it that a name means."""
-
-    builder: Any
-    split: str | None
 
 
 def _library() -> Any:
@@ -39,12 +32,8 @@ def _library() -> Any:
     return tensorflow_datasets
 
 
-def _open(name: str) -> _DataSet:
-    """The builder that a name stands for.
-
-    Raises:
-      UserError: if there is none of that name.
-    """
+def _open(name: str) -> tuple[Any, str | None]:
+    """The builder and the split that a name stands for; a UserError if there is none."""
     match = _NAME.fullmatch(name)
     if match is None:
         raise UserError(f"--input={name}: expected tfds:NAME, tfds:NAME/CONFIG or with :VERSION")
@@ -60,7 +49,7 @@ def _open(name: str) -> _DataSet:
             f"--input=tfds:{data_set}{version}: no such data set ({_first_line(error)}); check its "
             "name, configuration and version, and --tfds_data_dir if it is only there"
         ) from None
-    return _DataSet(builder, match["split"])
+    return builder, match["split"]
 
 
 def _first_line(error: Exception) -> str:
@@ -70,14 +59,8 @@ def _first_line(error: Exception) -> str:
 def list_splits(item: str, source_split: str | None, data_dir: str | None) -> list[str]:
     """The whole names of a data set's splits; it is downloaded and prepared if it is not there.
 
-    Args:
-      item: `tfds:NAME...` as the user wrote it.
-      source_split: one split, or what else TensorFlow Datasets understands (`train[:10%]`); None
-        for all.
-      data_dir: where the library keeps its files; None: where it does by itself.
-
-    Raises:
-      UserError: if there is no such data set or split, or it cannot be downloaded.
+    `source_split` is one split, or what else TensorFlow Datasets understands (`train[:10%]`). A
+    UserError says that there is no such data set or split, or that it cannot be downloaded.
     """
     folder = f"@{data_dir}" if data_dir and "@" not in item else ""
     builder, split = _open(item + folder)
@@ -103,7 +86,7 @@ def list_splits(item: str, source_split: str | None, data_dir: str | None) -> li
 
 
 def _features(name: str) -> dict[str, Any]:
-    return dict(_open(name).builder.info.features)
+    return dict(_open(name)[0].info.features)
 
 
 def _class_of(feature: Any) -> Any:
@@ -133,30 +116,23 @@ class TensorFlowDatasets(Format):
 
     def truth_value_columns(self, name: str) -> tuple[str, ...]:
         return tuple(
-            column
-            for column, feature in _features(name).items()
-            if getattr(feature, "shape", None) == () and _kind(feature) == "b"
+            column for column, feature in _features(name).items() if _scalar_kind(feature) == "b"
         )
 
     def check_columns(self, name: str, columns: Columns) -> None:
         features = _features(name)
         require_columns(name, list(features), columns)
         text = features[columns.text]
-        if getattr(text, "shape", None) != () or _kind(text) not in ("O", "S", "U"):
+        if _scalar_kind(text) not in ("O", "S", "U"):
             raise wrong_type(name, columns.text, columns, type(text).__name__, "text")
-        for column in columns.labels:
-            is_fraction = getattr(features[column], "shape", None) == () and (
-                _kind(features[column]) == "f"
-            )
-            if is_fraction and len(columns.labels) == 1:
-                raise wrong_type(name, column, columns, "fractions", "names, ids, or 0 and 1")
+        if len(columns.labels) == 1 and _scalar_kind(features[columns.labels[0]]) == "f":
+            column = columns.labels[0]
+            raise wrong_type(name, column, columns, "fractions", "names, ids, or 0 and 1")
 
     def plan_row_ranges(self, name: str, rows_per_part: int) -> list[RowRange]:
         dataset = _dataset(name)
-        num_rows = int(dataset.cardinality())
-        if num_rows < 0:
-            num_rows = sum(1 for _ in dataset)
-        return cut_rows(name, num_rows, rows_per_part)
+        num_rows = int(dataset.cardinality())  # Negative if it is not known.
+        return cut_rows(name, num_rows if num_rows >= 0 else sum(1 for _ in dataset), rows_per_part)
 
     def read_rows(self, row_range: RowRange, columns: Columns) -> Iterator[Row | BadRow]:
         import tensorflow as tf
@@ -179,10 +155,12 @@ class TensorFlowDatasets(Format):
             ) from None
 
 
-def _kind(feature: Any) -> str:
-    """NumPy's letter for the type of a feature's values: b, i, u, f, O for text."""
+def _scalar_kind(feature: Any) -> str:
+    """NumPy's letter for a feature of one value (b, i, u, f, O for text); empty for others."""
     import numpy as np
 
+    if getattr(feature, "shape", None) != ():
+        return ""
     try:
         return np.dtype(feature.np_dtype).kind
     except (AttributeError, TypeError):

@@ -35,11 +35,7 @@ _NUMBERS = ("input_ids", "window_lengths", "input_mask", "segment_ids")
 
 
 def _records(name: str) -> Iterator[bytes | int]:
-    """The records of a file, their checksums checked; of one over the limit only its length.
-
-    Raises:
-      UserError: if the file is damaged or cut short.
-    """
+    """The records of a file, checksums checked; of one over the limit only its length."""
     number = 0
     try:
         with open_decompressed(name) as file:
@@ -120,8 +116,7 @@ class TFRecordFormat(Format):
                 yield BadRow(position, reason, "")
                 continue
             try:
-                features = parse_example(record)
-                row = _row(row_range, position, features, columns)
+                row = _row(row_range, position, parse_example(record), columns)
             except ValueError as error:
                 yield BadRow(position, str(error), cut_raw(repr(record[:200])))
                 continue
@@ -131,6 +126,7 @@ class TFRecordFormat(Format):
 
 @functools.lru_cache(maxsize=8)
 def _metadata_of_folder(folder: str) -> Metadata | None:
+    """The metadata.json of a folder of shards, if it is a data folder."""
     try:
         with open_file(os.path.join(folder, METADATA_FILE)) as file:
             return parse_metadata(file.read(), folder)
@@ -138,23 +134,10 @@ def _metadata_of_folder(folder: str) -> Metadata | None:
         return None
 
 
-def _metadata_beside(name: str) -> Metadata | None:
-    """The metadata.json of the data folder in which a shard lies, if it lies in one."""
-    path = location(name)
-    return _metadata_of_folder(os.path.dirname(path) or ".")
-
-
 def _row(
-    row_range: RowRange,
-    position: int,
-    features: dict[str, list[Any]],
-    columns: Columns,
+    row_range: RowRange, position: int, features: dict[str, list[Any]], columns: Columns
 ) -> Row | BadRow | None:
-    """An example as a row; None for one that only fills a batch.
-
-    Raises:
-      ValueError: if its features do not fit together.
-    """
+    """An example as a row; None for one that only fills a batch; a ValueError if features clash."""
     if "input_ids" not in features or columns.text in features:
         return _row_of_text(row_range, position, features, columns)
     for name in _NUMBERS:
@@ -164,7 +147,7 @@ def _row(
               if name in features}  # fmt: skip
     metadata = None
     if "window_lengths" in features:
-        metadata = _metadata_beside(row_range.path)
+        metadata = _metadata_of_folder(os.path.dirname(location(row_range.path)) or ".")
         windows = _own_windows(features)
         if metadata is not None and "slices" in features:
             slices = map(decode_bytes, features["slices"])
