@@ -57,7 +57,7 @@ LABEL_CASES = {
 
 
 @dataclass(frozen=True)
-class Row:
+class TableRow:
     """A row: its name, a text and a number to sort by for each cell, and the label it links to."""
 
     name: str
@@ -71,7 +71,7 @@ class Table:
 
     head: str
     columns: list[str]
-    rows: list[Row]
+    rows: list[TableRow]
 
 
 def number(value: float | None, digits: int = 3) -> str:
@@ -122,7 +122,7 @@ def train_split(metadata: Metadata | None) -> Split | None:
 def headline_table(headlines: Sequence[dict[str, Any]], systems: Sequence[str]) -> Table:
     """The headline metrics of every system."""
     rows = [
-        Row(row["title"], _texts(*(number(row["values"][name]) for name in systems)))
+        TableRow(row["title"], _texts(*(number(row["values"][name]) for name in systems)))
         for row in headlines
     ]
     return Table("metric", list(systems), rows)
@@ -141,7 +141,7 @@ def comparison_tables(metrics: dict[str, Any]) -> tuple[Table, Table]:
     def table(names: Sequence[str]) -> Table:
         pairs = [(name, fitted[name], metrics[name]) for name in names]
         rows = [
-            Row(_as_title(name), _texts(number(was), number(now), signed(now - was)))
+            TableRow(_as_title(name), _texts(number(was), number(now), signed(now - was)))
             for name, was, now in pairs
         ]
         return Table("metric", titles, rows)
@@ -171,7 +171,7 @@ def label_table(
         cells = _cells(per_label[label], names)
         if train is not None:
             cells = _cells({"train": train.label_counts[index]}, ["train"]) + cells
-        rows.append(Row(label, cells, index if index in with_curves else None))
+        rows.append(TableRow(label, cells, index if index in with_curves else None))
     return Table("label", [f"in {TRAIN_SPLIT}"] * (train is not None) + titles, rows)
 
 
@@ -182,7 +182,7 @@ def slice_tables(metrics: dict[str, Any]) -> dict[str, Table]:
         named = [(value or "(empty)", measured) for value, measured in found["values"].items()]
         if found["rest"] is not None:
             named.append((f"{found['rest']['num_values']:,} other values", found["rest"]))
-        rows = [Row(name, _cells(measured, SLICE_COLUMNS)) for name, measured in named]
+        rows = [TableRow(name, _cells(measured, SLICE_COLUMNS)) for name, measured in named]
         tables[column] = Table("value", list(SLICE_COLUMNS.values()), rows)
     return tables
 
@@ -201,13 +201,13 @@ def split_table(metadata: Metadata) -> Table:
             number(sum(split.label_counts) / documents, 2),
             count(sum(value == 0 for value in split.label_counts)),
         )
-        rows.append(Row(name, cells))
+        rows.append(TableRow(name, cells))
     return Table("split", [*titles, "labels a document", "labels without positives"], rows)
 
 
 def check_table(checks: dict[str, Any]) -> Table:
     """What `prepare` counted in each split."""
-    rows = [Row(name, _cells(found, CHECK_COLUMNS)) for name, found in checks["splits"].items()]
+    rows = [TableRow(name, _cells(found, CHECK_COLUMNS)) for name, found in checks["splits"].items()]
     return Table("split", list(CHECK_COLUMNS.values()), rows)
 
 

@@ -37,14 +37,14 @@ def show_progress(
         options |= {"iterable": steps, "delay": 1.0, "leave": False}
     # tqdm looks at the clock at each update with miniters=1. Left to itself it learns how many
     # updates fit into the interval, and is late when the work slows down.
-    return (_Lines if mode == "lines" else tqdm)(
+    return (_LineProgress if mode == "lines" else tqdm)(
         desc=description, total=total, unit=unit if unit == "B" else f" {unit}",
         unit_scale=unit == "B", disable=mode == "none", miniters=1, mininterval=_BAR_SECONDS,
         dynamic_ncols=True, **options,
     )  # fmt: skip
 
 
-class _Lines(tqdm):
+class _LineProgress(tqdm):
     """A line at most every `_LINE_SECONDS`, and one at the end unless `leave` is False."""
 
     leave: bool | None
