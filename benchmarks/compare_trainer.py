@@ -159,7 +159,7 @@ def run_ours(arguments: argparse.Namespace, kind: str, number: int) -> None:
 def predict(model_dir: str, data_dir: str) -> dict[str, np.ndarray]:
     """Logits [N, L] of validation and test by the best checkpoint."""
     from trainer.data.metadata import load_metadata
-    from trainer.evaluation.predictions import concatenate
+    from trainer.evaluation.measurement import concatenate
     from trainer.model.predictor import Predictor
     from trainer.training.checkpoint import load_best
 

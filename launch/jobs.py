@@ -12,8 +12,8 @@ from functools import partial
 from typing import Any
 
 from launch.cloud import vertex_jobs
+from launch.cloud.calls import Place, explained
 from launch.cloud.follow import JobLog, describe_state, read_records
-from launch.cloud.refusals import Place, explained
 from launch.cloud.tpu_slices import BUCKET, Phase, QueuedResources, describe
 from launch.job import FOLDER, JOB_LABEL, Job, bucket_name
 from launch.launch_config import JobsCancelConfig, JobsListConfig, JobsLogsConfig, JobsStatusConfig

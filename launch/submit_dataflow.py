@@ -15,7 +15,7 @@ from dataclasses import replace
 from pathlib import Path
 
 from launch.cloud import package
-from launch.cloud.refusals import Place, explained
+from launch.cloud.calls import Place, explained
 from launch.job import FOLDER, bucket_name, labels_of
 from launch.launch_config import SubmitDataflowConfig, parse_labels
 from launch.submit import parse_commands

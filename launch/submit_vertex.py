@@ -7,9 +7,9 @@ from typing import Any
 from launch.accelerators import VertexMachine, find_vertex_machine
 from launch.cloud import calls, vertex_jobs
 from launch.cloud import package as packages
+from launch.cloud.calls import Place, explained, shorten
 from launch.cloud.follow import Outcome, Progress, read_records, say
 from launch.cloud.package import Package
-from launch.cloud.refusals import Place, explained, shorten
 from launch.job import SHARED, Job
 from launch.launch_config import SubmitVertexConfig
 from launch.machine.reports import Ending

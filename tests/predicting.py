@@ -1,7 +1,7 @@
 """All predictions of a split at once."""
 
 from trainer.data.metadata import Metadata
-from trainer.evaluation.predictions import Predictions, concatenate
+from trainer.evaluation.measurement import Predictions, concatenate
 from trainer.model.predictor import Predictor
 
 

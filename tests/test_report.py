@@ -15,7 +15,7 @@ from reported_run import HOSTILE_ID, LABELS, NUM_LABELS, save_best
 from trainer import report
 from trainer.errors import UserError
 from trainer.evaluation.curves import MAX_CURVE_LABELS, collect
-from trainer.evaluation.predictions import CalibratedPredictions
+from trainer.evaluation.measurement import CalibratedPredictions
 from trainer.reporting.page import Material, render
 from trainer.run_config import ReportConfig
 from trainer.training.run_record import load_record

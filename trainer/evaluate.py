@@ -31,8 +31,8 @@ from trainer.evaluation.calibration import (
 )
 from trainer.evaluation.curves import collect
 from trainer.evaluation.histograms import Histograms
+from trainer.evaluation.measurement import Predictions, concatenate
 from trainer.evaluation.metrics import CONVENTIONS, compute_metrics, warn_if_constant
-from trainer.evaluation.predictions import Predictions, concatenate
 from trainer.evaluation.thresholds import ThresholdRule, fit_binned_thresholds, fit_thresholds
 from trainer.model.predictor import Predictor
 from trainer.run_config import EvaluateConfig

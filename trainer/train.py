@@ -35,12 +35,7 @@ from trainer.storage.filesystem import write_atomically
 from trainer.training.checkpoint import Checkpoints
 from trainer.training.metrics_log import MetricsLog
 from trainer.training.run_record import RunRecord, start_record
-from trainer.training.selection import (
-    BestCheckpoint,
-    Evaluation,
-    next_checkpoint,
-    next_evaluation,
-)
+from trainer.training.selection import BestCheckpoint, Evaluation, next_checkpoint, next_evaluation
 from trainer.training.setup import (
     build_step,
     check_tokenizer,

@@ -1,11 +1,20 @@
-"""How Google's services are called: by which client, how often, and what a request looks like."""
+"""How Google's services are called, and what their refusals mean.
 
+Every call has a client, a deadline, and pauses between its attempts. An error becomes one line for
+the user, with the command that helps.
+"""
+
+import contextlib
 import json
 import math
 import os
+import re
 import time
 from collections.abc import Callable, Iterator
+from dataclasses import dataclass
 from typing import Any
+
+from trainer.errors import RunAgain, UserError
 
 # For one attempt.
 CALL_SECONDS = 60.0
@@ -79,3 +88,138 @@ def to_dict(request: Any) -> dict[str, Any]:
         request, including_default_value_fields=False, use_integers_for_enums=False, sort_keys=True
     )
     return json.loads(text)
+
+
+SIGN_IN = "gcloud auth application-default login"
+
+
+@dataclass(frozen=True)
+class Place:
+    """What was requested of which service, for error messages.
+
+    `api` is the service's host; `location` a zone or region; `what` the user's words for what was
+    requested, such as `the custom job NAME`. The caller needs `role`. `find_locations` is a command
+    that lists the locations of the accelerator, `remove` one that removes what has the same name.
+    """
+
+    api: str
+    project: str
+    location: str
+    what: str
+    role: str
+    service_account: str | None
+    find_locations: str
+    remove: str
+
+
+@contextlib.contextmanager
+def explained(place: Place) -> Iterator[None]:
+    """Turns the exceptions of Google's clients into those of `explain`."""
+    from google.api_core.exceptions import GoogleAPICallError, RetryError
+    from google.auth.exceptions import GoogleAuthError
+
+    try:
+        yield
+    except (GoogleAPICallError, RetryError, GoogleAuthError) as error:
+        raise explain(error, place) from error
+
+
+def explain(error: Exception, place: Place) -> UserError | RunAgain:
+    """The error for the user that an exception of Google's clients stands for.
+
+    A UserError is what the user can correct; RunAgain a service that does not answer.
+    """
+    from google.api_core import exceptions
+    from google.auth.exceptions import DefaultCredentialsError, GoogleAuthError, RefreshError
+
+    if isinstance(error, DefaultCredentialsError):
+        return UserError(f"no Google credentials were found; sign in: {SIGN_IN}")
+    if isinstance(error, RefreshError):
+        return UserError(f"the Google credentials have run out or are refused; sign in: {SIGN_IN}")
+    if isinstance(error, exceptions.RetryError) and isinstance(error.cause, Exception):
+        return explain(error.cause, place)
+    message = shorten(getattr(error, "message", None) or str(error))
+    if isinstance(error, GoogleAuthError):
+        return RunAgain(f"Google's sign-in did not answer ({message}); run the same command again")
+    taken = f"{place.what} exists already; take another --name, or remove it: {place.remove}"
+    not_there = (exceptions.NotFound, exceptions.BadRequest)
+    kinds = (
+        (exceptions.Unauthorized, f"the credentials were refused; sign in: {SIGN_IN}"),
+        (exceptions.Forbidden, _explain_refusal(error, message, place)),
+        (exceptions.TooManyRequests, _explain_quota(message, place)),
+        (exceptions.Conflict, taken),
+        (not_there, _explain_location(message, place)),
+    )
+    # Subclasses of Conflict and BadRequest that are about a resource's state.
+    of_state = isinstance(error, exceptions.Aborted | exceptions.FailedPrecondition)
+    for kind, sentence in kinds:
+        if isinstance(error, kind) and not of_state:
+            return UserError(sentence)
+    if isinstance(error, exceptions.ServerError):
+        return RunAgain(
+            f"{place.api} did not answer ({message}), however often it was asked; run the same "
+            "command again"
+        )
+    return UserError(f"{place.what}: {place.api} refused it: {message}")
+
+
+def explain_status(code: int, message: str, place: Place) -> UserError | RunAgain:
+    """As `explain`, for the error in a resource's state: a gRPC status code and its message."""
+    from google.api_core.exceptions import from_grpc_status
+
+    return explain(from_grpc_status(code, message), place)
+
+
+def shorten(text: str) -> str:
+    """A service's message as one line of reasonable length, without a final full stop."""
+    return " ".join(text.split())[:300].rstrip(". ")
+
+
+def _explain_refusal(error: Exception, message: str, place: Place) -> str:
+    """A 403: the service is disabled, an account may not be used, or a permission is missing."""
+    reason = getattr(error, "reason", None) or ""
+    if reason == "SERVICE_DISABLED" or re.search(
+        r"has not been used in project|is disabled|SERVICE_DISABLED", message
+    ):
+        return (
+            f"{place.api} is not enabled in project {place.project}; enable it: "
+            f"gcloud services enable {place.api} --project={place.project}"
+        )
+    if re.search(r"actAs|service ?account", message, re.IGNORECASE):
+        account = place.service_account or "ACCOUNT"
+        return (
+            f"{place.what}: you may not run jobs as the service account ({message}); whoever owns "
+            f"it allows it: gcloud iam service-accounts add-iam-policy-binding {account} "
+            f"--project={place.project} --member=user:YOU --role=roles/iam.serviceAccountUser"
+        )
+    return (
+        f"{place.what}: permission denied ({message}); whoever owns the project grants it: gcloud "
+        f"projects add-iam-policy-binding {place.project} --member=user:YOU --role={place.role}"
+    )
+
+
+def _explain_quota(message: str, place: Place) -> str:
+    dimension = "zone" if re.search(r"-[a-z]$", place.location) else "region"
+    return (
+        f"{place.what}: the quota of {place.project} in {place.location} does not allow it "
+        f"({message}); see what there is: gcloud beta quotas info list --service={place.api} "
+        f"--project={place.project}, then ask for more: gcloud beta quotas preferences create "
+        f"--service={place.api} --project={place.project} --quota-id=ID --preferred-value=N "
+        f"--dimensions={dimension}={place.location}"
+    )
+
+
+def _explain_location(message: str, place: Place) -> str:
+    """A 400 or 404, whose usual reason is a location without the accelerator."""
+    lists = {
+        "reservation": "reservations: gcloud compute reservations list",
+        "network": "networks: gcloud compute networks subnets list",
+        "service ?account": "accounts: gcloud iam service-accounts list",
+    }
+    for pattern, command in lists.items():
+        if re.search(pattern, message, re.IGNORECASE):
+            return f"{place.what}: {message}; list {command} --project={place.project}"
+    return (
+        f"{place.what}: {place.location} does not offer it ({message}); list what is offered: "
+        f"{place.find_locations}"
+    )

@@ -18,7 +18,7 @@ from typing import Any
 
 from launch.accelerators import TpuSlice
 from launch.cloud import calls
-from launch.cloud.refusals import Place, explain_status, explained
+from launch.cloud.calls import Place, explain_status, explained
 from launch.job import FOLDER, JOB_LABEL, Job, labels_of
 from launch.launch_config import SubmitTpuConfig, parse_labels
 from trainer.errors import RunAgain, UserError

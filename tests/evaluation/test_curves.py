@@ -17,8 +17,8 @@ from trainer.evaluation.curves import (
     precision_recall,
     reliability,
 )
+from trainer.evaluation.measurement import CalibratedPredictions
 from trainer.evaluation.metrics import calibration_error
-from trainer.evaluation.predictions import CalibratedPredictions
 
 
 def draw(documents, labels, seed, num_documents=None):

@@ -20,8 +20,12 @@ from trainer.evaluation.histograms import (
     bound_average_precision,
     bound_roc_auc,
 )
-from trainer.evaluation.measurement import ExactMeasurement, StreamedMeasurement, fits_exactly
-from trainer.evaluation.predictions import Predictions
+from trainer.evaluation.measurement import (
+    ExactMeasurement,
+    Predictions,
+    StreamedMeasurement,
+    fits_exactly,
+)
 from trainer.evaluation.ranking import average_precision, rank_labels, roc_auc
 from trainer.evaluation.thresholds import ThresholdRule, fit_binned_thresholds, fit_thresholds
 

@@ -15,8 +15,8 @@ from trainer.data.metadata import load_metadata
 from trainer.errors import UserError
 from trainer.preparation import corpus
 from trainer.sources import input_files
-from trainer.sources.extents import Extent
 from trainer.sources.formats.lines import MAX_LINE_BYTES, cut_bytes, line_format
+from trainer.sources.input_files import Extent
 from trainer.sources.reader import fingerprint, plan_row_ranges
 from trainer.sources.rows import Columns
 from trainer.storage import filesystem

@@ -28,7 +28,7 @@ from trainer.errors import UserError
 from trainer.preparation.scan import ScannedRange
 from trainer.preparation.shards import WrittenRange
 from trainer.preparation.statistics import SplitStatistics
-from trainer.sources.extents import Extent
+from trainer.sources.input_files import Extent
 from trainer.sources.rows import BadRow, RowRange
 
 # The types that a value may hold.

@@ -8,8 +8,8 @@ from typing import Any
 
 import numpy as np
 
+from trainer.evaluation.measurement import CalibratedPredictions
 from trainer.evaluation.metrics import equal_mass_starts
-from trainer.evaluation.predictions import CalibratedPredictions
 from trainer.evaluation.ranking import rank_cuts
 
 # Nobody looks at the curves of more labels, and each label costs about 4 KB.

@@ -1,8 +1,10 @@
-"""A split's metrics: exact where its predictions fit into memory, binned where they do not.
+"""A model's predictions for a split beside the true labels, and the split's metrics (NumPy only).
 
-Binned metrics come from histograms of log-odds, each with a bound on its error (NumPy only).
+Metrics are exact where the predictions fit into memory. Where they do not, metrics come from
+histograms of log-odds, each with a bound on its error.
 """
 
+from collections.abc import Iterable
 from dataclasses import dataclass
 from typing import Any
 
@@ -21,8 +23,58 @@ from trainer.evaluation.histograms import (
     bound_average_precision,
     bound_roc_auc,
 )
-from trainer.evaluation.predictions import CalibratedPredictions, Predictions, concatenate
 from trainer.evaluation.ranking import Cuts, average_precision, label_blocks, roc_auc
+
+
+@dataclass(frozen=True)
+class Predictions:
+    """What a model says of N documents of a split.
+
+    `indices`, int64 [N], are their places in the order of the shards; logits are float32 [N, L],
+    labels bool [N, L], and slices, str [N, C], the values of the kept columns.
+    """
+
+    ids: list[str]
+    indices: np.ndarray
+    logits: np.ndarray
+    labels: np.ndarray
+    slices: np.ndarray
+
+    def chosen(self, places: np.ndarray) -> "Predictions":
+        """Some of the documents, by their places here (int64 or bool)."""
+        ids = np.array(self.ids, object)[places].tolist()
+        return Predictions(ids, *(getattr(self, name)[places] for name in _ARRAYS))
+
+
+_ARRAYS = ("indices", "logits", "labels", "slices")
+
+
+def concatenate(blocks: Iterable[Predictions]) -> Predictions:
+    """The documents of at least one block, in the order of the shards."""
+    blocks = list(blocks)
+    columns = [[getattr(block, name) for block in blocks] for name in _ARRAYS]
+    ids = [document_id for block in blocks for document_id in block.ids]
+    joint = Predictions(ids, *map(np.concatenate, columns))
+    return joint.chosen(np.argsort(joint.indices))
+
+
+@dataclass(frozen=True)
+class CalibratedPredictions:
+    """Documents of one split, in the split's reading order, beside their true labels.
+
+    All of them, or where they do not fit into memory a uniform sample without replacement of the
+    `num_documents`. `indices`, int64 [N], are each one's place in the reading order, rising. The
+    probabilities are calibrated, the raw ones the plain sigmoid of the logits, float32 [N, L];
+    labels are bool [N, L].
+    """
+
+    ids: list[str]
+    indices: np.ndarray
+    probabilities: np.ndarray
+    raw_probabilities: np.ndarray
+    labels: np.ndarray
+    num_documents: int
+
 
 # What exact metrics take at their peak, for each document and label that is held.
 BYTES_PER_CELL = 100

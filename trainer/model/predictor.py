@@ -13,7 +13,7 @@ from trainer.data.input_pipeline import (
 )
 from trainer.data.metadata import Metadata
 from trainer.data.packing import empty_micro_batch
-from trainer.evaluation.predictions import Predictions, concatenate
+from trainer.evaluation.measurement import Predictions, concatenate
 from trainer.model.model import INPUTS, Model
 from trainer.model_config import PackingConfig
 

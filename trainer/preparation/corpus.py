@@ -27,9 +27,8 @@ from trainer.preparation.scan import (
 )
 from trainer.runtime.progress import show_progress
 from trainer.runtime.workers import WorkerPool
-from trainer.sources.extents import Extent
 from trainer.sources.formats.lines import cut_bytes, line_format
-from trainer.sources.input_files import changed, is_data_set, is_divisible, source_names
+from trainer.sources.input_files import Extent, changed, is_data_set, is_divisible, source_names
 from trainer.sources.listing import for_each_file
 from trainer.sources.reader import check_all_columns, column_names, num_bytes
 from trainer.sources.rows import (

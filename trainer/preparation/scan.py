@@ -12,9 +12,8 @@ from dataclasses import dataclass, replace
 import numpy as np
 
 from trainer.data.tokenizer import TokenLimits, check_windows
-from trainer.sources.extents import Extent
 from trainer.sources.formats.lines import encode_row, line_format
-from trainer.sources.input_files import LINE_FORMATS, damaged, format_of, open_decompressed
+from trainer.sources.input_files import LINE_FORMATS, Extent, damaged, format_of, open_decompressed
 from trainer.sources.labels import LabelError, LabelReader
 from trainer.sources.reader import can_enter, plan_row_ranges, read_row_range, whole_file
 from trainer.sources.rows import BadRow, Columns, Row, RowRange, shown

@@ -22,7 +22,7 @@ from markupsafe import Markup
 from trainer.config import absolute
 from trainer.data.metadata import Metadata
 from trainer.evaluation.curves import HISTOGRAM_EDGES
-from trainer.reporting import sections, tables
+from trainer.reporting import sections
 from trainer.reporting.plots import BLUE, GREY, ORANGE, Plot, draw_headline, draw_label_curves
 from trainer.training.run_record import RunRecord
 
@@ -63,7 +63,7 @@ def render(material: Material) -> str:
     )
     # Keys stay unsorted: the first place that names a Bokeh model has to be its definition.
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
-    environment.filters.update(number=tables.number, count=tables.count, exact="{:.6g}".format)
+    environment.filters.update(number=sections.number, count=sections.count, exact="{:.6g}".format)
     loader = environment.loader
     assert loader is not None
     style, script = (
@@ -88,7 +88,7 @@ def render(material: Material) -> str:
         shown_mistakes=SHOWN_MISTAKES,
         max_characters=MAX_CHARACTERS,
         checks=checks,
-        remarkable_labels=tables.remarkable_labels(checks),
+        remarkable_labels=sections.remarkable_labels(checks),
         settings=_settings(material.record),
         versions=_versions(material.record),
         fingerprints=_fingerprints(material),
@@ -125,22 +125,22 @@ def _headlines(material: Material) -> list[dict[str, Any]]:
             "interval": intervals.get(name),
             "lower_is_better": name in LOWER_IS_BETTER,
         }
-        for name, title in tables.HEADLINES.items()
+        for name, title in sections.HEADLINES.items()
         if name in metrics
     ]
 
 
 def _tables(material: Material, headlines: list[dict[str, Any]]) -> dict[str, Any]:
     metrics, metadata = material.metrics, material.metadata
-    decided, others = tables.comparison_tables(metrics)
+    decided, others = sections.comparison_tables(metrics)
     return {
-        "headlines": tables.headline_table(headlines, [name for _, name in _systems(material)]),
+        "headlines": sections.headline_table(headlines, [name for _, name in _systems(material)]),
         "decided": decided,
         "others": others,
-        "labels": tables.label_table(metrics, material.curves, metadata),
-        "slices": tables.slice_tables(metrics),
-        "splits": tables.split_table(metadata) if metadata else None,
-        "checks": tables.check_table(metadata.checks) if metadata and metadata.checks else None,
+        "labels": sections.label_table(metrics, material.curves, metadata),
+        "slices": sections.slice_tables(metrics),
+        "splits": sections.split_table(metadata) if metadata else None,
+        "checks": sections.check_table(metadata.checks) if metadata and metadata.checks else None,
     }
 
 

@@ -11,9 +11,9 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
 from trainer.errors import UserError
-from trainer.sources.extents import Extent
 from trainer.sources.formats.base import Format, cut_rows, find_format, require_columns, wrong_type
 from trainer.sources.input_files import (
+    Extent,
     damaged,
     is_divisible,
     location,
