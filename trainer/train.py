@@ -86,10 +86,6 @@ class Run:
 def run(config: TrainConfig, interruption: Interruption | None = None) -> None:
     """Trains, or resumes, or says that there is nothing left to do.
 
-    Args:
-      config: the command's flags.
-      interruption: tells of requests to stop; default: there are none.
-
     Raises:
       UserError: for anything about the data, the checkpoint or the flags that the user can mend.
       RunAgain: if the run was stopped, or lost a worker; it goes on when it is run again.
@@ -271,7 +267,6 @@ def _save(this: Run, metrics_log: MetricsLog) -> None:
 
 
 def _stop(this: Run, metrics_log: MetricsLog) -> NoReturn:
-    """Saves where the run stands, and ends it with a RunAgain."""
     _save(this, metrics_log)
     this.checkpoints.wait()
     raise RunAgain(
@@ -281,7 +276,6 @@ def _stop(this: Run, metrics_log: MetricsLog) -> NoReturn:
 
 
 def _check_not_dry(this: Run, sums: dict[str, float]) -> None:
-    """Raises UserError if the stream ended before all documents came."""
     if sums["steps"] and not sums["documents"]:
         raise UserError(
             f"{this.config.data_dir}: the shards hold fewer documents than metadata.json says "

@@ -42,9 +42,7 @@ _SHALLOW, _DEEP = 2, 3
 def run(config: PreflightConfig) -> None:
     """Compiles the steps and prints what they need.
 
-    Raises:
-      DoesNotFit: if a step needs more memory than a chip has, after all is printed.
-      UserError: for anything about the flags, the data or the checkpoint that the user can mend.
+    Raises DoesNotFit after all is printed, if a step needs more memory than a chip has.
     """
     began = time.monotonic()
     this = Preflight.of(config)
@@ -71,12 +69,7 @@ def run(config: PreflightConfig) -> None:
 
 
 def report_step(this: Preflight, name: str) -> StepReport:
-    """Compiles a step for a slice and measures it.
-
-    Raises:
-      DoesNotFit: if the compiler refuses even the shallow program for its size.
-      UserError: if the step does not compile.
-    """
+    """Compiles a step and measures it; a DoesNotFit if the compiler refuses even a shallow one."""
     config, shape = this.config, this.shape
     cost, depths = _cost_of(this, name)
     packing = shape.packing if name == "train" else shape.scoring_packing
@@ -116,14 +109,9 @@ def _compiler_of(config: PreflightConfig) -> Path:
 
 
 def find_batch(this: Preflight, reports: dict[str, StepReport]) -> Largest:
-    """Looks for the largest --tokens_per_replica whose train step fits.
+    """Looks for the largest --tokens_per_replica whose train step fits, from the job's own on.
 
-    Args:
-      this: the job; the search begins at its --tokens_per_replica.
-      reports: of the steps that are compiled already, by name.
-
-    Raises:
-      UserError: if a step does not compile.
+    `reports` are those of the steps that are compiled already, by name.
     """
     start = this.config.tokens_per_replica
     known = {start: reports["train"].cost.total_memory} if "train" in reports else {}

@@ -32,13 +32,11 @@ class Cost:
     """The cost of one instruction, or of several, in one execution of the program.
 
     Attributes:
-      seconds: with the waiting for copies.
+      seconds: with the waiting for copies, and with `link_seconds`, those of sums over replicas.
       flops: of matrix products.
       hbm: bytes read from and written to HBM.
       flops_seconds, hbm_seconds: these at the chip's peak and bandwidth.
       cycle_seconds: the compiler's estimate of cycles, in seconds; 0 where it has none.
-      link_seconds: of the sums over replicas, contained in `seconds`.
-      count: executions.
     """
 
     seconds: float = 0.0
@@ -153,11 +151,8 @@ def _start_of(item: Instruction, computation: Computation) -> str:
 def estimate(module: Module, rates: Rates, *, by_cycles: bool = False) -> dict[str, Cost]:
     """The costs of a program's operations, by name (`describe`).
 
-    Args:
-      module: the compiled program.
-      rates: of the chip.
-      by_cycles: takes the compiler's estimate of an instruction's cycles for its time where that
-        is longer than the roofline's.
+    With `by_cycles` the compiler's estimate of an instruction's cycles is its time where that is
+    longer than the roofline's.
     """
     costs: dict[str, Cost] = {}
     estimator = _Estimator(module, rates, by_cycles)
@@ -265,11 +260,9 @@ def measure(compiled: Compiled, rates: Rates) -> StepCost:
 
 
 def extend(shallow: StepCost, deep: StepCost, more_layers: float) -> StepCost:
-    """The cost of a step with more layers, each of which costs as much as the last one of `deep`.
+    """The cost of a step with `more_layers` than `deep`, which has one more than `shallow`.
 
-    Args:
-      shallow, deep: the same step with some number of layers, and with one more.
-      more_layers: layers beyond those of `deep`.
+    Each of them costs as much as the last layer of `deep`.
     """
 
     def extended(few: float, many: float) -> float:
@@ -293,14 +286,10 @@ def extend(shallow: StepCost, deep: StepCost, more_layers: float) -> StepCost:
 
 @dataclass(frozen=True)
 class StepReport:
-    """One step of a job.
+    """One step of a job: cost, useful FLOP and mean documents of one execution on one chip.
 
-    Attributes:
-      cost: of one execution on one chip.
-      model_flops: its useful FLOP (`job_shape.model_flops`).
-      documents: of one execution on one chip, on average.
-      passes: over the corpus.
-      compiled_layers: depths of the programs that the cost comes from.
+    `passes` are those over the corpus; `compiled_layers` are the depths of the programs that the
+    cost comes from.
     """
 
     cost: StepCost

@@ -111,13 +111,9 @@ def _describe_memory(
 
 
 def split_memory(shape: JobShape, name: str, cost: StepCost, has_average: bool) -> dict[str, float]:
-    """Bytes of HBM by what they hold; they add up to the step's total.
+    """Bytes of HBM by what they hold, which add up to the step's total.
 
-    Args:
-      shape: of the job.
-      name: of the step.
-      cost: of it.
-      has_average: whether the optimizer keeps an average of the weights.
+    `has_average` says whether the optimizer keeps an average of the weights.
     """
     weights = 4.0 * num_parameters(shape.model)
     slots = weights * (2 + has_average) if name == "train" else 0.0

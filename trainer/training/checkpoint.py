@@ -58,13 +58,12 @@ class Checkpoints:
     def __init__(
         self, model_dir: str, variables: Variables, keep: int, is_chief: bool = True
     ) -> None:
-        """Makes the writer; reads and writes nothing yet.
+        """Makes the writer, for the `keep` newest; reads and writes nothing yet.
 
         Args:
           model_dir: folder of the run, the same one for all hosts.
           variables: what to save, as {"model": {name: variable}, ...}; on several replicas
             mirrored ones, which a host can read by itself.
-          keep: how many of the newest to keep.
           is_chief: whether this host writes and removes; the others only read.
         """
         self._model_dir = model_dir
@@ -108,8 +107,7 @@ class Checkpoints:
     def restore(self) -> bool:
         """Restores the newest checkpoint that is whole; False if the run has none yet.
 
-        Raises:
-          UserError: if there are checkpoints but none is whole, or they are of another model.
+        A UserError says that there are checkpoints but none is whole, or they are of another model.
         """
         steps, unlisted = self._newest.steps(), self._newest.steps_without_manifest()
         for step in reversed(steps):
@@ -213,11 +211,7 @@ class LoadedRun:
 
 
 def load_best(model_dir: str) -> LoadedRun:
-    """Loads the best checkpoint of a run, in float32.
-
-    Raises:
-      UserError: if the folder holds no run, no best checkpoint, or a damaged one.
-    """
+    """Loads a run's best checkpoint, in float32; a UserError if there is none, or it is damaged."""
     record = load_record(model_dir)
     folder = CheckpointFolder(os.path.join(model_dir, BEST_FOLDER))
     steps, unlisted = folder.steps(), folder.steps_without_manifest()

@@ -98,11 +98,7 @@ class Evaluation:
                 variable.assign(value)
 
     def run(self) -> dict[str, float]:
-        """Metrics of --eval_split: those of `compute_metrics` that are one number, and the loss.
-
-        Raises:
-          StoppedError: if a host requested a stop meanwhile.
-        """
+        """Metrics of --eval_split and the loss; a StoppedError if a host requested a stop."""
         config, num_labels = self.record.train, len(self.metadata.labels)
         correction = exact_correction(self.record.pos_weights, self.record.exact_correction)
         thresholds = np.full(num_labels, _THRESHOLD)
@@ -139,14 +135,9 @@ class NextCheckpoint(NamedTuple):
 
 
 def next_evaluation(record: RunRecord, epoch_documents: int, evaluations: int) -> int:
-    """Documents at which the next evaluation is due.
+    """Documents at which the next evaluation is due, given those of an epoch.
 
     Not steps, because the number of steps of an epoch is not known beforehand.
-
-    Args:
-      record: the run.
-      epoch_documents: documents of an epoch.
-      evaluations: made so far.
     """
     due = math.ceil((evaluations + 1) * (record.train.evaluate_every * epoch_documents))
     return min(due, record.total_documents)

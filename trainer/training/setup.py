@@ -58,10 +58,8 @@ def check_tokenizer(data_dir: str, metadata: Metadata) -> None:
 def choose_run_packing(config: TrainConfig, metadata: Metadata) -> PackingConfig:
     """The shape of a run's micro-batches: from the training split's lengths, if not from flags.
 
-    They also hold the longest document of --eval_split, which a data folder may lack.
-
-    Raises:
-      UserError: if a micro-batch cannot hold the longest document.
+    They also hold the longest document of --eval_split, which a data folder may lack; a UserError
+    says that they cannot.
     """
     split = metadata.split("train")
     groups = config.chosen_row_groups
@@ -78,11 +76,7 @@ def choose_run_packing(config: TrainConfig, metadata: Metadata) -> PackingConfig
 def choose_model(
     config: TrainConfig, metadata: Metadata
 ) -> tuple[ModelConfig, dict[str, np.ndarray]]:
-    """The model's sizes, and the pretrained values by name (none from scratch).
-
-    Raises:
-      UserError: for a checkpoint that is damaged, or too small for the data.
-    """
+    """The model's sizes, and the pretrained values by name (none from scratch)."""
     remedy = (
         "prepare the data with this checkpoint's tokenizer and a --max_seq_length that it allows"
     )
@@ -105,15 +99,9 @@ def local_checkpoint(name: str | None) -> Iterator[str | None]:
 def choose_model_config(
     config: TrainConfig, metadata: Metadata, folder: str | None, asked_by: str, remedy: str
 ) -> ModelConfig:
-    """The model's sizes.
+    """The model's sizes; a UserError if the checkpoint in `folder` is damaged or too small.
 
-    Args:
-      config, metadata: the flags and the data.
-      folder: what `local_checkpoint` gave.
-      asked_by, remedy: for messages: what asks for larger sizes, and what to do.
-
-    Raises:
-      UserError: for a checkpoint that is damaged, or too small.
+    `asked_by` and `remedy` are for messages: what asks for larger sizes, and what to do.
     """
     if folder is None:
         return ModelConfig(
@@ -193,11 +181,8 @@ def build_step(
     """The model, its optimizer and the compiled step of a run.
 
     Args:
-      record: the run.
       counts: documents of each of the L labels, and of all, in the training split.
       values: pretrained weights by name; the run's seed initialises the others.
-      strategy: whose replicas run the step.
-      jit_compile: whether XLA compiles it.
     """
     config, pos_weights = record.train, np.asarray(record.pos_weights, np.float32)
     loss = make_loss(config.objective, pos_weights, np.asarray(record.label_weights), *counts)
