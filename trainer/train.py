@@ -10,44 +10,21 @@ from typing import Any, NoReturn
 import tensorflow as tf
 
 from trainer.config import absolute
-from trainer.data.input_pipeline import (
-    HostShard,
-    Stream,
-    open_stream,
-    read_micro_batches,
-    shard_steps,
-)
+from trainer.data import input_pipeline
+from trainer.data.input_pipeline import Stream, open_stream, read_micro_batches
 from trainer.data.metadata import Metadata, load_metadata, naming_damaged_shards
 from trainer.errors import RunAgain, UserError
 from trainer.model.predictor import StoppedError
 from trainer.run_config import TrainConfig
-from trainer.runtime.devices import (
-    is_chief,
-    is_on_cpu,
-    is_same_everywhere,
-    make_strategy,
-    num_workers,
-    should_jit,
-    watching_workers,
-)
+from trainer.runtime import devices
+from trainer.runtime.devices import is_chief
 from trainer.runtime.interruption import Interruption
 from trainer.storage.filesystem import write_atomically
+from trainer.training import setup
 from trainer.training.checkpoint import Checkpoints
 from trainer.training.metrics_log import MetricsLog
 from trainer.training.run_record import RunRecord, start_record
-from trainer.training.selection import (
-    BestCheckpoint,
-    Evaluation,
-    next_checkpoint,
-    next_evaluation,
-)
-from trainer.training.setup import (
-    build_step,
-    check_tokenizer,
-    choose_model,
-    choose_run_packing,
-    make_record,
-)
+from trainer.training.selection import BestCheckpoint, Evaluation, next_checkpoint, next_evaluation
 from trainer.training.step import TrainStep, read_position
 
 BAD_STEPS_FILE = "bad_steps.json"
@@ -91,22 +68,22 @@ def run(config: TrainConfig, interruption: Interruption | None = None) -> None:
       RunAgain: if the run was stopped, or lost a worker; it goes on when it is run again.
     """
     metadata = load_metadata(config.data_dir)
-    check_tokenizer(config.data_dir, metadata)
-    packing = choose_run_packing(config, metadata)
+    setup.check_tokenizer(config.data_dir, metadata)
+    packing = setup.choose_run_packing(config, metadata)
     stream = open_stream(config.data_dir, metadata, "train", packing)
     # Opened only to find a damaged split now and not after an epoch.
     open_stream(config.data_dir, metadata, config.eval_split, packing)
-    sizes, values = choose_model(config, metadata)
+    sizes, values = setup.choose_model(config, metadata)
     # Before anything else that TensorFlow executes: several workers have to find each other first.
-    strategy = make_strategy(config)
-    with watching_workers(strategy):
-        record = make_record(config, metadata, sizes, packing, strategy)
+    strategy = devices.make_strategy(config)
+    with devices.watching_workers(strategy):
+        record = setup.make_record(config, metadata, sizes, packing, strategy)
         record = start_record(config.model_dir, record, is_chief(strategy))
         _check_divisible(record, strategy.num_replicas_in_sync)
         split = metadata.split("train")
-        step = build_step(
+        step = setup.build_step(
             record, (split.label_counts, split.documents), values, strategy,
-            should_jit(config.jit_compile, strategy),
+            devices.should_jit(config.jit_compile, strategy),
         )  # fmt: skip
         selection = BestCheckpoint()
         checkpoints = Checkpoints(
@@ -155,7 +132,8 @@ def _state(step: TrainStep, selection: BestCheckpoint) -> dict[str, dict[str, tf
 def _restore(this: Run) -> bool:
     """Restores the newest checkpoint, the same one on all workers; False if there is none yet."""
     resumed = this.checkpoints.restore()
-    if num_workers(this.strategy) > 1 and not is_same_everywhere(this.strategy, this.steps):
+    alone = devices.num_workers(this.strategy) == 1
+    if not alone and not devices.is_same_everywhere(this.strategy, this.steps):
         raise UserError(
             f"{this.config.model_dir}: the workers see different checkpoints in it; expected one "
             "folder that all of them share, on a common disk or gs://"
@@ -218,8 +196,9 @@ def _distribute_steps(this: Run) -> tf.data.Iterator:
     def of_host(context: tf.distribute.InputContext) -> tf.data.Dataset:
         replicas = context.num_replicas_in_sync
         local = replicas // context.num_input_pipelines
-        shard = HostShard(replicas, context.input_pipeline_id * local, local)
-        return shard_steps(micro_batches, stream, this.record.micro_batches_per_step, shard)
+        shard = input_pipeline.HostShard(replicas, context.input_pipeline_id * local, local)
+        size = this.record.micro_batches_per_step
+        return input_pipeline.shard_steps(micro_batches, stream, size, shard)
 
     return iter(this.strategy.distribute_datasets_from_function(of_host))
 
@@ -229,11 +208,12 @@ def _take_steps(this: Run, steps: tf.data.Iterator, metrics_log: MetricsLog) -> 
     config, record, epoch_documents = this.config, this.record, this.stream.num_documents
     evaluation = next_evaluation(record, epoch_documents, int(this.selection.evaluations))
     checkpoint = next_checkpoint(record, this.steps, this.documents)
-    steps_per_loop = config.steps_per_loop or (1 if is_on_cpu(this.strategy) else _STEPS_PER_LOOP)
+    default_steps = 1 if devices.is_on_cpu(this.strategy) else _STEPS_PER_LOOP
+    max_steps = min(config.steps_per_loop or default_steps, checkpoint.steps - this.steps)
     sums = this.step.run(
         steps,
         # Tensors, because other Python numbers would trace the loop again.
-        tf.constant(min(steps_per_loop, checkpoint.steps - this.steps), tf.int64),
+        tf.constant(max_steps, tf.int64),
         tf.constant(min(evaluation, checkpoint.documents), tf.int64),
     )
     on_host = {name: float(value) for name, value in sums.items()}

@@ -14,17 +14,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from launch.accelerators import Rates
+from launch.preflight import traffic
 from launch.preflight.compilation import MEMORY_KINDS, Compiled
 from launch.preflight.hlo import Computation, Instruction, Module, parse_module
-from launch.preflight.traffic import (
-    ASYNCHRONOUS,
-    COLLECTIVES,
-    FREE,
-    hbm_bytes,
-    link_bytes,
-    matmul_flops,
-    moved_bytes,
-)
 
 
 @dataclass(frozen=True)
@@ -90,7 +82,7 @@ class _Estimator:
         """(name, cost) of every instruction that runs, loops as often as they do."""
         channel = _Channel()
         for item in computation.instructions.values():
-            if item.opcode in FREE:
+            if item.opcode in traffic.FREE:
                 continue
             called = [self.module.computations[name] for name in item.called]
             if item.opcode == "while":
@@ -107,7 +99,7 @@ class _Estimator:
     def _run(self, item: Instruction, computation: Computation, channel: _Channel) -> Cost:
         """An instruction's cost beside the copies under way, or of waiting for one."""
         cost = self._alone(item, computation)
-        if item.opcode in ASYNCHRONOUS:
+        if item.opcode in traffic.ASYNCHRONOUS:
             channel.left[item.name] = cost.hbm
             return cost
         start = _start_of(item, computation)
@@ -122,16 +114,16 @@ class _Estimator:
         module, rates = self.module, self.rates
         if item.opcode.endswith(("-done", "-update")):
             return Cost()
-        if item.opcode in ASYNCHRONOUS:
-            moved = moved_bytes(module, item)
+        if item.opcode in traffic.ASYNCHRONOUS:
+            moved = traffic.moved_bytes(module, item)
             return Cost(hbm=moved, hbm_seconds=moved / rates.hbm)
-        if item.opcode.removesuffix("-start") in COLLECTIVES:
+        if item.opcode.removesuffix("-start") in traffic.COLLECTIVES:
             # A ring passes on all bytes but its own part, twice: to sum, and to spread the sums.
             share = (rates.replicas - 1) / rates.replicas
-            seconds = 2 * share * link_bytes(item) / rates.links
+            seconds = 2 * share * traffic.link_bytes(item) / rates.links
             return Cost(seconds, link_seconds=seconds, count=1)
-        moved = hbm_bytes(module, item, computation)
-        flops = matmul_flops(module, item, computation)
+        moved = traffic.hbm_bytes(module, item, computation)
+        flops = traffic.matmul_flops(module, item, computation)
         at_peak, at_bandwidth = flops / rates.flops, moved / rates.hbm
         cycle_seconds = item.estimated_cycles / rates.clock
         seconds = max(at_peak, at_bandwidth)
@@ -188,7 +180,7 @@ def has_loops(module: Module) -> bool:
 def describe(item: Instruction) -> str:
     """The TensorFlow operation that an instruction comes from, with one name for all layers."""
     name = item.op_name.partition(";")[0]
-    if name.startswith("XlaAllReduce") or item.opcode.removesuffix("-start") in COLLECTIVES:
+    if name.startswith("XlaAllReduce") or item.opcode.removesuffix("-start") in traffic.COLLECTIVES:
         return "sum over replicas"
     # The step's second function, `TrainStep.update`.
     if name.startswith("StatefulPartitionedCall_1"):

@@ -20,19 +20,10 @@ CONFIG_FILE = "config.json"
 # any other flag changed, the run would not end with the bits of one that was never interrupted.
 # Devices and accumulation may change because the record fixes the micro-batches of a step.
 RESUMABLE_FLAGS = (
-    "data_dir",
-    "model_dir",
-    "strategy",
-    "tpu",
-    "cpu_replicas",
-    "gradient_accumulation",
-    "start_timeout",
-    "max_restarts",
-    "max_bad_steps",
-    "steps_per_loop",
-    "checkpoint_every",
+    "data_dir", "model_dir", "strategy", "tpu", "cpu_replicas", "gradient_accumulation",
+    "start_timeout", "max_restarts", "max_bad_steps", "steps_per_loop", "checkpoint_every",
     "keep_checkpoints",
-)
+)  # fmt: skip
 
 
 @dataclass(frozen=True)

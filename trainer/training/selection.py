@@ -10,14 +10,8 @@ import numpy as np
 import tensorflow as tf
 
 from trainer.data.metadata import Metadata
+from trainer.evaluation import measurement
 from trainer.evaluation.calibration import exact_correction
-from trainer.evaluation.measurement import (
-    EXACT_MEMORY,
-    ExactMeasurement,
-    Measurement,
-    StreamedMeasurement,
-    fits_exactly,
-)
 from trainer.evaluation.metrics import warn_if_constant
 from trainer.model.predictor import Predictor
 from trainer.run_config import TrainConfig
@@ -103,9 +97,9 @@ class Evaluation:
         correction = exact_correction(self.record.pos_weights, self.record.exact_correction)
         thresholds = np.full(num_labels, _THRESHOLD)
         num_documents = self.metadata.split(config.eval_split).documents
-        measurement: Measurement = ExactMeasurement(correction, thresholds)
-        if not fits_exactly(num_documents, num_labels, EXACT_MEMORY):
-            measurement = StreamedMeasurement(
+        measuring: measurement.Measurement = measurement.ExactMeasurement(correction, thresholds)
+        if not measurement.fits_exactly(num_documents, num_labels, measurement.EXACT_MEMORY):
+            measuring = measurement.StreamedMeasurement(
                 num_documents, -correction.shift, correction, thresholds
             )
         loss, count = 0.0, 0.0
@@ -118,8 +112,8 @@ class Evaluation:
                     tf.constant(block.logits), tf.constant(block.labels), tf.ones(len(block.ids))
                 )
                 loss, count = loss + float(added), count + float(documents)
-                measurement.add(block)
-        measured = measurement.result()
+                measuring.add(block)
+        measured = measuring.result()
         warn_if_constant(np.std(measured.documents.logits, axis=0), num_documents)
         return {"loss": loss / count} | {name: measured.metrics[name] for name in _SHOWN_METRICS}
 
