@@ -206,7 +206,8 @@ def _distribute_steps(this: Run) -> tf.data.Iterator:
 def _take_steps(this: Run, steps: tf.data.Iterator, metrics_log: MetricsLog) -> bool:
     """Takes steps until the host has something to do; True if a checkpoint is due then."""
     config, record, epoch_documents = this.config, this.record, this.stream.num_documents
-    evaluation = next_evaluation(record, epoch_documents, int(this.selection.evaluations))
+    evaluations = int(this.selection.evaluations)
+    evaluation = next_evaluation(record, epoch_documents, evaluations, this.documents)
     checkpoint = next_checkpoint(record, this.steps, this.documents)
     default_steps = 1 if devices.is_on_cpu(this.strategy) else _STEPS_PER_LOOP
     max_steps = min(config.steps_per_loop or default_steps, checkpoint.steps - this.steps)
@@ -218,7 +219,9 @@ def _take_steps(this: Run, steps: tf.data.Iterator, metrics_log: MetricsLog) -> 
     )
     on_host = {name: float(value) for name, value in sums.items()}
     slots = record.packing.num_tokens * record.micro_batches_per_step
-    metrics_log.log_steps(this.steps, this.documents, on_host, slots, epoch_documents)
+    # No step is taken where a run with bad steps goes on with a lower --max_bad_steps.
+    if on_host["steps"]:
+        metrics_log.log_steps(this.steps, this.documents, on_host, slots, epoch_documents)
     if int(this.step.progress.bad_steps) >= config.max_bad_steps:
         _give_up(this)
     _check_not_dry(this, on_host)

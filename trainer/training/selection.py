@@ -128,13 +128,16 @@ class NextCheckpoint(NamedTuple):
     documents: int
 
 
-def next_evaluation(record: RunRecord, epoch_documents: int, evaluations: int) -> int:
-    """Documents at which the next evaluation is due, given those of an epoch.
+def next_evaluation(
+    record: RunRecord, epoch_documents: int, evaluations: int, documents: int
+) -> int:
+    """Documents at which a run that consumed `documents` next evaluates.
 
     Not steps, because the number of steps of an epoch is not known beforehand.
     """
     due = math.ceil((evaluations + 1) * (record.train.evaluate_every * epoch_documents))
-    return min(due, record.total_documents)
+    # A step may cross several evaluations; one more with the same weights would tell nothing new.
+    return min(max(due, documents + 1), record.total_documents)
 
 
 def next_checkpoint(record: RunRecord, steps: int, documents: int) -> NextCheckpoint:
