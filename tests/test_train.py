@@ -351,6 +351,27 @@ def test_an_unwritable_model_dir_is_one_line_and_exit_code_2(corpus, tmp_path):
     assert b"Traceback" not in error and str(tmp_path / "file").encode() in error
 
 
+def test_bad_steps_count_when_the_run_goes_on_with_a_lower_limit(corpus, tmp_path):
+    config = config_of(
+        corpus, tmp_path / "run", max_bad_steps=4, checkpoint_every=1,
+        optimizer=OptimizerConfig(learning_rate=1e38, warmup=0.0),
+    )  # fmt: skip
+    with pytest.raises(UserError, match="not finite in 4 steps in a row, from step 2 on"):
+        train.run(config)
+    # The newest checkpoint is the one before the last bad step.
+    with pytest.raises(UserError, match="not finite in 3 steps in a row, from step 2 on"):
+        train.run(dataclasses.replace(config, max_bad_steps=2))
+
+
+def test_a_step_that_crosses_several_evaluations_is_followed_by_one(corpus, tmp_path):
+    train.run(config_of(corpus, tmp_path / "run", num_train_epochs=0.2, evaluate_every=1e-3))
+    rows = rows_of(tmp_path / "run")
+    assert len(rows) > 4
+    for steps, evaluation in zip(rows[::2], rows[1::2], strict=True):
+        assert "loss" in steps and "evaluation" in evaluation
+        assert evaluation["documents"] == steps["documents"]
+
+
 def test_evaluation_and_best_use_the_moving_average(corpus, tmp_path):
     optimizer = OptimizerConfig(learning_rate=3e-3, ema_decay=0.9)
     train.run(config_of(corpus, tmp_path / "run", num_train_epochs=1.0, optimizer=optimizer))

@@ -10,39 +10,21 @@ from typing import Any, NoReturn
 import tensorflow as tf
 
 from trainer.config import absolute
-from trainer.data.input_pipeline import (
-    HostShard,
-    Stream,
-    open_stream,
-    read_micro_batches,
-    shard_steps,
-)
+from trainer.data import input_pipeline
+from trainer.data.input_pipeline import Stream, open_stream, read_micro_batches
 from trainer.data.metadata import Metadata, load_metadata, naming_damaged_shards
 from trainer.errors import RunAgain, UserError
 from trainer.model.predictor import StoppedError
 from trainer.run_config import TrainConfig
-from trainer.runtime.devices import (
-    is_chief,
-    is_on_cpu,
-    is_same_everywhere,
-    make_strategy,
-    num_workers,
-    should_jit,
-    watching_workers,
-)
+from trainer.runtime import devices
+from trainer.runtime.devices import is_chief
 from trainer.runtime.interruption import Interruption
 from trainer.storage.filesystem import write_atomically
+from trainer.training import setup
 from trainer.training.checkpoint import Checkpoints
 from trainer.training.metrics_log import MetricsLog
 from trainer.training.run_record import RunRecord, start_record
 from trainer.training.selection import BestCheckpoint, Evaluation, next_checkpoint, next_evaluation
-from trainer.training.setup import (
-    build_step,
-    check_tokenizer,
-    choose_model,
-    choose_run_packing,
-    make_record,
-)
 from trainer.training.step import TrainStep, read_position
 
 BAD_STEPS_FILE = "bad_steps.json"
@@ -81,31 +63,27 @@ class Run:
 def run(config: TrainConfig, interruption: Interruption | None = None) -> None:
     """Trains, or resumes, or says that there is nothing left to do.
 
-    Args:
-      config: the command's flags.
-      interruption: tells of requests to stop; default: there are none.
-
     Raises:
       UserError: for anything about the data, the checkpoint or the flags that the user can mend.
       RunAgain: if the run was stopped, or lost a worker; it goes on when it is run again.
     """
     metadata = load_metadata(config.data_dir)
-    check_tokenizer(config.data_dir, metadata)
-    packing = choose_run_packing(config, metadata)
+    setup.check_tokenizer(config.data_dir, metadata)
+    packing = setup.choose_run_packing(config, metadata)
     stream = open_stream(config.data_dir, metadata, "train", packing)
     # Opened only to find a damaged split now and not after an epoch.
     open_stream(config.data_dir, metadata, config.eval_split, packing)
-    sizes, values = choose_model(config, metadata)
+    sizes, values = setup.choose_model(config, metadata)
     # Before anything else that TensorFlow executes: several workers have to find each other first.
-    strategy = make_strategy(config)
-    with watching_workers(strategy):
-        record = make_record(config, metadata, sizes, packing, strategy)
+    strategy = devices.make_strategy(config)
+    with devices.watching_workers(strategy):
+        record = setup.make_record(config, metadata, sizes, packing, strategy)
         record = start_record(config.model_dir, record, is_chief(strategy))
         _check_divisible(record, strategy.num_replicas_in_sync)
         split = metadata.split("train")
-        step = build_step(
+        step = setup.build_step(
             record, (split.label_counts, split.documents), values, strategy,
-            should_jit(config.jit_compile, strategy),
+            devices.should_jit(config.jit_compile, strategy),
         )  # fmt: skip
         selection = BestCheckpoint()
         checkpoints = Checkpoints(
@@ -154,7 +132,8 @@ def _state(step: TrainStep, selection: BestCheckpoint) -> dict[str, dict[str, tf
 def _restore(this: Run) -> bool:
     """Restores the newest checkpoint, the same one on all workers; False if there is none yet."""
     resumed = this.checkpoints.restore()
-    if num_workers(this.strategy) > 1 and not is_same_everywhere(this.strategy, this.steps):
+    alone = devices.num_workers(this.strategy) == 1
+    if not alone and not devices.is_same_everywhere(this.strategy, this.steps):
         raise UserError(
             f"{this.config.model_dir}: the workers see different checkpoints in it; expected one "
             "folder that all of them share, on a common disk or gs://"
@@ -217,8 +196,9 @@ def _distribute_steps(this: Run) -> tf.data.Iterator:
     def of_host(context: tf.distribute.InputContext) -> tf.data.Dataset:
         replicas = context.num_replicas_in_sync
         local = replicas // context.num_input_pipelines
-        shard = HostShard(replicas, context.input_pipeline_id * local, local)
-        return shard_steps(micro_batches, stream, this.record.micro_batches_per_step, shard)
+        shard = input_pipeline.HostShard(replicas, context.input_pipeline_id * local, local)
+        size = this.record.micro_batches_per_step
+        return input_pipeline.shard_steps(micro_batches, stream, size, shard)
 
     return iter(this.strategy.distribute_datasets_from_function(of_host))
 
@@ -226,18 +206,22 @@ def _distribute_steps(this: Run) -> tf.data.Iterator:
 def _take_steps(this: Run, steps: tf.data.Iterator, metrics_log: MetricsLog) -> bool:
     """Takes steps until the host has something to do; True if a checkpoint is due then."""
     config, record, epoch_documents = this.config, this.record, this.stream.num_documents
-    evaluation = next_evaluation(record, epoch_documents, int(this.selection.evaluations))
+    evaluations = int(this.selection.evaluations)
+    evaluation = next_evaluation(record, epoch_documents, evaluations, this.documents)
     checkpoint = next_checkpoint(record, this.steps, this.documents)
-    steps_per_loop = config.steps_per_loop or (1 if is_on_cpu(this.strategy) else _STEPS_PER_LOOP)
+    default_steps = 1 if devices.is_on_cpu(this.strategy) else _STEPS_PER_LOOP
+    max_steps = min(config.steps_per_loop or default_steps, checkpoint.steps - this.steps)
     sums = this.step.run(
         steps,
         # Tensors, because other Python numbers would trace the loop again.
-        tf.constant(min(steps_per_loop, checkpoint.steps - this.steps), tf.int64),
+        tf.constant(max_steps, tf.int64),
         tf.constant(min(evaluation, checkpoint.documents), tf.int64),
     )
     on_host = {name: float(value) for name, value in sums.items()}
     slots = record.packing.num_tokens * record.micro_batches_per_step
-    metrics_log.log_steps(this.steps, this.documents, on_host, slots, epoch_documents)
+    # No step is taken where a run with bad steps goes on with a lower --max_bad_steps.
+    if on_host["steps"]:
+        metrics_log.log_steps(this.steps, this.documents, on_host, slots, epoch_documents)
     if int(this.step.progress.bad_steps) >= config.max_bad_steps:
         _give_up(this)
     _check_not_dry(this, on_host)
@@ -266,7 +250,6 @@ def _save(this: Run, metrics_log: MetricsLog) -> None:
 
 
 def _stop(this: Run, metrics_log: MetricsLog) -> NoReturn:
-    """Saves where the run stands, and ends it with a RunAgain."""
     _save(this, metrics_log)
     this.checkpoints.wait()
     raise RunAgain(
@@ -276,7 +259,6 @@ def _stop(this: Run, metrics_log: MetricsLog) -> NoReturn:
 
 
 def _check_not_dry(this: Run, sums: dict[str, float]) -> None:
-    """Raises UserError if the stream ended before all documents came."""
     if sums["steps"] and not sums["documents"]:
         raise UserError(
             f"{this.config.data_dir}: the shards hold fewer documents than metadata.json says "

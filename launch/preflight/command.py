@@ -11,21 +11,8 @@ import json
 import time
 from pathlib import Path
 
-from launch.preflight.compilation import (
-    DEFAULT_PYTHON,
-    check_compiler,
-    check_memory,
-    compile_programs,
-)
-from launch.preflight.job_shape import (
-    QUANTUM,
-    Largest,
-    Preflight,
-    find_largest,
-    model_flops,
-    num_parameters,
-    train_config,
-)
+from launch.preflight import compilation, job_shape
+from launch.preflight.job_shape import QUANTUM, Largest, Preflight
 from launch.preflight.lowering import lower_steps
 from launch.preflight.roofline import StepCost, StepReport, extend, measure
 from launch.preflight.verdict import describe_job, describe_largest, describe_step
@@ -42,13 +29,11 @@ _SHALLOW, _DEEP = 2, 3
 def run(config: PreflightConfig) -> None:
     """Compiles the steps and prints what they need.
 
-    Raises:
-      DoesNotFit: if a step needs more memory than a chip has, after all is printed.
-      UserError: for anything about the flags, the data or the checkpoint that the user can mend.
+    Raises DoesNotFit after all is printed, if a step needs more memory than a chip has.
     """
     began = time.monotonic()
     this = Preflight.of(config)
-    check_compiler(_compiler_of(config))
+    compilation.check_compiler(_compiler_of(config))
     print("\n".join(describe_job(this)), flush=True)
     reports: dict[str, StepReport] = {}
     failures: list[DoesNotFit] = []
@@ -56,7 +41,7 @@ def run(config: PreflightConfig) -> None:
         try:
             reports[name] = report_step(this, name)
             print("\n".join(["", *describe_step(this, name, reports[name])]))
-            check_memory(name, reports[name].cost.total_memory, this.target)
+            compilation.check_memory(name, reports[name].cost.total_memory, this.target)
         except DoesNotFit as error:
             failures.append(error)
             print(f"\n{error}", flush=True)
@@ -71,12 +56,7 @@ def run(config: PreflightConfig) -> None:
 
 
 def report_step(this: Preflight, name: str) -> StepReport:
-    """Compiles a step for a slice and measures it.
-
-    Raises:
-      DoesNotFit: if the compiler refuses even the shallow program for its size.
-      UserError: if the step does not compile.
-    """
+    """Compiles a step and measures it; a DoesNotFit if the compiler refuses even a shallow one."""
     config, shape = this.config, this.shape
     cost, depths = _cost_of(this, name)
     packing = shape.packing if name == "train" else shape.scoring_packing
@@ -84,7 +64,7 @@ def report_step(this: Preflight, name: str) -> StepReport:
     passes, micro_batches = (3, config.gradient_accumulation) if name == "train" else (1, 1)
     return StepReport(
         cost,
-        passes * micro_batches * model_flops(shape.model, packing),
+        passes * micro_batches * job_shape.model_flops(shape.model, packing),
         micro_batches * shape.documents_per_batch(packing),
         config.num_train_epochs if name == "train" else 1.0,
         depths,
@@ -99,9 +79,9 @@ def _cost_of(this: Preflight, name: str) -> tuple[StepCost, tuple[int, ...]]:
     for depth in depths:
         model = dataclasses.replace(this.shape.model, num_layers=depth)
         shape = dataclasses.replace(this.shape, model=model)
-        lowered = lower_steps(train_config(config), shape, target.chips, [name])
+        lowered = lower_steps(job_shape.train_config(config), shape, target.chips, [name])
         programs[str(depth)] = lowered[name]
-    compiled = compile_programs(
+    compiled = compilation.compile_programs(
         programs, target, name, python=_compiler_of(config), least_effort=config.least_effort
     )
     costs = [measure(program, target.rates) for program in compiled.values()]
@@ -112,18 +92,13 @@ def _cost_of(this: Preflight, name: str) -> tuple[StepCost, tuple[int, ...]]:
 
 
 def _compiler_of(config: PreflightConfig) -> Path:
-    return Path(config.compiler) if config.compiler else DEFAULT_PYTHON
+    return Path(config.compiler) if config.compiler else compilation.DEFAULT_PYTHON
 
 
 def find_batch(this: Preflight, reports: dict[str, StepReport]) -> Largest:
-    """Looks for the largest --tokens_per_replica whose train step fits.
+    """Looks for the largest --tokens_per_replica whose train step fits, from the job's own on.
 
-    Args:
-      this: the job; the search begins at its --tokens_per_replica.
-      reports: of the steps that are compiled already, by name.
-
-    Raises:
-      UserError: if a step does not compile.
+    `reports` are those of the steps that are compiled already, by name.
     """
     start = this.config.tokens_per_replica
     known = {start: reports["train"].cost.total_memory} if "train" in reports else {}
@@ -138,10 +113,10 @@ def find_batch(this: Preflight, reports: dict[str, StepReport]) -> Largest:
         return known[tokens]
 
     # Weights, two slots and gradients, float32.
-    fixed = 4 * 4 * num_parameters(this.shape.model)
+    fixed = 4 * 4 * job_shape.num_parameters(this.shape.model)
     smallest = min_tokens(this.metadata.max_seq_length, this.metadata.max_windows)
     smallest = -(-smallest // QUANTUM) * QUANTUM
-    return find_largest(memory_of, this.target.hbm_bytes, start, fixed, smallest)
+    return job_shape.find_largest(memory_of, this.target.hbm_bytes, start, fixed, smallest)
 
 
 def _save(

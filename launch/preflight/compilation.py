@@ -35,19 +35,10 @@ MEMORY_KINDS = ("arguments", "outputs", "temporaries", "code")
 
 @dataclass(frozen=True)
 class Compiled:
-    """One program on one chip of a slice, as the compiler describes it.
+    """One program on one chip of a slice: what `tpu_compiler.py` prints, and the compiled text.
 
-    Attributes:
-      seconds: of the compilation.
-      flops, bytes_accessed: of one execution on one chip by XLA's cost model, which counts
-        on-chip memory as well as HBM.
-      optimal_seconds: of one execution by the same model, which counts each custom call of the
-        entry computation as -1 s.
-      arguments: bytes of weights, slots and inputs.
-      outputs: bytes of results that do not reuse the memory of an argument.
-      temporaries: bytes of activations and gradients, at their peak.
-      code: bytes of the program.
-      text: the compiled program.
+    Bytes of `arguments` are those of weights, slots and inputs; `temporaries` are activations and
+    gradients, at their peak.
     """
 
     seconds: float
@@ -85,7 +76,6 @@ def compile_programs(
 
     Args:
       programs: serialized HLO modules by name, as `lowering` makes them.
-      target: the slice.
       step: name of the programs' step, for messages; default: that of each program.
       python: interpreter of an environment with jax and the newest libtpu.
       least_effort: compiles in about half the time; the program takes more memory and time than

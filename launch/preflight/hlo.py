@@ -28,14 +28,10 @@ _HBM = 0
 
 @dataclass(frozen=True)
 class Shape:
-    """An array in memory.
+    """An array in memory; `kind` is that of its elements, such as `bf16`.
 
-    Attributes:
-      kind: of the elements, such as `bf16`.
-      sizes: of the dimensions.
-      minor_to_major: dimensions from the fastest-varying one on.
-      tile: sizes to whose multiples the minor dimensions are padded, the minor-most last.
-      space: number of its memory space.
+    `minor_to_major` starts with the dimension that varies fastest. Minor dimensions are padded to
+    multiples of `tile`, the minor-most last.
     """
 
     kind: str
@@ -73,7 +69,6 @@ class Instruction:
     """One line of a computation.
 
     Attributes:
-      name, opcode: such as `fusion.12` and `fusion`.
       shapes: of the result; of a tuple, those of all its arrays in order.
       operands: names of instructions of the same computation.
       text: the rest of the line: attributes, metadata, the backend's notes.
@@ -109,13 +104,7 @@ class Instruction:
 
 @dataclass(frozen=True)
 class Computation:
-    """Instructions in the order in which they run.
-
-    Attributes:
-      name: of the computation.
-      instructions: by name.
-      root: name of the one whose result is the computation's.
-    """
+    """Instructions by name, in the order in which they run; `root` gives the result."""
 
     name: str
     instructions: dict[str, Instruction] = field(default_factory=dict)
@@ -139,12 +128,7 @@ class Computation:
 
 @dataclass(frozen=True)
 class Module:
-    """A program.
-
-    Attributes:
-      computations: by name.
-      entry: name of the one that runs.
-    """
+    """A program: its computations by name, and the name of the one that runs."""
 
     computations: dict[str, Computation]
     entry: str
@@ -185,11 +169,7 @@ def _read_shape(match: re.Match) -> Shape:
 
 
 def parse_module(text: str) -> Module:
-    """The program with that text.
-
-    Raises:
-      ValueError: if it is not the text of a compiled program.
-    """
+    """Parses the text of a compiled program; a ValueError if it is none."""
     computations: dict[str, Computation] = {}
     instructions: dict[str, Instruction] = {}
     entry = name = root = ""

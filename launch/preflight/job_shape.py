@@ -33,9 +33,7 @@ class JobShape:
     """The sizes of a job's programs.
 
     Attributes:
-      model: sizes of the model.
       packing: of a micro-batch in training and evaluation.
-      scoring_packing: of a micro-batch in scoring.
       max_labels: the most labels that a document has.
       tokens_per_document: on average, all windows together.
       num_documents: of the training split, or of the assumed corpus.
@@ -64,11 +62,7 @@ class Preflight:
 
     @classmethod
     def of(cls, config: PreflightConfig) -> "Preflight":
-        """The job of a command's flags.
-
-        Raises:
-          UserError: for anything about the flags, the data or the checkpoint.
-        """
+        """The job of a command's flags."""
         target, metadata = parse_target(config.target), read_metadata(config)
         return cls(config, target, metadata, choose_shape(config, metadata))
 
@@ -90,12 +84,7 @@ def train_config(config: PreflightConfig) -> TrainConfig:
 
 
 def choose_shape(config: PreflightConfig, metadata: Metadata) -> JobShape:
-    """The shape that `train` chooses, and `score` for texts like those of the training split.
-
-    Raises:
-      UserError: for a checkpoint that is damaged or too small for the data, or for micro-batches
-        that cannot hold the longest document.
-    """
+    """The shape that `train` chooses, and `score` for texts like those of the training split."""
     training, split = train_config(config), metadata.split("train")
     packing = choose_run_packing(training, metadata)
     lengths = np.zeros(metadata.max_seq_length + 1, np.int64)
@@ -116,11 +105,7 @@ def choose_shape(config: PreflightConfig, metadata: Metadata) -> JobShape:
 
 
 def read_metadata(config: PreflightConfig) -> Metadata:
-    """The metadata of --data_dir, or assumed ones without it.
-
-    Raises:
-      UserError: if the folder has none that can be read.
-    """
+    """The metadata of --data_dir, or assumed ones without it."""
     if config.data_dir is not None:
         return load_metadata(config.data_dir)
     num_labels, longest, mean, documents = config.assumed()
@@ -200,14 +185,10 @@ _MAX_TRIALS = 6
 
 @dataclass(frozen=True)
 class Largest:
-    """The result of a search.
+    """The result of a search: the largest of the `trials` compiled sizes that fits; 0 if none does.
 
-    Attributes:
-      tokens: the largest size that fits, of those compiled; 0 if none does.
-      memory: bytes that it needs.
-      refused: the smallest size that does not fit, with the bytes that it needs (infinite where the
-        compiler did not say), or None.
-      trials: sizes that were compiled.
+    `refused` is the smallest size that does not fit, with the bytes that it needs (infinite where
+    the compiler did not say).
     """
 
     tokens: int
@@ -230,7 +211,6 @@ def find_largest(
       limit: bytes that there are.
       start: the first guess.
       fixed: about the bytes that do not grow with the tokens, for the second guess.
-      smallest: the smallest size to look at.
     """
     known: dict[int, float] = {}
     guess = max(smallest, start)

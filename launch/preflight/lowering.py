@@ -29,7 +29,6 @@ class SliceStrategy(tf.distribute.Strategy):
     """
 
     def __init__(self, replicas: int) -> None:
-        """Args: replicas: chips of the slice."""
         super().__init__(_SliceExtended(self, replicas))
 
 
@@ -55,15 +54,11 @@ class _SliceExtended(one_device_strategy.OneDeviceExtended):
 
 
 def lower(function: Callable[..., Any], *arguments: Any) -> bytes:
-    """A serialized HLO module of a function of tensors.
+    """A serialized HLO module of a function of nested TensorSpecs of static shapes.
 
-    Args:
-      function: what to lower. Variables that it reads become further parameters of the program.
-        Those that it updates become further outputs too, in the memory of their parameter.
-      *arguments: nested TensorSpecs of static shapes.
-
-    Raises:
-      tf.errors.InvalidArgumentError: if XLA has no such operation, on any device.
+    Variables that the function reads become further parameters of the program. Those that it
+    updates become further outputs too, in the memory of their parameter. Raises
+    tf.errors.InvalidArgumentError if XLA has no such operation, on any device.
     """
     # TensorFlow takes the specs of a flat list of arguments only.
     flat = tf.nest.flatten(arguments)
@@ -78,18 +73,10 @@ def lower(function: Callable[..., Any], *arguments: Any) -> bytes:
 def lower_steps(
     config: TrainConfig, shape: JobShape, replicas: int, steps: Collection[str] = STEPS
 ) -> dict[str, bytes]:
-    """Lowers the steps of a job.
+    """Lowers steps of a job to serialized HLO modules; the config's precision is not `auto`.
 
-    Args:
-      config: of training; its precision is not `auto`.
-      shape: sizes of the model and of micro-batches.
-      replicas: chips that share a step; in scoring they do not communicate.
-      steps: which ones to lower.
-
-    Returns:
-      Serialized HLO modules by step: `train` (forward and backward pass, the sum over replicas,
-      clipping, AdamW), `evaluate` (logits, and the sum of requests to stop) and `score`
-      (probabilities).
+    `train` is forward and backward pass, the sum over replicas, clipping and AdamW; `evaluate` is
+    logits and the sum of requests to stop; `score` is probabilities, without communication.
     """
     strategy, lowered = SliceStrategy(replicas), {}
     if "train" in steps:

@@ -14,17 +14,9 @@ from collections.abc import Iterator
 from dataclasses import dataclass, field
 
 from launch.accelerators import Rates
+from launch.preflight import traffic
 from launch.preflight.compilation import MEMORY_KINDS, Compiled
 from launch.preflight.hlo import Computation, Instruction, Module, parse_module
-from launch.preflight.traffic import (
-    ASYNCHRONOUS,
-    COLLECTIVES,
-    FREE,
-    hbm_bytes,
-    link_bytes,
-    matmul_flops,
-    moved_bytes,
-)
 
 
 @dataclass(frozen=True)
@@ -32,13 +24,11 @@ class Cost:
     """The cost of one instruction, or of several, in one execution of the program.
 
     Attributes:
-      seconds: with the waiting for copies.
+      seconds: with the waiting for copies, and with `link_seconds`, those of sums over replicas.
       flops: of matrix products.
       hbm: bytes read from and written to HBM.
       flops_seconds, hbm_seconds: these at the chip's peak and bandwidth.
       cycle_seconds: the compiler's estimate of cycles, in seconds; 0 where it has none.
-      link_seconds: of the sums over replicas, contained in `seconds`.
-      count: executions.
     """
 
     seconds: float = 0.0
@@ -92,7 +82,7 @@ class _Estimator:
         """(name, cost) of every instruction that runs, loops as often as they do."""
         channel = _Channel()
         for item in computation.instructions.values():
-            if item.opcode in FREE:
+            if item.opcode in traffic.FREE:
                 continue
             called = [self.module.computations[name] for name in item.called]
             if item.opcode == "while":
@@ -109,7 +99,7 @@ class _Estimator:
     def _run(self, item: Instruction, computation: Computation, channel: _Channel) -> Cost:
         """An instruction's cost beside the copies under way, or of waiting for one."""
         cost = self._alone(item, computation)
-        if item.opcode in ASYNCHRONOUS:
+        if item.opcode in traffic.ASYNCHRONOUS:
             channel.left[item.name] = cost.hbm
             return cost
         start = _start_of(item, computation)
@@ -124,16 +114,16 @@ class _Estimator:
         module, rates = self.module, self.rates
         if item.opcode.endswith(("-done", "-update")):
             return Cost()
-        if item.opcode in ASYNCHRONOUS:
-            moved = moved_bytes(module, item)
+        if item.opcode in traffic.ASYNCHRONOUS:
+            moved = traffic.moved_bytes(module, item)
             return Cost(hbm=moved, hbm_seconds=moved / rates.hbm)
-        if item.opcode.removesuffix("-start") in COLLECTIVES:
+        if item.opcode.removesuffix("-start") in traffic.COLLECTIVES:
             # A ring passes on all bytes but its own part, twice: to sum, and to spread the sums.
             share = (rates.replicas - 1) / rates.replicas
-            seconds = 2 * share * link_bytes(item) / rates.links
+            seconds = 2 * share * traffic.link_bytes(item) / rates.links
             return Cost(seconds, link_seconds=seconds, count=1)
-        moved = hbm_bytes(module, item, computation)
-        flops = matmul_flops(module, item, computation)
+        moved = traffic.hbm_bytes(module, item, computation)
+        flops = traffic.matmul_flops(module, item, computation)
         at_peak, at_bandwidth = flops / rates.flops, moved / rates.hbm
         cycle_seconds = item.estimated_cycles / rates.clock
         seconds = max(at_peak, at_bandwidth)
@@ -153,11 +143,8 @@ def _start_of(item: Instruction, computation: Computation) -> str:
 def estimate(module: Module, rates: Rates, *, by_cycles: bool = False) -> dict[str, Cost]:
     """The costs of a program's operations, by name (`describe`).
 
-    Args:
-      module: the compiled program.
-      rates: of the chip.
-      by_cycles: takes the compiler's estimate of an instruction's cycles for its time where that
-        is longer than the roofline's.
+    With `by_cycles` the compiler's estimate of an instruction's cycles is its time where that is
+    longer than the roofline's.
     """
     costs: dict[str, Cost] = {}
     estimator = _Estimator(module, rates, by_cycles)
@@ -193,7 +180,7 @@ def has_loops(module: Module) -> bool:
 def describe(item: Instruction) -> str:
     """The TensorFlow operation that an instruction comes from, with one name for all layers."""
     name = item.op_name.partition(";")[0]
-    if name.startswith("XlaAllReduce") or item.opcode.removesuffix("-start") in COLLECTIVES:
+    if name.startswith("XlaAllReduce") or item.opcode.removesuffix("-start") in traffic.COLLECTIVES:
         return "sum over replicas"
     # The step's second function, `TrainStep.update`.
     if name.startswith("StatefulPartitionedCall_1"):
@@ -265,11 +252,9 @@ def measure(compiled: Compiled, rates: Rates) -> StepCost:
 
 
 def extend(shallow: StepCost, deep: StepCost, more_layers: float) -> StepCost:
-    """The cost of a step with more layers, each of which costs as much as the last one of `deep`.
+    """The cost of a step with `more_layers` than `deep`, which has one more than `shallow`.
 
-    Args:
-      shallow, deep: the same step with some number of layers, and with one more.
-      more_layers: layers beyond those of `deep`.
+    Each of them costs as much as the last layer of `deep`.
     """
 
     def extended(few: float, many: float) -> float:
@@ -293,14 +278,10 @@ def extend(shallow: StepCost, deep: StepCost, more_layers: float) -> StepCost:
 
 @dataclass(frozen=True)
 class StepReport:
-    """One step of a job.
+    """One step of a job: cost, useful FLOP and mean documents of one execution on one chip.
 
-    Attributes:
-      cost: of one execution on one chip.
-      model_flops: its useful FLOP (`job_shape.model_flops`).
-      documents: of one execution on one chip, on average.
-      passes: over the corpus.
-      compiled_layers: depths of the programs that the cost comes from.
+    `passes` are those over the corpus; `compiled_layers` are the depths of the programs that the
+    cost comes from.
     """
 
     cost: StepCost

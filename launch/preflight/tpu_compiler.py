@@ -65,14 +65,7 @@ def read_program(path: str) -> ir.Module:
 def compile_program(
     path: str, devices: list[Any], optimization_level: int, texts: str | None
 ) -> dict[str, Any]:
-    """Compiles one file with one replica on each device and describes the result.
-
-    Args:
-      path: of the serialized HLO module.
-      devices: of a topology.
-      optimization_level: 0 for the compiler's default, 1 for its least effort.
-      texts: folder for texts of the program, or None.
-    """
+    """Compiles one file with one replica on each device of a topology and describes the result."""
     options = _jax.CompileOptions()
     options.num_replicas = len(devices)
     options.device_assignment = _jax.DeviceAssignment.create(

@@ -66,12 +66,9 @@ def _convolution_flops(instruction: Instruction, computation: Computation) -> in
 
 
 def _num_pairs(size: int, places: int, window: dict[str, str]) -> int:
-    """Pairs of a window's place and one of its taps that meet an element of the array.
+    """Pairs of a place of the window and one of its taps that meet one of an array's elements.
 
-    Args:
-      size: of the array along this dimension.
-      places: of the window.
-      window: its size, stride, pad and dilations along this dimension, as in the text.
+    All along one dimension; `window` is its size, stride, pad and dilations, as in the text.
     """
     taps, stride, spread, dilation = (
         int(window.get(name, "1")) for name in ("size", "stride", "lhs_dilate", "rhs_dilate")

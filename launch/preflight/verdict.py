@@ -5,15 +5,8 @@ import textwrap
 from collections.abc import Iterator, Sequence
 
 from launch.accelerators import GIB, Target
-from launch.preflight.job_shape import (
-    FILL,
-    QUANTUM,
-    JobShape,
-    Largest,
-    Preflight,
-    num_parameters,
-    train_config,
-)
+from launch.preflight import job_shape
+from launch.preflight.job_shape import JobShape, Largest, Preflight, num_parameters, train_config
 from launch.preflight.roofline import StepCost, StepReport
 
 _TRUST = (
@@ -89,7 +82,7 @@ def describe_step(this: Preflight, name: str, report: StepReport) -> Iterator[st
     yield f"  model FLOP utilisation: {_range(utilisation, 100)} % of the peak (padding included)"
     yield (
         f"  documents: {_range(report.documents_per_second(), 1)} a second and chip "
-        f"({FILL:.0%} of the tokens filled)"
+        f"({job_shape.FILL:.0%} of the tokens filled)"
     )
     yield from _describe_corpus(this, name, report)
     yield from _describe_costs(cost, config.costs)
@@ -111,13 +104,9 @@ def _describe_memory(
 
 
 def split_memory(shape: JobShape, name: str, cost: StepCost, has_average: bool) -> dict[str, float]:
-    """Bytes of HBM by what they hold; they add up to the step's total.
+    """Bytes of HBM by what they hold, which add up to the step's total.
 
-    Args:
-      shape: of the job.
-      name: of the step.
-      cost: of it.
-      has_average: whether the optimizer keeps an average of the weights.
+    `has_average` says whether the optimizer keeps an average of the weights.
     """
     weights = 4.0 * num_parameters(shape.model)
     slots = weights * (2 + has_average) if name == "train" else 0.0
@@ -161,7 +150,7 @@ def describe_largest(target: Target, largest: Largest) -> Iterator[str]:
         yield (
             f"largest --tokens_per_replica that fits: {largest.tokens}, which needs "
             f"{largest.memory / GIB:.2f} of {target.hbm_bytes / GIB:.2f} GiB ({largest.trials} "
-            f"sizes compiled, to within {QUANTUM} tokens by a straight line between them)"
+            f"sizes compiled, to within {job_shape.QUANTUM} tokens by a straight line between them)"
         )
     else:
         yield "no --tokens_per_replica fits: take a smaller model or chips with more memory"

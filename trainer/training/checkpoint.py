@@ -19,15 +19,8 @@ from trainer.errors import UserError
 from trainer.model.model import Model, build_model
 from trainer.model_config import PackingConfig
 from trainer.storage import filesystem
-from trainer.training.checkpoint_folder import (
-    BEST_FOLDER,
-    CHECKPOINT_FOLDER,
-    CheckpointFolder,
-    DamagedError,
-    Values,
-    Variables,
-    one_line,
-)
+from trainer.training import checkpoint_folder
+from trainer.training.checkpoint_folder import CheckpointFolder, DamagedError, Values, Variables
 from trainer.training.run_record import RunRecord, load_record
 
 # Errors of devices and other workers, not of a folder that is full or cannot be written to.
@@ -58,21 +51,22 @@ class Checkpoints:
     def __init__(
         self, model_dir: str, variables: Variables, keep: int, is_chief: bool = True
     ) -> None:
-        """Makes the writer; reads and writes nothing yet.
+        """Makes the writer, for the `keep` newest; reads and writes nothing yet.
 
         Args:
           model_dir: folder of the run, the same one for all hosts.
           variables: what to save, as {"model": {name: variable}, ...}; on several replicas
             mirrored ones, which a host can read by itself.
-          keep: how many of the newest to keep.
           is_chief: whether this host writes and removes; the others only read.
         """
         self._model_dir = model_dir
         self._variables = variables
         self._keep = keep
         self._is_chief = is_chief
-        self._newest = CheckpointFolder(os.path.join(model_dir, CHECKPOINT_FOLDER))
-        self._best = CheckpointFolder(os.path.join(model_dir, BEST_FOLDER))
+        self._newest = CheckpointFolder(
+            os.path.join(model_dir, checkpoint_folder.CHECKPOINT_FOLDER)
+        )
+        self._best = CheckpointFolder(os.path.join(model_dir, checkpoint_folder.BEST_FOLDER))
         self._damaged: set[int] = set()
         self._writer = ThreadPoolExecutor(1, "checkpoints")
         self._pending: deque[Future[None]] = deque()
@@ -94,9 +88,12 @@ class Checkpoints:
         """
         self._begin(self._best.write, step, {"model": self._variables["model"]})
 
-    def wait(self) -> None:
-        """Returns when everything is saved."""
-        self._wait(0)
+    def wait(self, pending: int = 0) -> None:
+        """Returns when at most so many writes are pending; raises the error of an earlier one."""
+        while len(self._pending) > pending:
+            self._pending.popleft().result()
+        if self._error is not None:
+            raise self._error
 
     def close(self) -> None:
         """Waits as `wait` does, and ends the writer."""
@@ -108,8 +105,7 @@ class Checkpoints:
     def restore(self) -> bool:
         """Restores the newest checkpoint that is whole; False if the run has none yet.
 
-        Raises:
-          UserError: if there are checkpoints but none is whole, or they are of another model.
+        A UserError says that there are checkpoints but none is whole, or they are of another model.
         """
         steps, unlisted = self._newest.steps(), self._newest.steps_without_manifest()
         for step in reversed(steps):
@@ -150,17 +146,10 @@ class Checkpoints:
                 if step > restored:
                     self._best.remove(step)
 
-    def _wait(self, pending: int) -> None:
-        """Returns when at most so many writes are pending; raises the error of an earlier one."""
-        while len(self._pending) > pending:
-            self._pending.popleft().result()
-        if self._error is not None:
-            raise self._error
-
     def _begin(self, write: Callable[[int, Values], None], step: int, variables: Variables) -> None:
         if not self._is_chief:
             return
-        self._wait(_MAX_PENDING - 1)
+        self.wait(_MAX_PENDING - 1)
         values = {
             group: {name: variable.numpy() for name, variable in members.items()}
             for group, members in variables.items()
@@ -178,8 +167,8 @@ class Checkpoints:
             if self._error is error and not isinstance(error, _NOT_OF_FILES):
                 self._error = UserError(
                     f"{self._model_dir}: the checkpoint of step {step} cannot be saved "
-                    f"({one_line(error)}); make room, or the folder writable, and run the same "
-                    "command again: it goes on from the last one that is whole"
+                    f"({checkpoint_folder.one_line(error)}); make room, or the folder writable, "
+                    "and run the same command again: it goes on from the last one that is whole"
                 )
         except Exception as error:
             self._error = error
@@ -213,13 +202,9 @@ class LoadedRun:
 
 
 def load_best(model_dir: str) -> LoadedRun:
-    """Loads the best checkpoint of a run, in float32.
-
-    Raises:
-      UserError: if the folder holds no run, no best checkpoint, or a damaged one.
-    """
+    """Loads a run's best checkpoint, in float32; a UserError if there is none, or it is damaged."""
     record = load_record(model_dir)
-    folder = CheckpointFolder(os.path.join(model_dir, BEST_FOLDER))
+    folder = CheckpointFolder(os.path.join(model_dir, checkpoint_folder.BEST_FOLDER))
     steps, unlisted = folder.steps(), folder.steps_without_manifest()
     if unlisted and not steps:
         raise UserError(

@@ -70,10 +70,9 @@ class _Manifest:
 
 
 class CheckpointFolder:
-    """The checkpoints in one folder, by the step that they were taken after."""
+    """The checkpoints in a folder (local or a URL), by the step that they were taken after."""
 
     def __init__(self, path: str) -> None:
-        """Args: path: a local folder or a URL; need not exist."""
         self.path = path
 
     def steps(self) -> list[int]:
@@ -87,11 +86,7 @@ class CheckpointFolder:
         return sorted(finished - set(self.steps()))
 
     def find(self, step: int) -> str:
-        """The path of a checkpoint, its files compared with the manifest.
-
-        Raises:
-          DamagedError: naming the file that is missing or not as it was written.
-        """
+        """The path of a checkpoint; a DamagedError if a file is not as the manifest says."""
         manifest = self._read(step)
         paths = [os.path.join(self.path, file.name) for file in manifest.files]
         for file, path, size in zip(manifest.files, paths, filesystem.sizes(paths), strict=True):
@@ -108,9 +103,8 @@ class CheckpointFolder:
     def read(self, step: int, variables: Variables) -> None:
         """Reads a checkpoint into variables, once its files are compared with the manifest.
 
-        Raises:
-          DamagedError: naming the file that is missing or not as it was written.
-          UserError: if it belongs to another model.
+        A DamagedError names a file that is missing or not as it was written. A UserError says that
+        the checkpoint belongs to another model.
         """
         path = self.find(step)
         try:
@@ -127,12 +121,8 @@ class CheckpointFolder:
     def write(self, step: int, values: Values) -> None:
         """Writes a checkpoint: the files to the disk, then the manifest.
 
-        Args:
-          step: an earlier checkpoint of the same step is replaced.
-          values: arrays as {group: {name: value}}, to be read as variables of those names.
-
-        Raises:
-          OSError, tf.errors.OpError: if it cannot be written; an earlier one stays as it was.
+        It replaces an earlier one of the same step, which stays as it was after an OSError or
+        tf.errors.OpError.
         """
         filesystem.make_folder(self.path)
         before = self._prefix(step)
@@ -156,7 +146,7 @@ class CheckpointFolder:
                 self._remove_files(step, keep=self._prefix(step))
 
     def remove(self, step: int) -> None:
-        """Removes a checkpoint, its manifest first."""
+        # The manifest goes first: without it the other files do not count.
         self._remove(f"step-{step}.json")
         self._remove_files(step)
 

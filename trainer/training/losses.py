@@ -46,9 +46,6 @@ def positive_weights(
     Returns:
       float32 [L]. A label without positives or without negatives has weight 1 in the counted kinds
       and is warned about.
-
-    Raises:
-      UserError: if the file is missing or not a JSON object of positive numbers by label name.
     """
     positives = np.asarray(label_counts, np.float64)
     negatives = num_documents - positives
@@ -77,8 +74,7 @@ def label_weights(kind: str, label_counts: Sequence[int], num_documents: int) ->
     weight of the label, and `positive_weights` gives w1 / w0 = n0 / n1. All labels then count the
     same, however rare; with `balanced`, a common label counts less.
 
-    Returns:
-      float32 [L]; 1 with every other kind, and for a label without positives or without negatives.
+    float32 [L]; 1 with every other kind, and for a label without positives or without negatives.
     """
     positives = np.asarray(label_counts, np.float64)
     negatives = num_documents - positives
@@ -139,10 +135,7 @@ def initial_bias(
 
     With the prior as the start (Lin et al. 2017, "Focal Loss for Dense Object Detection", section
     3.3), the encoder need not learn a constant in its place. A positive weight w moves the logit
-    that minimises weighted cross-entropy by log w, so it moves the start too.
-
-    Returns:
-      float32 [L].
+    that minimises weighted cross-entropy by log w, so it moves the start too. float32 [L].
     """
     log_weights = np.log(np.asarray(pos_weights, np.float64))
     return (log_odds(label_counts, num_documents) + log_weights).astype(np.float32)
@@ -173,19 +166,12 @@ def make_loss(
     label_counts: Sequence[int],
     num_documents: int,
 ) -> Loss:
-    """The loss that a config names.
+    """The loss that a config names; `pos_weights` and `label_weights` are float [L].
 
-    Args:
-      config: its name and its constants.
-      pos_weights: float [L], of positives against negatives.
-      label_weights: float [L], of whole labels.
-      label_counts, num_documents: of the training split.
-
-    Returns:
-      A function of logits ([D, L], any float dtype; computed in float32), multi-hot labels [D, L]
-      and document_mask (float [D], 1 for a real document, 0 for an empty slot, whose logits may be
-      anything, NaN included) to (sum over real documents, number of real documents), float32
-      scalars; (0, 0) if all slots are empty.
+    It is a function of logits ([D, L], any float dtype; computed in float32), multi-hot labels
+    [D, L] and document_mask (float [D], 1 for a real document, 0 for an empty slot, whose logits
+    may be anything, NaN included) to (sum over real documents, number of real documents), float32
+    scalars; (0, 0) if all slots are empty.
     """
     label_weights = np.asarray(label_weights, np.float64)
     terms: Terms = cross_entropy
@@ -333,10 +319,7 @@ def adjusted(logits: tf.Tensor, offset: np.ndarray) -> tuple[tf.Tensor, tf.Tenso
 
 
 def logit_offset(config: LossConfig, label_counts: Sequence[int], num_documents: int) -> np.ndarray:
-    """What the loss itself adds to the logits, so that the head's first bias leaves it out.
-
-    float64 [L]: tau times the labels' log-odds for `logit_adjusted`, else 0.
-    """
+    """What the loss adds to the logits: float64 [L], tau log-odds for `logit_adjusted`, else 0."""
     if config.loss != "logit_adjusted":
         return np.zeros(len(label_counts))
     return config.logit_adjustment * log_odds(label_counts, num_documents)

@@ -35,14 +35,9 @@ class MetricsLog:
         is_chief: bool = True,
         progress: str = "auto",
     ) -> None:
-        """Opens the files.
+        """Opens the files of a run that stands at `step` and `documents`, if this is the chief.
 
-        Args:
-          model_dir: folder of the run.
-          step, documents: where the run stands.
-          total_documents: where it ends.
-          is_chief: whether this host reports; the others write and show nothing.
-          progress: how it is shown, as `show_progress` says.
+        Other hosts write and show nothing. `progress` is a mode of `show_progress`.
         """
         self._is_chief = is_chief
         self._began = time.perf_counter()
@@ -66,10 +61,9 @@ class MetricsLog:
     def log_steps(
         self, step: int, documents: int, sums: dict[str, float], slots: int, num_documents: int
     ) -> None:
-        """Reports the steps since the last call.
+        """Reports the steps since the last call, one or more; the run now stands at `step`.
 
         Args:
-          step, documents: where the run stands.
           sums: what `TrainStep.run` returned, on the host. The loss is that of the steps that
             were not skipped.
           slots: tokens of a step, padding included.
@@ -121,12 +115,9 @@ class MetricsLog:
         self._rows.add(json.dumps(row).encode() + b"\n")
 
     def flush(self) -> None:
-        """Returns once all rows are on the disk or in the store.
+        """Returns once all rows are on the disk or in the store; an OSError or RunAgain if not.
 
         Call it before a checkpoint is saved, so that a run that resumes there has all rows before.
-
-        Raises:
-          OSError, RunAgain: if they cannot be written.
         """
         if self._is_chief:
             self._rows.flush()

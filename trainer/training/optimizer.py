@@ -37,8 +37,6 @@ class AdamW:
       skipped: int64 variable, updates skipped for a non-finite gradient norm.
       m, v: slots, one float32 variable a weight.
       ema: the averages, one a weight; empty if `ema_decay` is 0.
-      rate_factors: each weight's factor on the learning rate.
-      decays: each weight's decoupled weight decay.
     """
 
     def __init__(
@@ -48,12 +46,9 @@ class AdamW:
         num_layers: int,
         total_documents: int,
     ) -> None:
-        """Makes the slots.
+        """Makes the slots of the weights, float32 and named as `Model.named_variables` does.
 
-        Args:
-          variables: the weights, float32, by name, such as `encoder/layer_0/attention/qkv/kernel`.
-          num_layers: of the encoder, for the layer-wise rates.
-          total_documents: documents that the whole run consumes; the schedule ends there.
+        The schedule ends at `total_documents`, those that the whole run consumes.
         """
         assert total_documents > 0, total_documents
         self.config = config
@@ -79,15 +74,11 @@ class AdamW:
         return state
 
     def learning_rate(self, documents_consumed: tf.Tensor) -> tf.Tensor:
-        """The scheduled rate, before layer factors.
+        """The scheduled rate before layer factors, float32 scalar.
 
-        Args:
-          documents_consumed: int64 scalar, documents of all steps before this one; so the first
-            step of a warmup has rate 0, as in transformers' schedules.
-
-        Returns:
-          float32 scalar: rises linearly over `warmup` of `total_documents`, then falls to 0 at
-          `total_documents` by the schedule.
+        It rises linearly over `warmup` of `total_documents`, then falls to 0 at `total_documents`
+        by the schedule. `documents_consumed` (int64 scalar) are those of all steps before this one;
+        so the first step of a warmup has rate 0, as in transformers' schedules.
         """
         config = self.config
         consumed = tf.cast(documents_consumed, tf.float32)
@@ -116,7 +107,7 @@ class AdamW:
         Args:
           gradients: one for each variable, already summed over replicas and micro-batches and
             divided by the number of documents; None leaves a weight as it is.
-          documents_consumed: int64 scalar, as for `learning_rate`.
+          documents_consumed: as for `learning_rate`.
           loss: float32 scalar whose gradients these are.
 
         Returns:

@@ -20,20 +20,10 @@ CONFIG_FILE = "config.json"
 # any other flag changed, the run would not end with the bits of one that was never interrupted.
 # Devices and accumulation may change because the record fixes the micro-batches of a step.
 RESUMABLE_FLAGS = (
-    "data_dir",
-    "model_dir",
-    "strategy",
-    "tpu",
-    "cpu_replicas",
-    "gradient_accumulation",
-    "start_timeout",
-    "max_restarts",
-    "max_bad_steps",
-    "steps_per_loop",
-    "checkpoint_every",
-    "keep_checkpoints",
-    "progress",
-)
+    "data_dir", "model_dir", "strategy", "tpu", "cpu_replicas", "gradient_accumulation",
+    "start_timeout", "max_restarts", "max_bad_steps", "steps_per_loop", "checkpoint_every",
+    "keep_checkpoints", "progress",
+)  # fmt: skip
 
 
 @dataclass(frozen=True)
@@ -63,17 +53,13 @@ class RunRecord:
     versions: dict[str, str]
 
     def save(self, model_dir: str) -> None:
-        """Writes config.json into `model_dir`, atomically, with a checksum of its content."""
+        """Writes config.json, atomically, with a checksum of its content."""
         values = add_checksum(dataclasses.asdict(self))
         write_atomically(os.path.join(model_dir, CONFIG_FILE), json.dumps(values, indent=1) + "\n")
 
 
 def load_record(model_dir: str) -> RunRecord:
-    """Reads a run's config.json.
-
-    Raises:
-      UserError: if there is none, or it is damaged, or of another version.
-    """
+    """Reads a run's config.json; a UserError if it is missing, damaged or of another version."""
     path = os.path.join(model_dir, CONFIG_FILE)
     try:
         return from_dict(RunRecord, verify_checksum(json.loads(filesystem.read_text(path))))
@@ -91,16 +77,9 @@ def load_record(model_dir: str) -> RunRecord:
 def start_record(model_dir: str, record: RunRecord, is_chief: bool = True) -> RunRecord:
     """Writes config.json of a new run, or checks that a rerun is the same run.
 
-    Args:
-      model_dir: made if it is not there.
-      record: what the flags say now.
-      is_chief: whether this host writes; the others only read.
-
-    Returns:
-      `record`; a resumed run keeps the precision and the micro-batches a step that it began with.
-
-    Raises:
-      UserError: naming what changed since the run was started.
+    Returns `record`, which is what the flags say now; a resumed run keeps the precision and the
+    micro-batches a step that it began with. A UserError names what changed since the run was
+    started. Hosts other than the chief only read.
     """
     path = os.path.join(model_dir, CONFIG_FILE)
     if not filesystem.exists(path):

@@ -10,14 +10,8 @@ import numpy as np
 import tensorflow as tf
 
 from trainer.data.metadata import Metadata
+from trainer.evaluation import measurement
 from trainer.evaluation.calibration import exact_correction
-from trainer.evaluation.measurement import (
-    EXACT_MEMORY,
-    ExactMeasurement,
-    Measurement,
-    StreamedMeasurement,
-    fits_exactly,
-)
 from trainer.evaluation.metrics import warn_if_constant
 from trainer.model.predictor import Predictor
 from trainer.run_config import TrainConfig
@@ -98,18 +92,14 @@ class Evaluation:
                 variable.assign(value)
 
     def run(self) -> dict[str, float]:
-        """Metrics of --eval_split: those of `compute_metrics` that are one number, and the loss.
-
-        Raises:
-          StoppedError: if a host requested a stop meanwhile.
-        """
+        """Metrics of --eval_split and the loss; a StoppedError if a host requested a stop."""
         config, num_labels = self.record.train, len(self.metadata.labels)
         correction = exact_correction(self.record.pos_weights, self.record.exact_correction)
         thresholds = np.full(num_labels, _THRESHOLD)
         num_documents = self.metadata.split(config.eval_split).documents
-        measurement: Measurement = ExactMeasurement(correction, thresholds)
-        if not fits_exactly(num_documents, num_labels, EXACT_MEMORY):
-            measurement = StreamedMeasurement(
+        measuring: measurement.Measurement = measurement.ExactMeasurement(correction, thresholds)
+        if not measurement.fits_exactly(num_documents, num_labels, measurement.EXACT_MEMORY):
+            measuring = measurement.StreamedMeasurement(
                 num_documents, -correction.shift, correction, thresholds
             )
         loss, count = 0.0, 0.0
@@ -122,8 +112,8 @@ class Evaluation:
                     tf.constant(block.logits), tf.constant(block.labels), tf.ones(len(block.ids))
                 )
                 loss, count = loss + float(added), count + float(documents)
-                measurement.add(block)
-        measured = measurement.result()
+                measuring.add(block)
+        measured = measuring.result()
         warn_if_constant(np.std(measured.documents.logits, axis=0), num_documents)
         return {"loss": loss / count} | {name: measured.metrics[name] for name in _SHOWN_METRICS}
 
@@ -138,18 +128,16 @@ class NextCheckpoint(NamedTuple):
     documents: int
 
 
-def next_evaluation(record: RunRecord, epoch_documents: int, evaluations: int) -> int:
-    """Documents at which the next evaluation is due.
+def next_evaluation(
+    record: RunRecord, epoch_documents: int, evaluations: int, documents: int
+) -> int:
+    """Documents at which a run that consumed `documents` next evaluates.
 
     Not steps, because the number of steps of an epoch is not known beforehand.
-
-    Args:
-      record: the run.
-      epoch_documents: documents of an epoch.
-      evaluations: made so far.
     """
     due = math.ceil((evaluations + 1) * (record.train.evaluate_every * epoch_documents))
-    return min(due, record.total_documents)
+    # A step may cross several evaluations; one more with the same weights would tell nothing new.
+    return min(max(due, documents + 1), record.total_documents)
 
 
 def next_checkpoint(record: RunRecord, steps: int, documents: int) -> NextCheckpoint:

@@ -25,18 +25,11 @@ from trainer.data.tokenizer import load_tokenizer
 from trainer.errors import UserError
 from trainer.model.model import Model, build_model
 from trainer.model.pretrained import load_pretrained, model_config, resolve_checkpoint
-from trainer.model_config import ModelConfig, PackingConfig
+from trainer.model_config import EncoderConfig, ModelConfig, PackingConfig
 from trainer.run_config import TrainConfig
 from trainer.runtime.devices import choose_precision
 from trainer.storage import filesystem
-from trainer.training.losses import (
-    has_exact_correction,
-    initial_bias,
-    label_weights,
-    logit_offset,
-    make_loss,
-    positive_weights,
-)
+from trainer.training import losses
 from trainer.training.optimizer import AdamW
 from trainer.training.run_record import RunRecord
 from trainer.training.step import LossScale, TrainStep
@@ -58,10 +51,8 @@ def check_tokenizer(data_dir: str, metadata: Metadata) -> None:
 def choose_run_packing(config: TrainConfig, metadata: Metadata) -> PackingConfig:
     """The shape of a run's micro-batches: from the training split's lengths, if not from flags.
 
-    They also hold the longest document of --eval_split, which a data folder may lack.
-
-    Raises:
-      UserError: if a micro-batch cannot hold the longest document.
+    They also hold the longest document of --eval_split, which a data folder may lack; a UserError
+    says that they cannot.
     """
     split = metadata.split("train")
     groups = config.chosen_row_groups
@@ -78,11 +69,7 @@ def choose_run_packing(config: TrainConfig, metadata: Metadata) -> PackingConfig
 def choose_model(
     config: TrainConfig, metadata: Metadata
 ) -> tuple[ModelConfig, dict[str, np.ndarray]]:
-    """The model's sizes, and the pretrained values by name (none from scratch).
-
-    Raises:
-      UserError: for a checkpoint that is damaged, or too small for the data.
-    """
+    """The model's sizes, and the pretrained values by name (none from scratch)."""
     remedy = (
         "prepare the data with this checkpoint's tokenizer and a --max_seq_length that it allows"
     )
@@ -105,29 +92,16 @@ def local_checkpoint(name: str | None) -> Iterator[str | None]:
 def choose_model_config(
     config: TrainConfig, metadata: Metadata, folder: str | None, asked_by: str, remedy: str
 ) -> ModelConfig:
-    """The model's sizes.
+    """The model's sizes; a UserError if the checkpoint in `folder` is damaged or too small.
 
-    Args:
-      config, metadata: the flags and the data.
-      folder: what `local_checkpoint` gave.
-      asked_by, remedy: for messages: what asks for larger sizes, and what to do.
-
-    Raises:
-      UserError: for a checkpoint that is damaged, or too small.
+    `asked_by` and `remedy` are for messages: what asks for larger sizes, and what to do.
     """
     if folder is None:
         return ModelConfig(
             vocab_size=metadata.vocab_size,
             num_labels=len(metadata.labels),
-            hidden_size=config.hidden_size,
-            num_layers=config.num_layers,
-            num_attention_heads=config.num_attention_heads,
-            intermediate_size=config.intermediate_size,
             max_position_embeddings=metadata.max_seq_length,
-            hidden_dropout=config.hidden_dropout,
-            attention_dropout=config.attention_dropout,
-            head=config.head,
-            window_pooling=config.window_pooling,
+            **{item.name: getattr(config, item.name) for item in dataclasses.fields(EncoderConfig)},
         )
     rates = config.hidden_dropout, config.attention_dropout
     sizes = model_config(folder, len(metadata.labels), config.head, *rates)
@@ -159,15 +133,16 @@ def make_record(
     data = json.dumps([metadata.labels, metadata.max_seq_length, shards])
     split = metadata.split("train")
     counts = split.label_counts, split.documents
-    positive = positive_weights(config.pos_weight, *counts, config.max_pos_weight, metadata.labels)
+    cap, labels = config.max_pos_weight, metadata.labels
+    positive = losses.positive_weights(config.pos_weight, *counts, cap, labels)
     return RunRecord(
         train=config,
         model=sizes,
         packing=packing,
-        labels=metadata.labels,
+        labels=labels,
         pos_weights=tuple(positive.tolist()),
-        label_weights=tuple(label_weights(config.pos_weight, *counts).tolist()),
-        exact_correction=has_exact_correction(config.objective),
+        label_weights=tuple(losses.label_weights(config.pos_weight, *counts).tolist()),
+        exact_correction=losses.has_exact_correction(config.objective),
         max_seq_length=metadata.max_seq_length,
         total_documents=count_documents(split.documents, config.num_train_epochs),
         data_fingerprint=hashlib.sha256(data.encode()).hexdigest(),
@@ -193,19 +168,17 @@ def build_step(
     """The model, its optimizer and the compiled step of a run.
 
     Args:
-      record: the run.
       counts: documents of each of the L labels, and of all, in the training split.
       values: pretrained weights by name; the run's seed initialises the others.
-      strategy: whose replicas run the step.
-      jit_compile: whether XLA compiles it.
     """
-    config, pos_weights = record.train, np.asarray(record.pos_weights, np.float32)
-    loss = make_loss(config.objective, pos_weights, np.asarray(record.label_weights), *counts)
+    config, objective = record.train, record.train.objective
+    pos_weights = np.asarray(record.pos_weights, np.float32)
+    loss = losses.make_loss(objective, pos_weights, np.asarray(record.label_weights), *counts)
     with strategy.scope():
         model = build_model(record.model, record.precision, config.seed)
         _assign(model, values)
         model.head.classifier.bias.assign(
-            initial_bias(*counts, pos_weights) - logit_offset(config.objective, *counts)
+            losses.initial_bias(*counts, pos_weights) - losses.logit_offset(objective, *counts)
         )
         optimizer = AdamW(
             config.optimizer, model.named_variables(), record.model.num_layers,

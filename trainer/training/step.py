@@ -21,9 +21,7 @@ class LossScale:
     Micikevicius et al. 2018, "Mixed Precision Training", section 3.2, with the dynamic scale that
     became common after it: halved after a step that overflows, doubled after many that do not.
 
-    Attributes:
-      scale: float32 variable, a power of two, at least 1.
-      good_steps: int64 variable, finite steps since the scale last changed.
+    `scale` is a power of two, at least 1; `good_steps` counts finite steps since it last changed.
     """
 
     def __init__(self) -> None:
@@ -86,16 +84,11 @@ class TrainStep:
     """One update from K micro-batches; make it outside of the strategy's scope.
 
     Attributes:
-      strategy: whose replicas run the step.
-      model: what learns.
       optimizer: of the model's variables, in their order; takes aggregated gradients.
-      packing: the shape of a micro-batch.
-      loss: what is minimised.
       seed: of the dropout masks.
       jit_compile: whether XLA compiles the step's two halves.
       loss_scale: for float16, else None.
       max_bad_steps: steps in a row without a finite loss and gradient that end the loop.
-      progress: how far the run is.
       stop_requested: bool variable of this host, which any thread may set; once it is true, all
         hosts end the loop after the same step, which may be the one under way.
     """
