@@ -11,7 +11,7 @@ import pytest
 import tensorflow as tf
 
 from launch.accelerators import parse_target
-from launch.preflight.command import find_batch, report_step
+from launch.preflight.command import find_batch, report_step, split_memory
 from launch.preflight.compilation import DEFAULT_PYTHON, compile_programs
 from launch.preflight.job_shape import (
     JobShape,
@@ -22,7 +22,6 @@ from launch.preflight.job_shape import (
 )
 from launch.preflight.lowering import lower, lower_steps
 from launch.preflight.roofline import StepCost
-from launch.preflight.verdict import split_memory
 from launch.preflight_config import PreflightConfig
 from trainer import cli
 from trainer.data.metadata import load_metadata
