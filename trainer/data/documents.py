@@ -17,13 +17,10 @@ _READ_AT_ONCE = 1024
 
 @dataclass(frozen=True)
 class Documents:
-    """N documents.
+    """N documents with their labels, bool [N, L].
 
-    Attributes:
-      ids: N texts.
-      tokens: N arrays of int32 token ids: the document's windows joined, without [CLS], [SEP] and
-        the tokens that two windows share.
-      labels: bool [N, L].
+    `tokens` are arrays of int32 ids: the document's windows joined, without [CLS], [SEP] and the
+    tokens that two windows share.
     """
 
     ids: list[str]
@@ -49,10 +46,7 @@ def leading_places(split: Split, max_documents: int) -> np.ndarray:
 def read_documents(
     data_dir: str, metadata: Metadata, split_name: str, places: np.ndarray
 ) -> Documents:
-    """Reads the documents at `places` (int64, ascending) of a split's reading order.
-
-    A missing or damaged shard is a UserError that names it.
-    """
+    """The documents at `places` (int64, ascending) of a split; UserError for a damaged shard."""
     split = metadata.split(split_name)
     _check_sizes(data_dir, split)
     ids: list[str] = []

@@ -1,7 +1,6 @@
 """The heads: hidden states of packed tokens to one logit for each document and label.
 
-`takes_first_tokens` tells whether a head takes the states of each window's [CLS] or of all T
-tokens.
+`takes_first_tokens`: whether a head takes the states of each window's [CLS] or of all T tokens.
 """
 
 from collections.abc import Callable
@@ -44,13 +43,7 @@ class WindowPooling(keras.layers.Layer):
             )
 
     def call(self, windows: tf.Tensor, document: tf.Tensor, num_documents: int) -> tf.Tensor:
-        """Pools [W, size] to float32 [D, size]; 0 for an empty slot.
-
-        Args:
-          windows: [W, size].
-          document: int32 [W], each window's document, -1 for none.
-          num_documents: D.
-        """
+        """Pools [W, size] by `document` (int32 [W], or -1) to float32 [D, size]; 0: empty slot."""
         windows = tf.cast(windows, tf.float32)
         if self._kind == "mean":
             return mean_by_segment(windows, document, num_documents)
@@ -145,11 +138,10 @@ class MeanHead(_PooledHead):
 class LabelAttentionHead(keras.layers.Layer):
     """Each label attends to the document's tokens (Mullenbach et al. 2018, arXiv:1802.05695).
 
-    The tokens are those of all windows of the document, so windows are not pooled.
-
-    For label l and token states h: a = softmax_t(u_l . h_t), logit = sum_t a_t (b_l . h_t) + c_l.
-    The label's classifier is linear, so it is applied to the tokens before the attention sums them:
-    two [T, L] products and no [D, L, hidden] tensor.
+    For label l and token states h: a = softmax_t(u_l . h_t), logit = sum_t a_t (b_l . h_t) + c_l,
+    over the tokens of all windows, so windows are not pooled. The label's classifier is linear, so
+    it is applied to the tokens before the attention sums them: two [T, L] products and no [D, L,
+    hidden] tensor.
     """
 
     takes_first_tokens = False

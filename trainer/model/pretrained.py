@@ -42,11 +42,7 @@ _LAYER_NORM = {
 
 
 def resolve_checkpoint(name: str) -> str:
-    """The local folder of a checkpoint: the folder itself, or a download of a hub id.
-
-    Raises:
-      UserError: if it is neither.
-    """
+    """A checkpoint's local folder: itself, or the download of a hub id; UserError for neither."""
     if os.path.isdir(name):
         return name
     if os.path.exists(name) or name.startswith((".", "/")) or name.count("/") > 1:
@@ -193,9 +189,7 @@ def to_variables(
     """Values of our variables, by our names, from the tensors of `read_tensors`.
 
     They are those of the encoder and, if the checkpoint and the head have one, of the pooler.
-
-    Raises:
-      UserError: for tensors that are missing, left over, or not of the shape in `config`.
+    UserError for tensors that are missing, left over, or not of the shape in `config`.
     """
     left = dict(tensors)
     missing: list[str] = []

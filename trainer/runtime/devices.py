@@ -132,11 +132,9 @@ def make_strategy(config: TrainConfig | ScoreConfig) -> tf.distribute.Strategy:
 
     Training spans all workers of a job; in scoring each worker has a strategy of its own devices.
     Call it before anything else of TensorFlow's. Workers, and CPUs split into several devices, can
-    be set up only before TensorFlow looks at its devices.
-
-    Raises:
-      UserError: if the flags ask for devices that are not there, or contradict each other.
-      RunAgain: if other workers or a TPU do not appear within --start_timeout.
+    be set up only before TensorFlow looks at its devices. UserError if the flags ask for devices
+    that are not there, or contradict each other; RunAgain if workers or a TPU do not appear within
+    --start_timeout.
     """
     cluster = read_cluster(os.environ) if isinstance(config, TrainConfig) else None
     name, reason = _choose(config, cluster)
@@ -269,14 +267,11 @@ def is_chief(strategy: tf.distribute.Strategy) -> bool:
 
 @contextlib.contextmanager
 def watching_workers(strategy: tf.distribute.Strategy) -> Iterator[None]:
-    """Ends a block of collective work when another worker is lost.
+    """Ends a block of collective work when another worker is lost: `RunAgain` names it.
 
     A block that ends well, or by a stop that all workers agreed on, waits for the other workers:
     otherwise the first that ends would look lost to those that still wait for the chief's last
     checkpoint. With a strategy of a single process this does nothing.
-
-    Raises:
-      RunAgain: for an error that a lost worker caused; it names the worker.
     """
     cluster = cluster_of(strategy)
     if cluster is None:
@@ -320,11 +315,7 @@ def is_tpu(strategy: tf.distribute.Strategy) -> bool:
 
 
 def should_jit(flag: str, strategy: tf.distribute.Strategy) -> bool:
-    """Whether XLA compiles the step, by --jit_compile (`auto`, `true` or `false`).
-
-    Raises:
-      UserError: for `true` on a TPU, whose strategy compiles the step itself.
-    """
+    """Whether XLA compiles the step, by --jit_compile; UserError for `true` on a TPU."""
     if is_tpu(strategy):
         if flag == "true":
             raise UserError(

@@ -1,15 +1,14 @@
 """How a run is made to end: by a signal, by a notice, by a deadline; and how it starts again.
 
-SIGTERM, SIGINT and Google Compute Engine's notices of a machine's end are requests to stop. Python
-runs signal handlers between two bytecodes of the main thread, which may be minutes apart when that
-thread is inside TensorFlow, and TensorFlow's preemption notifier swallows SIGTERM in runs of
-several workers. So both signals are blocked before any other thread exists, and a thread of ours
-waits for them. TensorFlow's `PreemptionCheckpointHandler` is not used: it restores and exits by
-itself, at moments of its own. Here all strategies agree on the step to stop after through the
-all-reduce of the step.
+Python runs signal handlers between two bytecodes of the main thread, which may be minutes apart
+when that thread is inside TensorFlow, and TensorFlow's preemption notifier swallows SIGTERM in runs
+of several workers. So SIGTERM and SIGINT are blocked before any other thread exists, and a thread
+of ours waits for them. TensorFlow's `PreemptionCheckpointHandler` is not used: it restores and
+exits by itself, at moments of its own. Here all strategies agree on the step to stop after through
+the all-reduce of the step.
 
-`supervise` runs in a parent process, which starts the run again after a failure. This file imports
-nothing heavy, so that a crash of TensorFlow cannot take the parent down too.
+`supervise` runs in a parent process. This file imports nothing heavy, so that a crash of TensorFlow
+cannot take the parent down too.
 """
 
 import contextlib
@@ -32,7 +31,7 @@ from trainer.runtime.workers import background_thread
 
 
 class Interruption:
-    """Listens for requests to stop while its block runs.
+    """Listens for requests to stop while its block runs; `reason` is what asked, empty before that.
 
     Before the first `on_request` there is nothing to save, so a request ends the process at once
     with exit code 75. Afterwards a request calls the callbacks, and training stops after the
@@ -41,9 +40,6 @@ class Interruption:
 
     SIGTERM stays blocked after the block: the run is over, the process is about to end, and its
     exit code says more about the run than "killed by a signal".
-
-    Attributes:
-      reason: what asked the run to stop, for the line that the run ends with; empty before that.
     """
 
     def __init__(self) -> None:
@@ -150,12 +146,10 @@ def metadata_host(environment: Mapping[str, str]) -> str | None:
 def watch_maintenance(
     on_notice: Callable[[str], None], interval: float = _INTERVAL
 ) -> AbstractContextManager[None]:
-    """Asks the metadata server every few seconds, in a thread, and passes on one notice.
+    """Asks the metadata server every few seconds, in a thread, and passes on one notice's phrase.
 
     A notice that stands when the watch starts has stopped the run before this one already, up to an
     hour before the machine ends. It is not passed on, so that this run uses the time left.
-
-    `on_notice` gets a phrase for it.
     """
     host = metadata_host(os.environ)
 
@@ -245,11 +239,10 @@ _SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux's <sys/prctl.h>
 def supervise(command: Sequence[str], max_restarts: int, first_delay: float = _FIRST_DELAY) -> int:
     """Runs a command, and starts it again after a failure, up to `max_restarts` times.
 
-    Some ends are final: success (0), a fault of the user's (2), a stop by the user. The user stops
-    it by a signal to this process, which passes it on, or by a second SIGINT (130).
-
-    The first restart waits for `first_delay` seconds, each further one twice as long. Returns the
-    last exit code; 128 + N if signal N ended it, as in a shell.
+    Some ends are final: success (0), a fault of the user's (2), a stop by the user, that is a
+    signal to this process, which passes it on, or a second SIGINT (130). The first restart waits
+    for `first_delay` seconds, each further one twice as long. Returns the last exit code; 128 + N
+    if signal N ended it, as in a shell.
     """
     # Blocked signals stay pending, so none gets lost between two waits.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {*_STOPS, signal.SIGCHLD})

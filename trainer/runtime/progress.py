@@ -16,12 +16,9 @@ def show_progress(
 ) -> tqdm:
     """Progress that its `update(n)` moves on, and that its `close()`, or a `with`, ends.
 
-    Args:
-      mode: `bar`, `lines`, `none`, or `auto`: a bar where standard error is a terminal, else lines.
-      description: what is done.
-      total: units of the whole work, or None if nobody knows.
-      unit: what is counted, in the plural.
-      options: further ones of tqdm, as `initial`, the units that were done before.
+    The mode is `bar`, `lines`, `none`, or `auto`: a bar where standard error is a terminal, else
+    lines. `total` counts all work in the `unit`, a plural. Other options are tqdm's, as `initial`,
+    the units that were done before.
     """
     if mode == "auto":
         mode = "bar" if sys.stderr.isatty() else "lines"

@@ -34,10 +34,8 @@ class FileInfo(NamedTuple):
 class PartFile(Protocol):
     """A part and its manifest, which have temporary names until both are named, the part first.
 
-    Both namings raise a UserError if another process has written the part meanwhile.
-
-    Attributes:
-      file: the part's content is written to it.
+    The content goes to `file`. Both namings raise a UserError if another process has written the
+    part meanwhile.
     """
 
     file: BinaryIO
