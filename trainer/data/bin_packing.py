@@ -172,9 +172,8 @@ def _try_windows(lengths: tf.Tensor, room: tf.Tensor) -> tuple[tf.Tensor, tf.Ten
 
     def try_window(index, room, columns, before, fits):  # type: ignore[no-untyped-def]
         length = lengths[index]
-        column = tf.argmin(
-            tf.where(room >= length, room, tf.int32.max), axis=1, output_type=tf.int32
-        )
+        fitting = tf.where(room >= length, room, tf.int32.max)
+        column = tf.argmin(fitting, axis=1, output_type=tf.int32)
         left = tf.gather(room, column, batch_dims=1)
         room -= tf.one_hot(column, num_rows, on_value=length, off_value=0)
         columns, before = columns.write(index, column), before.write(index, left)
@@ -341,9 +340,8 @@ def _assign_group(
         poorest_first = poorest_first[: tf.math.count_nonzero(joins, dtype=tf.int32)]
         rows = loose[assigned : assigned + tf.size(poorest_first)]
         taken = tf.tensor_scatter_nd_add(taken, poorest_first[:, None], tf.gather(counts, rows))
-        place = tf.gather_nd(
-            open_places, tf.stack([poorest_first, tf.gather(used, poorest_first)], 1)
-        )
+        cells = tf.stack([poorest_first, tf.gather(used, poorest_first)], 1)
+        place = tf.gather_nd(open_places, cells)
         starts = tf.tensor_scatter_nd_update(starts, rows[:, None], place)
         return assigned + tf.size(rows), used + tf.cast(joins, tf.int32), taken, starts
 

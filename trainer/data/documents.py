@@ -52,12 +52,14 @@ def read_documents(
     ids: list[str] = []
     tokens: list[np.ndarray] = []
     labels = np.zeros((len(places), len(metadata.labels)), bool)
+    text_tokens = metadata.max_seq_length - 2
+    shared = text_tokens - (metadata.window_stride or text_tokens)
     with naming_damaged_shards(data_dir, metadata, split_name):
         for records in _read(data_dir, split, places):
             rows = len(ids) + records.labels.value_rowids().numpy()
             labels[rows, records.labels.values.numpy()] = True
             ids += [document_id.decode("utf-8", "replace") for document_id in records.ids.numpy()]
-            tokens += _join_windows(records.windows, _shared_tokens(metadata))
+            tokens += _join_windows(records.windows, shared)
     return Documents(ids, tokens, labels)
 
 
@@ -81,11 +83,6 @@ def _read(data_dir: str, split: Split, places: np.ndarray) -> Iterator[Records]:
 def _rows(ragged: Any) -> list[np.ndarray]:
     """The rows of a ragged tensor; indexing them would cost one TensorFlow operation each."""
     return np.split(ragged.values.numpy(), ragged.row_splits.numpy()[1:-1])
-
-
-def _shared_tokens(metadata: Metadata) -> int:
-    text_tokens = metadata.max_seq_length - 2
-    return text_tokens - (metadata.window_stride or text_tokens)
 
 
 def _join_windows(windows: Any, shared: int) -> list[np.ndarray]:

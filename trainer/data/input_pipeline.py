@@ -186,11 +186,8 @@ def _pack_block(
         return tf.where(chosen >= 0, tf.gather(values, tf.maximum(chosen, 0)), empty)
 
     where = tf.where(chosen >= 0)
-    slots = tf.scatter_nd(
-        tf.boolean_mask(chosen, chosen >= 0)[:, None],
-        where[:, 0] * stream.packing.max_documents + where[:, 1],
-        [count],
-    )
+    slots = where[:, 0] * stream.packing.max_documents + where[:, 1]
+    slots = tf.scatter_nd(tf.boolean_mask(chosen, chosen >= 0)[:, None], slots, [count])
     shape = num_micro_batches, stream.packing.max_documents
     packed |= spread_labels(labels, slots, shape, stream.num_labels, stream.max_labels)
     return packed | {
@@ -204,11 +201,7 @@ def _pack_block(
 
 
 def read_micro_batches(
-    stream: Stream,
-    *,
-    seed: int | None,
-    num_epochs: float = 1.0,
-    start: Position | None = None,
+    stream: Stream, *, seed: int | None, num_epochs: float = 1.0, start: Position | None = None
 ) -> tf.data.Dataset:
     """The micro-batches of `num_epochs` passes over a split, in order, from `start` on.
 
@@ -295,12 +288,11 @@ def shard_steps(
         # Empty micro-batches come last in a step, so the position is that of the last real one.
         last = tf.maximum(tf.reduce_sum(tf.cast(step["epoch"] >= 0, tf.int32)) - 1, 0)
         position = tf.stack([step.pop(key)[last] for key in POSITION_KEYS])
-        by_replica = {
-            name: tf.reshape(value, [share.replicas, each, *value.shape[1:]])
+        mine = slice(share.first, share.first + share.count)
+        inputs = {
+            name: tf.reshape(value, [share.replicas, each, *value.shape[1:]])[mine]
             for name, value in step.items()
         }
-        mine = slice(share.first, share.first + share.count)
-        inputs = {name: value[mine] for name, value in by_replica.items()}
         return inputs | {"position": tf.tile(position[None], [share.count, 1])}
 
     return (

@@ -108,7 +108,7 @@ def pack(input_ids: tf.RaggedTensor, packing: PackingConfig) -> dict[str, tf.Ten
 def _number_slots(
     starts: tf.Tensor, num_micro_batches: tf.Tensor, packing: PackingConfig
 ) -> tf.Tensor:
-    """Micro-batch and slot (int32 [N, 2]) of what begins at `starts`, whose order numbers slots."""
+    """Micro-batch and slot (int32 [N, 2]) of what begins at `starts`; slots are in their order."""
     order = tf.argsort(starts)
     micro_batch = tf.gather(starts, order) // packing.num_tokens
     first = tf.searchsorted(micro_batch, tf.range(num_micro_batches))
@@ -200,16 +200,6 @@ def choose_packing(
     )
 
 
-def with_slots_for_scoring(packing: PackingConfig) -> PackingConfig:
-    """The same rows with more slots, for runs of short documents.
-
-    A run needs one slot for every eight tokens, and enough for a whole row of documents of [CLS]
-    and [SEP] alone. Without labels a slot costs next to nothing.
-    """
-    slots = max(packing.max_documents, packing.num_tokens // 8, packing.max_length // 2)
-    return PackingConfig(packing.row_groups, slots, max(packing.max_windows, slots))
-
-
 def _row_lengths(longest: int) -> list[int]:
     """Candidate row lengths, longest first, all multiples of 8."""
     lengths = [-(-longest // 8) * 8]
@@ -264,4 +254,7 @@ def choose_score_packing(
         lengths.tolist(), num_tokens, longest=longest,
         window_histogram=windows.tolist(), document_windows=document_windows,
     )  # fmt: skip
-    return with_slots_for_scoring(packing)
+    # A run of short documents needs a slot for every eight tokens, and enough for a whole row of
+    # documents of [CLS] and [SEP] alone. Without labels a slot costs next to nothing.
+    slots = max(packing.max_documents, packing.num_tokens // 8, packing.max_length // 2)
+    return PackingConfig(packing.row_groups, slots, max(packing.max_windows, slots))

@@ -164,16 +164,10 @@ def _wrap(backend: Backend, config: dict[str, Any], name: str) -> Tokenizer:
             f"--tokenizer={name}: expected a BERT tokenizer, one with [CLS], [SEP] and [PAD] that "
             f"frames a text by the first two; found {tokens}; name another one or `train`"
         )
+    unk_id = None if unk_token is None else backend.token_to_id(unk_token)
     definition = json.dumps(json.loads(backend.to_str()), sort_keys=True)
-    return Tokenizer(
-        backend=backend,
-        cls_id=frame[0],
-        sep_id=frame[-1],
-        pad_id=pad_id,
-        unk_id=None if unk_token is None else backend.token_to_id(unk_token),
-        config=config,
-        fingerprint=hashlib.sha256(definition.encode()).hexdigest(),
-    )
+    fingerprint = hashlib.sha256(definition.encode()).hexdigest()
+    return Tokenizer(backend, frame[0], frame[-1], pad_id, unk_id, config, fingerprint)
 
 
 def _content(token: Any) -> str | None:
@@ -283,15 +277,8 @@ def _from_vocabulary(vocabulary: dict[str, int]) -> Tokenizer:
         pair="[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1",
         special_tokens=[(token, vocabulary[token]) for token in ("[CLS]", "[SEP]")],
     )
-    config = {
-        "tokenizer_class": "BertTokenizer",
-        "do_lower_case": True,
-        "unk_token": "[UNK]",
-        "sep_token": "[SEP]",
-        "pad_token": "[PAD]",
-        "cls_token": "[CLS]",
-        "mask_token": "[MASK]",
-    }
+    tokens = {name: f"[{name.removesuffix('_token').upper()}]" for name in _TOKEN_NAMES}
+    config = {"tokenizer_class": "BertTokenizer", "do_lower_case": True} | tokens
     return _wrap(backend, config, "train")
 
 

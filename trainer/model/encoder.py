@@ -71,8 +71,9 @@ def _truncated_normal(spread: float) -> keras.initializers.Initializer:
     return keras.initializers.TruncatedNormal(stddev=spread, seed=seed)
 
 
-# (rows, length) of each group; tensors where the shape is not known beforehand.
-RowGroups = Sequence[tuple[int | tf.Tensor, int | tf.Tensor]]
+# (rows, length) of a group; tensors where the shape is not known beforehand.
+RowGroup = tuple[int | tf.Tensor, int | tf.Tensor]
+RowGroups = Sequence[RowGroup]
 # The attention score of a token that is not visible: its exp() is 0.
 _HIDDEN = -1e9
 
@@ -234,11 +235,7 @@ class SelfAttention(keras.layers.Layer):
         return tf.reshape(context, [-1, size])
 
     def _attend(
-        self,
-        qkv: tf.Tensor,
-        segments: tf.Tensor,
-        group: tuple[int | tf.Tensor, int | tf.Tensor],
-        dropout: Dropout | None,
+        self, qkv: tf.Tensor, segments: tf.Tensor, group: RowGroup, dropout: Dropout | None
     ) -> tf.Tensor:
         """Contexts [rows x length, hidden] of one group; `segments` is int32 [rows, 1, length]."""
         (rows, length), heads, size = group, self._heads, self._head_size

@@ -16,12 +16,6 @@ from trainer.model_config import ModelConfig
 Batch = dict[str, tf.Tensor]
 
 
-def _token_document(segment_ids: tf.Tensor, window_document: tf.Tensor) -> tf.Tensor:
-    """Each token's document (int32 [T]), -1 for padding."""
-    document = tf.gather(window_document, tf.maximum(segment_ids - 1, 0))
-    return tf.where(segment_ids > 0, document, -1)
-
-
 class WindowPooling(keras.layers.Layer):
     """A document's vector from its windows' vectors: maximum, mean, or attention-weighted mean.
 
@@ -83,11 +77,8 @@ class _PooledHead(keras.layers.Layer):
         self, hidden: tf.Tensor, batch: Batch, num_documents: int, dropout: Dropout | None = None
     ) -> tf.Tensor:
         """Hidden states to float32 logits [D, L]."""
-        document = self.window_pooling(
-            self._window_vectors(hidden, batch),
-            batch["window_document"],
-            num_documents=num_documents,
-        )
+        windows, of_window = self._window_vectors(hidden, batch), batch["window_document"]
+        document = self.window_pooling(windows, of_window, num_documents=num_documents)
         if dropout is not None:
             document = dropout(document, self._rate)
         return self.classifier(document)
@@ -161,7 +152,9 @@ class LabelAttentionHead(keras.layers.Layer):
         self, hidden: tf.Tensor, batch: Batch, num_documents: int, dropout: Dropout | None = None
     ) -> tf.Tensor:
         """[T, hidden] to float32 logits [D, L]."""
-        token_document = _token_document(batch["segment_ids"], batch["window_document"])
+        segment = batch["segment_ids"]
+        token_document = tf.gather(batch["window_document"], tf.maximum(segment - 1, 0))
+        token_document = tf.where(segment > 0, token_document, -1)  # Of padding: none.
         if dropout is not None:
             hidden = dropout(hidden, self._rate)
         weights = softmax_by_segment(self.query(hidden), token_document, num_documents)

@@ -5,12 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import tensorflow as tf
 
-from trainer.data.input_pipeline import (
-    dense_labels,
-    open_stream,
-    read_micro_batches,
-    stack_micro_batches,
-)
+from trainer.data import input_pipeline
 from trainer.data.metadata import Metadata
 from trainer.data.packing import empty_micro_batch
 from trainer.evaluation.predictions import Predictions, concatenate
@@ -130,12 +125,12 @@ class Predictor:
         A block has about 2^24 logits or 2^16 documents at most, so memory does not grow with the
         split. UserError for a split that is missing or damaged; StoppedError as `_stacked_logits`.
         """
-        stream = open_stream(data_dir, metadata, split_name, self.packing)
+        stream = input_pipeline.open_stream(data_dir, metadata, split_name, self.packing)
         room = min(_BLOCK_DOCUMENTS, max(1, _BLOCK_LOGITS // stream.num_labels))
-        micro_batches = read_micro_batches(stream, seed=None)
+        micro_batches = input_pipeline.read_micro_batches(stream, seed=None)
         held: list[Predictions] = []
         num_held = 0
-        for batches in stack_micro_batches(micro_batches, stream, self.num_replicas):
+        for batches in input_pipeline.stack_micro_batches(micro_batches, stream, self.num_replicas):
             held.append(self._predict_stack(batches, stream.num_labels))
             num_held += len(held[-1].ids)
             if num_held >= room:
@@ -156,6 +151,6 @@ class Predictor:
             [name.decode("utf-8", "replace") for name in names],
             indices,
             self._stacked_logits(batches)[real],
-            dense_labels(batches, num_labels).numpy()[real].astype(bool),
+            input_pipeline.dense_labels(batches, num_labels).numpy()[real].astype(bool),
             np.array(texts, object).reshape(slices.shape),
         )

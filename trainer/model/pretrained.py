@@ -240,21 +240,19 @@ def _expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         "pooler.dense.weight": (size, size),
         "pooler.dense.bias": (size,),
     }
-    dense = {
+    layer: dict[str, tuple[int, ...]] = {
         "attention.self.query": (size, size),
         "attention.self.key": (size, size),
         "attention.self.value": (size, size),
         "attention.output.dense": (size, size),
         "intermediate.dense": (inner, size),
         "output.dense": (size, inner),
+        **dict.fromkeys(_LAYER_NORM, (size,)),
     }
     for i in range(config.num_layers):
-        for name, shape in dense.items():
+        for name, shape in layer.items():
             shapes[f"encoder.layer.{i}.{name}.weight"] = shape
             shapes[f"encoder.layer.{i}.{name}.bias"] = shape[:1]
-        for name in _LAYER_NORM:
-            shapes[f"encoder.layer.{i}.{name}.weight"] = (size,)
-            shapes[f"encoder.layer.{i}.{name}.bias"] = (size,)
     return shapes
 
 

@@ -49,10 +49,8 @@ def find_tpu(flag: str | None) -> str | None:
 
     Device files count only with a TensorFlow for TPUs, since vfio serves other devices too.
     """
-    address = flag or os.environ.get("TPU_NAME")
-    if address:
-        return address
-    return _LOCAL_TPU if local_chips() and has_tpu_support() else None
+    local = _LOCAL_TPU if local_chips() and has_tpu_support() else None
+    return flag or os.environ.get("TPU_NAME") or local
 
 
 def _connect_tpu(address: str | None, seconds: float) -> tf.distribute.TPUStrategy:
@@ -73,7 +71,8 @@ def _connect_tpu(address: str | None, seconds: float) -> tf.distribute.TPUStrate
         )
     resolver = _resolve(address)
     if address != _LOCAL_TPU:
-        missing = _tpu_hosts(resolver).find_missing()
+        hosts = resolver.cluster_spec().as_dict()[resolver.task_type]
+        missing = Cluster((socket.gethostname(), *hosts), 0, "--tpu").find_missing()
         if missing:
             raise RunAgain(
                 f"--tpu={address}: {describe_missing(missing)}; wait until the TPU is READY, check "
@@ -109,12 +108,6 @@ def _resolve(address: str) -> tf.distribute.cluster_resolver.TPUClusterResolver:
             "grpc://HOST:PORT, or the name of a TPU in this VM's project and zone"
         ) from error
     return resolver
-
-
-def _tpu_hosts(resolver: tf.distribute.cluster_resolver.TPUClusterResolver) -> Cluster:
-    """A cluster of this machine and the TPU's hosts."""
-    hosts = resolver.cluster_spec().as_dict()[resolver.task_type]
-    return Cluster((socket.gethostname(), *hosts), 0, "--tpu")
 
 
 def _explain(address: str, error: tf.errors.OpError) -> UserError | RunAgain:
@@ -226,12 +219,9 @@ def _connect_workers(cluster: Cluster, seconds: float) -> tf.distribute.Strategy
         implementation=kinds.NCCL if gpus else kinds.RING
     )
     # All workers do the same, so the chief is one of the workers here.
+    spec, index = tf.train.ClusterSpec({"worker": list(cluster.addresses)}), cluster.index
     resolver = tf.distribute.cluster_resolver.SimpleClusterResolver(
-        tf.train.ClusterSpec({"worker": list(cluster.addresses)}),
-        task_type="worker",
-        task_id=cluster.index,
-        num_accelerators={"GPU": gpus},
-        rpc_layer="grpc",
+        spec, task_type="worker", task_id=index, num_accelerators={"GPU": gpus}, rpc_layer="grpc"
     )
     try:
         with exit_timer(_JOIN_SECONDS), naming_lost_workers(cluster):

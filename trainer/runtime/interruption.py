@@ -101,7 +101,8 @@ class Interruption:
                 RUN_AGAIN,
                 self._standard_error,
             )
-        self._say(f"{reason}: stopping after this step; a second SIGINT (Ctrl-C) quits at once")
+        message = f"{reason}: stopping after this step; a second SIGINT (Ctrl-C) quits at once"
+        os.write(self._standard_error, f"multihot train: {message}\n".encode())
         for callback in callbacks:
             # A callback may wait for the device; the next signal must not wait for the callback.
             threading.Thread(target=callback, daemon=True).start()
@@ -116,19 +117,12 @@ class Interruption:
                 end_process("interrupted", INTERRUPTED, self._standard_error)
             self.request(signal.Signals(number).name)
 
-    def _say(self, message: str) -> None:
-        os.write(self._standard_error, f"multihot train: {message}\n".encode())
-
 
 _DEFAULT_HOST = "metadata.google.internal"
 _PRODUCT_NAME = Path("/sys/class/dmi/id/product_name")
 # Path below instance/, and the value that announces the end. A machine that migrates goes on.
-_NOTICES = {
-    "preempted": "TRUE",
-    "maintenance-event": "TERMINATE_ON_HOST_MAINTENANCE",
-}
-# A spot machine ends 30 seconds after its notice.
-_INTERVAL = 3.0
+_NOTICES = {"preempted": "TRUE", "maintenance-event": "TERMINATE_ON_HOST_MAINTENANCE"}
+_INTERVAL = 3.0  # A spot machine ends 30 seconds after its notice.
 # The server answers directly; a proxy of the environment would not reach it.
 _NO_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -230,13 +224,12 @@ def exit_timer(seconds: float) -> Iterator[None]:
         library.timer_delete(timer)
 
 
-_FIRST_DELAY = 2.0
 _MAX_DELAY = 60.0
 _STOPS = {signal.SIGTERM, signal.SIGINT}
 _SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux's <sys/prctl.h>
 
 
-def supervise(command: Sequence[str], max_restarts: int, first_delay: float = _FIRST_DELAY) -> int:
+def supervise(command: Sequence[str], max_restarts: int, first_delay: float = 2.0) -> int:
     """Runs a command, and starts it again after a failure, up to `max_restarts` times.
 
     Some ends are final: success (0), a fault of the user's (2), a stop by the user, that is a
@@ -271,7 +264,11 @@ def _run_once(command: Sequence[str], mask: set[int]) -> tuple[int, bool]:
 
     def prepare() -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        _end_with(parent)
+        if sys.platform == "linux":
+            # Linux sends this process SIGTERM when its parent is killed.
+            ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)
+            if os.getppid() != parent:  # It was killed before this call.
+                os._exit(RUN_AGAIN)
 
     # In its own process group a Ctrl-C reaches the child once: through this process.
     with subprocess.Popen(command, preexec_fn=prepare, process_group=0) as child:
@@ -282,11 +279,3 @@ def _run_once(command: Sequence[str], mask: set[int]) -> tuple[int, bool]:
                 is_stopped = True
                 child.send_signal(number)
     return child.returncode if child.returncode >= 0 else 128 - child.returncode, is_stopped
-
-
-def _end_with(parent: int) -> None:
-    """Has Linux send this process SIGTERM when its parent is killed."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)
-        if os.getppid() != parent:  # It was killed before this call.
-            os._exit(RUN_AGAIN)

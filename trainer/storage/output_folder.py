@@ -19,9 +19,7 @@ from trainer.storage.gcs import StoredObject, Taken
 from trainer.storage.gcs_client import SCHEME
 
 _TEMPORARY = ".tmp"
-_OUR_TEMPORARIES = re.compile(
-    r"(plan\.json|_SUCCESS|part-\d+-of-\d+\.[\w.]+)" + re.escape(_TEMPORARY)
-)
+_OUR_TEMPORARIES = re.compile(r"(plan\.json|_SUCCESS|part-\d+-of-\d+\.[\w.]+)\.tmp")
 
 
 class FileInfo(NamedTuple):
