@@ -1,16 +1,10 @@
 """Bin packing of windows into rows, and of rows into micro-batches, in TensorFlow graph ops.
 
-Windows are packed best-fit decreasing. Documents of several windows come first, because all windows
-of a document share a micro-batch: the longest first, each goes to a micro-batch whose rows hold all
-of its windows. The best is one that it fills up; else the one with the most room, so that long
-documents spread evenly. From then on their rows are pinned to their micro-batch.
-
-Documents of one window then fill the gaps, in the rows of any micro-batch. One vectorised placement
-serves all windows of a length, so that the work grows with the number of distinct lengths and not
-with the number of documents (after histogram packing, Krell et al. 2021, arXiv:2107.02027).
-
-At last the rows that are not pinned are assigned to micro-batches, so that each holds about as many
-documents.
+Windows are packed best-fit decreasing. Documents of several windows come first, the longest first;
+their rows are pinned to a micro-batch, because all windows of a document share one. Documents of
+one window then fill the gaps. One vectorised placement serves all windows of a length, so that the
+work grows with the number of distinct lengths (after histogram packing, Krell et al. 2021,
+arXiv:2107.02027). At last the rows that are not pinned are assigned to micro-batches.
 """
 
 from typing import NamedTuple
@@ -23,8 +17,8 @@ from trainer.model_config import PackingConfig
 class Windows(NamedTuple):
     """The windows of N documents, document after document.
 
-    `lengths` (int32 [V]) are the windows' tokens, `document` (int32 [V], ascending) the document of
-    each, and `counts` (int32 [N], at least 1) the windows of each document.
+    `lengths` (int32 [V]) are their tokens, `document` (int32 [V], ascending) the document of each,
+    and `counts` (int32 [N], at least 1) the windows of each document.
     """
 
     lengths: tf.Tensor
@@ -61,10 +55,9 @@ def place_windows(
 ) -> tuple[Placement, tf.Tensor, tf.Tensor, tf.Tensor]:
     """Finds a row for every window, in as few micro-batches as possible.
 
-    Returns:
-      The windows' placement; the windows in each row (int32 [M, R]); whether a row is pinned to its
-      micro-batch, because it holds a document of several windows (bool [M, R]); and the slots, of
-      `max_windows`, that the pinned rows take in each micro-batch (int32 [M]).
+    Returns the windows' placement; the windows in each row (int32 [M, R]); whether a row is pinned
+    to its micro-batch, because it holds a document of several windows (bool [M, R]); and the slots,
+    of `max_windows`, that the pinned rows take in each micro-batch (int32 [M]).
     """
     total = tf.reduce_sum(tf.cast(windows.lengths, tf.int64))
     num_micro_batches = tf.cast((total + packing.num_tokens - 1) // packing.num_tokens, tf.int32)
@@ -80,8 +73,8 @@ def place_windows(
 def _order_long_documents(windows: Windows) -> tuple[tf.Tensor, tf.Tensor]:
     """The documents of several windows by tokens, longest first, each one's windows likewise.
 
-    Returns:
-      int64 [V'], which of all windows they are; int32 [N'], the windows of each document.
+    Returns which of all windows they are (int64 [V']), and the windows of each document (int32
+    [N']).
     """
     tokens = tf.math.segment_sum(windows.lengths, windows.document)
     is_long = windows.counts > 1
@@ -100,9 +93,8 @@ def _place_long_documents(
 ) -> tuple[Placement, _Rows, tf.Tensor]:
     """Places the documents of several windows, each in one micro-batch of so many, or a new one.
 
-    Returns:
-      The placement (0 for other windows), the rows of the micro-batches then needed, and the number
-      of these documents in each micro-batch (int32 [M]).
+    Returns the placement (0 for other windows), the rows of the micro-batches then needed, and the
+    number of these documents in each micro-batch (int32 [M]).
     """
     capacities = row_capacities(packing)
     chosen, counts = _order_long_documents(windows)
@@ -160,7 +152,8 @@ def _choose_micro_batch(
     with tf.control_dependencies([possible] if possible is not None else []):
         # 0 for the new one, so that it comes last.
         left = tf.concat([tf.reduce_sum(rows.free[:-1], axis=1), [0]], 0)
-    # Filled up to less than a row if there is such a one; else the one with the most room.
+    # One that is filled up to less than a row, if there is one; else the one with the most room, so
+    # that long documents spread evenly.
     after = left - tf.reduce_sum(lengths)
     is_full = (left > 0) & (after < packing.max_length)
     score = tf.where(is_full, tf.int32.max - after, left)
@@ -171,19 +164,16 @@ def _choose_micro_batch(
 def _try_windows(lengths: tf.Tensor, room: tf.Tensor) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
     """Tries windows of descending lengths (int32 [n]) in rows with so much room (int32 [M, R]).
 
-    Each window goes to its best fit, in all M micro-batches at once.
-
-    Returns:
-      Each window's row (int32 [n, M]), the tokens that were free in it (int32 [n, M]), and whether
-      all windows found a row (bool [M]; where they did not, the other two are meaningless).
+    Each window goes to its best fit, in all M micro-batches at once. Returns each window's row
+    (int32 [n, M]), the tokens that were free in it (int32 [n, M]), and whether all windows found a
+    row (bool [M]; where they did not, the other two are meaningless).
     """
     count, num_rows = tf.size(lengths), room.shape[1]
 
     def try_window(index, room, columns, before, fits):  # type: ignore[no-untyped-def]
         length = lengths[index]
-        column = tf.argmin(
-            tf.where(room >= length, room, tf.int32.max), axis=1, output_type=tf.int32
-        )
+        fitting = tf.where(room >= length, room, tf.int32.max)
+        column = tf.argmin(fitting, axis=1, output_type=tf.int32)
         left = tf.gather(room, column, batch_dims=1)
         room -= tf.one_hot(column, num_rows, on_value=length, off_value=0)
         columns, before = columns.write(index, column), before.write(index, left)
@@ -298,18 +288,12 @@ def assign_rows(
     """Assigns the rows that are not pinned to micro-batches; a pinned row stays where it is.
 
     In each turn every micro-batch with a free place gets one row of a group: the one with the
-    fewest slots taken gets the fullest row that is left, and so on. A micro-batch waits if its
-    pinned rows have taken so many slots that the fullest row would be too much.
+    fewest slots taken gets the row with the most windows (`row_windows`, int32 [M, R]), and so on.
+    A micro-batch waits if its pinned rows have taken so many slots (`taken`, int32 [M]) that the
+    fullest row would be too much.
 
-    Args:
-      row_windows: int32 [M, R], the windows in each row.
-      is_pinned: bool [M, R].
-      taken: int32 [M], the slots that the pinned rows' windows and documents take.
-      packing: the row groups.
-
-    Returns:
-      Where each row begins among all M x T tokens (int32 [M, R]), and the most slots taken in a
-      micro-batch (int32 scalar).
+    Returns where each row begins among all M x T tokens (int32 [M, R]), and the most slots taken in
+    a micro-batch (int32 scalar).
     """
     num_micro_batches = tf.shape(row_windows)[0]
     starts = []
@@ -356,9 +340,8 @@ def _assign_group(
         poorest_first = poorest_first[: tf.math.count_nonzero(joins, dtype=tf.int32)]
         rows = loose[assigned : assigned + tf.size(poorest_first)]
         taken = tf.tensor_scatter_nd_add(taken, poorest_first[:, None], tf.gather(counts, rows))
-        place = tf.gather_nd(
-            open_places, tf.stack([poorest_first, tf.gather(used, poorest_first)], 1)
-        )
+        cells = tf.stack([poorest_first, tf.gather(used, poorest_first)], 1)
+        place = tf.gather_nd(open_places, cells)
         starts = tf.tensor_scatter_nd_update(starts, rows[:, None], place)
         return assigned + tf.size(rows), used + tf.cast(joins, tf.int32), taken, starts
 

@@ -17,13 +17,10 @@ _READ_AT_ONCE = 1024
 
 @dataclass(frozen=True)
 class Documents:
-    """N documents.
+    """N documents with their labels, bool [N, L].
 
-    Attributes:
-      ids: N texts.
-      tokens: N arrays of int32 token ids: the document's windows joined, without [CLS], [SEP] and
-        the tokens that two windows share.
-      labels: bool [N, L].
+    `tokens` are arrays of int32 ids: the document's windows joined, without [CLS], [SEP] and the
+    tokens that two windows share.
     """
 
     ids: list[str]
@@ -49,21 +46,20 @@ def leading_places(split: Split, max_documents: int) -> np.ndarray:
 def read_documents(
     data_dir: str, metadata: Metadata, split_name: str, places: np.ndarray
 ) -> Documents:
-    """Reads the documents at `places` (int64, ascending) of a split's reading order.
-
-    A missing or damaged shard is a UserError that names it.
-    """
+    """The documents at `places` (int64, ascending) of a split; UserError for a damaged shard."""
     split = metadata.split(split_name)
     _check_sizes(data_dir, split)
     ids: list[str] = []
     tokens: list[np.ndarray] = []
     labels = np.zeros((len(places), len(metadata.labels)), bool)
+    text_tokens = metadata.max_seq_length - 2
+    shared = text_tokens - (metadata.window_stride or text_tokens)
     with naming_damaged_shards(data_dir, metadata, split_name):
         for records in _read(data_dir, split, places):
             rows = len(ids) + records.labels.value_rowids().numpy()
             labels[rows, records.labels.values.numpy()] = True
             ids += [document_id.decode("utf-8", "replace") for document_id in records.ids.numpy()]
-            tokens += _join_windows(records.windows, _shared_tokens(metadata))
+            tokens += _join_windows(records.windows, shared)
     return Documents(ids, tokens, labels)
 
 
@@ -87,11 +83,6 @@ def _read(data_dir: str, split: Split, places: np.ndarray) -> Iterator[Records]:
 def _rows(ragged: Any) -> list[np.ndarray]:
     """The rows of a ragged tensor; indexing them would cost one TensorFlow operation each."""
     return np.split(ragged.values.numpy(), ragged.row_splits.numpy()[1:-1])
-
-
-def _shared_tokens(metadata: Metadata) -> int:
-    text_tokens = metadata.max_seq_length - 2
-    return text_tokens - (metadata.window_stride or text_tokens)
 
 
 def _join_windows(windows: Any, shared: int) -> list[np.ndarray]:

@@ -4,11 +4,7 @@ An epoch is the split's shards in an order drawn from (seed, epoch), one after t
 blocks of a fixed number of documents. Each block is shuffled and packed by itself, so three numbers
 are the stream's position: epoch, block, and how many of the block's micro-batches are done. To
 resume, it skips whole shards by their counts in metadata.json, then records within one, and packs
-one block again. Nothing else is replayed, and no state passes from one block to the next.
-
-Labels travel to the devices as multi-hot rows if there are few of them, else as indices. At 4,000
-labels the multi-hot rows of 200 documents have 800 kB, nearly all of it zeros, and the indices a
-few kB; the device makes multi-hot rows of them.
+one block again.
 """
 
 import math
@@ -22,7 +18,8 @@ from trainer.data.records import parse_records
 from trainer.errors import UserError
 from trainer.model_config import PackingConfig
 
-# With so many labels, multi-hot rows cost as much as the tokens.
+# With so many labels, multi-hot rows cost as much as the tokens. Beyond, indices travel to the
+# devices, which make multi-hot rows of them: at 4,000 labels a few kB for 200 documents, not 800.
 _MAX_DENSE_LABELS = 256
 # A micro-batch has one of the two.
 LABEL_KEYS = ("labels", "label_ids")
@@ -35,17 +32,11 @@ def spread_labels(
     num_labels: int,
     max_labels: int,
 ) -> dict[str, tf.Tensor]:
-    """The labels of N documents by document slot.
+    """The labels (int32 ragged [N, None], indices) of N documents by document slot.
 
-    Args:
-      labels: int32 ragged [N, None], label indices.
-      slots: int64 [N], each document's slot among all M x D.
-      shape: M (int32 scalar) and D.
-      num_labels, max_labels: L, and the most labels of a document.
-
-    Returns:
-      `labels` (uint8 multi-hot [M, D, L]), or, for more than 256 labels, `label_ids` (int32
-      [M, D, max_labels], a document's labels, then -1).
+    `slots` (int64 [N]) is each document's slot among all M x D, `shape` is M (int32 scalar) and D,
+    and `max_labels` the most of a document. Returns `labels` (uint8 multi-hot [M, D, L]), or, for
+    more than 256 labels, `label_ids` (int32 [M, D, max_labels], a document's labels, then -1).
     """
     row, values = labels.value_rowids(), labels.flat_values
     if num_labels <= _MAX_DENSE_LABELS:
@@ -130,11 +121,7 @@ class Stream:
 def open_stream(
     data_dir: str, metadata: Metadata, split_name: str, packing: PackingConfig
 ) -> Stream:
-    """Checks the shards of a split against metadata.json and makes a stream of them.
-
-    Raises:
-      UserError: for a missing split, a missing or damaged shard, or an empty split.
-    """
+    """A stream of a split; UserError if the split is missing or empty, or a shard is damaged."""
     split = metadata.split(split_name)
     paths = verify_shards(data_dir, metadata, split_name)
     if split.documents == 0:
@@ -199,11 +186,8 @@ def _pack_block(
         return tf.where(chosen >= 0, tf.gather(values, tf.maximum(chosen, 0)), empty)
 
     where = tf.where(chosen >= 0)
-    slots = tf.scatter_nd(
-        tf.boolean_mask(chosen, chosen >= 0)[:, None],
-        where[:, 0] * stream.packing.max_documents + where[:, 1],
-        [count],
-    )
+    slots = where[:, 0] * stream.packing.max_documents + where[:, 1]
+    slots = tf.scatter_nd(tf.boolean_mask(chosen, chosen >= 0)[:, None], slots, [count])
     shape = num_micro_batches, stream.packing.max_documents
     packed |= spread_labels(labels, slots, shape, stream.num_labels, stream.max_labels)
     return packed | {
@@ -217,24 +201,15 @@ def _pack_block(
 
 
 def read_micro_batches(
-    stream: Stream,
-    *,
-    seed: int | None,
-    num_epochs: float = 1.0,
-    start: Position | None = None,
+    stream: Stream, *, seed: int | None, num_epochs: float = 1.0, start: Position | None = None
 ) -> tf.data.Dataset:
     """The micro-batches of `num_epochs` passes over a split, in order, from `start` on.
 
-    Every document comes exactly once in an epoch. A micro-batch has the tensors of `packing.pack`,
-    the labels of `spread_labels`, `document_index` (int64 [D], in the epoch's order), `document_id`
-    (string [D]), `document_slices` (string [D, C], the values of the slice columns) and its
-    position (int64 scalars `epoch`, `block`, `next_micro_batch`).
-
-    Args:
-      stream: from `open_stream`.
-      seed: of the shuffling; None reads the shards in their order, unshuffled.
-      num_epochs: passes; a fraction ends within the last one.
-      start: where to begin; default: at the very start.
+    Every document comes exactly once in an epoch; a fraction ends within the last one. Without a
+    `seed` the shards are read in their order, unshuffled. A micro-batch has the tensors of
+    `packing.pack`, the labels of `spread_labels`, `document_index` (int64 [D], in the epoch's
+    order), `document_id` (string [D]), `document_slices` (string [D, C], the values of the slice
+    columns) and its position (int64 scalars `epoch`, `block`, `next_micro_batch`).
     """
     start = start or Position()
     total = stream.num_documents
@@ -295,18 +270,15 @@ class HostShard:
 def shard_steps(
     micro_batches: tf.data.Dataset, stream: Stream, micro_batches_per_step: int, share: HostShard
 ) -> tf.data.Dataset:
-    """Splits each step's K micro-batches among the replicas; yields one host's share.
+    """Splits each step's K micro-batches among the replicas; their number divides K.
 
     Replica r of R takes micro-batches r K / R to (r + 1) K / R of every step. Every host reads and
     packs the whole stream and keeps its own share. So a step has the same documents for any number
     of hosts, and no host reaches the end before another.
 
-    K is a multiple of the replicas.
-
-    Returns:
-      For each step, one element for each of the host's replicas in order: the inputs of the step,
-      stacked to [K / R, ...], and `position` (int64 [3]), the stream's position after the step.
-      After the last document come empty micro-batches without end, whose position is -1.
+    Yields, for each step, one element for each of the host's replicas in order: the inputs of the
+    step, stacked to [K / R, ...], and `position` (int64 [3]), the stream's position after the step.
+    After the last document come empty micro-batches without end, whose position is -1.
     """
     each = micro_batches_per_step // share.replicas
     assert each * share.replicas == micro_batches_per_step, (micro_batches_per_step, share)
@@ -316,12 +288,11 @@ def shard_steps(
         # Empty micro-batches come last in a step, so the position is that of the last real one.
         last = tf.maximum(tf.reduce_sum(tf.cast(step["epoch"] >= 0, tf.int32)) - 1, 0)
         position = tf.stack([step.pop(key)[last] for key in POSITION_KEYS])
-        by_replica = {
-            name: tf.reshape(value, [share.replicas, each, *value.shape[1:]])
+        mine = slice(share.first, share.first + share.count)
+        inputs = {
+            name: tf.reshape(value, [share.replicas, each, *value.shape[1:]])[mine]
             for name, value in step.items()
         }
-        mine = slice(share.first, share.first + share.count)
-        inputs = {name: value[mine] for name, value in by_replica.items()}
         return inputs | {"position": tf.tile(position[None], [share.count, 1])}
 
     return (

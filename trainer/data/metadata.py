@@ -32,19 +32,14 @@ class Shard:
 
 @dataclass(frozen=True)
 class Split:
-    """One split.
+    """One split; lengths and tokens of windows include [CLS] and [SEP].
 
     Attributes:
-      documents: how many there are.
-      tokens: of all windows, [CLS] and [SEP] included.
       truncated: documents that lost tokens.
       rejected: rows that could not be used, of the call that made the split.
       label_counts: documents of each label.
-      length_histogram: at index i the windows of i tokens, [CLS] and [SEP] included.
-      shards: the files.
-      windows: of all documents.
+      length_histogram: at index i the windows of i tokens.
       window_histogram: at index n the documents of n windows.
-      max_labels_per_document: the most labels of a document.
       text_index: the file in which `prepare` looks up texts, or None.
     """
 
@@ -69,13 +64,11 @@ class Metadata:
       labels: names in the order of their indices.
       max_seq_length: tokens of the longest window.
       vocab_size: rows of an embedding table for the ids.
-      tokenizer_fingerprint: of the tokenizer beside the shards.
       splits: by name, in the order in which they were made.
       source: `calls`: for each call of `prepare` its inputs, seed, rejected rows and splits.
       dropped_labels: the labels that are left out, with the number of their documents.
       slice_columns: names of the input columns whose values become slices.
       window_stride: tokens of text from one window's start to the next; 0: they do not overlap.
-      max_windows: the most windows of a document.
       checks: the findings of `trainer/preparation/checks.py`.
     """
 
@@ -108,11 +101,7 @@ class Metadata:
 
 
 def load_metadata(data_dir: str) -> Metadata:
-    """Reads metadata.json of a data folder.
-
-    Raises:
-      UserError: if it is missing, damaged, or of another schema version.
-    """
+    """Reads metadata.json; UserError if it is missing, damaged, or of another schema version."""
     try:
         content = filesystem.read_bytes(os.path.join(data_dir, METADATA_FILE))
     except FileNotFoundError:
@@ -158,13 +147,9 @@ def verify_shards(
     """Checks every shard of a split against metadata.json; returns their paths in order.
 
     Local shards are read and their checksums compared. For shards in a store only the sizes are
-    compared: reading them all before the first step would cost as much network traffic as an epoch,
-    and TensorFlow checks each record's own CRC-32C when it reads it.
-
-    With `read_remote` shards in a store are read too.
-
-    Raises:
-      UserError: naming the first shard that is missing or has another size or checksum.
+    compared, unless `read_remote`: reading them all before the first step would cost as much
+    network traffic as an epoch, and TensorFlow checks each record's own CRC-32C when it reads it. A
+    UserError names the first shard that is missing or has another size or checksum.
     """
     shards = metadata.split(split_name).shards
     paths = [os.path.join(data_dir, shard.name) for shard in shards]
@@ -188,10 +173,7 @@ def verify_shards(
 
 @contextlib.contextmanager
 def naming_damaged_shards(data_dir: str, metadata: Metadata, *split_names: str) -> Iterator[None]:
-    """Turns TensorFlow's error for a damaged record into a UserError that names the shard.
-
-    If all shards match metadata.json, TensorFlow's error stands.
-    """
+    """Turns TensorFlow's error for a damaged record into a UserError that names the shard."""
     import tensorflow as tf
 
     try:

@@ -1,9 +1,7 @@
 """Documents to micro-batches of one fixed shape, in TensorFlow graph ops, and the choice of shape.
 
 A block of documents is packed at once: `bin_packing.py` finds a row for each window and a place for
-each row, and the token ids are then scattered there. A window goes to the row with the least room
-that still holds it. So short windows fill the gaps of long rows, and a short document pays for the
-attention of a short row.
+each row, and the token ids are then scattered there.
 """
 
 import itertools
@@ -52,17 +50,15 @@ def _find_starts(windows: Windows, packing: PackingConfig) -> tuple[tf.Tensor, t
 def pack(input_ids: tf.RaggedTensor, packing: PackingConfig) -> dict[str, tf.Tensor]:
     """Packs documents into micro-batches; no document is lost, split or repeated.
 
-    Args:
-      input_ids: int32 ragged [N, None, None], the tokens of each window of each document, [CLS] and
-        [SEP] included; or [N, None] for documents of one window. No window is longer than the
-        longest row, and no document has more windows than a micro-batch can hold.
-      packing: the shape of a micro-batch: T tokens, W windows, D documents.
+    `input_ids` (int32 ragged [N, None, None]) are the tokens of each window of each document, [CLS]
+    and [SEP] included; or [N, None] for documents of one window. No window is longer than the
+    longest row, and no document has more windows than a micro-batch of `packing` can hold.
 
-    Returns:
-      M stacked micro-batches: `input_ids`, `segment_ids` (0 = padding, else window + 1),
-      `position_ids`, each int32 [M, T]; `window_starts` (int32 [M, W], 0 where there is none),
-      `window_document` (int32 [M, W], -1 where there is none); `document_mask` (float32 [M, D]);
-      `document_index` (int64 [M, D], which of the N documents, -1 where there is none).
+    Returns M stacked micro-batches of T tokens, W windows, D documents: `input_ids`, `segment_ids`
+    (0 = padding, else window + 1), `position_ids`, each int32 [M, T]; `window_starts` (int32 [M,
+    W], 0 where there is none), `window_document` (int32 [M, W], -1 where there is none);
+    `document_mask` (float32 [M, D]); `document_index` (int64 [M, D], which of the N documents, -1
+    where there is none).
     """
     if input_ids.ragged_rank == 1:
         ones = tf.ones([input_ids.nrows()], input_ids.row_splits.dtype)
@@ -112,10 +108,7 @@ def pack(input_ids: tf.RaggedTensor, packing: PackingConfig) -> dict[str, tf.Ten
 def _number_slots(
     starts: tf.Tensor, num_micro_batches: tf.Tensor, packing: PackingConfig
 ) -> tf.Tensor:
-    """Micro-batch and slot (int32 [N, 2]) of what begins at `starts` (int32 [N]).
-
-    The slots of a micro-batch are numbered in the order of the starts.
-    """
+    """Micro-batch and slot (int32 [N, 2]) of what begins at `starts`; slots are in their order."""
     order = tf.argsort(starts)
     micro_batch = tf.gather(starts, order) // packing.num_tokens
     first = tf.searchsorted(micro_batch, tf.range(num_micro_batches))
@@ -157,22 +150,19 @@ def choose_packing(
     window_histogram: Sequence[int] = (),
     document_windows: int | None = None,
 ) -> PackingConfig:
-    """The default shape of a micro-batch for documents of these lengths.
+    """The default shape of a micro-batch of about `num_tokens` tokens for these documents.
 
     Rows are as long as the longest window, three quarters of that, and halves of it down to 64. A
     row length gets one row for each window, on average and with a margin, that fits no shorter row;
-    the rest goes to the shortest rows. The longest rows hold any document.
+    the rest goes to the shortest rows. The longest rows hold any document. UserError if there are
+    no documents, or a micro-batch cannot hold the longest one.
 
     Args:
       length_histogram: `length_histogram[i]` windows are i tokens long.
-      num_tokens: about how many tokens T a micro-batch has.
       row_groups: the rows, if the user chose them.
       longest: tokens that the longest row must hold; default: those of the longest window.
       window_histogram: `window_histogram[n]` documents have n windows; default: all have one.
       document_windows: windows that a document may have; default: the most in the histogram.
-
-    Raises:
-      UserError: if there are no documents, or a micro-batch cannot hold the longest one.
     """
     counts = np.asarray(length_histogram, np.float64)
     lengths = np.arange(len(counts))
@@ -208,16 +198,6 @@ def choose_packing(
     return PackingConfig(
         row_groups, max_documents, max(max_windows, max_documents, document_windows)
     )
-
-
-def with_slots_for_scoring(packing: PackingConfig) -> PackingConfig:
-    """The same rows with more slots, for runs of short documents.
-
-    A run needs one slot for every eight tokens, and enough for a whole row of documents of [CLS]
-    and [SEP] alone. Without labels a slot costs next to nothing.
-    """
-    slots = max(packing.max_documents, packing.num_tokens // 8, packing.max_length // 2)
-    return PackingConfig(packing.row_groups, slots, max(packing.max_windows, slots))
 
 
 def _row_lengths(longest: int) -> list[int]:
@@ -274,4 +254,7 @@ def choose_score_packing(
         lengths.tolist(), num_tokens, longest=longest,
         window_histogram=windows.tolist(), document_windows=document_windows,
     )  # fmt: skip
-    return with_slots_for_scoring(packing)
+    # A run of short documents needs a slot for every eight tokens, and enough for a whole row of
+    # documents of [CLS] and [SEP] alone. Without labels a slot costs next to nothing.
+    slots = max(packing.max_documents, packing.num_tokens // 8, packing.max_length // 2)
+    return PackingConfig(packing.row_groups, slots, max(packing.max_windows, slots))

@@ -1,8 +1,7 @@
 """Text to WordPiece ids through the Rust `tokenizers`, and the checks of ids that rows bring along.
 
 All functions work on the backend of a Hugging Face tokenizer; `transformers` only finds and
-converts one. The backend's own padding and truncation are off. Documents are cut here, so that
-`prepare` and `score` cut them in the same way.
+converts one. Documents are cut here, so that `prepare` and `score` cut them in the same way.
 """
 
 import functools
@@ -38,12 +37,9 @@ _TOKEN_NAMES = ("unk_token", "sep_token", "pad_token", "cls_token", "mask_token"
 class Tokenizer:
     """A tokenizer of single documents: [CLS], WordPieces, [SEP].
 
-    Attributes:
-      backend: the Rust tokenizer, its padding and truncation off; pickles.
-      cls_id, sep_id, pad_id: ids of the special tokens.
-      unk_id: the id that stands for what the vocabulary does not know, or None.
-      config: contents of tokenizer_config.json, for `transformers`.
-      fingerprint: SHA-256 (hex) of the backend's definition; equal ids need equal fingerprints.
+    The backend pickles; its padding and truncation are off. `unk_id` stands for what the vocabulary
+    does not know. `config` is tokenizer_config.json, for `transformers`. Tokenizers of equal
+    fingerprints (SHA-256 of the backend's definition, hex) give equal ids.
     """
 
     backend: Backend
@@ -62,22 +58,16 @@ class Tokenizer:
     def encode_windows(
         self, texts: list[str], max_seq_length: int, window_stride: int, max_windows: int
     ) -> tuple[list[list[list[int]]], list[bool]]:
-        """Tokenises documents into windows, which overlap if the stride is short.
+        """Tokenises N documents into windows, which overlap if the stride is short.
 
-        A document that fits is one window; window n of a longer one holds the tokens from
-        n * window_stride on. The last window is the first that reaches the document's end. These
-        are the windows of the Rust library's truncation with overflow. They are cut here because
-        the library keeps its lengths in the tokenizer, and one `Tokenizer` serves several.
+        A document that fits into `max_seq_length` tokens, [CLS] and [SEP] included, is one window;
+        window n of a longer one holds the tokens from n * window_stride on, where 0 stands for the
+        longest stride. The last window is the first that reaches the document's end; tokens after
+        `max_windows` windows are lost. These are the windows of the Rust library's truncation with
+        overflow. They are cut here because the library keeps its lengths in the tokenizer, and one
+        `Tokenizer` serves several.
 
-        Args:
-          texts: N documents.
-          max_seq_length: longest window in tokens, [CLS] and [SEP] included.
-          window_stride: tokens of text from one window's start to the next; 0 stands for the most,
-            max_seq_length - 2, where windows do not overlap.
-          max_windows: the most windows of a document; the tokens after them are lost.
-
-        Returns:
-          N lists of windows of ids [CLS] ... [SEP]; N flags, true where tokens were lost.
+        Returns N lists of windows of ids [CLS] ... [SEP]; N flags, true where tokens were lost.
         """
         room = max_seq_length - 2
         stride = window_stride or room
@@ -130,9 +120,8 @@ class Tokenizer:
     def save(self, folder: str, model_max_length: int | None = None) -> None:
         """Writes the files from which `transformers.AutoTokenizer` makes the same tokenizer.
 
-        Args:
-          folder: made if it does not exist.
-          model_max_length: where `transformers` truncates, in tokens.
+        `transformers` truncates at `model_max_length` tokens. The folder is made if it does not
+        exist.
         """
         os.makedirs(folder, exist_ok=True)
         self.backend.save(os.path.join(folder, _TOKENIZER_FILE))
@@ -175,16 +164,10 @@ def _wrap(backend: Backend, config: dict[str, Any], name: str) -> Tokenizer:
             f"--tokenizer={name}: expected a BERT tokenizer, one with [CLS], [SEP] and [PAD] that "
             f"frames a text by the first two; found {tokens}; name another one or `train`"
         )
+    unk_id = None if unk_token is None else backend.token_to_id(unk_token)
     definition = json.dumps(json.loads(backend.to_str()), sort_keys=True)
-    return Tokenizer(
-        backend=backend,
-        cls_id=frame[0],
-        sep_id=frame[-1],
-        pad_id=pad_id,
-        unk_id=None if unk_token is None else backend.token_to_id(unk_token),
-        config=config,
-        fingerprint=hashlib.sha256(definition.encode()).hexdigest(),
-    )
+    fingerprint = hashlib.sha256(definition.encode()).hexdigest()
+    return Tokenizer(backend, frame[0], frame[-1], pad_id, unk_id, config, fingerprint)
 
 
 def _content(token: Any) -> str | None:
@@ -196,9 +179,7 @@ def load_tokenizer(name_or_folder: str) -> Tokenizer:
     """Loads a tokenizer by hub id, or from a folder that `save` or `save_pretrained` wrote.
 
     A URL has to hold tokenizer.json and tokenizer_config.json; older layouts load locally only.
-
-    Raises:
-      UserError: if there is no such tokenizer, or it does not frame a text by [CLS] and [SEP].
+    UserError if there is no such tokenizer, or it does not frame a text by [CLS] and [SEP].
     """
     config_path = os.path.join(name_or_folder, _CONFIG_FILE)
     tokenizer_path = os.path.join(name_or_folder, _TOKENIZER_FILE)
@@ -240,9 +221,7 @@ def _convert(name: str) -> Tokenizer:
 def train_tokenizer(texts: Iterable[str], vocab_size: int) -> Tokenizer:
     """Trains BERT's lower-case WordPiece; the same texts always give the same vocabulary.
 
-    Args:
-      texts: documents; iterated twice, so not a generator.
-      vocab_size: most WordPieces, the special tokens and the alphabet included.
+    `texts` are iterated twice. `vocab_size` includes the special tokens and the alphabet.
     """
     backend = _make_backend({})
     alphabet, left_out = _choose_alphabet(
@@ -298,28 +277,14 @@ def _from_vocabulary(vocabulary: dict[str, int]) -> Tokenizer:
         pair="[CLS]:0 $A:0 [SEP]:0 $B:1 [SEP]:1",
         special_tokens=[(token, vocabulary[token]) for token in ("[CLS]", "[SEP]")],
     )
-    config = {
-        "tokenizer_class": "BertTokenizer",
-        "do_lower_case": True,
-        "unk_token": "[UNK]",
-        "sep_token": "[SEP]",
-        "pad_token": "[PAD]",
-        "cls_token": "[CLS]",
-        "mask_token": "[MASK]",
-    }
+    tokens = {name: f"[{name.removesuffix('_token').upper()}]" for name in _TOKEN_NAMES}
+    config = {"tokenizer_class": "BertTokenizer", "do_lower_case": True} | tokens
     return _wrap(backend, config, "train")
 
 
 @dataclass(frozen=True)
 class TokenLimits:
-    """The limits of token ids.
-
-    Attributes:
-      cls_id, sep_id: ids of [CLS] and [SEP].
-      vocab_size: one more than the largest id.
-      max_seq_length: longest window in tokens, [CLS] and [SEP] included.
-      max_windows: the most windows of a document.
-    """
+    """The limits of token ids (below `vocab_size`) and windows, [CLS] and [SEP] included."""
 
     cls_id: int
     sep_id: int

@@ -36,17 +36,12 @@ def step_key(seed: int, step: tf.Tensor, micro_batch: tf.Tensor) -> tf.Tensor:
 
 
 def keep_mask(key: tf.Tensor, site: int, shape: Sequence[int], rate: float) -> tf.Tensor:
-    """True where a value stays, with probability 1 - rate.
+    """True where a value stays, with probability 1 - rate; `rate` is in [0, 1).
 
+    `key` is from `step_key`, `site` says which dropout of the model this is, and `shape` is static.
     The tensor is a matrix here. Its row and column indices are hashed fully, N + M hashes; each
     cell then mixes the xor of the two in one multiplicative round. That passes the tests of rate
     and independence, and a full hash for each cell would take too much of a step's time.
-
-    Args:
-      key: from `step_key`.
-      site: which dropout of the model this is.
-      shape: static shape of the mask, at least one dimension.
-      rate: share to drop, in [0, 1).
     """
     columns = int(shape[-1])
     rows = math.prod(int(size) for size in shape[:-1])
@@ -61,10 +56,9 @@ def keep_mask(key: tf.Tensor, site: int, shape: Sequence[int], rate: float) -> t
 
 
 class Dropout:
-    """The dropouts of one forward pass over one micro-batch; evaluation passes None instead."""
+    """The dropouts of one forward pass over one micro-batch, with a key from `step_key`."""
 
     def __init__(self, key: tf.Tensor) -> None:
-        """Args: key: uint32 scalar from `step_key`."""
         self._key = key
         self._sites = 0
 

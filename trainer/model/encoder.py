@@ -3,9 +3,6 @@
 All layers but attention run on [T, hidden]. Attention takes the tokens of each row group as [rows,
 length], where a token sees the tokens of its own segment. Parameters are float32, cast to the
 policy's compute type where they are used; LayerNorm statistics and softmax sums are always float32.
-
-The sums, means and softmaxes by segment here serve the heads too: in their `segment` arguments -1
-stands for no segment.
 """
 
 import contextlib
@@ -24,7 +21,7 @@ from trainer.model_config import ModelConfig
 
 
 def sum_by_segment(values: tf.Tensor, segment: tf.Tensor, num_segments: int) -> tf.Tensor:
-    """Sums of rows of `values` by segment; rows of segment -1 are left out."""
+    """Sums of rows of `values` by segment (int32 [N]); rows of segment -1 are left out."""
     return tf.math.unsorted_segment_sum(values, segment, num_segments)
 
 
@@ -36,14 +33,10 @@ def mean_by_segment(values: tf.Tensor, segment: tf.Tensor, num_segments: int) ->
 
 
 def softmax_by_segment(scores: tf.Tensor, segment: tf.Tensor, num_segments: int) -> tf.Tensor:
-    """The softmax's numerators, float32 [N, K]: divide them by their sums by segment.
+    """The softmax's numerators, float32 [N, K], of `scores` [N, K]; 0 for segment -1.
 
-    They are exp(scores) over each segment's largest one, so that none overflows; 0 for segment -1.
-
-    Args:
-      scores: [N, K].
-      segment: int32 [N].
-      num_segments: how many there are.
+    Divide them by their sums by segment. They are exp(scores) over each segment's largest one, so
+    that none overflows.
     """
     scores = tf.cast(scores, tf.float32)
     # The maximum only keeps exp in range, so it needs no gradient.
@@ -78,8 +71,9 @@ def _truncated_normal(spread: float) -> keras.initializers.Initializer:
     return keras.initializers.TruncatedNormal(stddev=spread, seed=seed)
 
 
-# (rows, length) of each group; tensors where the shape is not known beforehand.
-RowGroups = Sequence[tuple[int | tf.Tensor, int | tf.Tensor]]
+# (rows, length) of a group; tensors where the shape is not known beforehand.
+RowGroup = tuple[int | tf.Tensor, int | tf.Tensor]
+RowGroups = Sequence[RowGroup]
 # The attention score of a token that is not visible: its exp() is 0.
 _HIDDEN = -1e9
 
@@ -87,13 +81,7 @@ _HIDDEN = -1e9
 # Not a NamedTuple: Keras refuses tuples that mix tensors with other values.
 @dataclass(frozen=True)
 class _PackedTokens:
-    """Where T tokens lie, and which of them a layer's states are wanted of.
-
-    Attributes:
-      segment_ids: int32 [T].
-      row_groups: in the order of the tokens.
-      wanted: int32 [W], places of tokens, or None for all T.
-    """
+    """Where T tokens lie, and the places (int32 [W], or None for all T) whose states are wanted."""
 
     segment_ids: tf.Tensor
     row_groups: RowGroups
@@ -192,10 +180,7 @@ class LayerNorm(keras.layers.Layer):
 
 
 class SelfAttention(keras.layers.Layer):
-    """Multi-head self-attention within segments, one row group at a time.
-
-    One kernel makes queries, keys and values: [hidden, 3 x hidden], in that order.
-    """
+    """Multi-head self-attention within segments; `qkv` makes queries, keys and values, in order."""
 
     def __init__(self, config: ModelConfig, **kwargs: Any) -> None:
         super().__init__(autocast=False, **kwargs)
@@ -250,16 +235,9 @@ class SelfAttention(keras.layers.Layer):
         return tf.reshape(context, [-1, size])
 
     def _attend(
-        self,
-        qkv: tf.Tensor,
-        segments: tf.Tensor,
-        group: tuple[int | tf.Tensor, int | tf.Tensor],
-        dropout: Dropout | None,
+        self, qkv: tf.Tensor, segments: tf.Tensor, group: RowGroup, dropout: Dropout | None
     ) -> tf.Tensor:
-        """Contexts [rows x length, hidden] of one group (rows, length).
-
-        `qkv` is [rows x length, 3 x hidden], `segments` int32 [rows, 1, length].
-        """
+        """Contexts [rows x length, hidden] of one group; `segments` is int32 [rows, 1, length]."""
         (rows, length), heads, size = group, self._heads, self._head_size
         qkv = tf.reshape(qkv, [rows, length, 3, heads, size])
         query, key, value = tf.unstack(tf.transpose(qkv, [2, 0, 3, 1, 4]))
@@ -388,15 +366,12 @@ class Encoder(keras.layers.Layer):
         wanted: tf.Tensor | None = None,
         dropout: Dropout | None = None,
     ) -> tf.Tensor:
-        """Hidden states [T, hidden] of T tokens, or [W, hidden] of some of them.
+        """Hidden states [T, hidden] of T tokens, or [W, hidden] of the wanted ones.
 
-        Args:
-          input_ids, position_ids, segment_ids: int32 [T]; equal segments in a row see each other.
-          row_groups: (rows, length) of each group, in the order of the tokens.
-          token_type_ids: int32 [T]; default: zeros.
-          wanted: int32 [W], the places of one token each of segments 1 to W; default: all T. The
-            last layer then does most of its work for these tokens only.
-          dropout: of this micro-batch; None for evaluation.
+        The ids are int32 [T] each, token types 0 by default; equal segments in a row see each
+        other. `row_groups` are in the order of the tokens. `wanted` (int32 [W]) are the places of
+        one token each of segments 1 to W; the last layer then does most of its work for these
+        tokens only.
         """
         x = self.embeddings(input_ids, position_ids, token_type_ids=token_type_ids, dropout=dropout)
         tokens = _PackedTokens(segment_ids, row_groups, None)

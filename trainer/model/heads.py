@@ -1,7 +1,6 @@
 """The heads: hidden states of packed tokens to one logit for each document and label.
 
-`takes_first_tokens` tells whether a head takes the states of each window's [CLS] or of all T
-tokens.
+`takes_first_tokens`: whether a head takes the states of each window's [CLS] or of all T tokens.
 """
 
 from collections.abc import Callable
@@ -15,12 +14,6 @@ from trainer.model.encoder import Dense, mean_by_segment, softmax_by_segment, su
 from trainer.model_config import ModelConfig
 
 Batch = dict[str, tf.Tensor]
-
-
-def _token_document(segment_ids: tf.Tensor, window_document: tf.Tensor) -> tf.Tensor:
-    """Each token's document (int32 [T]), -1 for padding."""
-    document = tf.gather(window_document, tf.maximum(segment_ids - 1, 0))
-    return tf.where(segment_ids > 0, document, -1)
 
 
 class WindowPooling(keras.layers.Layer):
@@ -44,13 +37,7 @@ class WindowPooling(keras.layers.Layer):
             )
 
     def call(self, windows: tf.Tensor, document: tf.Tensor, num_documents: int) -> tf.Tensor:
-        """Pools [W, size] to float32 [D, size]; 0 for an empty slot.
-
-        Args:
-          windows: [W, size].
-          document: int32 [W], each window's document, -1 for none.
-          num_documents: D.
-        """
+        """Pools [W, size] by `document` (int32 [W], or -1) to float32 [D, size]; 0: empty slot."""
         windows = tf.cast(windows, tf.float32)
         if self._kind == "mean":
             return mean_by_segment(windows, document, num_documents)
@@ -90,11 +77,8 @@ class _PooledHead(keras.layers.Layer):
         self, hidden: tf.Tensor, batch: Batch, num_documents: int, dropout: Dropout | None = None
     ) -> tf.Tensor:
         """Hidden states to float32 logits [D, L]."""
-        document = self.window_pooling(
-            self._window_vectors(hidden, batch),
-            batch["window_document"],
-            num_documents=num_documents,
-        )
+        windows, of_window = self._window_vectors(hidden, batch), batch["window_document"]
+        document = self.window_pooling(windows, of_window, num_documents=num_documents)
         if dropout is not None:
             document = dropout(document, self._rate)
         return self.classifier(document)
@@ -145,11 +129,10 @@ class MeanHead(_PooledHead):
 class LabelAttentionHead(keras.layers.Layer):
     """Each label attends to the document's tokens (Mullenbach et al. 2018, arXiv:1802.05695).
 
-    The tokens are those of all windows of the document, so windows are not pooled.
-
-    For label l and token states h: a = softmax_t(u_l . h_t), logit = sum_t a_t (b_l . h_t) + c_l.
-    The label's classifier is linear, so it is applied to the tokens before the attention sums them:
-    two [T, L] products and no [D, L, hidden] tensor.
+    For label l and token states h: a = softmax_t(u_l . h_t), logit = sum_t a_t (b_l . h_t) + c_l,
+    over the tokens of all windows, so windows are not pooled. The label's classifier is linear, so
+    it is applied to the tokens before the attention sums them: two [T, L] products and no [D, L,
+    hidden] tensor.
     """
 
     takes_first_tokens = False
@@ -169,7 +152,9 @@ class LabelAttentionHead(keras.layers.Layer):
         self, hidden: tf.Tensor, batch: Batch, num_documents: int, dropout: Dropout | None = None
     ) -> tf.Tensor:
         """[T, hidden] to float32 logits [D, L]."""
-        token_document = _token_document(batch["segment_ids"], batch["window_document"])
+        segment = batch["segment_ids"]
+        token_document = tf.gather(batch["window_document"], tf.maximum(segment - 1, 0))
+        token_document = tf.where(segment > 0, token_document, -1)  # Of padding: none.
         if dropout is not None:
             hidden = dropout(hidden, self._rate)
         weights = softmax_by_segment(self.query(hidden), token_document, num_documents)

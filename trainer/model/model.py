@@ -36,12 +36,8 @@ class Model(keras.layers.Layer):
     ) -> tf.Tensor:
         """Logits float32 [D, L] of one micro-batch; those of empty slots are meaningless.
 
-        Args:
-          batch: `input_ids`, `position_ids`, `segment_ids` (int32 [T]), `window_starts`,
-            `window_document` (int32 [W]), and `token_type_ids` (int32 [T]) if not all 0.
-          row_groups: (rows, length) of each group.
-          num_documents: D.
-          dropout: of this micro-batch; None for evaluation.
+        `batch` has `input_ids`, `position_ids`, `segment_ids` (int32 [T]), `window_starts`,
+        `window_document` (int32 [W]), and `token_type_ids` (int32 [T]) if not all are 0.
         """
         hidden = self.encoder(
             batch["input_ids"],
@@ -63,10 +59,7 @@ class Model(keras.layers.Layer):
 
 
 def build_model(config: ModelConfig, precision: str = "float32", seed: int = 0) -> Model:
-    """A model with initial weights, the same for the same seed.
-
-    With any precision (`float32`, `mixed_bfloat16` or `mixed_float16`) parameters are float32.
-    """
+    """A model with float32 parameters, the same for a seed; `precision` is a policy of Keras."""
     keras.utils.set_random_seed(seed)
     model = Model(config, dtype=precision)
     with seeded_weights(seed):
@@ -78,13 +71,9 @@ def build_model(config: ModelConfig, precision: str = "float32", seed: int = 0) 
 def pad_batch(
     input_ids: tf.Tensor, attention_mask: tf.Tensor, token_type_ids: tf.Tensor
 ) -> tuple[dict[str, tf.Tensor], RowGroups, tf.Tensor]:
-    """A padded batch of `transformers` as a micro-batch of one document per row.
+    """A padded batch of `transformers`, int32 [B, S], as a micro-batch of one document per row.
 
-    Args:
-      input_ids, attention_mask, token_type_ids: int32 [B, S].
-
-    Returns:
-      The arguments of `Model.call`: batch, row groups, number of documents.
+    Returns the arguments of `Model.call`: batch, row groups, number of documents.
     """
     rows, length = tf.unstack(tf.shape(input_ids))
     documents = tf.range(rows)

@@ -5,12 +5,7 @@ from collections.abc import Callable, Iterator, Sequence
 import numpy as np
 import tensorflow as tf
 
-from trainer.data.input_pipeline import (
-    dense_labels,
-    open_stream,
-    read_micro_batches,
-    stack_micro_batches,
-)
+from trainer.data import input_pipeline
 from trainer.data.metadata import Metadata
 from trainer.data.packing import empty_micro_batch
 from trainer.evaluation.measurement import Predictions, concatenate
@@ -31,16 +26,9 @@ class StoppedError(Exception):
 class Predictor:
     """A compiled forward pass over micro-batches of one shape, on all replicas of a strategy.
 
-    Attributes:
-      model, packing: as trained.
-      num_replicas: micro-batches that the strategy takes at once.
-      num_traces: how often TensorFlow traced (and compiled) the pass: once for each replica.
-
-    Args:
-      model, packing: as trained.
-      strategy: its replicas share the micro-batches; default: TensorFlow's current one.
-      jit_compile: whether XLA compiles the pass.
-      stop_requested: this host's request, as in `TrainStep`; default: there is none.
+    The pass takes `num_replicas` micro-batches at once. `num_traces` counts how often TensorFlow
+    traced (and compiled) it: once for each replica. The strategy is TensorFlow's current one by
+    default; `stop_requested` is this host's request, as in `TrainStep`.
     """
 
     def __init__(
@@ -120,9 +108,7 @@ class Predictor:
         """Logits float32 [R, D, L] of one micro-batch for each of the R replicas.
 
         Every host gets all of them, so all hosts have the same metrics and make the same decisions.
-
-        Raises:
-          StoppedError: on all hosts, if one requested a stop.
+        StoppedError on all hosts, if one requested a stop.
         """
         values = self._distribute(lambda index: {name: batches[name][index] for name in INPUTS})
         requested = False if self._stop_requested is None else self._stop_requested
@@ -137,18 +123,14 @@ class Predictor:
         """Predicts every document of a split exactly once, in blocks in the order of the packing.
 
         A block has about 2^24 logits or 2^16 documents at most, so memory does not grow with the
-        split.
-
-        Raises:
-          UserError: if the split is missing or damaged.
-          StoppedError: on all hosts, if one requested a stop.
+        split. UserError for a split that is missing or damaged; StoppedError as `_stacked_logits`.
         """
-        stream = open_stream(data_dir, metadata, split_name, self.packing)
+        stream = input_pipeline.open_stream(data_dir, metadata, split_name, self.packing)
         room = min(_BLOCK_DOCUMENTS, max(1, _BLOCK_LOGITS // stream.num_labels))
-        micro_batches = read_micro_batches(stream, seed=None)
+        micro_batches = input_pipeline.read_micro_batches(stream, seed=None)
         held: list[Predictions] = []
         num_held = 0
-        for batches in stack_micro_batches(micro_batches, stream, self.num_replicas):
+        for batches in input_pipeline.stack_micro_batches(micro_batches, stream, self.num_replicas):
             held.append(self._predict_stack(batches, stream.num_labels))
             num_held += len(held[-1].ids)
             if num_held >= room:
@@ -169,6 +151,6 @@ class Predictor:
             [name.decode("utf-8", "replace") for name in names],
             indices,
             self._stacked_logits(batches)[real],
-            dense_labels(batches, num_labels).numpy()[real].astype(bool),
+            input_pipeline.dense_labels(batches, num_labels).numpy()[real].astype(bool),
             np.array(texts, object).reshape(slices.shape),
         )

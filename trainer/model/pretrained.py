@@ -42,11 +42,7 @@ _LAYER_NORM = {
 
 
 def resolve_checkpoint(name: str) -> str:
-    """The local folder of a checkpoint: the folder itself, or a download of a hub id.
-
-    Raises:
-      UserError: if it is neither.
-    """
+    """A checkpoint's local folder: itself, or the download of a hub id; UserError for neither."""
     if os.path.isdir(name):
         return name
     if os.path.exists(name) or name.startswith((".", "/")) or name.count("/") > 1:
@@ -193,9 +189,7 @@ def to_variables(
     """Values of our variables, by our names, from the tensors of `read_tensors`.
 
     They are those of the encoder and, if the checkpoint and the head have one, of the pooler.
-
-    Raises:
-      UserError: for tensors that are missing, left over, or not of the shape in `config`.
+    UserError for tensors that are missing, left over, or not of the shape in `config`.
     """
     left = dict(tensors)
     missing: list[str] = []
@@ -246,21 +240,19 @@ def _expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
         "pooler.dense.weight": (size, size),
         "pooler.dense.bias": (size,),
     }
-    dense = {
+    layer: dict[str, tuple[int, ...]] = {
         "attention.self.query": (size, size),
         "attention.self.key": (size, size),
         "attention.self.value": (size, size),
         "attention.output.dense": (size, size),
         "intermediate.dense": (inner, size),
         "output.dense": (size, inner),
+        **dict.fromkeys(_LAYER_NORM, (size,)),
     }
     for i in range(config.num_layers):
-        for name, shape in dense.items():
+        for name, shape in layer.items():
             shapes[f"encoder.layer.{i}.{name}.weight"] = shape
             shapes[f"encoder.layer.{i}.{name}.bias"] = shape[:1]
-        for name in _LAYER_NORM:
-            shapes[f"encoder.layer.{i}.{name}.weight"] = (size,)
-            shapes[f"encoder.layer.{i}.{name}.bias"] = (size,)
     return shapes
 
 

@@ -3,10 +3,8 @@
 TF_CONFIG or Slurm names the workers. Before TensorFlow connects them, `rendezvous` waits until each
 has talked to every other one at the addresses that TensorFlow will use. TensorFlow's own start
 waits for a missing worker without end, does not react to signals, and cannot name the worker.
-
-During a run, TensorFlow reports a lost worker from the collective operation that waits for it.
-`naming_lost_workers` turns that into a line that names the worker; `peer_watch` ends the process
-when no report comes.
+During a run `naming_lost_workers` names the worker that TensorFlow's error is about; `peer_watch`
+ends the process when no error comes.
 """
 
 import contextlib
@@ -40,12 +38,9 @@ _SLURM_TASKS_A_NODE = 16
 
 @dataclass(frozen=True)
 class Cluster:
-    """The workers of a job.
+    """The workers of a job: HOST:PORT of each, the chief's first, and this process's index.
 
-    Attributes:
-      addresses: HOST:PORT of each, the chief's first.
-      index: which of them this process is.
-      source: what named them: TF_CONFIG, Slurm or --tpu.
+    `source` is what named them: TF_CONFIG, Slurm or --tpu.
     """
 
     addresses: tuple[str, ...]
@@ -83,11 +78,7 @@ def _answers(address: str) -> bool:
 
 
 def read_cluster(environment: Mapping[str, str]) -> Cluster | None:
-    """The cluster in TF_CONFIG, else that of a Slurm step, else None.
-
-    Raises:
-      UserError: for a TF_CONFIG or Slurm variables that name no cluster that Multihot can run on.
-    """
+    """The cluster in TF_CONFIG, else that of a Slurm step, else None; UserError for a wrong one."""
     text = environment.get("TF_CONFIG", "").strip()
     if text:
         return _parse_tf_config(text)
@@ -290,10 +281,8 @@ def rendezvous(cluster: Cluster, seconds: float) -> None:
     """Returns once this worker has exchanged greetings with every other one.
 
     The greeting names the cluster. So neither the TensorFlow server of an earlier run that is still
-    ending at that address, nor a worker of another job, counts as one of these workers.
-
-    Raises:
-      RunAgain: after `seconds`, naming the workers that did not come.
+    ending at that address, nor a worker of another job, counts as one of these workers. After that
+    many seconds `RunAgain` names the workers that did not come.
     """
     end = time.monotonic() + seconds
     greeting = f"multihot {hashlib.sha256(repr(cluster.addresses).encode()).hexdigest()[:16]}"

@@ -49,10 +49,8 @@ def find_tpu(flag: str | None) -> str | None:
 
     Device files count only with a TensorFlow for TPUs, since vfio serves other devices too.
     """
-    address = flag or os.environ.get("TPU_NAME")
-    if address:
-        return address
-    return _LOCAL_TPU if local_chips() and has_tpu_support() else None
+    local = _LOCAL_TPU if local_chips() and has_tpu_support() else None
+    return flag or os.environ.get("TPU_NAME") or local
 
 
 def _connect_tpu(address: str | None, seconds: float) -> tf.distribute.TPUStrategy:
@@ -73,7 +71,8 @@ def _connect_tpu(address: str | None, seconds: float) -> tf.distribute.TPUStrate
         )
     resolver = _resolve(address)
     if address != _LOCAL_TPU:
-        missing = _tpu_hosts(resolver).find_missing()
+        hosts = resolver.cluster_spec().as_dict()[resolver.task_type]
+        missing = Cluster((socket.gethostname(), *hosts), 0, "--tpu").find_missing()
         if missing:
             raise RunAgain(
                 f"--tpu={address}: {describe_missing(missing)}; wait until the TPU is READY, check "
@@ -111,12 +110,6 @@ def _resolve(address: str) -> tf.distribute.cluster_resolver.TPUClusterResolver:
     return resolver
 
 
-def _tpu_hosts(resolver: tf.distribute.cluster_resolver.TPUClusterResolver) -> Cluster:
-    """A cluster of this machine and the TPU's hosts."""
-    hosts = resolver.cluster_spec().as_dict()[resolver.task_type]
-    return Cluster((socket.gethostname(), *hosts), 0, "--tpu")
-
-
 def _explain(address: str, error: tf.errors.OpError) -> UserError | RunAgain:
     first = str(error.message).partition("\n")[0]
     if isinstance(error, tf.errors.UnavailableError | tf.errors.DeadlineExceededError):
@@ -132,11 +125,9 @@ def make_strategy(config: TrainConfig | ScoreConfig) -> tf.distribute.Strategy:
 
     Training spans all workers of a job; in scoring each worker has a strategy of its own devices.
     Call it before anything else of TensorFlow's. Workers, and CPUs split into several devices, can
-    be set up only before TensorFlow looks at its devices.
-
-    Raises:
-      UserError: if the flags ask for devices that are not there, or contradict each other.
-      RunAgain: if other workers or a TPU do not appear within --start_timeout.
+    be set up only before TensorFlow looks at its devices. UserError if the flags ask for devices
+    that are not there, or contradict each other; RunAgain if workers or a TPU do not appear within
+    --start_timeout.
     """
     cluster = read_cluster(os.environ) if isinstance(config, TrainConfig) else None
     name, reason = _choose(config, cluster)
@@ -228,12 +219,9 @@ def _connect_workers(cluster: Cluster, seconds: float) -> tf.distribute.Strategy
         implementation=kinds.NCCL if gpus else kinds.RING
     )
     # All workers do the same, so the chief is one of the workers here.
+    spec, index = tf.train.ClusterSpec({"worker": list(cluster.addresses)}), cluster.index
     resolver = tf.distribute.cluster_resolver.SimpleClusterResolver(
-        tf.train.ClusterSpec({"worker": list(cluster.addresses)}),
-        task_type="worker",
-        task_id=cluster.index,
-        num_accelerators={"GPU": gpus},
-        rpc_layer="grpc",
+        spec, task_type="worker", task_id=index, num_accelerators={"GPU": gpus}, rpc_layer="grpc"
     )
     try:
         with exit_timer(_JOIN_SECONDS), naming_lost_workers(cluster):
@@ -269,14 +257,11 @@ def is_chief(strategy: tf.distribute.Strategy) -> bool:
 
 @contextlib.contextmanager
 def watching_workers(strategy: tf.distribute.Strategy) -> Iterator[None]:
-    """Ends a block of collective work when another worker is lost.
+    """Ends a block of collective work when another worker is lost: `RunAgain` names it.
 
     A block that ends well, or by a stop that all workers agreed on, waits for the other workers:
     otherwise the first that ends would look lost to those that still wait for the chief's last
     checkpoint. With a strategy of a single process this does nothing.
-
-    Raises:
-      RunAgain: for an error that a lost worker caused; it names the worker.
     """
     cluster = cluster_of(strategy)
     if cluster is None:
@@ -320,11 +305,7 @@ def is_tpu(strategy: tf.distribute.Strategy) -> bool:
 
 
 def should_jit(flag: str, strategy: tf.distribute.Strategy) -> bool:
-    """Whether XLA compiles the step, by --jit_compile (`auto`, `true` or `false`).
-
-    Raises:
-      UserError: for `true` on a TPU, whose strategy compiles the step itself.
-    """
+    """Whether XLA compiles the step, by --jit_compile; UserError for `true` on a TPU."""
     if is_tpu(strategy):
         if flag == "true":
             raise UserError(

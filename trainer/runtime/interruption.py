@@ -1,15 +1,14 @@
 """How a run is made to end: by a signal, by a notice, by a deadline; and how it starts again.
 
-SIGTERM, SIGINT and Google Compute Engine's notices of a machine's end are requests to stop. Python
-runs signal handlers between two bytecodes of the main thread, which may be minutes apart when that
-thread is inside TensorFlow, and TensorFlow's preemption notifier swallows SIGTERM in runs of
-several workers. So both signals are blocked before any other thread exists, and a thread of ours
-waits for them. TensorFlow's `PreemptionCheckpointHandler` is not used: it restores and exits by
-itself, at moments of its own. Here all strategies agree on the step to stop after through the
-all-reduce of the step.
+Python runs signal handlers between two bytecodes of the main thread, which may be minutes apart
+when that thread is inside TensorFlow, and TensorFlow's preemption notifier swallows SIGTERM in runs
+of several workers. So SIGTERM and SIGINT are blocked before any other thread exists, and a thread
+of ours waits for them. TensorFlow's `PreemptionCheckpointHandler` is not used: it restores and
+exits by itself, at moments of its own. Here all strategies agree on the step to stop after through
+the all-reduce of the step.
 
-`supervise` runs in a parent process, which starts the run again after a failure. This file imports
-nothing heavy, so that a crash of TensorFlow cannot take the parent down too.
+`supervise` runs in a parent process. This file imports nothing heavy, so that a crash of TensorFlow
+cannot take the parent down too.
 """
 
 import contextlib
@@ -32,7 +31,7 @@ from trainer.runtime.workers import background_thread
 
 
 class Interruption:
-    """Listens for requests to stop while its block runs.
+    """Listens for requests to stop while its block runs; `reason` is what asked, empty before that.
 
     Before the first `on_request` there is nothing to save, so a request ends the process at once
     with exit code 75. Afterwards a request calls the callbacks, and training stops after the
@@ -41,9 +40,6 @@ class Interruption:
 
     SIGTERM stays blocked after the block: the run is over, the process is about to end, and its
     exit code says more about the run than "killed by a signal".
-
-    Attributes:
-      reason: what asked the run to stop, for the line that the run ends with; empty before that.
     """
 
     def __init__(self) -> None:
@@ -105,7 +101,8 @@ class Interruption:
                 RUN_AGAIN,
                 self._standard_error,
             )
-        self._say(f"{reason}: stopping after this step; a second SIGINT (Ctrl-C) quits at once")
+        message = f"{reason}: stopping after this step; a second SIGINT (Ctrl-C) quits at once"
+        os.write(self._standard_error, f"multihot train: {message}\n".encode())
         for callback in callbacks:
             # A callback may wait for the device; the next signal must not wait for the callback.
             threading.Thread(target=callback, daemon=True).start()
@@ -120,19 +117,12 @@ class Interruption:
                 end_process("interrupted", INTERRUPTED, self._standard_error)
             self.request(signal.Signals(number).name)
 
-    def _say(self, message: str) -> None:
-        os.write(self._standard_error, f"multihot train: {message}\n".encode())
-
 
 _DEFAULT_HOST = "metadata.google.internal"
 _PRODUCT_NAME = Path("/sys/class/dmi/id/product_name")
 # Path below instance/, and the value that announces the end. A machine that migrates goes on.
-_NOTICES = {
-    "preempted": "TRUE",
-    "maintenance-event": "TERMINATE_ON_HOST_MAINTENANCE",
-}
-# A spot machine ends 30 seconds after its notice.
-_INTERVAL = 3.0
+_NOTICES = {"preempted": "TRUE", "maintenance-event": "TERMINATE_ON_HOST_MAINTENANCE"}
+_INTERVAL = 3.0  # A spot machine ends 30 seconds after its notice.
 # The server answers directly; a proxy of the environment would not reach it.
 _NO_PROXY = urllib.request.build_opener(urllib.request.ProxyHandler({}))
 
@@ -150,12 +140,10 @@ def metadata_host(environment: Mapping[str, str]) -> str | None:
 def watch_maintenance(
     on_notice: Callable[[str], None], interval: float = _INTERVAL
 ) -> AbstractContextManager[None]:
-    """Asks the metadata server every few seconds, in a thread, and passes on one notice.
+    """Asks the metadata server every few seconds, in a thread, and passes on one notice's phrase.
 
     A notice that stands when the watch starts has stopped the run before this one already, up to an
     hour before the machine ends. It is not passed on, so that this run uses the time left.
-
-    `on_notice` gets a phrase for it.
     """
     host = metadata_host(os.environ)
 
@@ -236,20 +224,18 @@ def exit_timer(seconds: float) -> Iterator[None]:
         library.timer_delete(timer)
 
 
-_FIRST_DELAY = 2.0
 _MAX_DELAY = 60.0
 _STOPS = {signal.SIGTERM, signal.SIGINT}
 _SET_PARENT_DEATH_SIGNAL = 1  # PR_SET_PDEATHSIG of Linux's <sys/prctl.h>
 
 
-def supervise(command: Sequence[str], max_restarts: int, first_delay: float = _FIRST_DELAY) -> int:
+def supervise(command: Sequence[str], max_restarts: int, first_delay: float = 2.0) -> int:
     """Runs a command, and starts it again after a failure, up to `max_restarts` times.
 
-    Some ends are final: success (0), a fault of the user's (2), a stop by the user. The user stops
-    it by a signal to this process, which passes it on, or by a second SIGINT (130).
-
-    The first restart waits for `first_delay` seconds, each further one twice as long. Returns the
-    last exit code; 128 + N if signal N ended it, as in a shell.
+    Some ends are final: success (0), a fault of the user's (2), a stop by the user, that is a
+    signal to this process, which passes it on, or a second SIGINT (130). The first restart waits
+    for `first_delay` seconds, each further one twice as long. Returns the last exit code; 128 + N
+    if signal N ended it, as in a shell.
     """
     # Blocked signals stay pending, so none gets lost between two waits.
     mask = signal.pthread_sigmask(signal.SIG_BLOCK, {*_STOPS, signal.SIGCHLD})
@@ -278,7 +264,11 @@ def _run_once(command: Sequence[str], mask: set[int]) -> tuple[int, bool]:
 
     def prepare() -> None:
         signal.pthread_sigmask(signal.SIG_SETMASK, mask)
-        _end_with(parent)
+        if sys.platform == "linux":
+            # Linux sends this process SIGTERM when its parent is killed.
+            ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)
+            if os.getppid() != parent:  # It was killed before this call.
+                os._exit(RUN_AGAIN)
 
     # In its own process group a Ctrl-C reaches the child once: through this process.
     with subprocess.Popen(command, preexec_fn=prepare, process_group=0) as child:
@@ -289,11 +279,3 @@ def _run_once(command: Sequence[str], mask: set[int]) -> tuple[int, bool]:
                 is_stopped = True
                 child.send_signal(number)
     return child.returncode if child.returncode >= 0 else 128 - child.returncode, is_stopped
-
-
-def _end_with(parent: int) -> None:
-    """Has Linux send this process SIGTERM when its parent is killed."""
-    if sys.platform == "linux":
-        ctypes.CDLL(None).prctl(_SET_PARENT_DEATH_SIGNAL, signal.SIGTERM)
-        if os.getppid() != parent:  # It was killed before this call.
-            os._exit(RUN_AGAIN)

@@ -1,8 +1,4 @@
-"""Processes and threads beside the main one: pools of processes, background threads, stages.
-
-A process of a pool starts fresh and ends with the process that started it. A background thread ends
-with a block of code. A stage is a background thread that makes items ahead of their use.
-"""
+"""Processes and threads beside the main one: pools of processes, background threads, stages."""
 
 import contextlib
 import multiprocessing
@@ -42,7 +38,7 @@ class ProcessWorkers:
         self._max_waiting = _TASKS_A_PROCESS * num_workers
 
     def map(self, function: Callable[..., Any], /, *arguments: Iterable[Any]) -> Iterator[Any]:
-        """See `WorkerPool`; arguments and results must pickle."""
+        """Arguments and results must pickle."""
         waiting: deque[Future[Any]] = deque()
         try:
             for task in zip(*arguments, strict=True):
@@ -87,11 +83,9 @@ def count_cores() -> int:
 def process_pool(
     num_workers: int | None, prepare_worker: Callable[..., None] | None = None, *arguments: Any
 ) -> Iterator[ProcessWorkers]:
-    """A pool of processes; tasks that still wait when the block ends are dropped.
+    """A pool of processes, by default one per core; drops waiting tasks when the block ends.
 
-    Args:
-      num_workers: processes; None for one per core.
-      prepare_worker: called once in each process with `arguments`; both must pickle.
+    Each process first calls `prepare_worker` with `arguments`; both must pickle.
     """
     num_workers = num_workers or count_cores()
     pool = ProcessPoolExecutor(
@@ -127,11 +121,9 @@ def _end_with_parent() -> None:
 
 @contextlib.contextmanager
 def background_thread(work: Callable[[threading.Event], None], wait: bool = True) -> Iterator[None]:
-    """Runs `work` in a daemon thread while the block runs.
+    """Runs `work` in a daemon thread while the block runs; with `wait` the block waits for its end.
 
-    Args:
-      work: called with an event that is set when the block ends; it should return soon then.
-      wait: whether the end of the block waits for it to return.
+    `work` gets an event that is set when the block ends; it should return soon then.
     """
     stopped = threading.Event()
     thread = threading.Thread(target=work, args=(stopped,), daemon=True)

@@ -118,11 +118,9 @@ def _reader(url: str) -> "ObjectReader":
 
 
 def open_reader(url: str) -> io.BufferedReader:
-    """Opens an object to read, in blocks of 4 MiB; all bytes are of one generation.
+    """Opens an object to read in blocks of 4 MiB, of one generation; FileNotFoundError for none.
 
-    Raises:
-      FileNotFoundError: if there is none.
-      UserError: from a read, if the object has been replaced or removed.
+    A read raises a UserError if the object has been replaced or removed.
     """
     return io.BufferedReader(_reader(url), BLOCK_BYTES)
 
@@ -227,9 +225,7 @@ def download(url: str, path: str) -> None:
 def download_folder(url: str, folder: str, below: bool = True) -> None:
     """Copies the objects under a URL, with those in folders `below` it, to a local folder.
 
-    Raises:
-      FileNotFoundError: if there are none.
-      UserError: if an object's name leads out of the folder.
+    FileNotFoundError if there are none, UserError if an object's name leads out of the folder.
     """
     base = url.rstrip("/") + "/"
     names = [item.url.removeprefix(base) for item in list_objects(base, below)]
@@ -256,18 +252,11 @@ def download_files(url: str, folder: str, names: Sequence[str]) -> None:
 def upload(
     url: str, source: bytes | str | BinaryIO, if_generation: int | None = None
 ) -> StoredObject:
-    """Makes an object, which appears whole or not at all.
+    """Makes an object, which appears whole or not at all, of bytes, a local file or an open one.
 
     A request is repeated when its answer is lost, and then finds the object already there. A random
-    token in the object's metadata tells it from another writer's object.
-
-    Args:
-      url: of the object.
-      source: its bytes, a local path, or an open file, which is read from its beginning.
-      if_generation: the generation to replace, 0 for none; default: whatever there is.
-
-    Raises:
-      Taken: if there is another generation.
+    token in the object's metadata tells it from another writer's object. `if_generation` is the
+    generation to replace, 0 for none; `Taken` if there is another.
     """
     if isinstance(source, str):
         with open(source, "rb") as file:

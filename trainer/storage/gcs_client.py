@@ -26,11 +26,7 @@ _MAKING_CLIENT = threading.Lock()
 
 
 def split_url(url: str) -> tuple[str, str]:
-    """Bucket and name of an object.
-
-    Raises:
-      UserError: if it is not a URL of Cloud Storage.
-    """
+    """Bucket and name of an object; UserError for what is not a URL of Cloud Storage."""
     bucket, slash, name = url.removeprefix(SCHEME).partition("/")
     if not url.startswith(SCHEME) or not bucket or not slash:
         raise UserError(f"{url}: expected a local path or {SCHEME}BUCKET/NAME")

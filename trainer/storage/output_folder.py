@@ -19,9 +19,7 @@ from trainer.storage.gcs import StoredObject, Taken
 from trainer.storage.gcs_client import SCHEME
 
 _TEMPORARY = ".tmp"
-_OUR_TEMPORARIES = re.compile(
-    r"(plan\.json|_SUCCESS|part-\d+-of-\d+\.[\w.]+)" + re.escape(_TEMPORARY)
-)
+_OUR_TEMPORARIES = re.compile(r"(plan\.json|_SUCCESS|part-\d+-of-\d+\.[\w.]+)\.tmp")
 
 
 class FileInfo(NamedTuple):
@@ -34,10 +32,8 @@ class FileInfo(NamedTuple):
 class PartFile(Protocol):
     """A part and its manifest, which have temporary names until both are named, the part first.
 
-    Both namings raise a UserError if another process has written the part meanwhile.
-
-    Attributes:
-      file: the part's content is written to it.
+    The content goes to `file`. Both namings raise a UserError if another process has written the
+    part meanwhile.
     """
 
     file: BinaryIO

@@ -26,11 +26,7 @@ _sharing = threading.Lock()
 
 @contextlib.contextmanager
 def temporary_folder(parent: str | None = None) -> Iterator[str]:
-    """A new empty folder, removed when the block ends.
-
-    Args:
-      parent: where to make it; default: the system's temporary folder (TMPDIR).
-    """
+    """A new empty folder, in the system's (TMPDIR) by default; removed when the block ends."""
     parent = parent or tempfile.gettempdir()
     os.makedirs(parent, exist_ok=True)
     _remove_abandoned(parent)
