@@ -17,7 +17,7 @@ from collections.abc import Iterator
 import numpy as np
 
 from trainer.evaluation.calibration import fit_binned_calibration
-from trainer.evaluation.histograms import Histograms
+from trainer.evaluation.cuts import Histograms
 from trainer.evaluation.intervals import confidence_intervals, count_resamples, resample_metrics
 from trainer.evaluation.measurement import Predictions, StreamedMeasurement
 from trainer.evaluation.thresholds import ThresholdRule, fit_binned_thresholds

@@ -30,7 +30,7 @@ from trainer.evaluation.calibration import (
     fit_calibration,
 )
 from trainer.evaluation.curves import collect
-from trainer.evaluation.histograms import Histograms
+from trainer.evaluation.cuts import Histograms
 from trainer.evaluation.measurement import Predictions, concatenate
 from trainer.evaluation.metrics import CONVENTIONS, compute_metrics, warn_if_constant
 from trainer.evaluation.thresholds import ThresholdRule, fit_binned_thresholds, fit_thresholds

@@ -12,7 +12,6 @@ from typing import Any
 
 import numpy as np
 
-from trainer.data.documents import leading_places, read_documents
 from trainer.data.metadata import (
     METADATA_FILE,
     TOKENIZER_FOLDER,
@@ -21,6 +20,7 @@ from trainer.data.metadata import (
     load_metadata,
     split_fingerprint,
 )
+from trainer.data.records import leading_places, read_documents
 from trainer.data.tokenizer import load_tokenizer
 from trainer.errors import UserError
 from trainer.evaluation.results import CURVES_FILE, EVALUATION_FOLDER, METRICS_FILE, write_json

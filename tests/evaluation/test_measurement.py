@@ -12,13 +12,16 @@ from trainer.evaluation.calibration import (
     fit_calibration,
     sigmoid,
 )
-from trainer.evaluation.histograms import (
+from trainer.evaluation.cuts import (
     BIN_WIDTH,
     NUM_BINS,
     Histograms,
+    average_precision,
     bin_indices,
     bound_average_precision,
     bound_roc_auc,
+    rank_labels,
+    roc_auc,
 )
 from trainer.evaluation.measurement import (
     ExactMeasurement,
@@ -26,7 +29,6 @@ from trainer.evaluation.measurement import (
     StreamedMeasurement,
     fits_exactly,
 )
-from trainer.evaluation.ranking import average_precision, rank_labels, roc_auc
 from trainer.evaluation.thresholds import ThresholdRule, fit_binned_thresholds, fit_thresholds
 
 

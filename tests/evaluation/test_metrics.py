@@ -10,8 +10,8 @@ from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
 from sklearn import metrics as peer
 
+from trainer.evaluation.cuts import average_precision, rank_cuts, roc_auc
 from trainer.evaluation.metrics import calibration_error, compute_metrics, warn_if_constant
-from trainer.evaluation.ranking import average_precision, rank_cuts, roc_auc
 
 
 @st.composite

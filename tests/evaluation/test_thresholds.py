@@ -11,8 +11,7 @@ from hypothesis.extra import numpy as st_numpy
 from sklearn import metrics as peer
 from sklearn.metrics import f1_score
 
-from trainer.evaluation.histograms import Histograms
-from trainer.evaluation.ranking import rank_cuts, rank_labels
+from trainer.evaluation.cuts import Histograms, rank_cuts, rank_labels
 from trainer.evaluation.thresholds import (
     Candidates,
     ThresholdRule,
@@ -133,7 +132,7 @@ def test_blocks_of_labels_do_not_change_thresholds(monkeypatch):
     random = np.random.default_rng(4)
     scores, truth = random.random((50, 9)), random.random((50, 9)) < 0.4
     whole = fit_thresholds(scores, truth)
-    monkeypatch.setattr("trainer.evaluation.ranking.BLOCK_CELLS", 100)
+    monkeypatch.setattr("trainer.evaluation.cuts.BLOCK_CELLS", 100)
     np.testing.assert_array_equal(fit_thresholds(scores, truth), whole)
 
 

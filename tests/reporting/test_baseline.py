@@ -9,8 +9,8 @@ from sklearn.linear_model import LogisticRegression
 
 from trainer import prepare
 from trainer.config import PrepareConfig
-from trainer.data.documents import leading_places, read_documents
 from trainer.data.metadata import load_metadata
+from trainer.data.records import leading_places, read_documents
 from trainer.data.tokenizer import load_tokenizer
 from trainer.errors import UserError
 from trainer.evaluation.thresholds import ThresholdRule

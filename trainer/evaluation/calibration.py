@@ -5,7 +5,7 @@ from dataclasses import dataclass
 
 import numpy as np
 
-from trainer.evaluation.histograms import CENTRES, NUM_BINS, Histograms
+from trainer.evaluation.cuts import CENTRES, NUM_BINS, Histograms
 
 # The pull of a label's fit toward the global one, in units of the label's own Fisher information
 # sum p (1 - p), which for a rare label is about its number of positives. A label of information I

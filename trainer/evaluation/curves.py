@@ -8,9 +8,9 @@ from typing import Any
 
 import numpy as np
 
+from trainer.evaluation.cuts import rank_cuts
 from trainer.evaluation.measurement import CalibratedPredictions
 from trainer.evaluation.metrics import equal_mass_starts
-from trainer.evaluation.ranking import rank_cuts
 
 # Nobody looks at the curves of more labels, and each label costs about 4 KB.
 MAX_CURVE_LABELS = 256

@@ -9,8 +9,8 @@ from dataclasses import dataclass
 
 import numpy as np
 
+from trainer.evaluation.cuts import share
 from trainer.evaluation.metrics import equal_mass_starts, is_counted
-from trainer.evaluation.ranking import share
 
 LEVEL = 0.95
 # Counts of documents x resamples that are worked on at once, and of documents x labels x resamples

@@ -12,18 +12,21 @@ import numpy as np
 
 from trainer.evaluation import metrics
 from trainer.evaluation.calibration import BINS_PER_GROUP, Calibration, sigmoid
-from trainer.evaluation.histograms import (
+from trainer.evaluation.cuts import (
     BIN_WIDTH,
     CENTRES,
     LIMIT,
     LOWER_EDGES,
     NUM_BINS,
     UPPER_EDGES,
+    Cuts,
     Histograms,
+    average_precision,
     bound_average_precision,
     bound_roc_auc,
+    label_blocks,
+    roc_auc,
 )
-from trainer.evaluation.ranking import Cuts, average_precision, label_blocks, roc_auc
 
 
 @dataclass(frozen=True)

@@ -11,7 +11,7 @@ from typing import Any
 
 import numpy as np
 
-from trainer.evaluation import ranking
+from trainer.evaluation import cuts
 
 CALIBRATION_BINS = 10
 CALIBRATION_PREVALENCE = (0.01, 0.5)
@@ -59,8 +59,8 @@ def compute_metrics(
     support = counts[2]
     overall, columns = decision_metrics(counts)
     rankings = rank_every_label(probabilities, labels)
-    pooled = ranking.rank_cuts(probabilities.ravel(), labels.ravel())
-    micro = ranking.average_precision(pooled), ranking.roc_auc(pooled)
+    pooled = cuts.rank_cuts(probabilities.ravel(), labels.ravel())
+    micro = cuts.average_precision(pooled), cuts.roc_auc(pooled)
     of_probabilities, probability_columns = probability_metrics(probabilities, labels)
     return {
         **overall,
@@ -108,9 +108,9 @@ def _precision_recall_f1(true_positives: Any, predicted: Any, support: Any) -> d
 def rank_every_label(probabilities: np.ndarray, labels: np.ndarray) -> np.ndarray:
     """Average precision and ROC-AUC of each label, float64 [2, L] with NaN where undefined."""
     values = np.full((2, labels.shape[1]), np.nan)
-    for block in ranking.label_blocks(*labels.shape):
-        cuts = ranking.rank_labels(probabilities[:, block].T, labels[:, block].T)
-        values[:, block] = ranking.average_precision(cuts), ranking.roc_auc(cuts)
+    for block in cuts.label_blocks(*labels.shape):
+        ranked = cuts.rank_labels(probabilities[:, block].T, labels[:, block].T)
+        values[:, block] = cuts.average_precision(ranked), cuts.roc_auc(ranked)
     return values
 
 

@@ -17,15 +17,17 @@ from dataclasses import dataclass, fields, replace
 import numpy as np
 
 from trainer.evaluation.calibration import sigmoid
-from trainer.evaluation.histograms import (
+from trainer.evaluation.cuts import (
     CENTRES,
     NUM_BINS,
+    Cuts,
     Histograms,
     bin_indices,
     bound_cuts,
     cuts_of_bins,
+    label_blocks,
+    rank_labels,
 )
-from trainer.evaluation.ranking import Cuts, label_blocks, rank_labels
 from trainer.run_config import EvaluateConfig
 
 _MAX_ROUNDS = 50

@@ -13,7 +13,7 @@ from scipy.sparse import csr_matrix
 from sklearn.feature_extraction.text import TfidfVectorizer
 from sklearn.linear_model import LogisticRegression
 
-from trainer.data.documents import Documents
+from trainer.data.records import Documents
 from trainer.errors import UserError
 from trainer.evaluation.calibration import sigmoid
 from trainer.evaluation.metrics import compute_metrics

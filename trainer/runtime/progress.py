@@ -22,14 +22,14 @@ def show_progress(
 ) -> tqdm:
     """Progress that its `update(n)` moves on, and that its `close()`, or a `with`, ends.
 
-      Args:
-    mode: `bar`, `lines`, `none`, or `auto`: a bar where standard error is a terminal, else lines.
-    description: what is done.
-    total: units of the whole work, or None if nobody knows.
-    unit: what is counted, in the plural; "B" for bytes, which come in kB, MB and so on.
-    steps: an iterable, to go through it by way of the result. One item is one unit. Nothing is
-      shown in the first second, and no bar is left at the end.
-    options: further ones of tqdm, as `initial`, the units that were done before.
+    Args:
+      mode: `bar`, `lines`, `none`, or `auto`: a bar where standard error is a terminal, else lines.
+      description: what is done.
+      total: units of the whole work, or None if nobody knows.
+      unit: what is counted, in the plural; "B" for bytes, which come in kB, MB and so on.
+      steps: an iterable, to go through it by way of the result. One item is one unit. Nothing is
+        shown in the first second, and no bar is left at the end.
+      options: further ones of tqdm, as `initial`, the units that were done before.
     """
     if mode == "auto":
         mode = "bar" if sys.stderr.isatty() else "lines"
