@@ -18,7 +18,12 @@ from trainer.storage.filesystem import disk_errors, write_atomically
 
 
 def run(config: SampleConfig) -> None:
-    """`multihot sample`: writes the corpus, and beside it what it was made of (`.about`)."""
+    """`multihot sample`: writes the corpus, and beside it what it was made of.
+
+    That is `OUTPUT.about`, JSON: documents, seed, the packages' versions, and the SHA-256 of the
+    corpus, by which two installations tell whether they have the same. A UserError refuses a URL, a
+    folder that cannot be written to, and more documents than the installed packages hold.
+    """
     filesystem.require_local("output", config.output)
     with disk_errors(f"--output={config.output}"):
         os.makedirs(os.path.dirname(os.path.abspath(config.output)), exist_ok=True)
