@@ -3,8 +3,8 @@
 import os
 
 os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
-# gRPC's own handlers of a fork start its poller in the child, where Python closes the poller's files
-# before it starts the program: the child then aborts now and then.
+# gRPC's own handlers of a fork start its poller in the child, where Python closes the poller's
+# files before it starts the program. The child then aborts now and then.
 os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 
 from collections.abc import Iterator
