@@ -101,7 +101,7 @@ def run(config: ScoreConfig) -> ScoreSummary:
     progress = PlanProgress(this.folder, plan, worker_index, num_workers)
     progress.load()
     if worker_index:
-        _check_plan(this, plan, recall_inputs(plan, this.paths, progress.waiting))
+        _check_plan(this, plan, recall_inputs(plan, this.paths, progress.waiting, config.progress))
     if progress.has_ended:
         this.folder.clear_up(FOLDERS)
         num_done = len(progress.done)

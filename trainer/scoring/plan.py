@@ -72,7 +72,9 @@ def describe_inputs(paths: Sequence[str], progress: str = "auto") -> tuple[Input
     return tuple(Input(absolute_name(path), *found) for path, found in described)
 
 
-def recall_inputs(plan: Plan, paths: Sequence[str], parts: Collection[int]) -> tuple[Input, ...]:
+def recall_inputs(
+    plan: Plan, paths: Sequence[str], parts: Collection[int], progress: str = "auto"
+) -> tuple[Input, ...]:
     """Sizes and checksums of the files, for a worker that reads only the files of `parts`.
 
     The checksums of the other files are those of the plan.
@@ -81,7 +83,7 @@ def recall_inputs(plan: Plan, paths: Sequence[str], parts: Collection[int]) -> t
     planned = {item.path: item.checksum for item in plan.inputs}
     names = [absolute_name(path) for path in paths]
     read = [name for name in names if name in needed or name not in planned]
-    described = {item.path: item for item in describe_inputs(read)}
+    described = {item.path: item for item in describe_inputs(read, progress)}
 
     def recall(name: str) -> Input:
         return described.get(name) or Input(name, num_bytes(name), planned[name])
