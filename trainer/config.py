@@ -185,6 +185,24 @@ class PrepareConfig(InputConfig):
     labels: str | None = option(
         None, "File with one label name a line; default: the labels of the data."
     )
+    label_kind: str = option(
+        "auto",
+        "What labels are: names, ids (places in --labels, from 0) or multi_hot. auto: numbers are "
+        "ids, or multi-hot where there is a 0 or 1 for every label; strings are names, but ids "
+        "where all of the column are whole numbers and no name in --labels is one.",
+        choices=("auto", "names", "ids", "multi_hot"),
+    )
+    normalize_labels: tuple[str, ...] = option(
+        ("none",),
+        "What makes names one that differ only in that, comma-separated: strip (blanks around "
+        "them), casefold (case), nfc (Unicode's composed form); or none.",
+    )
+    unknown_labels: str = option(
+        "error",
+        "A label outside --labels, or outside those of the folder: error (its row cannot be used) "
+        "or ignore (it is left out, counted and warned of).",
+        choices=("error", "ignore"),
+    )
     min_label_count: int = option(
         1, "Fewest documents that a label of the data must have.", at_least=1, unit="document"
     )
@@ -216,6 +234,11 @@ class PrepareConfig(InputConfig):
         columns = self.keep_columns
         valid = "" not in columns and len(set(columns)) == len(columns)
         self.expect(valid, "keep_columns", "names of columns, each once")
+        steps = set(self.normalize_labels)
+        valid = steps == {"none"} or steps <= {"strip", "casefold", "nfc"}
+        self.expect(valid, "normalize_labels", "none, or some of strip, casefold and nfc")
+        fits = self.label_kind == "auto" or len(self.label_field) == 1
+        self.expect(fits, "label_kind", "auto, where --label_field names several 0/1 columns")
 
     @property
     def split_shares(self) -> Mapping[str, float]:

@@ -24,7 +24,7 @@ from trainer.config import PrepareConfig
 from trainer.data.metadata import TOKENIZER_FOLDER, Metadata, Split
 from trainer.data.tokenizer import Tokenizer, load_tokenizer, train_tokenizer
 from trainer.errors import UserError
-from trainer.preparation.checks import check_splits
+from trainer.preparation.checks import check_splits, warn_of_labels
 from trainer.preparation.corpus import Corpus, VocabularyTexts, columns_of, read_corpus
 from trainer.preparation.data_folder import (
     DataMirror,
@@ -50,6 +50,8 @@ BYTES_A_TOKEN = 2.5
 _PLACES = (
     "data_dir", "work_dir", "num_workers", "tfds_data_dir", "runner", "beam_options", "progress",
 )  # fmt: skip
+# Left out at their defaults, so that folders of versions without them are still known.
+_ADDED_FLAGS = ("label_kind", "normalize_labels", "unknown_labels")
 
 
 @dataclass(frozen=True)
@@ -112,11 +114,14 @@ def _prepare(
         indexes = write_text_indexes(corpus, plan.split_names, work_dir, plan.num_labels)
         splits = describe_splits(plan, shards, statistics, indexes, corpus.num_rejected)
         call = {**inputs.describe(corpus.fingerprints), "rejected": corpus.num_rejected}
+        unknown = corpus.dropped if previous or config.labels else {}
+        call |= {"unknown_labels": unknown} if unknown else {}
         call |= {"seed": config.seed, "splits": list(splits), "flags": flags}
         metadata = _describe(previous, corpus, tokenizer, plan, splits, call)
         checks = check_splits(
             metadata, list(splits), statistics, config.data_dir, work_dir, shards_dir=shown_dir
         )
+        checks["warnings"] += warn_of_labels(corpus.name_counts, unknown)
         metadata = dataclasses.replace(metadata, checks=checks)
         _commit(config.data_dir, work_dir, metadata, splits, is_new=previous is None)
     if mirror is not None:
@@ -138,7 +143,12 @@ def _prepare(
 
 def _sum_up_flags(config: PrepareConfig) -> str:
     """A digest (SHA-256, hex) of the flags that change what is written."""
-    values = {name: value for name, value in vars(config).items() if name not in _PLACES}
+    values = {
+        name: value
+        for name, value in vars(config).items()
+        if name not in _PLACES
+        and (name not in _ADDED_FLAGS or value != getattr(PrepareConfig, name))
+    }
     return hashlib.sha256(json.dumps(values, sort_keys=True).encode()).hexdigest()
 
 

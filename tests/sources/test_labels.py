@@ -1,14 +1,22 @@
 """Labels: every way in which people write them, and why one cannot be used."""
 
+import dataclasses
+
 import pytest
+from hypothesis import given
+from hypothesis import strategies as st
 
 from trainer.errors import UserError
-from trainer.sources.labels import LabelError, LabelReader, read_label_file
-from trainer.sources.rows import LabelIds
+from trainer.sources.label_text import LabelError
+from trainer.sources.labels import LabelReader, LabelsAreNames, read_label_file
+from trainer.sources.rows import FeatureValues, LabelIds, Unreadable
 
 NAMES = ("red", "green", "blue", "7")
 OPEN = LabelReader(None, ("labels",))
 KNOWN = LabelReader(NAMES, ("labels",))
+# No name is a number, so strings of digits may be ids.
+WORDS = ("red", "green", "blue", "black")
+NUMBERED = LabelReader(WORDS, ("labels",))
 
 
 @pytest.mark.parametrize(
@@ -45,10 +53,8 @@ def test_names_without_a_label_file(raw, expected):
         ([2, 0], ["blue", "red"]),
         ([2.0], ["blue"]),
         (1, ["green"]),
-        ("2,0", ["blue", "red"]),
         ("[2, 0]", ["blue", "red"]),
         ("{2, 0}", ["blue", "red"]),
-        ("['2']", ["blue"]),
         ([1, 0, 0, 1], ["7", "red"]),
         ([True, False, False, True], ["7", "red"]),
         ([1.0, 0.0, 0.0, 0.0], ["red"]),
@@ -67,17 +73,129 @@ def test_names_ids_and_multi_hot_with_a_label_file(raw, expected):
     assert KNOWN.read(raw) == expected
 
 
+@pytest.mark.parametrize("raw", ["2,0", "2, 0,", "['2', '0']", ["2", "0"], "{2, 0}", "[2, 0]"])
+def test_strings_of_numbers_are_ids_where_no_name_is_a_number(raw):
+    assert NUMBERED.read(raw) == ["blue", "red"]
+    for reader in (dataclasses.replace(NUMBERED, has_names=True), KNOWN):
+        if isinstance(raw, str) and raw[0] in "[{" and "'" not in raw:
+            assert reader.read(raw) == ["blue", "red"]  # Numbers, not strings.
+            continue
+        with pytest.raises(LabelError, match="unknown label '2'; digits are an id only where"):
+            reader.read(raw)
+    assert dataclasses.replace(KNOWN, kind="ids").read(raw) == ["blue", "red"]
+
+
+@pytest.mark.parametrize("raw", ["red", "2,red", ["red"], "02", "1.5", "-1", "\u0662", "2" * 19])
+def test_one_string_that_is_no_plain_number_makes_all_strings_of_a_column_names(raw):
+    with pytest.raises(LabelsAreNames):
+        NUMBERED.read(raw)
+
+
+@given(st.lists(st.integers(0, 99).map(str), min_size=1, max_size=4))
+def test_codes_that_are_not_in_the_list_never_become_places(codes):
+    names = ("428.0", "V45", "0042", *(f"C{place:02d}" for place in range(96)), "17")
+    reader = LabelReader(names, ("labels",), ";")
+    expected = sorted(set(codes)) if set(codes) == {"17"} else None
+    if expected is None:
+        with pytest.raises(LabelError, match="unknown label"):
+            reader.read(";".join(codes))
+    else:
+        assert reader.read(";".join(codes)) == expected
+
+
+def test_the_kind_of_labels_can_be_said():
+    def reader(kind, names=WORDS):
+        return LabelReader(names, ("labels",), kind=kind)
+
+    assert reader("multi_hot", ("a", "b")).read([0, 1]) == ["b"]
+    assert reader("ids", ("a", "b")).read([0, 1]) == reader("ids", ("a", "b")).read("0,1")
+    assert reader("ids", ("a", "b")).read([0, 1]) == ["a", "b"]
+    assert reader("names", ("1", "0")).read([0]) == ["0"]
+    assert reader("names", None).read([401, 250.0]) == ["250", "401"]
+    for kind, raw, reason in (
+        ("multi_hot", [2], "expected a multi-hot list, a 0 or 1 for each of 4 labels"),
+        ("multi_hot", ["red"], "expected numbers, as --label_kind=multi_hot says"),
+        ("ids", "red", "expected numbers, as --label_kind=ids says"),
+        ("names", [2], "unknown label '2'"),
+        ("names", [0.5], "expected a name or a whole number"),
+    ):
+        with pytest.raises(LabelError, match=reason):
+            reader(kind).read(raw)
+
+
+def test_one_value_of_a_feature_is_read_as_a_string_of_any_format():
+    assert OPEN.read(FeatureValues(["a,b"])) == OPEN.read("a,b") == ["a", "b"]
+    assert OPEN.read(FeatureValues([""])) == OPEN.read("") == OPEN.read(FeatureValues([])) == []
+    assert OPEN.read(FeatureValues(["b", "a"])) == ["a", "b"]
+    assert KNOWN.read(FeatureValues([2])) == KNOWN.read(2) == ["blue"]
+    with pytest.raises(LabelError, match="holds the delimiter ','"):
+        OPEN.read(FeatureValues(["a,b", "c"]))
+    with pytest.raises(LabelError, match="expected a name"):
+        OPEN.read(FeatureValues([Unreadable("bytes that are not UTF-8")]))
+    known = LabelReader(("a,b", "c"), ("labels",), has_names=True)
+    assert known.read(FeatureValues(["a,b", "c"])) == ["a,b", "c"]
+
+
+def test_a_known_name_may_hold_the_delimiter():
+    reader = LabelReader(("heat, dry", "heat", "cold"), ("labels",), has_names=True)
+    assert reader.read("heat, dry") == ["heat, dry"] and reader.read("cold, heat") == [
+        "cold",
+        "heat",
+    ]
+    both = LabelReader(("a,b", "a", "b"), ("labels",), has_names=True)
+    assert both.read("a,b") == ["a", "b"] and both.read(["a,b"]) == ["a,b"]
+
+
+def test_names_are_normalised_before_they_are_compared():
+    def read(raw, *steps, names=None):
+        reader = LabelReader(names, ("labels",), normalize=steps, has_names=True)
+        return reader.read(raw)
+
+    spellings = [" Billing", "billing", "caf\u00e9", "cafe\u0301", "STRASSE", "stra\u00dfe"]
+    assert len(read(spellings, "none")) == 6
+    assert read(spellings, "strip") == sorted(set(map(str.strip, spellings)))
+    assert len(read(spellings, "nfc")) == 5
+    assert read(spellings, "strip", "casefold", "nfc") == ["billing", "caf\u00e9", "strasse"]
+    # Names of the list stay as they are there.
+    names = ("Billing", "Caf\u00e9", "Stra\u00dfe")
+    assert read(spellings, "strip", "casefold", "nfc", names=names) == sorted(names)
+    with pytest.raises(LabelError, match="unknown label 'billing', but 'Billing' is one"):
+        read("billing", "none", names=names)
+    with pytest.raises(UserError, match="makes one of the labels 'a' and 'A'"):
+        read("a", "casefold", names=("a", "A"))
+
+
+def test_unknown_labels_may_be_kept_to_be_counted():
+    reader = LabelReader(WORDS, ("labels",), keeps_unknown=True, has_names=True)
+    assert reader.read("red,pink,40") == ["40", "pink", "red"]
+
+
+@pytest.mark.parametrize("raw", ["n" * 1025, ["n" * 1025], '["' + "n" * 70_000 + '"]'])
+def test_a_name_is_bounded(raw):
+    assert OPEN.read("n" * 1024) == ["n" * 1024]
+    with pytest.raises(LabelError, match="characters, expected at most 1,024") as caught:
+        OPEN.read(raw)
+    assert len(str(caught.value)) < 250
+
+
 def test_numbers_that_are_names_are_not_places_of_others():
     numbered = LabelReader(("1", "2", "5"), ("labels",), dropped=frozenset({"0"}))
     assert numbered.read(["0"]) == [] and numbered.read("2,0") == ["2"]
-    assert numbered.read([0]) == ["1"] and numbered.read([1, 0, 1]) == ["1", "5"]
+    with pytest.raises(LabelError, match="write names as strings"):
+        LabelReader(("a", "b", "c", "d", "2"), ("labels",)).read([2, 3])
+    assert numbered.read([1, 0, 1]) == ["1", "5"]
+    assert LabelReader(("1", "2", "5"), ("labels",)).read([0]) == ["1"]
+    with pytest.raises(LabelError, match="write names as strings"):
+        numbered.read([0])
     with pytest.raises(LabelError, match="unknown label '4'"):
         numbered.read(["4"])
     with pytest.raises(LabelError, match="write names as strings"):
         numbered.read([2])
     assert LabelReader(("0", "1", "2"), ("labels",)).read([2]) == ["2"]
     named = LabelReader(("a", "b"), ("labels",), dropped=frozenset({"0"}))
-    assert named.read(["0"]) == [] and named.read(["1"]) == ["b"]
+    assert named.read(["0"]) == []
+    with pytest.raises(LabelError, match="unknown label '1'"):
+        named.read(["1"])
 
 
 def test_two_labels_are_no_less_ids_for_being_a_set():
@@ -106,7 +224,7 @@ def test_two_labels_are_no_less_ids_for_being_a_set():
         (KNOWN, "pink", "unknown label 'pink'"),
         (KNOWN, [4], "label id 4 is out of range, expected 0 to 3"),
         (KNOWN, [-1], "out of range"),
-        (KNOWN, "9", "label id 9 is out of range"),
+        (NUMBERED, "9", "label id 9 is out of range"),
         (KNOWN, [0.5], "whole numbers"),
         (KNOWN, [float("nan")], "whole numbers"),
     ],
@@ -121,12 +239,13 @@ def test_one_column_a_label():
     reader = LabelReader(("a", "b", "c"), ("c", "b", "a"))
     assert reader.read(("1", "0", "true")) == ["a", "c"]
     assert reader.read((1.0, False, "")) == ["c"]
+    assert reader.read(("Yes", "no", "F")) == ["c"]
     with pytest.raises(LabelError, match="column 'b' holds '2', expected 0 or 1"):
         reader.read(("1", "2", "0"))
 
 
 def test_dropped_labels_are_no_fault():
-    reader = LabelReader(("a",), ("labels",), dropped=frozenset({"rare"}))
+    reader = LabelReader(("a",), ("labels",), dropped=frozenset({"rare"}), has_names=True)
     assert reader.read(["rare", "a"]) == ["a"]
 
 
@@ -145,6 +264,7 @@ def test_a_label_file_gives_names_in_order(tmp_path):
         (b"a\nb\na\n", "label 'a' stands on lines 1 and 3"),
         (b"\n\n", "empty"),
         (b"a\n\nb\n", "line 2 is empty"),
+        (b"a\n" + b"n" * 1025, "line 2: label .* of 1,025 characters"),
         (b"\xff", "not UTF-8"),
         (None, "No such file"),
     ],

@@ -25,7 +25,7 @@ metadata.json keeps them under `checks`:
 
 import itertools
 import os
-from collections.abc import Mapping, Sequence
+from collections.abc import Container, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -37,13 +37,16 @@ from trainer.preparation.duplicates import Repeats, find_repeats
 from trainer.preparation.shards import find_record
 from trainer.preparation.statistics import SplitStatistics
 from trainer.sources.input_files import open_file
+from trainer.sources.label_text import is_odd, shorten
+from trainer.sources.labels import NORMAL_FORMS, TRUTH_WORDS, normalize_name
 from trainer.storage.filesystem import checksum
 
 NEARLY_ALWAYS = 0.99
 RARE_SHARE, RARE_COUNT = 0.001, 10
 # Shares from which a warning is printed.
 TRUNCATED_SHARE, UNKNOWN_TOKEN_SHARE, OTHER_SCRIPT_SHARE = 0.05, 0.01, 0.01
-_LABELS_KEPT, _LABELS_SHOWN = 20, 5
+_LABELS_KEPT, _LABELS_SHOWN, _GROUPS_SHOWN = 20, 5, 3
+_NO_NAMES = frozenset(("nan", "none", "null", "n/a", "<na>", "undefined"))
 
 
 def check_splits(
@@ -204,6 +207,62 @@ def _warn_of_split(name: str, metadata: Metadata, checks: Mapping[str, Any]) -> 
             f"{checks['other_script_share']:.1%} ({scripts}); take a multilingual --tokenizer"
         )
     return [f"{name}: {line}" for line in lines]
+
+
+def warn_of_labels(counts: Mapping[str, int], unknown: Mapping[str, int]) -> list[str]:
+    """Warnings of labels' names: spellings of one name, what looks like no name, unknown ones.
+
+    `counts` are the documents of each name; `unknown` those of names outside the list of labels.
+    """
+    spellings: dict[str, list[str]] = {}
+    for name in counts:
+        spellings.setdefault(normalize_name(name, NORMAL_FORMS), []).append(name)
+    groups = sorted((sorted(group) for group in spellings.values() if len(group) > 1), key=len)
+    lines = []
+    if groups:
+        shown = [_list_names(group, counts) for group in groups[: -_GROUPS_SHOWN - 1 : -1]]
+        shown += ["..."] if len(groups) > _GROUPS_SHOWN else []
+        lines.append(
+            f"labels that differ only in case, blanks around them or Unicode form: {len(groups):,} "
+            f"in {sum(map(len, groups)):,} spellings ({'; '.join(shown)}); "
+            f"--normalize_labels={','.join(NORMAL_FORMS)} makes one of each"
+        )
+    odd = [name for name in counts if is_odd(name) or name.strip().lower() in _NO_NAMES]
+    if odd:
+        lines.append(
+            f"labels that look like a part of a list or a missing value: {len(odd):,} "
+            f"({_list_names(odd, counts)}); check --label_field and --label_delimiter"
+        )
+    joined = [name for name in counts if _holds_names(name, counts)]
+    if joined:
+        lines.append(
+            f"labels that are other labels side by side: {len(joined):,} "
+            f"({_list_names(joined, counts)}); name what separates them with --label_delimiter"
+        )
+    if {name.lower() for name in counts} <= TRUTH_WORDS:
+        lines.append(
+            f"labels that are truth values and no names: {_list_names(list(counts), counts)}; a "
+            "list of 0 and 1 needs --labels, columns of 0 and 1 are named by --label_field=A,B"
+        )
+    if unknown:
+        lines.append(
+            f"labels that are not in the list and are ignored: {len(unknown):,}, on "
+            f"{sum(unknown.values()):,} places ({_list_names(list(unknown), unknown)})"
+        )
+    return lines
+
+
+def _holds_names(name: str, names: Container[str]) -> bool:
+    """Whether a name is several of the others, between what separates names elsewhere."""
+    pieces = (name.split(delimiter) for delimiter in ";|\t\n/" if delimiter in name)
+    return any(all(piece.strip() in names for piece in found) for found in pieces)
+
+
+def _list_names(names: Sequence[str], counts: Mapping[str, int]) -> str:
+    """The most frequent of some names, with their documents."""
+    names = sorted(names, key=lambda name: (-counts[name], name))
+    shown = ", ".join(f"{shorten(name)} {counts[name]:,}" for name in names[:_LABELS_SHOWN])
+    return shown + (", ..." if len(names) > _LABELS_SHOWN else "")
 
 
 def _warn_of_pair(pair: Mapping[str, Any], metadata: Metadata) -> str:

@@ -1,5 +1,6 @@
 """The first pass of `prepare` as a whole: every row read once, labels and splits decided."""
 
+import collections
 import contextlib
 import json
 import os
@@ -29,6 +30,7 @@ from trainer.runtime.progress import show_progress
 from trainer.runtime.workers import WorkerPool
 from trainer.sources.formats.lines import cut_bytes, line_format
 from trainer.sources.input_files import Extent, changed, is_data_set, is_divisible, source_names
+from trainer.sources.labels import UNKNOWN_LABEL, LabelsAreNames
 from trainer.sources.listing import for_each_file
 from trainer.sources.reader import check_all_columns, column_names, num_bytes
 from trainer.sources.rows import (
@@ -43,6 +45,7 @@ from trainer.sources.rows import (
 VOCABULARY_TEXTS = 100_000
 _SMALL_INPUT_BYTES = 1 << 28
 _RANGES_OF_FIRST_ROUND = 64
+_REJECTED_FILE = "rejected.jsonl"
 
 
 @dataclass(frozen=True)
@@ -56,7 +59,7 @@ class Corpus:
       labels: the labels' names in order.
       label_map: int64 [row_index.names], from the row index's label numbers to places in `labels`,
         or -1 where a label was dropped.
-      dropped: labels under --min_label_count and their documents.
+      dropped: labels left out, under --min_label_count or unknown, and their documents.
       splits: uint8 [row_index.num_rows], on disk: the split of each usable row.
       num_rejected: rows that cannot be used.
       vocabulary_share: the share of texts from which to make a vocabulary.
@@ -71,6 +74,12 @@ class Corpus:
     splits: np.ndarray
     num_rejected: int
     vocabulary_share: float
+
+    @property
+    def name_counts(self) -> dict[str, int]:
+        """The documents of each name that the rows or the list of labels have."""
+        found = zip(self.row_index.names, self.row_index.label_counts, strict=True)
+        return dict.fromkeys(self.labels, 0) | dict(found)
 
     def ranks(self, num_splits: int) -> Iterator[tuple[np.ndarray, list[int]]]:
         """For each range its rows' splits, and how many rows each split had before it."""
@@ -112,21 +121,20 @@ def read_corpus(
     """
     columns = columns_of(config)
     check_all_columns(files, columns)
-    reader = make_reader(config, previous)
-    check_labels(files[0], columns, reader)
+    reader = check_labels(files[0], columns, make_reader(config, previous))
     plan = ScanPlan(columns, reader, hash_seed(config, previous), 0.0, work_dir, token_limits)
     size = sum(for_each_file(files, num_bytes))
     cut = _cut_files(files, columns, work_dir, _range_bytes(size), pool)
-    row_index, numbering = RowIndex(work_dir), _Numbering()
     share_of_rows = partial(_vocabulary_share, config, previous)
-    with open(os.path.join(work_dir, "rejected.jsonl"), "wb") as file:
-        rejected = _RejectedRows(file, 1024 if size < _SMALL_INPUT_BYTES else 4096)
-        for row_range, scanned in _scan(plan, cut, numbering, share_of_rows, pool, config.progress):
-            row_index.add(scanned)
-            rejected.add(row_range, scanned.rejected)
-        num_rejected = rejected.cut(allowed_rejections(config.max_rejected, numbering.num_rows))
+    rows_a_group = 1024 if size < _SMALL_INPUT_BYTES else 4096
+    collect = partial(_collect, cut, share_of_rows, rows_a_group, pool, config)
+    try:
+        row_index, numbering, num_rejected = collect(plan)
+    except LabelsAreNames:  # A later string is no number, so the earlier ones were no ids.
+        plan = replace(plan, labels=replace(reader, has_names=True))
+        row_index, numbering, num_rejected = collect(plan)
     path = os.path.join(config.data_dir, REJECTED_FOLDER, "-".join(config.split_shares) + ".jsonl")
-    _move_rejected(file.name, path, num_rejected)
+    _move_rejected(os.path.join(work_dir, _REJECTED_FILE), path, num_rejected)
     _check_rows(config, num_rejected, row_index.num_rows, numbering.num_rows, path)
     _check_kept(config, columns, row_index, files)
     labels, dropped = choose_labels(config, reader, row_index)
@@ -146,6 +154,25 @@ def read_corpus(
     )
     _check_splits(config, corpus)
     return corpus
+
+
+def _collect(
+    cut: Sequence[RowRange],
+    share_of_rows: Callable[[int], float],
+    rows_a_group: int,
+    pool: WorkerPool,
+    config: PrepareConfig,
+    plan: ScanPlan,
+) -> tuple[RowIndex, "_Numbering", int]:
+    """Scans all ranges; returns what was noted of the rows, and the number of rejected ones."""
+    row_index, numbering = RowIndex(plan.work_dir), _Numbering()
+    with open(os.path.join(plan.work_dir, _REJECTED_FILE), "wb") as file:
+        rejected = _RejectedRows(file, rows_a_group)
+        for row_range, scanned in _scan(plan, cut, numbering, share_of_rows, pool, config.progress):
+            row_index.add(scanned)
+            rejected.add(row_range, scanned.rejected)
+        num_rejected = rejected.cut(allowed_rejections(config.max_rejected, numbering.num_rows))
+    return row_index, numbering, num_rejected
 
 
 def _map_labels(row_index: RowIndex, labels: Sequence[str]) -> tuple[np.ndarray, np.ndarray]:
@@ -217,6 +244,10 @@ def _scan(
             plan = replace(plan, vocabulary_share=share_of_rows(numbering.num_rows))
             scans = pool.map(partial(scan_range, plan), range(start, end), cut[start:end])
             for row_range, scanned in zip(cut[start:end], scans, strict=True):
+                if scanned.has_names:
+                    # The next scan writes the same files as what still runs of this one.
+                    collections.deque(scans, maxlen=0)
+                    raise LabelsAreNames("names, where others are numbers")
                 yield numbering.add(row_range, scanned)
                 shown.update(scanned.extent.end - scanned.extent.start)
             start = end
@@ -311,7 +342,10 @@ def _check_rows(
     limit = config.max_rejected
     if num_rejected > allowed_rejections(limit, num_rows) or not num_usable:
         with open(path, "rb") as file:
-            raise describe_rejections(file.readline(), num_rejected, num_rows, limit, path)
+            line = file.readline()
+        is_unknown = json.loads(line)["reason"].startswith(UNKNOWN_LABEL) if line else False
+        remedy = ", or leave unknown labels out with --unknown_labels=ignore" if is_unknown else ""
+        raise describe_rejections(line, num_rejected, num_rows, limit, path, remedy)
 
 
 def _check_kept(

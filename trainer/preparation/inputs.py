@@ -15,7 +15,14 @@ from trainer.errors import UserError
 from trainer.preparation.row_index import RowIndex
 from trainer.sources.docstrings import PREFIX, write_sample
 from trainer.sources.formats.base import find_format
-from trainer.sources.labels import LabelError, LabelReader, check_unique, read_label_file
+from trainer.sources.label_text import shorten
+from trainer.sources.labels import (
+    LabelError,
+    LabelReader,
+    LabelsAreNames,
+    check_names,
+    read_label_file,
+)
 from trainer.sources.listing import FileVersions, list_files
 from trainer.sources.reader import (
     column_names,
@@ -130,7 +137,7 @@ def make_reader(config: PrepareConfig, previous: Metadata | None) -> LabelReader
     A UserError says that --labels and --label_field do not go together.
     """
     columns = config.label_field
-    check_unique(columns, f"--label_field={','.join(columns)}")
+    check_names(columns, f"--label_field={shorten(','.join(columns))}")
     names = columns if len(columns) > 1 else None
     if config.labels is not None:
         names = read_label_file(config.labels)
@@ -140,37 +147,54 @@ def make_reader(config: PrepareConfig, previous: Metadata | None) -> LabelReader
             f"--labels={config.labels}: names other labels than --label_field ({differing}); "
             "expected the same names, or leave --labels out"
         )
-    if previous is None:
-        return LabelReader(names, columns, config.label_delimiter)
     return LabelReader(
-        previous.labels, columns, config.label_delimiter, frozenset(previous.dropped_labels)
+        names if previous is None else previous.labels,
+        columns,
+        config.label_delimiter,
+        frozenset() if previous is None else frozenset(previous.dropped_labels),
+        config.label_kind,
+        config.normalize_labels,
+        keeps_unknown=config.unknown_labels == "ignore",
     )
 
 
-def check_labels(name: str, columns: Columns, reader: LabelReader) -> None:
-    """Checks that labels of the first rows can be read; a UserError if none of several can."""
+def check_labels(name: str, columns: Columns, reader: LabelReader) -> LabelReader:
+    """Checks that labels of the first rows can be read; a UserError if none of several can.
+
+    Returns the reader, which knows from then on whether strings of these rows are names.
+    """
     rows = (row for row in read_row_range(whole_file(name), columns) if isinstance(row, Row))
     reasons = []
+    num_usable = 0
     for row in itertools.islice(rows, _ROWS_TO_CHECK):
         try:
             reader.read(row.labels)
-            return
+            num_usable += 1
+            if not reader.can_be_ids:
+                break
+        except LabelsAreNames:
+            return check_labels(name, columns, dataclasses.replace(reader, has_names=True))
         except LabelError as error:
             reasons.append(f"row {row.position}: {error}")
-    if len(reasons) > 1:
+    if len(reasons) > 1 and not num_usable:
         raise UserError(
             f"{name}: {reasons[0]}; none of the first {len(reasons)} rows has labels that can be "
             f"read; name the right column with --label_field (now {','.join(columns.labels)})"
         )
+    return reader
 
 
 def choose_labels(
     config: PrepareConfig, reader: LabelReader, row_index: RowIndex
 ) -> tuple[tuple[str, ...], dict[str, int]]:
-    """The labels in order, and the documents of each too rare one; a UserError if none is left."""
+    """The labels in order, and the documents of each left out; a UserError if none is left.
+
+    Left out are too rare ones, and those that are unknown where labels are given.
+    """
     counts = dict(zip(row_index.names, row_index.label_counts, strict=True))
     if reader.names is not None:
-        return reader.names, {}
+        unknown = counts.keys() - reader.names
+        return reader.names, {name: counts[name] for name in sorted(unknown)}
     enough = config.min_label_count
     labels = tuple(sorted(name for name, count in counts.items() if count >= enough))
     if not labels:

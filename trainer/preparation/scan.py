@@ -14,7 +14,8 @@ import numpy as np
 from trainer.data.tokenizer import TokenLimits, check_windows
 from trainer.sources.formats.lines import encode_row, line_format
 from trainer.sources.input_files import LINE_FORMATS, Extent, damaged, format_of, open_decompressed
-from trainer.sources.labels import LabelError, LabelReader
+from trainer.sources.label_text import LabelError
+from trainer.sources.labels import LabelReader, LabelsAreNames
 from trainer.sources.reader import can_enter, plan_row_ranges, read_row_range, whole_file
 from trainer.sources.rows import BadRow, Columns, Row, RowRange, shown
 
@@ -57,6 +58,7 @@ class ScannedRange:
       names: the label names that occur.
       kept: the kept columns that occur.
       rejected: the rows that cannot be used.
+      has_names: whether reading ended at a label that is a name, where others were read as ids.
     """
 
     extent: Extent
@@ -68,6 +70,7 @@ class ScannedRange:
     names: list[str]
     kept: set[str]
     rejected: list[BadRow]
+    has_names: bool = False
 
 
 def pieces_of(name: str) -> list[RowRange]:
@@ -130,12 +133,17 @@ def scan_range(plan: ScanPlan, index: int, row_range: RowRange) -> ScannedRange:
     names: dict[str, int] = {}
     kept: set[str] = set()
     rejected: list[BadRow] = []
+    has_names = False
     below = vocabulary_bound(plan.vocabulary_share)
     path = vocabulary_path(plan.work_dir, index) if plan.vocabulary_share > 0 else os.devnull
     with open(path, "w", encoding="utf-8") as vocabulary:
         rows = line_format(row_range.path).read_extent(row_range, plan.columns, extent)
         for row in rows:
-            row_labels = _read_labels(plan, row)
+            try:
+                row_labels = _read_labels(plan, row)
+            except LabelsAreNames:
+                has_names = True
+                break
             if isinstance(row_labels, BadRow):
                 rejected.append(row_labels)
                 continue
@@ -163,15 +171,18 @@ def scan_range(plan: ScanPlan, index: int, row_range: RowRange) -> ScannedRange:
         names=list(names),
         kept=kept,
         rejected=rejected,
+        has_names=has_names,
     )
 
 
 def _read_labels(plan: ScanPlan, row: Row | BadRow) -> list[str] | BadRow:
-    """The labels of a row, or why it cannot be used."""
+    """The labels of a row, or why it cannot be used; `LabelsAreNames` concerns all rows."""
     if isinstance(row, BadRow):
         return row
     try:
         labels = plan.labels.read(row.labels)
+    except LabelsAreNames:
+        raise
     except LabelError as error:
         return BadRow(row.position, str(error), shown(row.labels))
     if row.windows is None:

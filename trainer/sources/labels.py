@@ -1,34 +1,35 @@
 """Reads the labels of a row, in any of the ways to write them, into names.
 
-Accepted: a list of names; a list of ids, or a multi-hot list, where the names are known; a string
-of names or ids between delimiters; a list that a CSV turned into a string; one 0/1 column a label;
-a column of truth values, which is then one label.
+Accepted: a list of names; a list of ids, or a multi-hot list, where the names are known; a string,
+as `label_text.py` takes it apart; one 0/1 column a label; a column of truth values, which is then
+one label.
 """
 
-import ast
-import io
-import json
+import functools
 import re
-import tokenize
+import unicodedata
 from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
 from trainer.errors import UserError
 from trainer.flags import is_unicode
-from trainer.sources.rows import LabelIds, shown
+from trainer.sources.label_text import LabelError, shorten, split_labels
+from trainer.sources.rows import FeatureValues, LabelIds
 
-_TRUE, _FALSE = frozenset(("1", "1.0", "true")), frozenset(("0", "0.0", "false", ""))
+MAX_NAME_CHARACTERS = 1024  # A longer one is, as a rule, a file that is read wrongly.
+NORMAL_FORMS = ("strip", "casefold", "nfc")
+_TRUE = frozenset(("1", "1.0", "true", "yes", "y", "t"))
+_FALSE = frozenset(("0", "0.0", "false", "no", "n", "f", ""))
+TRUTH_WORDS = (_TRUE | _FALSE) - {""}
+UNKNOWN_LABEL = "unknown label"
 _MAX_DIGITS = 18
-_BARE_NUMBERS = re.compile(r"[\[(][\s\d.]*[\])]", re.ASCII)
-# How a list, a tuple or a set that became a string begins.
-_LIST = re.compile(r"\[|\(\s*['\"\d)]|\{\s*['\"\d]|set\(\)", re.ASCII)
-_STRINGS_SIDE_BY_SIDE = re.compile(r"['\"]\s*['\"]")
+_PLAIN_INTEGER = re.compile(r"0|[1-9][0-9]*")
 _LARGEST_ID = 1 << 63
 
 
-class LabelError(ValueError):
-    """Why a row's labels cannot be used."""
+class LabelsAreNames(LabelError):
+    """A column's strings were taken for ids so far; this one is none, so all of them are names."""
 
 
 @dataclass(frozen=True)
@@ -40,16 +41,41 @@ class LabelReader:
       columns: the columns that the raw values came from; several are 0/1 columns.
       delimiter: what separates labels in a string.
       dropped: names outside `names` that are known and left out in silence.
+      kind: what labels are: names, ids, multi_hot; or auto: then numbers are a multi-hot list or
+        ids, and so are strings of digits, if `can_be_ids`.
+      normalize: of strip, casefold and nfc, what is done to a name before it is compared.
+      keeps_unknown: whether names outside `names` are given too, and are no fault.
+      has_names: whether some string of the column is known to be no number.
     """
 
     names: tuple[str, ...] | None
     columns: tuple[str, ...]
     delimiter: str = ","
     dropped: frozenset[str] = frozenset()
-    known: frozenset[str] = field(init=False)
+    kind: str = "auto"
+    normalize: tuple[str, ...] = ()
+    keeps_unknown: bool = False
+    has_names: bool = False
+    # Names by what they are compared as.
+    _known: dict[str, str] = field(init=False, repr=False, compare=False)
 
     def __post_init__(self) -> None:
-        object.__setattr__(self, "known", frozenset(self.names or ()))
+        known: dict[str, str] = {}
+        for name in (*(self.names or ()), *self.dropped):
+            other = known.setdefault(normalize_name(name, self.normalize), name)
+            if other != name:
+                raise UserError(
+                    f"--normalize_labels={','.join(self.normalize)}: makes one of the labels "
+                    f"{other!r} and {name!r}; remove one of them from the list of labels"
+                )
+        object.__setattr__(self, "_known", known)
+
+    @property
+    def can_be_ids(self) -> bool:
+        """Whether strings may be ids: those of the column are numbers, and no known name is one."""
+        if self.names is None or self.has_names or self.kind != "auto":
+            return self.kind == "ids"
+        return not any(name.isdecimal() for name in self._known)
 
     def read(self, raw: Any) -> list[str]:
         """The names of a row's labels; a LabelError if they are unknown or unclear."""
@@ -57,62 +83,94 @@ class LabelReader:
             return self._names_of_columns(raw)
         if isinstance(raw, bool):
             return self._names_of_columns((raw,))
-        items = raw if isinstance(raw, LabelIds) else self._items(raw)
+        items = self._items(raw)
         if isinstance(items, LabelIds):
             names = self._names_of_ids(items)
         elif items and all(isinstance(item, int | float) for item in items):
             names = self._names_of_numbers(items)
         else:
-            names = [self._checked(item) for item in items]
+            names = [self._name(item) for item in items]
         return sorted({name for name in names if name not in self.dropped})
 
     def _items(self, raw: Any) -> Sequence[Any]:
         """The labels one by one: all numbers, or as they stand."""
+        if isinstance(raw, FeatureValues):
+            raw = self._value_or_list(raw)
         if isinstance(raw, str):
-            text = raw.strip()
-            items = _parse_list(text) if _LIST.match(text) else text.split(self.delimiter)
-            if isinstance(items, LabelIds):
-                return items
-            items = [item.strip() if isinstance(item, str) else item for item in items]
-            return self._numbers([item for item in items if item != ""])
-        if raw is None or isinstance(raw, dict):
-            raise LabelError(f"labels are {_shown(raw)}, expected a list or a string")
-        if not isinstance(raw, list | tuple):
-            return [raw]
-        return self._numbers(list(raw))
+            items = self._split(raw)
+        elif raw is None or isinstance(raw, dict):
+            raise LabelError(f"labels are {shorten(raw)}, expected a list or a string")
+        else:
+            items = raw if isinstance(raw, list | tuple) else [raw]
+        return items if isinstance(items, LabelIds) else self._numbers(items)
 
-    def _numbers(self, items: list[Any]) -> list[Any]:
-        """Strings of digits as numbers, if labels are known and these are no names.
+    def _split(self, text: str) -> Sequence[Any]:
+        """The items of a string, which may itself be a name that holds the delimiter."""
+        if self.delimiter in text and self._is_known(text.strip()):
+            pieces = text.split(self.delimiter)
+            if not all(self._is_known(piece.strip()) for piece in pieces):
+                return [text.strip()]
+        return split_labels(text, self.delimiter)
 
-        If all known labels are named by numbers, any other number is an unknown label, not an id.
-        """
-        can_be_ids = self.names is not None and not all(name.isdecimal() for name in self.names)
-        are_ids = can_be_ids and all(
-            isinstance(item, str)
-            and item.isdecimal()
-            and len(item) <= _MAX_DIGITS
-            and item not in self.known
-            and item not in self.dropped
-            for item in items
-        )
-        return [int(item) for item in items] if are_ids else items
+    def _value_or_list(self, values: FeatureValues) -> Any:
+        """The only value of a feature as a string, as of other formats; several as a list."""
+        if len(values) == 1 and isinstance(values[0], str):
+            return values[0]
+        for value in values:
+            if isinstance(value, str) and self.delimiter in value and not self._is_known(value):
+                raise LabelError(
+                    f"label {shorten(value)} holds the delimiter {self.delimiter!r}: alone it "
+                    "would be several labels; name another --label_delimiter"
+                )
+        return list(values)
+
+    def _is_known(self, name: str) -> bool:
+        return normalize_name(name, self.normalize) in self._known
+
+    def _numbers(self, items: Sequence[Any]) -> Sequence[Any]:
+        """Strings that are ids or a multi-hot list as numbers; any other labels as they are."""
+        if self.names is None or not items or not all(isinstance(item, str) for item in items):
+            return items
+        are_numbers = all(map(_is_id, items))
+        if self.kind in ("ids", "multi_hot") and not are_numbers:
+            raise LabelError(
+                f"labels {shorten(list(items))}: expected numbers, as --label_kind={self.kind} says"
+            )
+        if self.can_be_ids and not are_numbers:
+            raise LabelsAreNames(f"labels {shorten(list(items))}: names, where others are numbers")
+        if self.kind == "auto" and not self.can_be_ids:
+            # Three zeros and ones or more, one a label, can be nothing else.
+            is_multi_hot = 2 < len(items) == len(self.names) and set(items) <= {"0", "1"}
+            are_numbers = is_multi_hot and self._known.keys().isdisjoint(items)
+        return [int(item) for item in items] if are_numbers and self.kind != "names" else items
 
     def _names_of_numbers(self, items: Sequence[Any]) -> list[str]:
-        if self.names is not None and len(items) == len(self.names):
-            if all(item in (0, 1) for item in items):
-                return [name for name, is_set in zip(self.names, items, strict=True) if is_set]
-        names = self._names_of_ids(items)
-        as_names = [str(int(item)) for item in items]
-        if names != as_names and self.known.issuperset(as_names):
+        if self.kind == "names":
+            return [self._name(_name_of(item)) for item in items]
+        is_multi_hot = self.names is not None and len(items) == len(self.names)
+        is_multi_hot = is_multi_hot and all(item in (0, 1) for item in items)
+        if self.names is not None and is_multi_hot and self.kind != "ids":
+            return [name for name, is_set in zip(self.names, items, strict=True) if is_set]
+        if self.kind == "multi_hot":
             raise LabelError(
-                f"labels {_shown(list(items))} are names of labels as well as places of others; "
-                "write names as strings"
+                f"labels {shorten(list(items))}: expected a multi-hot list, a 0 or 1 for each of "
+                f"{len(self.names or ())} labels"
+            )
+        names = self._names_of_ids(items)
+        as_names = [_name_of(item) for item in items]
+        if self.kind == "auto" and names != as_names and any(map(self._is_known, as_names)):
+            raise LabelError(
+                f"labels {shorten(list(items))} are names of labels as well as places of others; "
+                "write names as strings, or say with --label_kind which they are"
             )
         return names
 
     def _names_of_ids(self, items: Sequence[Any]) -> list[str]:
         if self.names is None:
-            raise LabelError("labels are numbers; give the names that they stand for with --labels")
+            raise LabelError(
+                "labels are numbers; give the names that they stand for with --labels, or say "
+                "with --label_kind=names that they are names"
+            )
         names = []
         for item in items:
             if isinstance(item, bool) or (isinstance(item, float) and not item.is_integer()):
@@ -129,64 +187,77 @@ class LabelReader:
         names = []
         for name, value in zip(self.columns, raw, strict=True):
             if isinstance(value, list | dict | tuple):
-                raise LabelError(f"column {name!r} holds {_shown(value)}, expected 0 or 1")
+                raise LabelError(f"column {name!r} holds {shorten(value)}, expected 0 or 1")
             text = str(value).strip().lower() if value is not None else ""
             if text in _TRUE:
                 names.append(name)
             elif text not in _FALSE:
-                raise LabelError(f"column {name!r} holds {_shown(value)}, expected 0 or 1")
+                raise LabelError(f"column {name!r} holds {shorten(value)}, expected 0 or 1")
         return sorted(name for name in names if name not in self.dropped)
 
-    def _checked(self, item: Any) -> str:
+    def _name(self, item: Any) -> str:
+        """A label's name, checked, and as the list of labels has it."""
         if not isinstance(item, str):
-            raise LabelError(f"label {_shown(item)}: expected a name")
-        if item == "":
-            raise LabelError("a label's name is empty")
+            raise LabelError(f"label {shorten(item)}: expected a name")
         if not is_unicode(item):
-            raise LabelError(f"label {_shown(item)} is not valid Unicode")
-        if self.names is not None and item not in self.known and item not in self.dropped:
-            raise LabelError(f"unknown label {_shown(item)}")
-        return item
+            raise LabelError(f"label {shorten(item)} is not valid Unicode")
+        name = normalize_name(item, self.normalize)
+        if name == "":
+            raise LabelError("a label's name is empty")
+        check_length(name)
+        if self.names is None or self.keeps_unknown:
+            return self._known.get(name, name)
+        if name not in self._known:
+            raise LabelError(f"{UNKNOWN_LABEL} {shorten(item)}{self._explain_unknown(name)}")
+        return self._known[name]
+
+    def _explain_unknown(self, name: str) -> str:
+        """What may be meant by a name that is not in the list."""
+        if known := self._by_normal_form.get(normalize_name(name, NORMAL_FORMS)):
+            forms = ",".join(NORMAL_FORMS)
+            return f", but {shorten(known)} is one; --normalize_labels={forms} makes one of both"
+        if self.kind == "auto" and _is_id(name):
+            return (
+                "; digits are an id only where all labels of the column are numbers and no known "
+                "label is one, or with --label_kind=ids"
+            )
+        return ""
+
+    @functools.cached_property
+    def _by_normal_form(self) -> dict[str, str]:
+        return {normalize_name(name, NORMAL_FORMS): name for name in self._known.values()}
 
 
-def _parse_list(text: str) -> Sequence[Any]:
-    """A list that was turned into a string: JSON's, Python's, or NumPy's of numbers.
+def _name_of(number: Any) -> str:
+    """A number as the name of a label; a LabelError if it is not whole."""
+    if isinstance(number, bool) or number != number // 1 or abs(number) >= _LARGEST_ID:
+        raise LabelError(f"label {shorten(number)}: expected a name or a whole number")
+    return str(int(number))
 
-    A set of numbers is one of ids.
+
+def _is_id(text: str) -> bool:
+    return len(text) <= _MAX_DIGITS and _PLAIN_INTEGER.fullmatch(text) is not None
+
+
+def normalize_name(name: str, steps: Iterable[str]) -> str:
+    """A label's name after the steps of --normalize_labels.
+
+    Case is folded as Unicode 15, chapter 3.13, D145 says: that of composed characters too.
     """
-    try:
-        value = json.loads(text)
-    except (ValueError, RecursionError):
-        value = _parse_python(text)
-    if value and isinstance(value, set) and all(isinstance(item, int) for item in value):
-        return LabelIds(value)
-    if not isinstance(value, list | tuple | set):
-        raise LabelError(f"labels {_shown(text)}: not a list")
-    return list(value)
+    if "strip" in steps:
+        name = name.strip()
+    if "casefold" in steps:
+        name = unicodedata.normalize("NFD", name).casefold() if "nfc" in steps else name.casefold()
+    return unicodedata.normalize("NFC", name) if "nfc" in steps else name
 
 
-def _parse_python(text: str) -> Any:
-    try:
-        if _BARE_NUMBERS.fullmatch(text):
-            return [float(number) for number in text[1:-1].split()]
-        value = ast.literal_eval(text)
-    except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
-        raise LabelError(f"labels {_shown(text)}: not a list") from None
-    if _STRINGS_SIDE_BY_SIDE.search(text) and _joins_strings(text):
-        raise LabelError(f"labels {_shown(text)}: no comma between strings")
-    return value
-
-
-def _joins_strings(text: str) -> bool:
-    """Whether Python joins strings without a comma, as NumPy prints them, into one label."""
-    tokens = tokenize.generate_tokens(io.StringIO(text).readline)
-    kinds = [token.type for token in tokens if token.type != tokenize.NL]
-    return (tokenize.STRING, tokenize.STRING) in zip(kinds, kinds[1:], strict=False)
-
-
-def _shown(value: Any) -> str:
-    text = shown(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+def check_length(name: str) -> None:
+    """Checks the length of a label's name; a LabelError tells of one that is too long."""
+    if len(name) > MAX_NAME_CHARACTERS:
+        raise LabelError(
+            f"label {shorten(name)} of {len(name):,} characters, expected at most "
+            f"{MAX_NAME_CHARACTERS:,}; check the column and the delimiter"
+        )
 
 
 def read_label_file(path: str) -> tuple[str, ...]:
@@ -209,14 +280,18 @@ def read_label_file(path: str) -> tuple[str, ...]:
             f"--labels={path}: line {lines.index('') + 1} is empty, expected one label name a "
             "line; remove it"
         )
-    check_unique(lines, f"--labels={path}")
+    check_names(lines, f"--labels={path}")
     return tuple(lines)
 
 
-def check_unique(names: Iterable[str], where: str) -> None:
-    """Checks that no label is named twice; a UserError gives its two places, counted from 1."""
+def check_names(names: Iterable[str], where: str) -> None:
+    """Checks that no label is named twice or too long; a UserError gives places from 1."""
     seen: dict[str, int] = {}
     for number, name in enumerate(names, 1):
+        try:
+            check_length(name)
+        except LabelError as error:
+            raise UserError(f"{where}: line {number}: {error}") from None
         if name in seen:
             raise UserError(
                 f"{where}: label {name!r} stands on lines {seen[name]} and {number}, expected "

@@ -46,6 +46,10 @@ class LabelIds(tuple[int, ...]):
     """Labels by their places in the list of labels; never read as a multi-hot list."""
 
 
+class FeatureValues(list[Any]):
+    """The values of a TFRecord's feature, where one value and a list of one look the same."""
+
+
 class Unreadable(NamedTuple):
     """Stands in the place of a value that cannot be read, and says why."""
 
@@ -229,12 +233,13 @@ def allowed_rejections(limit: float, num_rows: int) -> int:
 
 
 def describe_rejections(
-    lines: bytes, num_rejected: int, num_rows: int, limit: float, where: str
+    lines: bytes, num_rejected: int, num_rows: int, limit: float, where: str, remedy: str = ""
 ) -> UserError:
     """The error of a command that stops for unusable rows; it shows the first of them.
 
     `lines` begins the JSONL file of rejected rows and is empty if that is gone; `limit` is
-    `--max_rejected`; `where` is the file or folder that holds all rejected rows.
+    `--max_rejected`; `where` is the file or folder that holds all rejected rows; `remedy` is what
+    else can be done.
     """
     first = json.loads(lines.splitlines()[0]) if lines else None
     example = f"{first['source']}: row {first['row']}: {first['reason']}; " if first else ""
@@ -242,5 +247,5 @@ def describe_rejections(
         f"{example}{num_rejected:,} of "
         f"{num_rows:,} rows cannot be used, --max_rejected={limit:g} allows "
         f"{allowed_rejections(limit, num_rows):,}; see {where} for all of them and repair them, "
-        "or raise --max_rejected"
+        f"or raise --max_rejected{remedy}"
     )

@@ -11,7 +11,13 @@ import pyarrow
 from pyarrow import ipc, parquet, types
 
 from trainer.errors import UserError
-from trainer.sources.formats.base import Format, cut_rows, require_columns, wrong_type
+from trainer.sources.formats.base import (
+    Format,
+    check_classes,
+    cut_rows,
+    require_columns,
+    wrong_type,
+)
 from trainer.sources.input_files import damaged, open_file
 from trainer.sources.rows import (
     BadRow,
@@ -59,7 +65,9 @@ class ArrowFormat(Format):
         with self._open(row_range.path) as (schema, content):
             _check_schema(row_range.path, schema, columns)
             names = [name for name in columns.all if name in schema.names]
-            readers = {name: _label_names(schema, name) for name in columns.labels}
+            # The classes of one of several label columns are its 0 and 1.
+            of_classes = columns.labels if len(columns.labels) == 1 else ()
+            readers = {name: _label_names(schema, name) for name in of_classes}
             for first, batch in self._batches(content, row_range, names):
                 for position, row in _slice_rows(first, batch, row_range, names, readers):
                     named = dict(zip(names, row, strict=True))
@@ -211,6 +219,9 @@ def _check_schema(name: str, schema: pyarrow.Schema, columns: Columns) -> None:
         if types.is_nested(found) or types.is_temporal(found) or is_raw:
             raise wrong_type(name, columns.id, columns, str(found), "text or numbers")
     for column in columns.labels:
+        classes = _classes_of(schema, column)
+        if classes and len(columns.labels) > 1:
+            check_classes(name, column, classes)
         found = _value_type(schema.field(column).type)
         is_flag = len(columns.labels) > 1 and (types.is_floating(found) or types.is_boolean(found))
         is_plain = _is_text(found) or _is_bytes(found) or types.is_integer(found)
@@ -265,13 +276,18 @@ def _value(item: Any) -> Any:
         return Unreadable(f"a value that cannot be read ({error})")
 
 
-def _label_names(schema: pyarrow.Schema, column: str) -> Callable[[Any], Any] | None:
-    """Class numbers to names, where `datasets` wrote the names into a column's description."""
+def _classes_of(schema: pyarrow.Schema, column: str) -> list[str] | None:
+    """The classes of a column, where `datasets` wrote them into the schema's metadata."""
     try:
         described = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
-        names = _class_names(described[column])
+        return _class_names(described[column])
     except (KeyError, TypeError, ValueError, IndexError):
         return None
+
+
+def _label_names(schema: pyarrow.Schema, column: str) -> Callable[[Any], Any] | None:
+    """Class numbers to names, for a column of classes."""
+    names = _classes_of(schema, column)
     if not names:
         return None
 

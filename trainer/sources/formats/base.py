@@ -104,6 +104,16 @@ def _list_columns(found: Sequence[str]) -> str:
     return shown if len(found) <= 30 else f"{shown} and {len(found) - 30} more"
 
 
+def check_classes(name: str, column: str, classes: Sequence[str]) -> None:
+    """Checks the classes of one of several 0/1 columns: two, and class 1 is the positive."""
+    words = [word.lower() for word in classes]
+    if len(words) != 2 or words in (["yes", "no"], ["true", "false"], ["1", "0"]):
+        raise UserError(
+            f"{name}: column {column!r} has the classes {', '.join(classes[:9])}, expected two, "
+            "the second for documents that have the label; write it as 0 and 1"
+        )
+
+
 def wrong_type(name: str, column: str, columns: Columns, found: str, expected: str) -> UserError:
     """What to raise for a column whose type cannot be right."""
     return UserError(

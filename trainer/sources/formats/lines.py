@@ -24,6 +24,7 @@ from trainer.sources.input_files import (
 from trainer.sources.rows import (
     BadRow,
     Columns,
+    FeatureValues,
     LabelIds,
     Row,
     RowRange,
@@ -350,7 +351,8 @@ class LibMultiLabelLines(LineFormat):
         return row_of_values(row_range, position, values, columns)
 
 
-_LABEL_IDS = "label_ids"
+# Labels of these types are copied as {name: values}.
+_LABEL_TUPLES = {kind.__name__: kind for kind in (LabelIds, FeatureValues)}
 
 
 class RowCopies(LineFormat):
@@ -377,15 +379,16 @@ class RowCopies(LineFormat):
             return BadRow(*values)
         row = Row(*values)
         labels = row.labels
-        if isinstance(labels, dict) and labels.keys() == {_LABEL_IDS}:
-            labels = LabelIds(labels[_LABEL_IDS])
+        if isinstance(labels, dict) and len(labels) == 1 and labels.keys() <= _LABEL_TUPLES.keys():
+            ((kind, values),) = labels.items()
+            labels = _LABEL_TUPLES[kind](values)
         return row._replace(labels=labels, kept=tuple(row.kept))
 
 
 def encode_row(row: Row | BadRow) -> str:
     """A row as a line of `RowCopies`."""
-    if isinstance(row, Row) and isinstance(row.labels, LabelIds):
-        row = row._replace(labels={_LABEL_IDS: row.labels})
+    if isinstance(row, Row) and isinstance(row.labels, LabelIds | FeatureValues):
+        row = row._replace(labels={type(row.labels).__name__: row.labels})
     try:
         return json.dumps(row, ensure_ascii=False, default=_plain) + "\n"
     except (ValueError, RecursionError) as error:

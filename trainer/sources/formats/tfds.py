@@ -10,7 +10,13 @@ from collections.abc import Iterator
 from typing import Any
 
 from trainer.errors import UserError
-from trainer.sources.formats.base import Format, cut_rows, require_columns, wrong_type
+from trainer.sources.formats.base import (
+    Format,
+    check_classes,
+    cut_rows,
+    require_columns,
+    wrong_type,
+)
 from trainer.sources.rows import BadRow, Columns, Row, RowRange, decode_bytes, row_of_values
 
 _NAME = re.compile(
@@ -125,6 +131,9 @@ class TensorFlowDatasets(Format):
         text = features[columns.text]
         if _scalar_kind(text) not in ("O", "S", "U"):
             raise wrong_type(name, columns.text, columns, type(text).__name__, "text")
+        for column in columns.labels if len(columns.labels) > 1 else ():
+            if (classes := _class_of(features[column])) is not None:
+                check_classes(name, column, classes.names)
         if len(columns.labels) == 1 and _scalar_kind(features[columns.labels[0]]) == "f":
             column = columns.labels[0]
             raise wrong_type(name, column, columns, "fractions", "names, ids, or 0 and 1")
@@ -143,6 +152,8 @@ class TensorFlowDatasets(Format):
             dataset = dataset.take(row_range.end - row_range.start)
         wanted = [column for column in columns.all if column in features]
         classes = {column: _class_of(features[column]) for column in wanted}
+        if len(columns.labels) > 1:  # Their classes are 0 and 1.
+            classes |= dict.fromkeys(columns.labels)
         position = row_range.start
         try:
             for position, example in enumerate(_library().as_numpy(dataset), row_range.start):

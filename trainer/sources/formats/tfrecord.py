@@ -20,6 +20,7 @@ from trainer.sources.input_files import damaged, location, open_decompressed, op
 from trainer.sources.rows import (
     BadRow,
     Columns,
+    FeatureValues,
     LabelIds,
     Row,
     RowRange,
@@ -166,7 +167,7 @@ def _row_of_text(
 ) -> Row | BadRow:
     values = {name: _single(features[name]) for name in columns.all if name in features}
     if len(columns.labels) == 1 and columns.labels[0] in features:
-        values[columns.labels[0]] = [decode_bytes(item) for item in features[columns.labels[0]]]
+        values[columns.labels[0]] = FeatureValues(map(decode_bytes, features[columns.labels[0]]))
     return row_of_values(row_range, position, values, columns)
 
 
@@ -213,7 +214,7 @@ def _labels(features: dict[str, list[Any]], column: str, metadata: Metadata | No
         raise ValueError(f"no field {column!r}")
     values = features[column]
     if not is_own or not all(isinstance(value, int) for value in values):
-        return [decode_bytes(value) for value in values]
+        return FeatureValues(map(decode_bytes, values))
     if metadata is None:
         return LabelIds(values)
     if values and not 0 <= min(values) <= max(values) < len(metadata.labels):
