@@ -110,6 +110,7 @@ def test_the_kind_of_labels_can_be_said():
     assert reader("multi_hot", ("a", "b")).read([0, 1]) == ["b"]
     assert reader("ids", ("a", "b")).read([0, 1]) == reader("ids", ("a", "b")).read("0,1")
     assert reader("ids", ("a", "b")).read([0, 1]) == ["a", "b"]
+    assert reader("ids").read("02,3.0") == ["black", "blue"]
     assert reader("names", ("1", "0")).read([0]) == ["0"]
     assert reader("names", None).read([401, 250.0]) == ["250", "401"]
     for kind, raw, reason in (

@@ -23,8 +23,9 @@ _TRUE = frozenset(("1", "1.0", "true", "yes", "y", "t"))
 _FALSE = frozenset(("0", "0.0", "false", "no", "n", "f", ""))
 TRUTH_WORDS = (_TRUE | _FALSE) - {""}
 UNKNOWN_LABEL = "unknown label"
-_MAX_DIGITS = 18
-_PLAIN_INTEGER = re.compile(r"0|[1-9][0-9]*")
+_PLAIN_INTEGER = re.compile(r"0|[1-9][0-9]{0,17}")
+# What is a number where --label_kind says so; pandas writes ids beside empty cells as 3.0.
+_WHOLE_NUMBER = re.compile(r"[0-9]{1,18}(\.0+)?")
 _LARGEST_ID = 1 << 63
 
 
@@ -131,7 +132,8 @@ class LabelReader:
         """Strings that are ids or a multi-hot list as numbers; any other labels as they are."""
         if self.names is None or not items or not all(isinstance(item, str) for item in items):
             return items
-        are_numbers = all(map(_is_id, items))
+        pattern = _PLAIN_INTEGER if self.kind == "auto" else _WHOLE_NUMBER
+        are_numbers = all(pattern.fullmatch(item) for item in items)
         if self.kind in ("ids", "multi_hot") and not are_numbers:
             raise LabelError(
                 f"labels {shorten(list(items))}: expected numbers, as --label_kind={self.kind} says"
@@ -142,7 +144,9 @@ class LabelReader:
             # Three zeros and ones or more, one a label, can be nothing else.
             is_multi_hot = 2 < len(items) == len(self.names) and set(items) <= {"0", "1"}
             are_numbers = is_multi_hot and self._known.keys().isdisjoint(items)
-        return [int(item) for item in items] if are_numbers and self.kind != "names" else items
+        if not are_numbers or self.kind == "names":
+            return items
+        return [int(item.partition(".")[0]) for item in items]
 
     def _names_of_numbers(self, items: Sequence[Any]) -> list[str]:
         if self.kind == "names":
@@ -216,7 +220,7 @@ class LabelReader:
         if known := self._by_normal_form.get(normalize_name(name, NORMAL_FORMS)):
             forms = ",".join(NORMAL_FORMS)
             return f", but {shorten(known)} is one; --normalize_labels={forms} makes one of both"
-        if self.kind == "auto" and _is_id(name):
+        if self.kind == "auto" and _PLAIN_INTEGER.fullmatch(name):
             return (
                 "; digits are an id only where all labels of the column are numbers and no known "
                 "label is one, or with --label_kind=ids"
@@ -233,10 +237,6 @@ def _name_of(number: Any) -> str:
     if isinstance(number, bool) or number != number // 1 or abs(number) >= _LARGEST_ID:
         raise LabelError(f"label {shorten(number)}: expected a name or a whole number")
     return str(int(number))
-
-
-def _is_id(text: str) -> bool:
-    return len(text) <= _MAX_DIGITS and _PLAIN_INTEGER.fullmatch(text) is not None
 
 
 def normalize_name(name: str, steps: Iterable[str]) -> str:
