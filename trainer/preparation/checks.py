@@ -25,7 +25,7 @@ metadata.json keeps them under `checks`:
 
 import itertools
 import os
-from collections.abc import Container, Mapping, Sequence
+from collections.abc import Collection, Mapping, Sequence
 from typing import Any
 
 import numpy as np
@@ -233,10 +233,9 @@ def warn_of_labels(counts: Mapping[str, int], unknown: Mapping[str, int]) -> lis
             f"labels that look like a part of a list or a missing value: {len(odd):,} "
             f"({_list_names(odd, counts)}); check --label_field and --label_delimiter"
         )
-    joined = [name for name in counts if _holds_names(name, counts)]
-    if joined:
+    if joined := _find_joined(counts):
         lines.append(
-            f"labels that are other labels side by side: {len(joined):,} "
+            f"labels that look like several side by side: {len(joined):,} "
             f"({_list_names(joined, counts)}); name what separates them with --label_delimiter"
         )
     if {name.lower() for name in counts} <= TRUTH_WORDS:
@@ -252,10 +251,20 @@ def warn_of_labels(counts: Mapping[str, int], unknown: Mapping[str, int]) -> lis
     return lines
 
 
-def _holds_names(name: str, names: Container[str]) -> bool:
-    """Whether a name is several of the others, between what separates names elsewhere."""
-    pieces = (name.split(delimiter) for delimiter in ";|\t\n/" if delimiter in name)
-    return any(all(piece.strip() in names for piece in found) for found in pieces)
+def _find_joined(names: Collection[str]) -> list[str]:
+    """The names that are several labels, which were not taken apart.
+
+    Their pieces are labels elsewhere, or all labels are made of half as many pieces, or fewer.
+    """
+    for delimiter in ";|\t\n/ ":
+        pieces = {name: [piece.strip() for piece in name.split(delimiter)] for name in names}
+        joined = [name for name in names if len(pieces[name]) > 1]
+        if joined and 2 * len(set(itertools.chain(*pieces.values()))) <= len(pieces):
+            return joined
+        known = [name for name in joined if pieces.keys() >= set(pieces[name])]
+        if known and delimiter != " ":  # There may be labels "data", "science" and "data science".
+            return known
+    return []
 
 
 def _list_names(names: Sequence[str], counts: Mapping[str, int]) -> str:
