@@ -4,7 +4,7 @@ It reads what `train` and `evaluate` wrote. The data folder gives the texts of t
 documents that the TF-IDF baseline is fitted to.
 """
 
-import json
+import itertools
 import logging
 import os
 import sys
@@ -23,14 +23,23 @@ from trainer.data.metadata import (
 from trainer.data.records import leading_places, read_documents
 from trainer.data.tokenizer import load_tokenizer
 from trainer.errors import UserError
-from trainer.evaluation.results import CURVES_FILE, EVALUATION_FOLDER, METRICS_FILE, write_json
+from trainer.evaluation.curves import CURVES
+from trainer.evaluation.results import (
+    CURVES_FILE,
+    EVALUATION_FOLDER,
+    METRICS,
+    METRICS_FILE,
+    write_json,
+)
 from trainer.evaluation.thresholds import ThresholdRule
-from trainer.reporting.baseline import measure_baseline
+from trainer.reporting.baseline import BASELINE, measure_baseline
 from trainer.reporting.page import MAX_CHARACTERS, Material, render
 from trainer.run_config import EvaluateConfig, ReportConfig
 from trainer.storage import filesystem
 from trainer.storage.filesystem import write_atomically
+from trainer.storage.own_files import load, parse
 from trainer.training.checkpoint import load_best
+from trainer.training.metrics_log import EVALUATION_ROW, STEP_ROW
 from trainer.training.run_record import load_record
 
 REPORT_FILE = "report.html"
@@ -50,12 +59,12 @@ def run(config: ReportConfig) -> None:
     folder is not the one that it read.
     """
     record = load_record(config.model_dir)
-    metrics, curves = (
-        _read_evaluation(config.model_dir, name) for name in (METRICS_FILE, CURVES_FILE)
-    )
+    metrics = _read_evaluation(config.model_dir, METRICS_FILE, METRICS)
+    curves = _read_evaluation(config.model_dir, CURVES_FILE, CURVES)
     _check_checkpoint(config, metrics, curves)
     data_dir = config.data_dir or record.train.data_dir
     metadata = _open_data(config, data_dir, metrics)
+    _check_labels(config.model_dir, metrics, curves, metadata)
     baseline, texts = None, {}
     if metadata is not None:
         baseline = _find_baseline(config, data_dir, metadata, metrics)
@@ -69,18 +78,38 @@ def run(config: ReportConfig) -> None:
     print(f"Wrote {path} ({len(page) / 1e6:.1f} MB); open it in a browser")
 
 
-def _read_evaluation(model_dir: str, name: str) -> dict[str, Any]:
+def _read_evaluation(model_dir: str, name: str, kind: Any) -> Any:
     path = os.path.join(model_dir, EVALUATION_FOLDER, name)
     remedy = f"run `multihot evaluate --model_dir={model_dir} --data_dir=...` first"
     try:
-        values = json.loads(filesystem.read_text(path))
+        return load(kind, path, remedy, what="not what `multihot evaluate` writes")
     except FileNotFoundError:
         raise UserError(f"{path}: not there, so there is nothing to report; {remedy}") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error}); {remedy}") from None
-    if not isinstance(values, dict) or "fingerprints" not in values:
-        raise UserError(f"{path}: not what `multihot evaluate` writes; {remedy}")
-    return values
+
+
+def _check_labels(
+    model_dir: str, metrics: dict[str, Any], curves: dict[str, Any], metadata: Metadata | None
+) -> None:
+    """Checks, by a UserError, that an evaluation's files speak of the same labels and documents."""
+    mistakes = [mistake for kind in curves["mistakes"].values() for mistake in kind]
+    together, rows = curves["cooccurrence"], metrics["per_label"]
+    shown = [curves["curve_labels"], together["labels"]]
+    shown += [[item["label"], *item["true"], *item["predicted"]] for item in mistakes]
+    widths = [len(row) for kind in ("true", "predicted") for row in together[kind]]
+    split = None if metadata is None else metadata.split(metrics["split"])
+    fits = (
+        max(itertools.chain(*shown), default=0) < len(curves["labels"])
+        and rows.keys() >= set(curves["labels"])
+        and len({frozenset(row) for row in rows.values()}) == 1
+        and widths == [len(together["labels"])] * 2 * len(together["labels"])
+        and all(split is None or item["index"] < split.documents for item in mistakes)
+        and (metadata is None or metadata.labels == tuple(curves["labels"]))
+    )
+    if not fits:
+        raise UserError(
+            f"{os.path.join(model_dir, EVALUATION_FOLDER)}: {METRICS_FILE} and {CURVES_FILE} do "
+            "not fit together; run `multihot evaluate` again"
+        )
 
 
 def _check_checkpoint(config: ReportConfig, *evaluated: dict[str, Any]) -> None:
@@ -160,10 +189,9 @@ def _find_baseline(
 def _read_kept(path: str) -> dict[str, Any]:
     """What an earlier report kept; empty if that is missing or cannot be read."""
     try:
-        values = json.loads(filesystem.read_text(path))
-    except (FileNotFoundError, ValueError):
+        return dict(load(BASELINE, path, ""))
+    except (FileNotFoundError, UserError):
         return {}
-    return values if isinstance(values, dict) else {}
 
 
 def _read_texts(
@@ -192,8 +220,8 @@ def _read_history(model_dir: str) -> list[dict[str, Any]]:
     rows = []
     for line in lines:
         try:
-            rows.append(json.loads(line))
-        except ValueError:
+            rows.append(parse(EVALUATION_ROW | STEP_ROW, line, HISTORY_FILE, ""))
+        except UserError:
             break
     return rows
 

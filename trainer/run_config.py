@@ -4,7 +4,13 @@ import functools
 from dataclasses import dataclass
 
 from trainer.flags import CheckedConfig, changed_option, check_flag, option, parse_kind
-from trainer.model_config import EncoderConfig, LossConfig, OptimizerConfig, parse_row_groups
+from trainer.model_config import (
+    MAX_DOCUMENT_TOKENS,
+    EncoderConfig,
+    LossConfig,
+    OptimizerConfig,
+    parse_row_groups,
+)
 
 DEFAULT_SEED = 17
 STRATEGIES = ("auto", "tpu", "mirrored", "multi_worker", "one_device", "cpu")
@@ -32,7 +38,13 @@ class TrainStepConfig(EncoderConfig):
     init_checkpoint: str | None = option(
         None, "Folder or hub id of a pretrained BERT; default: from scratch."
     )
-    tokens_per_replica: int = option(4096, "Tokens of a micro-batch, padding included.", at_least=1)
+    tokens_per_replica: int = option(
+        4096,
+        "Tokens of a micro-batch, padding included.",
+        at_least=1,
+        at_most=MAX_DOCUMENT_TOKENS,
+        expected=f"at least 1 and at most {MAX_DOCUMENT_TOKENS} tokens",
+    )
     row_groups: str | None = option(
         None,
         "Rows of a micro-batch as ROWSxLENGTH,...; default: from the lengths of the data.",

@@ -9,9 +9,11 @@ from typing import Any
 
 import tensorflow as tf
 
+from trainer.errors import UserError
 from trainer.runtime.progress import show_progress
 from trainer.storage import filesystem
-from trainer.storage.filesystem import write_atomically
+from trainer.storage.filesystem import open_no_link, write_atomically
+from trainer.storage.own_files import Count, fields, optional, parse
 
 METRICS_FILE = "metrics.jsonl"
 _TENSORBOARD_FOLDER = "tensorboard"
@@ -21,6 +23,13 @@ _TENSORBOARD_FOLDER = "tensorboard"
 _QUEUE, _REMOTE_QUEUE = 10, 1_000_000
 
 _logger = logging.getLogger(__name__)
+# What the report draws of rows; what is undefined is null or NaN.
+_UNDEFINED = optional(float | None)
+STEP_ROW = fields(
+    **dict.fromkeys(("step", "documents"), Count), epoch=float, loss=_UNDEFINED,
+    learning_rate=_UNDEFINED, tokens_per_second=_UNDEFINED,
+)  # fmt: skip
+EVALUATION_ROW = fields(step=Count, documents=Count, split=str, evaluation=dict[str, float | None])
 
 
 class MetricsLog:
@@ -139,7 +148,7 @@ class _LocalRows:
     def __init__(self, path: str, step: int) -> None:
         _cut(path, step)
         self._path = path
-        self._file = open(path, "ab")  # noqa: SIM115 (closed by close)
+        self._file = open(path, "ab", opener=open_no_link)  # noqa: SIM115 (closed by close)
 
     def add(self, line: bytes) -> None:
         try:
@@ -188,8 +197,8 @@ def _cut(path: str, step: int) -> list[bytes]:
     kept = []
     for number, line in enumerate(lines, 1):
         try:
-            is_kept = json.loads(line)["step"] <= step
-        except (ValueError, TypeError, KeyError):
+            is_kept = parse(fields(step=Count), line, path, "")["step"] <= step
+        except UserError:
             is_kept = False
             if line.endswith(b"\n"):
                 _logger.warning("%s: line %d is damaged and left out", path, number)
