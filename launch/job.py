@@ -24,7 +24,7 @@ from pydantic import Field
 
 import trainer
 from trainer.errors import UserError
-from trainer.storage.own_files import Count, PlainName, closed, parse
+from trainer.storage.own_files import Count, PathBelow, PlainName, closed, parse
 
 FOLDER = "multihot"
 JOB_LABEL, VERSION_LABEL = "multihot-job", "multihot-version"
@@ -32,14 +32,13 @@ JOB_LABEL, VERSION_LABEL = "multihot-job", "multihot-version"
 SHARED = ("train", "score")
 # Cloud TPU's rule for the names of nodes, with room for the number of a slice.
 _NAME = re.compile(r"[a-z]([-a-z0-9]{0,50}[a-z0-9])?")
-_BUCKET = re.compile(r"[a-z0-9][-a-z0-9_.]{1,220}[a-z0-9]")
 
 
 @dataclass(frozen=True)
 class StoredFile:
     """A file that a job's hosts download: its name in the job's `package/`, bytes and SHA-256."""
 
-    name: PlainName
+    name: PathBelow
     bytes: Count
     sha256: str
 
@@ -59,7 +58,7 @@ class Job:
     name: Annotated[str, Field(pattern=f"^{_NAME.pattern}$")]
     group: PlainName
     submission: Annotated[str, Field(pattern="^[0-9]{8}t[0-9]{6}-[0-9a-z]+$")]
-    bucket: Annotated[str, Field(pattern=f"^{_BUCKET.pattern}$")]
+    bucket: PlainName
     commands: tuple[tuple[str, ...], ...]
     environment: Annotated[str, Field(pattern="^(tpu|gpu|cpu)$")]
     accelerator: str
@@ -111,6 +110,6 @@ def check_name(name: str) -> None:
 def bucket_name(flag: str) -> str:
     """The bucket's name of a flag's `gs://NAME/`, `gs://NAME` or `NAME`; UserError for others."""
     name = flag.removeprefix("gs://").removesuffix("/")
-    if not _BUCKET.fullmatch(name):
+    if not re.fullmatch(r"[a-z0-9][-a-z0-9_.]{1,220}[a-z0-9]", name):
         raise UserError(f"--bucket={flag}: expected the name of a bucket, or gs://NAME")
     return name

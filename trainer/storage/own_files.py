@@ -42,6 +42,10 @@ def _check_name(name: str) -> str:
 
 # The one rule for every name that a file gives of another one: joined to a folder, it stays there.
 PlainName = Annotated[str, AfterValidator(_check_name)]
+# The same for a file in a folder's folders.
+PathBelow = Annotated[
+    str, AfterValidator(lambda path: [*map(_check_name, path.split("/"))] and path)
+]
 Count = Annotated[int, Field(ge=0, lt=2**63)]
 Positive = Annotated[int, Field(ge=1, lt=2**63)]
 WindowTokens = Annotated[int, Field(ge=3, le=MAX_WINDOW_TOKENS)]
