@@ -164,7 +164,8 @@ def _wrap(backend: Backend, config: dict[str, Any], name: str) -> Tokenizer:
     if not is_framed or not isinstance(pad_id, int):
         raise UserError(
             f"--tokenizer={name}: expected a BERT tokenizer, one with [CLS], [SEP] and [PAD] that "
-            f"frames a text by the first two; found {reprlib.repr(tokens)}; name another one or `train`"
+            f"frames a text by the first two; found {reprlib.repr(tokens)}; name "
+            "another one or `train`"
         )
     unk_id = None if unk_token is None else backend.token_to_id(unk_token)
     definition = json.dumps(json.loads(backend.to_str()), sort_keys=True)

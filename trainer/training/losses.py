@@ -26,6 +26,8 @@ POSITIVE_WEIGHT_KINDS = ("none", "balanced", "balanced_classes", "sqrt", "effect
 EFFECTIVE_NUMBER_BETA = 0.999
 # Half a document on each side keeps the log-odds of labels that all or none have finite.
 LOG_ODDS_SMOOTHING = 0.5
+# Beyond it, float32 is infinite.
+_MAX_WEIGHT = 3e38
 _logger = logging.getLogger(__name__)
 
 
@@ -122,7 +124,7 @@ def _read_weights(path: str, labels: Sequence[str]) -> np.ndarray:
         )
     for name, weight in weights.items():
         is_number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
-        if not is_number or not 0 < weight < math.inf:
+        if not is_number or not 0 < weight < _MAX_WEIGHT:
             raise UserError(
                 f"--pos_weight={path}: weight {weight!r} of {name!r}; expected a positive number"
             )
