@@ -4,13 +4,15 @@ It reads what `train` and `evaluate` wrote. The data folder gives the texts of t
 documents that the TF-IDF baseline is fitted to.
 """
 
-import itertools
+import contextlib
 import logging
 import os
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+from jinja2 import UndefinedError
 
 from trainer.data.metadata import (
     METADATA_FILE,
@@ -23,24 +25,21 @@ from trainer.data.metadata import (
 from trainer.data.records import leading_places, read_documents
 from trainer.data.tokenizer import load_tokenizer
 from trainer.errors import UserError
-from trainer.evaluation.curves import CURVES
 from trainer.evaluation.results import (
     CURVES_FILE,
     EVALUATION_FOLDER,
-    METRICS,
     METRICS_FILE,
     write_json,
 )
 from trainer.evaluation.thresholds import ThresholdRule
-from trainer.reporting.baseline import BASELINE, measure_baseline
+from trainer.reporting.baseline import measure_baseline
 from trainer.reporting.page import MAX_CHARACTERS, Material, render
 from trainer.run_config import EvaluateConfig, ReportConfig
 from trainer.storage import filesystem
 from trainer.storage.filesystem import write_atomically
-from trainer.storage.own_files import load, parse
+from trainer.storage.own_files import fields, load, parse
 from trainer.training.checkpoint import load_best
-from trainer.training.metrics_log import EVALUATION_ROW, STEP_ROW
-from trainer.training.run_record import load_record
+from trainer.training.run_record import RunRecord, load_record
 
 REPORT_FILE = "report.html"
 BASELINE_FILE = "baseline.json"
@@ -59,57 +58,62 @@ def run(config: ReportConfig) -> None:
     folder is not the one that it read.
     """
     record = load_record(config.model_dir)
-    metrics = _read_evaluation(config.model_dir, METRICS_FILE, METRICS)
-    curves = _read_evaluation(config.model_dir, CURVES_FILE, CURVES)
+    metrics = _read_evaluation(config.model_dir, METRICS_FILE)
+    curves = _read_evaluation(config.model_dir, CURVES_FILE)
     _check_checkpoint(config, metrics, curves)
-    data_dir = config.data_dir or record.train.data_dir
-    metadata = _open_data(config, data_dir, metrics)
-    _check_labels(config.model_dir, metrics, curves, metadata)
-    baseline, texts = None, {}
-    if metadata is not None:
-        baseline = _find_baseline(config, data_dir, metadata, metrics)
-        texts = _read_texts(data_dir, metadata, metrics["split"], curves["mistakes"])
-    history = _read_history(config.model_dir)
-    page = render(
-        Material(config.model_dir, record, metrics, curves, history, metadata, baseline, texts)
-    ).encode("utf-8")
+    with _naming_damaged_files(config.model_dir):
+        page = _make_page(config, record, metrics, curves).encode("utf-8")
     path = os.path.join(config.model_dir, REPORT_FILE)
     write_atomically(path, page)
     print(f"Wrote {path} ({len(page) / 1e6:.1f} MB); open it in a browser")
 
 
-def _read_evaluation(model_dir: str, name: str, kind: Any) -> Any:
+def _make_page(
+    config: ReportConfig, record: RunRecord, metrics: dict[str, Any], curves: dict[str, Any]
+) -> str:
+    data_dir = config.data_dir or record.train.data_dir
+    metadata = _open_data(config, data_dir, metrics)
+    baseline, texts = None, {}
+    if metadata is not None:
+        baseline = _find_baseline(config, data_dir, metadata, metrics)
+        texts = _read_texts(data_dir, metadata, metrics["split"], curves["mistakes"])
+    history = _read_history(config.model_dir)
+    return render(
+        Material(config.model_dir, record, metrics, curves, history, metadata, baseline, texts)
+    )
+
+
+@contextlib.contextmanager
+def _naming_damaged_files(model_dir: str) -> Iterator[None]:
+    """Turns what a value of another kind causes in the page into a UserError.
+
+    The page shows hundreds of values, most as they come: a declared shape would repeat the page.
+    """
+    try:
+        yield
+    except (UserError, OSError):
+        raise
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0][:200]
+    except UndefinedError as error:
+        reason = str(error)
+    else:
+        return
+    raise UserError(
+        f"{os.path.join(model_dir, EVALUATION_FOLDER)}: {METRICS_FILE}, {CURVES_FILE}, "
+        f"{BASELINE_FILE} or {HISTORY_FILE} beside it is damaged ({reason}); remove "
+        f"{BASELINE_FILE} and run `multihot evaluate` again"
+    )
+
+
+def _read_evaluation(model_dir: str, name: str) -> dict[str, Any]:
     path = os.path.join(model_dir, EVALUATION_FOLDER, name)
     remedy = f"run `multihot evaluate --model_dir={model_dir} --data_dir=...` first"
     try:
+        kind = fields(fingerprints=fields(checkpoint=str, splits=dict[str, str]))
         return load(kind, path, remedy, what="not what `multihot evaluate` writes")
     except FileNotFoundError:
         raise UserError(f"{path}: not there, so there is nothing to report; {remedy}") from None
-
-
-def _check_labels(
-    model_dir: str, metrics: dict[str, Any], curves: dict[str, Any], metadata: Metadata | None
-) -> None:
-    """Checks, by a UserError, that an evaluation's files speak of the same labels and documents."""
-    mistakes = [mistake for kind in curves["mistakes"].values() for mistake in kind]
-    together, rows = curves["cooccurrence"], metrics["per_label"]
-    shown = [curves["curve_labels"], together["labels"]]
-    shown += [[item["label"], *item["true"], *item["predicted"]] for item in mistakes]
-    widths = [len(row) for kind in ("true", "predicted") for row in together[kind]]
-    split = None if metadata is None else metadata.split(metrics["split"])
-    fits = (
-        max(itertools.chain(*shown), default=0) < len(curves["labels"])
-        and rows.keys() >= set(curves["labels"])
-        and len({frozenset(row) for row in rows.values()}) == 1
-        and widths == [len(together["labels"])] * 2 * len(together["labels"])
-        and all(split is None or item["index"] < split.documents for item in mistakes)
-        and (metadata is None or metadata.labels == tuple(curves["labels"]))
-    )
-    if not fits:
-        raise UserError(
-            f"{os.path.join(model_dir, EVALUATION_FOLDER)}: {METRICS_FILE} and {CURVES_FILE} do "
-            "not fit together; run `multihot evaluate` again"
-        )
 
 
 def _check_checkpoint(config: ReportConfig, *evaluated: dict[str, Any]) -> None:
@@ -189,7 +193,7 @@ def _find_baseline(
 def _read_kept(path: str) -> dict[str, Any]:
     """What an earlier report kept; empty if that is missing or cannot be read."""
     try:
-        return dict(load(BASELINE, path, ""))
+        return dict(load(dict[str, Any], path, ""))
     except (FileNotFoundError, UserError):
         return {}
 
@@ -220,7 +224,7 @@ def _read_history(model_dir: str) -> list[dict[str, Any]]:
     rows = []
     for line in lines:
         try:
-            rows.append(parse(EVALUATION_ROW | STEP_ROW, line, HISTORY_FILE, ""))
+            rows.append(parse(dict[str, Any], line, HISTORY_FILE, ""))
         except UserError:
             break
     return rows

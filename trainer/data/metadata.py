@@ -18,7 +18,7 @@ from trainer.errors import UserError
 from trainer.model_config import MAX_DOCUMENT_TOKENS
 from trainer.storage import filesystem, own_files
 from trainer.storage.filesystem import add_checksum, checksum, write_atomically
-from trainer.storage.own_files import Count, PlainName, Several, closed, fields, many, named
+from trainer.storage.own_files import Count, PlainName, Several, closed, fields, many
 
 SCHEMA_VERSION = 3
 METADATA_FILE = "metadata.json"
@@ -64,34 +64,14 @@ class Split:
     text_index: Shard | None = None
 
 
-_PAIR_OF_COUNTS, _PAIR_OF_IDS = (many(kind, 2, 2) for kind in (Count, str))
 _CALL = fields(
     inputs=many(str | fields(name=str, bytes=Count, checksum=str)),
     splits=many(str),
     seed=Annotated[int, Field(ge=-(2**63), lt=2**63)],
 )
-_LABEL_CASE = fields(count=Count, labels=many(str))
-_SPLIT_CHECKS = fields(
-    **dict.fromkeys(("repeated_documents", "conflicting_texts"), Count),
-    **dict.fromkeys(
-        ("truncated_share", "unknown_token_share", "other_script_share"), own_files.Number
-    ),
-    **dict.fromkeys(("labels_without_positives", "nearly_always_labels"), _LABEL_CASE),
-    rare_labels=_LABEL_CASE,
-    examples=many(_PAIR_OF_IDS),
-    other_scripts=named(Count),
-)
-_PAIR_CHECKS = fields(
-    **dict.fromkeys(("texts", "conflicting_texts"), Count),
-    splits=_PAIR_OF_IDS,
-    documents=_PAIR_OF_COUNTS,
-    examples=many(_PAIR_OF_IDS),
-)
 _NOTHING: Any = Annotated[dict[str, Any], Field(max_length=0)]
 _SOURCE = fields(calls=many(_CALL, 1)) | _NOTHING
-_CHECKS = (
-    fields(splits=named(_SPLIT_CHECKS), across=many(_PAIR_CHECKS), warnings=many(str)) | _NOTHING
-)
+_CHECKS = fields(splits=dict[str, Any], across=list[Any], warnings=many(str)) | _NOTHING
 
 
 @closed

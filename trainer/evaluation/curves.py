@@ -11,8 +11,6 @@ import numpy as np
 from trainer.evaluation.cuts import rank_cuts
 from trainer.evaluation.measurement import CalibratedPredictions
 from trainer.evaluation.metrics import equal_mass_starts
-from trainer.evaluation.results import FINGERPRINTS
-from trainer.storage.own_files import Count, Number, fields, many, named
 
 # Nobody looks at the curves of more labels, and each label costs about 4 KB.
 MAX_CURVE_LABELS = 256
@@ -30,29 +28,6 @@ MAX_MICRO_SCORES = 1 << 22
 HISTOGRAM_EDGES = np.linspace(-7.0, 7.0, 29)
 # Half the width of a 95 % interval, in standard deviations.
 _DEVIATIONS = 1.959964
-
-_LISTS = named(many(Count | Number))
-_CURVES = named(_LISTS | named(_LISTS))
-_MISTAKES = many(
-    fields(
-        document=str,
-        **dict.fromkeys(("index", "label"), Count),
-        **dict.fromkeys(("true", "predicted"), many(Count)),
-        probability=Number,
-        threshold=Number | None,
-    )
-)
-# What curves.json holds, which is what `collect` returns and of which checkpoint.
-CURVES = fields(
-    fingerprints=FINGERPRINTS,
-    labels=many(str, 1),
-    curve_labels=many(Count),
-    **dict.fromkeys(("documents", "num_documents", "micro_documents"), Count),
-    micro=_CURVES,
-    curves=many(_CURVES),
-    cooccurrence=fields(labels=many(Count), true=many(many(Count)), predicted=many(many(Count))),
-    mistakes=fields(false_positives=_MISTAKES, missed=_MISTAKES),
-)
 
 
 def collect(

@@ -16,7 +16,7 @@ from trainer.evaluation.metrics import (
     rank_every_label,
 )
 from trainer.storage.filesystem import write_atomically
-from trainer.storage.own_files import Count, Number, PositiveNumber, fields, many, named, optional
+from trainer.storage.own_files import Number, PositiveNumber, fields, many
 
 EVALUATION_FOLDER = "evaluation"
 METRICS_FILE = "metrics.json"
@@ -35,47 +35,9 @@ HEADLINES = (
 _SHOWN_LABELS = 20
 # Values of a kept column that are reported one by one; the rest are reported together.
 MAX_VALUES = 50
-# null stands for NaN.
-Measure = Count | Number | None
-
-
-_REPORTED = (
-    "mean_average_precision", "micro_f1", "macro_f1", "macro_roc_auc", "expected_calibration_error",
-)  # fmt: skip
-_OF_LABEL = ("threshold", "precision", "recall", "f1", "f1_on_calibration_split")
-_OF_RANKING = (
-    "average_precision", "roc_auc", "expected_calibration_error",
-    "expected_calibration_error_before",
-)  # fmt: skip
-_OF_SLICE = dict.fromkeys(
-    ("micro_f1", "macro_f1", "mean_average_precision", "expected_calibration_error"), Measure
-) | {"documents": Count, "labels_present": Count}
-_SLICES = fields(
-    values=named(fields(**_OF_SLICE)), rest=fields(num_values=Count, **_OF_SLICE) | None
-)
-_LABEL_ROW = fields(
-    support=Count,
-    **dict.fromkeys(_OF_LABEL, Measure),
-    **dict.fromkeys(_OF_RANKING, optional(Measure)),
-)
-# What readers need of the files.
-OVERALL = dict.fromkeys(_REPORTED, optional(Measure))
-FINGERPRINTS = fields(checkpoint=str, tokenizer=str, splits=named(str))
-METRICS = fields(
-    **OVERALL,
-    **dict.fromkeys(("split", "calibration_split", "threshold_for", "threshold_scope"), str),
-    **dict.fromkeys(("documents", "labels", "min_support"), Count),
-    **dict.fromkeys(("micro_recall", "micro_precision"), Measure),
-    fingerprints=FINGERPRINTS,
-    intervals=optional(named(tuple[Number, Number])),
-    on_calibration_split=dict[str, Any],
-    trivial=fields(**OVERALL),
-    slices=optional(named(_SLICES)),
-    per_label=named(_LABEL_ROW),
-    conventions=dict[str, str],
-)
+# What readers of calibration.json need of it; null stands for NaN.
 CALIBRATION = fields(
-    fingerprints=FINGERPRINTS,
+    fingerprints=fields(checkpoint=str),
     scale=many(PositiveNumber),
     shift=many(Number),
     thresholds=many(Number | None),

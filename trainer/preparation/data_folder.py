@@ -17,10 +17,9 @@ import os
 import re
 import shutil
 from collections.abc import Collection, Iterator
-from dataclasses import dataclass
 from typing import Annotated
 
-from pydantic import AfterValidator
+from pydantic import Field
 
 from trainer.data.metadata import METADATA_FILE, TOKENIZER_FOLDER, Metadata, load_metadata
 from trainer.errors import UserError
@@ -28,26 +27,15 @@ from trainer.sources.rows import REJECTED_FOLDER
 from trainer.storage import gcs
 from trainer.storage.filesystem import checksum, disk_errors, write_atomically
 from trainer.storage.gcs import Taken
-from trainer.storage.own_files import PlainName, Several, load
+from trainer.storage.own_files import PlainName, fields, load, many
 from trainer.storage.temporary import lock_folder, temporary_folder
 
 WORK_FOLDER = ".prepare"
 FILE_NAME = re.compile(r"(?P<split>\w+)(-\d{5}-of-\d{5}\.tfrecord|\.texts)")
 _MOVING_FILE = "moving.json"
-
-
-def _check_moved(name: str) -> str:
-    if name != TOKENIZER_FOLDER and not FILE_NAME.fullmatch(name):
-        raise ValueError(f"expected {TOKENIZER_FOLDER} or the name of a shard or text index")
-    return name
-
-
-@dataclass(frozen=True)
-class _Moving:
-    """The files that are about to move, which `prepare` may remove; and the splits they make."""
-
-    splits: Several[str]
-    names: Several[Annotated[PlainName, AfterValidator(_check_moved)]]
+# The splits that `prepare` is about to add, and the files of theirs that it moves and may remove.
+_MOVED = rf"^({TOKENIZER_FOLDER}|{FILE_NAME.pattern})$"
+_MOVING = fields(splits=many(str), names=many(Annotated[PlainName, Field(pattern=_MOVED)]))
 
 
 @contextlib.contextmanager
@@ -61,9 +49,7 @@ def open_work_folder(data_dir: str) -> Iterator[str]:
     try:
         with disk_errors(f"--data_dir={data_dir}"):
             if os.path.islink(work_dir):
-                raise UserError(
-                    f"{work_dir}: a link, whose files `prepare` would remove; remove it"
-                )
+                raise UserError(f"{work_dir}: a link, and no folder; remove it")
             os.makedirs(work_dir, exist_ok=True)
             lock = lock_folder(work_dir)
             if lock is None:
@@ -124,11 +110,11 @@ def _take_back(data_dir: str, work_dir: str) -> None:
     """Removes what was moved out, unless metadata.json followed."""
     remedy = f"remove {work_dir}, and what it names if {METADATA_FILE} does not"
     try:
-        moving = load(_Moving, os.path.join(work_dir, _MOVING_FILE), remedy)
+        moving = load(_MOVING, os.path.join(work_dir, _MOVING_FILE), remedy)
     except FileNotFoundError:
         return
     metadata = find_metadata(data_dir)
-    for name in moving.names:
+    for name in moving["names"]:
         match = FILE_NAME.fullmatch(name)
         if metadata is None or (match and match["split"] not in metadata.splits):
             _remove(os.path.join(data_dir, name))

@@ -17,9 +17,8 @@ from trainer.data.records import Documents
 from trainer.errors import UserError
 from trainer.evaluation.calibration import sigmoid
 from trainer.evaluation.metrics import compute_metrics
-from trainer.evaluation.results import OVERALL, without_labels
+from trainer.evaluation.results import without_labels
 from trainer.evaluation.thresholds import ThresholdRule, fit_thresholds
-from trainer.storage.own_files import Count, Number, fields
 
 # Labels beyond the most frequent ones are predicted at their frequency.
 MAX_LABELS = 500
@@ -27,15 +26,6 @@ MAX_FEATURES = 1 << 18
 INVERSE_STRENGTH = 10.0
 # The log-odds of a label that has only one class in training.
 ONE_CLASS_LOGIT = 20.0
-
-
-# What baseline.json holds: what `measure_baseline` returns, and the settings.
-BASELINE = fields(
-    settings=dict[str, Any],
-    metrics=fields(**OVERALL),
-    **dict.fromkeys(("train_documents", "reported_documents", "features", "fitted_labels"), Count),
-    inverse_strength=Number,
-)
 
 
 def count_features(**options: Any) -> TfidfVectorizer:

@@ -9,7 +9,7 @@ import json
 import os
 import reprlib
 from collections.abc import Callable
-from typing import Annotated, Any, NotRequired, TypeVar
+from typing import Annotated, Any, TypeVar
 
 from pydantic import (
     AfterValidator,
@@ -65,19 +65,14 @@ def fields(**kinds: Any) -> Any:
     return with_config({"extra": "allow"})(TypedDict("fields", kinds))  # type: ignore[operator]
 
 
-def many(kind: Any, least: int = 0, most: int | None = None) -> Any:
-    """The shape of a list of `least` to `most` items."""
-    return Annotated[list[kind], Field(min_length=least, max_length=most)]
+def many(kind: Any, least: int = 0) -> Any:
+    """The shape of a list of `least` items or more."""
+    return Annotated[list[kind], Field(min_length=least)]
 
 
 def named(kind: Any) -> Any:
     """The shape of a dictionary whose values are all of one kind."""
     return dict[str, kind]
-
-
-def optional(kind: Any) -> Any:
-    """For a field of `fields` that may be absent."""
-    return NotRequired[kind]
 
 
 def shaped(kind: Any) -> GetPydanticSchema:

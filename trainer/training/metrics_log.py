@@ -13,7 +13,7 @@ from trainer.errors import UserError
 from trainer.runtime.progress import show_progress
 from trainer.storage import filesystem
 from trainer.storage.filesystem import open_no_link, write_atomically
-from trainer.storage.own_files import Count, fields, optional, parse
+from trainer.storage.own_files import Count, fields, parse
 
 METRICS_FILE = "metrics.jsonl"
 _TENSORBOARD_FOLDER = "tensorboard"
@@ -23,13 +23,6 @@ _TENSORBOARD_FOLDER = "tensorboard"
 _QUEUE, _REMOTE_QUEUE = 10, 1_000_000
 
 _logger = logging.getLogger(__name__)
-# What the report draws of rows; what is undefined is null or NaN.
-_UNDEFINED = optional(float | None)
-STEP_ROW = fields(
-    **dict.fromkeys(("step", "documents"), Count), epoch=float, loss=_UNDEFINED,
-    learning_rate=_UNDEFINED, tokens_per_second=_UNDEFINED,
-)  # fmt: skip
-EVALUATION_ROW = fields(step=Count, documents=Count, split=str, evaluation=dict[str, float | None])
 
 
 class MetricsLog:
