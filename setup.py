@@ -22,6 +22,7 @@ CORE = [
     "keras>=3.12,<4",
     "numpy>=1.26,<3",
     "protobuf>=5.28,<8",
+    "pydantic>=2.12,<3",
     "pyarrow>=17,<27",
     "safetensors>=0.4.3,<1",
     "scikit-learn>=1.5,<2",

@@ -18,9 +18,13 @@ import json
 import re
 import uuid
 from dataclasses import dataclass
+from typing import Annotated
+
+from pydantic import Field
 
 import trainer
 from trainer.errors import UserError
+from trainer.storage.own_files import Count, PathBelow, PlainName, closed, parse
 
 FOLDER = "multihot"
 JOB_LABEL, VERSION_LABEL = "multihot-job", "multihot-version"
@@ -34,11 +38,12 @@ _NAME = re.compile(r"[a-z]([-a-z0-9]{0,50}[a-z0-9])?")
 class StoredFile:
     """A file that a job's hosts download: its name in the job's `package/`, bytes and SHA-256."""
 
-    name: str
-    bytes: int
+    name: PathBelow
+    bytes: Count
     sha256: str
 
 
+@closed
 @dataclass(frozen=True)
 class Job:
     """One job: on Cloud TPU one slice, on Vertex AI one set of machines.
@@ -50,18 +55,18 @@ class Job:
     the hosts delete at the end; "" for none. They stop the job after `max_seconds`.
     """
 
-    name: str
-    group: str
-    submission: str
-    bucket: str
+    name: Annotated[str, Field(pattern=f"^{_NAME.pattern}$")]
+    group: PlainName
+    submission: Annotated[str, Field(pattern="^[0-9]{8}t[0-9]{6}-[0-9a-z]+$")]
+    bucket: PlainName
     commands: tuple[tuple[str, ...], ...]
-    environment: str
+    environment: Annotated[str, Field(pattern="^(tpu|gpu|cpu)$")]
     accelerator: str
     resource: str
     wheel: StoredFile
     requirements: StoredFile
-    max_restarts: int
-    max_seconds: int
+    max_restarts: Count
+    max_seconds: Count
 
     @property
     def folder(self) -> str:
@@ -75,17 +80,8 @@ class Job:
     @classmethod
     def from_json(cls, text: str | bytes) -> "Job":
         """The inverse of `to_json`; UserError for a text that is no record of this version."""
-        try:
-            values = json.loads(text)
-            for name in ("wheel", "requirements"):
-                values[name] = StoredFile(**values[name])
-            values["commands"] = tuple(map(tuple, values["commands"]))
-            return cls(**values)
-        except (ValueError, TypeError, KeyError) as error:
-            raise UserError(
-                f"job.json: not a record of this version of Multihot ({error}); submit the job "
-                "again, or use the version that submitted it"
-            ) from None
+        remedy = "submit the job again, or use the version that submitted it"
+        return parse(cls, text, "job.json", remedy, "not a record of this version of Multihot")
 
 
 def new_submission() -> str:

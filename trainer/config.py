@@ -4,43 +4,24 @@ Each command is the module `trainer.<name>` with a `run(config)`; `cli.py` adds 
 Nothing heavy is imported here, because `multihot --help` reads this file.
 """
 
-import dataclasses
 import functools
 import os
 from collections.abc import Mapping
 from dataclasses import dataclass
-from typing import Any, NamedTuple, TypeVar
+from typing import NamedTuple
 
 from trainer import run_config
 from trainer.errors import UserError
 from trainer.flags import changed_option, check_flag, is_unicode, option, parse_kind
+from trainer.model_config import MAX_DOCUMENT_TOKENS, MAX_VOCABULARY, MAX_WINDOW_TOKENS
 from trainer.run_config import DEFAULT_SEED, STRATEGIES, DeviceConfig, ProgressConfig
 
-Config = TypeVar("Config")
 LOCAL_RUNNER = "local"
 NAMED_FORMATS = (
     "jsonl", "csv", "tsv", "text", "parquet", "tfrecord", "arrow", "libmultilabel",
 )  # fmt: skip
 # Any text but the empty one.
 _NOT_EMPTY = r"[\s\S]+"
-
-
-def from_dict(kind: type[Config], values: dict[str, Any]) -> Config:
-    """The inverse of `dataclasses.asdict`, checks included; UserError for unknown fields."""
-    fields = {item.name: item for item in dataclasses.fields(kind)}  # type: ignore[arg-type]
-    unknown = sorted(set(values) - set(fields))
-    if unknown:
-        raise UserError(f"{kind.__name__}: unknown fields {unknown}; written by another version?")
-    arguments = {}
-    for name, value in values.items():
-        if dataclasses.is_dataclass(fields[name].type) and isinstance(value, dict):
-            value = from_dict(fields[name].type, value)  # type: ignore[arg-type]
-        arguments[name] = _as_tuple(value)
-    return kind(**arguments)
-
-
-def _as_tuple(value: Any) -> Any:
-    return tuple(_as_tuple(item) for item in value) if isinstance(value, list) else value
 
 
 @dataclass(frozen=True)
@@ -145,14 +126,19 @@ class PrepareConfig(InputConfig):
         "train", "Folder or hub id of a tokenizer, or `train` for a new WordPiece vocabulary."
     )
     vocab_size: int = option(
-        8192, "WordPieces of a vocabulary that is trained.", at_least=128, unit="WordPieces"
+        8192,
+        "WordPieces of a vocabulary that is trained.",
+        at_least=128,
+        at_most=MAX_VOCABULARY,
+        expected=f"at least 128 and at most {MAX_VOCABULARY} WordPieces",
     )
     max_seq_length: int = option(
         512,
         "Longest window in tokens, [CLS] and [SEP] included; a longer document becomes several "
         "windows, see --max_windows.",
         at_least=8,
-        unit="tokens",
+        at_most=MAX_WINDOW_TOKENS,
+        expected=f"at least 8 and at most {MAX_WINDOW_TOKENS} tokens",
     )
     window_stride: int = option(
         0,
@@ -231,6 +217,9 @@ class PrepareConfig(InputConfig):
         fits = self.window_stride == 0 or self.max_windows > 1
         expected = "--max_windows of 2 or more beside it: one window has no next one"
         self.expect(fits, "window_stride", expected)
+        most = MAX_DOCUMENT_TOKENS // self.max_seq_length
+        expected = f"at most {most} windows of --max_seq_length={self.max_seq_length} tokens"
+        self.expect(self.max_windows <= most, "max_windows", expected)
         columns = self.keep_columns
         valid = "" not in columns and len(set(columns)) == len(columns)
         self.expect(valid, "keep_columns", "names of columns, each once")
@@ -292,7 +281,7 @@ class ScoreConfig(DeviceConfig, InputConfig):
         8192,
         "Tokens of a micro-batch, padding included.",
         at_least=8,
-        at_most=2**24,
+        at_most=MAX_DOCUMENT_TOKENS,
         expected="8 to 2^24 tokens",
     )
     strategy: str = changed_option(

@@ -6,7 +6,6 @@ The calibration folds exactly into the head's kernel and bias. So every consumer
 
 import contextlib
 import dataclasses
-import json
 import os
 import re
 import shutil
@@ -23,7 +22,12 @@ from trainer.data.metadata import TOKENIZER_FOLDER, Metadata, load_metadata
 from trainer.data.packing import choose_score_packing
 from trainer.data.tokenizer import load_tokenizer
 from trainer.errors import UserError
-from trainer.evaluation.results import CALIBRATION_FILE, EVALUATION_FOLDER, METRICS_FILE
+from trainer.evaluation.results import (
+    CALIBRATION,
+    CALIBRATION_FILE,
+    EVALUATION_FOLDER,
+    METRICS_FILE,
+)
 from trainer.model.model import Model
 from trainer.model.model_folder import (
     MULTIHOT_FILE,
@@ -35,6 +39,7 @@ from trainer.model_config import PackingConfig
 from trainer.run_config import ExportConfig
 from trainer.storage import filesystem
 from trainer.storage.gcs import Taken, list_objects, read_object, upload, upload_files
+from trainer.storage.own_files import MAX_BYTES, load, parse
 from trainer.storage.temporary import temporary_folder
 from trainer.training.checkpoint import LoadedRun, load_best
 
@@ -67,8 +72,7 @@ def _is_up_to_date(config: ExportConfig) -> bool:
     if filesystem.is_remote(place):
         text = read_object(path)
     elif os.path.isfile(path):
-        with open(path, "rb") as file:
-            text = file.read()
+        text = filesystem.read_bytes(path, MAX_BYTES)
     else:
         text = None
     if text is None:
@@ -76,13 +80,13 @@ def _is_up_to_date(config: ExportConfig) -> bool:
     best = load_best(config.model_dir)
     calibration = _read_calibration(config, best)
     try:
-        found = json.loads(text)
+        found = parse(dict[str, Any], text, path, "")
         return (
             found["fingerprints"]["checkpoint"] == best.fingerprint
             and found["thresholds"] == calibration["thresholds"]
             and all(found["calibration"][name] == calibration[name] for name in _CALIBRATION)
         )
-    except (ValueError, TypeError, KeyError):
+    except (UserError, TypeError, KeyError):
         return False
 
 
@@ -185,12 +189,12 @@ def _read_calibration(config: ExportConfig, best: LoadedRun) -> dict[str, Any]:
     folder = os.path.join(config.model_dir, EVALUATION_FOLDER)
     remedy = "run `multihot evaluate` first, or give --uncalibrated"
     try:
-        calibration = json.loads(filesystem.read_text(os.path.join(folder, CALIBRATION_FILE)))
-        metrics = json.loads(filesystem.read_text(os.path.join(folder, METRICS_FILE)))
+        calibration = load(CALIBRATION, os.path.join(folder, CALIBRATION_FILE), remedy)
+        metrics = load(dict[str, Any], os.path.join(folder, METRICS_FILE), remedy)
     except FileNotFoundError:
         raise UserError(f"{folder}: no calibration of this run; {remedy}") from None
-    except ValueError as error:
-        raise UserError(f"{folder}: damaged ({error}); {remedy}") from None
+    if any(len(calibration[name]) != count for name in ("scale", "shift", "thresholds")):
+        raise UserError(f"{folder}/{CALIBRATION_FILE}: not of {count} labels; {remedy}")
     found = calibration["fingerprints"]["checkpoint"]
     if found != best.fingerprint:
         raise UserError(

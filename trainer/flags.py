@@ -14,7 +14,7 @@ import types
 import typing
 from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass, field
-from typing import Any, TypeVar
+from typing import Any, ClassVar, TypeVar
 
 from absl import flags
 
@@ -109,6 +109,9 @@ class CheckedConfig:
 
     A subclass checks what depends on several fields in its own `__post_init__`.
     """
+
+    # For `own_files.parse`: the fields of another version are refused.
+    __pydantic_config__: ClassVar = {"extra": "forbid", "allow_inf_nan": False}
 
     def __post_init__(self) -> None:
         for item in dataclasses.fields(self):

@@ -13,6 +13,11 @@ LOSSES = (
     "logit_adjusted",
 )  # fmt: skip
 
+# Tokens of a window, of all windows of a document, which share a micro-batch, and of a micro-batch;
+# rows of the embeddings.
+MAX_WINDOW_TOKENS, MAX_DOCUMENT_TOKENS, MAX_BATCH_TOKENS = 2**16, 2**24, 2**25
+MAX_VOCABULARY = 2**20
+
 _DROPOUT_RATE = {"at_least": 0, "below": 1, "expected": "a rate in [0, 1)"}
 _BELOW_1 = {"at_least": 0, "below": 1, "expected": "a number in [0, 1)"}
 _NOT_NEGATIVE = {"at_least": 0, "expected": "a number not below 0"}
@@ -39,11 +44,13 @@ def parse_row_groups(text: str) -> tuple[tuple[int, int], ...]:
 class EncoderConfig(CheckedConfig):
     """The sizes of an encoder and its head that a user chooses."""
 
-    hidden_size: int = option(256, "Width of an encoder from scratch.", at_least=1)
-    num_layers: int = option(4, "Layers of an encoder from scratch.", at_least=1)
-    num_attention_heads: int = option(4, "Attention heads of an encoder from scratch.", at_least=1)
+    hidden_size: int = option(256, "Width of an encoder from scratch.", at_least=1, at_most=2**16)
+    num_layers: int = option(4, "Layers of an encoder from scratch.", at_least=1, at_most=2**12)
+    num_attention_heads: int = option(
+        4, "Attention heads of an encoder from scratch.", at_least=1, at_most=2**12
+    )
     intermediate_size: int = option(
-        1024, "Feed-forward width of an encoder from scratch.", at_least=1
+        1024, "Feed-forward width of an encoder from scratch.", at_least=1, at_most=2**20
     )
     hidden_dropout: float = option(0.1, "Dropout rate of hidden states.", **_DROPOUT_RATE)
     attention_dropout: float = option(
@@ -84,8 +91,25 @@ class ModelConfig(EncoderConfig):
 
     def __post_init__(self) -> None:
         super().__post_init__()
-        for name in ("vocab_size", "num_labels", "max_position_embeddings"):
+        for name in ("vocab_size", "num_labels", "max_position_embeddings", "type_vocab_size"):
             self.expect(getattr(self, name) >= 1, name, "at least 1")
+        for name in ("layer_norm_eps", "initializer_range"):
+            self.expect(0 <= getattr(self, name) < 1e6, name, "a number from 0 on, and small")
+
+
+def num_parameters(model: ModelConfig) -> int:
+    """Trainable parameters of a model."""
+    size, inner, labels = model.hidden_size, model.intermediate_size, model.num_labels
+    embeddings = model.vocab_size + model.max_position_embeddings + model.type_vocab_size + 2
+    layer = 4 * (size * size + size) + 2 * size * inner + inner + size + 4 * size
+    head = size * labels + labels
+    if model.head == "cls":
+        head += size * size + size
+    if model.head == "label_attention":
+        head += size * labels
+    elif model.window_pooling == "attention":
+        head += size
+    return size * embeddings + model.num_layers * layer + head
 
 
 @dataclass(frozen=True)
@@ -106,6 +130,9 @@ class PackingConfig:
         check_flag(valid, "row_groups", groups, "one or more ROWSxLENGTH, both positive")
         expected = f"between 1 and the {self.max_windows} window slots"
         check_flag(0 < count <= self.max_windows, "max_documents", count, expected)
+        tokens, windows = self.num_tokens, self.max_windows
+        check_flag(tokens <= MAX_BATCH_TOKENS, "row_groups", groups, f"{MAX_BATCH_TOKENS} tokens")
+        check_flag(windows <= 2 * tokens + 8, "max_windows", windows, f"room in {tokens} tokens")
 
     @property
     def num_tokens(self) -> int:
@@ -116,6 +143,12 @@ class PackingConfig:
     def max_length(self) -> int:
         """Tokens of the longest row."""
         return max(length for _, length in self.row_groups)
+
+    def holds(self, longest: int, windows: int) -> bool:
+        """Whether a micro-batch has room for so many windows of `longest` tokens."""
+        return windows <= min(
+            self.max_windows, sum(rows * (length // longest) for rows, length in self.row_groups)
+        )
 
 
 @dataclass(frozen=True)

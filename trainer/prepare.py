@@ -135,7 +135,7 @@ def _prepare(
         tokens=sum(split.tokens for split in splits.values()),
     )
     _print_summary(shown_dir, metadata, splits, timing)
-    known = previous.checks["warnings"] if previous is not None else []
+    known = previous.checks.get("warnings", []) if previous is not None else []
     for warning in metadata.checks["warnings"][len(known) :]:
         print(f"warning: {warning}")
     return timing
@@ -157,7 +157,7 @@ def _is_done(config: PrepareConfig, previous: Metadata) -> bool:
 
     So it is when a run is killed after its last file was written, and started again.
     """
-    call = previous.source["calls"][-1]
+    call = previous.source.get("calls", [{}])[-1]
     if call.get("flags") != _sum_up_flags(config):
         return False
     if config.labels is not None and read_label_file(config.labels) != previous.labels:
@@ -286,7 +286,7 @@ def _describe(
 ) -> Metadata:
     """The metadata of the folder once the splits are in it."""
     if previous is not None:
-        calls = [*previous.source["calls"], call]
+        calls = [*previous.source.get("calls", []), call]
         return dataclasses.replace(
             previous, splits=previous.splits | splits, source={"calls": calls}
         )

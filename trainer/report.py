@@ -4,13 +4,15 @@ It reads what `train` and `evaluate` wrote. The data folder gives the texts of t
 documents that the TF-IDF baseline is fitted to.
 """
 
-import json
+import contextlib
 import logging
 import os
 import sys
+from collections.abc import Iterator
 from typing import Any
 
 import numpy as np
+from jinja2 import UndefinedError
 
 from trainer.data.metadata import (
     METADATA_FILE,
@@ -23,15 +25,21 @@ from trainer.data.metadata import (
 from trainer.data.records import leading_places, read_documents
 from trainer.data.tokenizer import load_tokenizer
 from trainer.errors import UserError
-from trainer.evaluation.results import CURVES_FILE, EVALUATION_FOLDER, METRICS_FILE, write_json
+from trainer.evaluation.results import (
+    CURVES_FILE,
+    EVALUATION_FOLDER,
+    METRICS_FILE,
+    write_json,
+)
 from trainer.evaluation.thresholds import ThresholdRule
 from trainer.reporting.baseline import measure_baseline
 from trainer.reporting.page import MAX_CHARACTERS, Material, render
 from trainer.run_config import EvaluateConfig, ReportConfig
 from trainer.storage import filesystem
 from trainer.storage.filesystem import write_atomically
+from trainer.storage.own_files import fields, load, parse
 from trainer.training.checkpoint import load_best
-from trainer.training.run_record import load_record
+from trainer.training.run_record import RunRecord, load_record
 
 REPORT_FILE = "report.html"
 BASELINE_FILE = "baseline.json"
@@ -50,10 +58,19 @@ def run(config: ReportConfig) -> None:
     folder is not the one that it read.
     """
     record = load_record(config.model_dir)
-    metrics, curves = (
-        _read_evaluation(config.model_dir, name) for name in (METRICS_FILE, CURVES_FILE)
-    )
+    metrics = _read_evaluation(config.model_dir, METRICS_FILE)
+    curves = _read_evaluation(config.model_dir, CURVES_FILE)
     _check_checkpoint(config, metrics, curves)
+    with _naming_damaged_files(config.model_dir):
+        page = _make_page(config, record, metrics, curves).encode("utf-8")
+    path = os.path.join(config.model_dir, REPORT_FILE)
+    write_atomically(path, page)
+    print(f"Wrote {path} ({len(page) / 1e6:.1f} MB); open it in a browser")
+
+
+def _make_page(
+    config: ReportConfig, record: RunRecord, metrics: dict[str, Any], curves: dict[str, Any]
+) -> str:
     data_dir = config.data_dir or record.train.data_dir
     metadata = _open_data(config, data_dir, metrics)
     baseline, texts = None, {}
@@ -61,26 +78,42 @@ def run(config: ReportConfig) -> None:
         baseline = _find_baseline(config, data_dir, metadata, metrics)
         texts = _read_texts(data_dir, metadata, metrics["split"], curves["mistakes"])
     history = _read_history(config.model_dir)
-    page = render(
+    return render(
         Material(config.model_dir, record, metrics, curves, history, metadata, baseline, texts)
-    ).encode("utf-8")
-    path = os.path.join(config.model_dir, REPORT_FILE)
-    write_atomically(path, page)
-    print(f"Wrote {path} ({len(page) / 1e6:.1f} MB); open it in a browser")
+    )
+
+
+@contextlib.contextmanager
+def _naming_damaged_files(model_dir: str) -> Iterator[None]:
+    """Turns what a value of another kind causes in the page into a UserError.
+
+    The page shows hundreds of values, most as they come: a declared shape would repeat the page.
+    """
+    try:
+        yield
+    except (UserError, OSError):
+        raise
+    except (ValueError, TypeError, LookupError, AttributeError, ArithmeticError) as error:
+        reason = f"{type(error).__name__}: {error}".partition("\n")[0][:200]
+    except UndefinedError as error:
+        reason = str(error)
+    else:
+        return
+    raise UserError(
+        f"{os.path.join(model_dir, EVALUATION_FOLDER)}: {METRICS_FILE}, {CURVES_FILE}, "
+        f"{BASELINE_FILE} or {HISTORY_FILE} beside it is damaged ({reason}); remove "
+        f"{BASELINE_FILE} and run `multihot evaluate` again"
+    )
 
 
 def _read_evaluation(model_dir: str, name: str) -> dict[str, Any]:
     path = os.path.join(model_dir, EVALUATION_FOLDER, name)
     remedy = f"run `multihot evaluate --model_dir={model_dir} --data_dir=...` first"
     try:
-        values = json.loads(filesystem.read_text(path))
+        kind = fields(fingerprints=fields(checkpoint=str, splits=dict[str, str]))
+        return load(kind, path, remedy, what="not what `multihot evaluate` writes")
     except FileNotFoundError:
         raise UserError(f"{path}: not there, so there is nothing to report; {remedy}") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error}); {remedy}") from None
-    if not isinstance(values, dict) or "fingerprints" not in values:
-        raise UserError(f"{path}: not what `multihot evaluate` writes; {remedy}")
-    return values
 
 
 def _check_checkpoint(config: ReportConfig, *evaluated: dict[str, Any]) -> None:
@@ -160,10 +193,9 @@ def _find_baseline(
 def _read_kept(path: str) -> dict[str, Any]:
     """What an earlier report kept; empty if that is missing or cannot be read."""
     try:
-        values = json.loads(filesystem.read_text(path))
-    except (FileNotFoundError, ValueError):
+        return dict(load(dict[str, Any], path, ""))
+    except (FileNotFoundError, UserError):
         return {}
-    return values if isinstance(values, dict) else {}
 
 
 def _read_texts(
@@ -192,8 +224,8 @@ def _read_history(model_dir: str) -> list[dict[str, Any]]:
     rows = []
     for line in lines:
         try:
-            rows.append(json.loads(line))
-        except ValueError:
+            rows.append(parse(dict[str, Any], line, HISTORY_FILE, ""))
+        except UserError:
             break
     return rows
 

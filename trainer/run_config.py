@@ -32,7 +32,13 @@ class TrainStepConfig(EncoderConfig):
     init_checkpoint: str | None = option(
         None, "Folder or hub id of a pretrained BERT; default: from scratch."
     )
-    tokens_per_replica: int = option(4096, "Tokens of a micro-batch, padding included.", at_least=1)
+    tokens_per_replica: int = option(
+        4096,
+        "Tokens of a micro-batch, padding included.",
+        at_least=1,
+        at_most=2**24,
+        expected="1 to 2^24 tokens",
+    )
     row_groups: str | None = option(
         None,
         "Rows of a micro-batch as ROWSxLENGTH,...; default: from the lengths of the data.",

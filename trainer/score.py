@@ -17,6 +17,7 @@ import tensorflow as tf
 
 from trainer.beam.runners import BeamRunner, open_runner
 from trainer.config import LOCAL_RUNNER, ScoreConfig, absolute
+from trainer.data.packing import min_tokens
 from trainer.errors import UserError
 from trainer.model.model_folder import ModelFolder, load_model_folder
 from trainer.runtime.cluster import read_cluster
@@ -26,6 +27,7 @@ from trainer.scoring.batches import TokenBatch, check_finite
 from trainer.scoring.parts import FOLDERS, Manifest, PartWriter, PlanProgress, begin_part
 from trainer.scoring.pipeline import Compilations, ScoringPipeline, sample_packing
 from trainer.scoring.plan import (
+    PLAN_FILE,
     Input,
     Plan,
     check_plan,
@@ -96,6 +98,7 @@ def run(config: ScoreConfig) -> ScoreSummary:
     this.folder.make(FOLDERS)
     if worker_index:
         plan = wait_for_plan(this.folder, config.start_timeout)
+        _check_plan(this, plan, plan.inputs)
     else:
         plan = _load_or_make_plan(this)
     progress = PlanProgress(this.folder, plan, worker_index, num_workers)
@@ -217,6 +220,15 @@ def _load_or_make_plan(this: ScoringRun) -> Plan:
 
 def _check_plan(this: ScoringRun, plan: Plan, inputs: Sequence[Input]) -> None:
     check_plan(plan, this.folder.url, this.model.fingerprint, this.settings, inputs)
+    packing, model = plan.packing, this.model
+    size = model.max_seq_length, model.max_windows
+    is_small = packing.num_tokens <= max(this.config.tokens_per_batch, min_tokens(*size))
+    fits = this.config.runner == LOCAL_RUNNER and is_small and packing.holds(*size)
+    if not fits and packing != model.packing:
+        raise UserError(
+            f"{this.folder.url}/{PLAN_FILE}: its packing of {packing.num_tokens} tokens is not "
+            "one for this model and these flags; choose another --output_dir"
+        )
 
 
 def _score_here(this: ScoringRun, progress: PlanProgress) -> tuple[int, Compilations]:

@@ -1,6 +1,5 @@
 """What a user sees of a running job, read from the bucket; whether the bucket suits the job."""
 
-import json
 import math
 import sys
 import time
@@ -11,6 +10,7 @@ from launch.job import Job
 from launch.machine.reports import Ending, State
 from trainer.errors import RunAgain, UserError
 from trainer.storage import gcs
+from trainer.storage.own_files import parse
 
 Record = TypeVar("Record", State, Ending)
 # A machine that has not reported for so long is called silent.
@@ -85,8 +85,8 @@ def read_records(job: Job, kind: type[Record]) -> dict[int, Record]:
     records = {}
     for text in gcs.read_objects(urls):
         try:
-            record = kind(**json.loads(text or b""))
-        except (ValueError, TypeError):
+            record = parse(kind, text or b"", folder, "")
+        except UserError:
             continue  # Of another version.
         if record.submission == job.submission:
             records[record.host] = record

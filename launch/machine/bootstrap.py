@@ -24,6 +24,7 @@ import urllib.request
 from typing import NoReturn
 
 PYTHONS = ("python3.11", "python3.12", "python3.13", "python3")
+FIELDS = ("name", "sha256")
 ATTEMPTS = 6
 FIRST_PAUSE_SECONDS = 1.0
 # Installs Python where an image has none that is new enough; the hash is that of Linux's wheel.
@@ -38,13 +39,28 @@ def main(arguments: list[str]) -> None:
         job_file = os.path.join(work, "job.json")
         with open(job_file, "w", encoding="utf-8") as file:
             file.write(os.environ["MULTIHOT_JOB"])
-    with open(job_file, encoding="utf-8") as file:
-        job = json.load(file)
+    job = read_job(job_file)
     wheel, requirements = (fetch(job, job[name], work) for name in ("wheel", "requirements"))
     python = install(wheel, requirements, job["wheel"]["sha256"], work)
     # `-m` looks in the current folder first, which must have no other `launch` or `trainer`.
     os.chdir(work)
     os.execv(python, [python, "-m", "launch.machine.node", job_file, work, *arguments[2:]])
+
+
+def read_job(path: str) -> dict:
+    """What is needed of a job's record, checked by hand: nothing is installed yet."""
+    try:
+        with open(path, encoding="utf-8") as file:
+            job = json.load(file)
+        files = [job["wheel"], job["requirements"]]
+        texts = [job["name"], job["bucket"], *(item[key] for item in files for key in FIELDS)]
+        names = [part for item in files for part in item["name"].split("/")]
+        if all(isinstance(text, str) for text in texts) and not {"", ".", ".."} & set(names):
+            return job
+        error: object = "names of other kinds"
+    except (ValueError, TypeError, KeyError, AttributeError, RecursionError) as caught:
+        error = repr(caught)
+    end(f"{path}: not a job's record ({error}); submit the job again")
 
 
 def fetch(job: dict, item: dict, work: str) -> str:

@@ -188,7 +188,7 @@ def read_index(environment: dict[str, str]) -> int:
         task = config.get("task", {})
         before = len(config["cluster"].get("chief", [])) if task["type"] == "worker" else 0
         return before + int(task["index"])
-    except (ValueError, KeyError, TypeError):
+    except (ValueError, KeyError, TypeError, AttributeError, OverflowError, RecursionError):
         return 0
 
 

@@ -6,12 +6,15 @@ import threading
 import time
 from dataclasses import asdict, dataclass
 from pathlib import Path
-from typing import Any
+from typing import Annotated, Any
+
+from pydantic import Field
 
 from launch.job import Job
-from trainer.errors import RunAgain
+from trainer.errors import RunAgain, UserError
 from trainer.runtime.workers import background_thread
 from trainer.storage import gcs
+from trainer.storage.own_files import Count, Number, fields, parse
 
 _INTERVAL_SECONDS = 10.0
 _PIECE_BYTES = 4 << 20
@@ -29,11 +32,11 @@ class State:
     """
 
     submission: str
-    attempt: int
-    host: int
+    attempt: Count
+    host: Count
     what: str
     line: str
-    time: float
+    time: Number
 
 
 @dataclass(frozen=True)
@@ -41,9 +44,9 @@ class Ending:
     """How a machine ended; the reason is the last line of its command, or startup.sh's words."""
 
     submission: str
-    attempt: int
-    host: int
-    exit_code: int
+    attempt: Count
+    host: Count
+    exit_code: Annotated[int, Field(ge=-255, le=255)]
     reason: str
 
 
@@ -111,8 +114,11 @@ class Reporter:
     def read_num_done(self) -> int:
         """How many of the job's commands were done before this machine started."""
         text = gcs.read_object(f"{self._job.folder}/{_DONE}")
-        record = json.loads(text) if text else {}
-        return record["num_done"] if record.get("submission") == self._job.submission else 0
+        try:
+            done = parse(fields(submission=str, num_done=Count), text or b"", _DONE, "")
+        except UserError:
+            return 0  # Each command goes on where it stopped, and so does one that is done.
+        return done["num_done"] if done["submission"] == self._job.submission else 0
 
     def _upload_until_stopped(self, stopped: threading.Event) -> None:
         while not stopped.wait(self._interval):

@@ -21,7 +21,6 @@ from launch.preflight.job_shape import (
     JobShape,
     Largest,
     Preflight,
-    num_parameters,
     train_config,
 )
 from launch.preflight.lowering import lower_steps
@@ -29,6 +28,7 @@ from launch.preflight.roofline import StepCost, StepReport, extend, measure
 from launch.preflight_config import PreflightConfig
 from trainer.data.packing import min_tokens
 from trainer.errors import DoesNotFit
+from trainer.model_config import num_parameters
 from trainer.storage.filesystem import write_atomically
 
 # Layers of the programs that stand in for deeper ones. A single layer would be the last one, which
@@ -123,7 +123,7 @@ def find_batch(this: Preflight, reports: dict[str, StepReport]) -> Largest:
         return known[tokens]
 
     # Weights, two slots and gradients, float32.
-    fixed = 4 * 4 * job_shape.num_parameters(this.shape.model)
+    fixed = 4 * 4 * num_parameters(this.shape.model)
     smallest = min_tokens(this.metadata.max_seq_length, this.metadata.max_windows)
     smallest = -(-smallest // QUANTUM) * QUANTUM
     return job_shape.find_largest(memory_of, this.target.hbm_bytes, start, fixed, smallest)

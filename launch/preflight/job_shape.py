@@ -140,21 +140,6 @@ def assume_lengths(mean: float, longest: int) -> tuple[int, ...]:
     return (0, 0, 0, *counts.tolist())
 
 
-def num_parameters(model: ModelConfig) -> int:
-    """Trainable parameters of a model."""
-    size, inner, labels = model.hidden_size, model.intermediate_size, model.num_labels
-    embeddings = model.vocab_size + model.max_position_embeddings + model.type_vocab_size + 2
-    layer = 4 * (size * size + size) + 2 * size * inner + inner + size + 4 * size
-    head = size * labels + labels
-    if model.head == "cls":
-        head += size * size + size
-    if model.head == "label_attention":
-        head += size * labels
-    elif model.window_pooling == "attention":
-        head += size
-    return size * embeddings + model.num_layers * layer + head
-
-
 def model_flops(model: ModelConfig, packing: PackingConfig) -> float:
     """FLOP of the matrix products of one forward pass over a micro-batch, padding included.
 

@@ -18,7 +18,6 @@ from launch.preflight.job_shape import (
     Preflight,
     assume_lengths,
     model_flops,
-    num_parameters,
 )
 from launch.preflight.lowering import lower, lower_steps
 from launch.preflight.roofline import StepCost
@@ -29,7 +28,7 @@ from trainer.data.packing import choose_packing
 from trainer.errors import DoesNotFit, UserError
 from trainer.flags import parse_flags
 from trainer.model.model import build_model
-from trainer.model_config import ModelConfig, OptimizerConfig, PackingConfig
+from trainer.model_config import ModelConfig, OptimizerConfig, PackingConfig, num_parameters
 from trainer.run_config import TrainConfig
 
 needs_compiler = pytest.mark.skipif(

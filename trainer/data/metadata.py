@@ -3,16 +3,22 @@
 import contextlib
 import dataclasses
 import hashlib
+import itertools
 import json
+import operator
 import os
-from collections.abc import Iterator
+import reprlib
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, field
-from typing import Any
+from typing import Annotated, Any
 
-from trainer.config import from_dict
+from pydantic import Field
+
 from trainer.errors import UserError
-from trainer.storage import filesystem
-from trainer.storage.filesystem import add_checksum, checksum, verify_checksum, write_atomically
+from trainer.model_config import MAX_DOCUMENT_TOKENS
+from trainer.storage import filesystem, own_files
+from trainer.storage.filesystem import add_checksum, checksum, write_atomically
+from trainer.storage.own_files import Count, PlainName, Several, closed, fields, many
 
 SCHEMA_VERSION = 3
 METADATA_FILE = "metadata.json"
@@ -20,16 +26,18 @@ TOKENIZER_FOLDER = "tokenizer"
 TRAIN_SPLIT = "train"
 
 
+@closed
 @dataclass(frozen=True)
 class Shard:
     """One TFRecord file: its name inside the data folder, documents, bytes, CRC-32C (hex)."""
 
-    name: str
-    documents: int
-    bytes: int
+    name: PlainName
+    documents: Count
+    bytes: Count
     checksum: str
 
 
+@closed
 @dataclass(frozen=True)
 class Split:
     """One split; lengths and tokens of windows include [CLS] and [SEP].
@@ -43,19 +51,30 @@ class Split:
       text_index: the file in which `prepare` looks up texts, or None.
     """
 
-    documents: int
-    tokens: int
-    truncated: int
-    rejected: int
-    label_counts: tuple[int, ...]
-    length_histogram: tuple[int, ...]
-    shards: tuple[Shard, ...]
-    windows: int
-    window_histogram: tuple[int, ...]
-    max_labels_per_document: int
+    documents: Count
+    tokens: Count
+    truncated: Count
+    rejected: Count
+    label_counts: Several[Count]
+    length_histogram: Several[Count]
+    shards: Several[Shard]
+    windows: Count
+    window_histogram: Several[Count]
+    max_labels_per_document: Count
     text_index: Shard | None = None
 
 
+_CALL = fields(
+    inputs=many(str | fields(name=str, bytes=Count, checksum=str)),
+    splits=many(str),
+    seed=Annotated[int, Field(ge=-(2**63), lt=2**63)],
+)
+_NOTHING: Any = Annotated[dict[str, Any], Field(max_length=0)]
+_SOURCE = fields(calls=many(_CALL, 1)) | _NOTHING
+_CHECKS = fields(splits=dict[str, Any], across=list[Any], warnings=many(str)) | _NOTHING
+
+
+@closed
 @dataclass(frozen=True)
 class Metadata:
     """All that a reader of the shards has to know; written after them, atomically.
@@ -72,17 +91,17 @@ class Metadata:
       checks: the findings of `trainer/preparation/checks.py`.
     """
 
-    labels: tuple[str, ...]
-    max_seq_length: int
-    vocab_size: int
+    labels: Several[str]
+    max_seq_length: own_files.WindowTokens
+    vocab_size: own_files.VocabularySize
     tokenizer_fingerprint: str
     splits: dict[str, Split]
-    source: dict[str, Any]
-    dropped_labels: dict[str, int]
-    slice_columns: tuple[str, ...] = ()
-    window_stride: int = 0
-    max_windows: int = 1
-    checks: dict[str, Any] = field(default_factory=dict)
+    source: Annotated[dict[str, Any], own_files.shaped(_SOURCE)]
+    dropped_labels: dict[str, Count]
+    slice_columns: Several[str] = ()
+    window_stride: Count = 0
+    max_windows: own_files.Windows = 1
+    checks: Annotated[dict[str, Any], own_files.shaped(_CHECKS)] = field(default_factory=dict)
     schema_version: int = SCHEMA_VERSION
 
     def split(self, name: str) -> Split:
@@ -102,8 +121,9 @@ class Metadata:
 
 def load_metadata(data_dir: str) -> Metadata:
     """Reads metadata.json; UserError if it is missing, damaged, or of another schema version."""
+    path = os.path.join(data_dir, METADATA_FILE)
     try:
-        content = filesystem.read_bytes(os.path.join(data_dir, METADATA_FILE))
+        content = filesystem.read_bytes(path, own_files.MAX_BYTES_WITH_INPUTS)
     except FileNotFoundError:
         raise UserError(
             f"{data_dir}: no {METADATA_FILE}; expected a folder that `multihot prepare` finished"
@@ -113,32 +133,50 @@ def load_metadata(data_dir: str) -> Metadata:
 
 def parse_metadata(content: bytes, data_dir: str) -> Metadata:
     """`load_metadata` for a file that has been read; `data_dir` is for messages."""
-    path = os.path.join(data_dir, METADATA_FILE)
-    try:
-        values = json.loads(content.decode("utf-8"))
-    except (json.JSONDecodeError, UnicodeDecodeError) as error:
-        raise UserError(f"{path}: not valid JSON ({error}); run `multihot prepare` again") from None
-    if not isinstance(values, dict) or values.get("schema_version") != SCHEMA_VERSION:
-        found = values.get("schema_version") if isinstance(values, dict) else type(values).__name__
+    path, remedy = os.path.join(data_dir, METADATA_FILE), "run `multihot prepare` again"
+    values = own_files.parse(Any, content, path, remedy, what="not valid JSON")
+    found = values.get("schema_version") if isinstance(values, dict) else None
+    if found != SCHEMA_VERSION:
         raise UserError(
-            f"{path}: schema version {found}, expected {SCHEMA_VERSION}; "
+            f"{path}: schema version {reprlib.repr(found)}, expected {SCHEMA_VERSION}; "
             "run this version's `multihot prepare` again"
         )
-    try:
-        values = verify_checksum(values)
-        splits = {name: _read_split(split) for name, split in values["splits"].items()}
-        return from_dict(Metadata, values | {"splits": splits})
-    except (KeyError, TypeError, ValueError) as error:
-        raise UserError(f"{path}: damaged ({error}); run `multihot prepare` again") from None
+    return own_files.parse(Metadata, content, path, remedy, is_sealed=True, check=_check_sums)
 
 
-def _read_split(values: dict[str, Any]) -> Split:
-    index = values["text_index"]
-    files = {
-        "shards": [from_dict(Shard, shard) for shard in values["shards"]],
-        "text_index": index and from_dict(Shard, index),
+def _check_sums(metadata: Metadata) -> None:
+    """Raises a ValueError unless the numbers of a folder fit together."""
+    longest, most, count = metadata.max_seq_length, metadata.max_windows, len(metadata.labels)
+    calls = metadata.source.get("calls", [])
+    made = [name for call in calls for name in call["splits"]]
+    facts = {
+        "labels": count > 0,
+        "window_stride": metadata.window_stride <= longest - 2,
+        "max_windows": longest * most <= MAX_DOCUMENT_TOKENS,
+        "source.calls": not calls or sorted(made) == sorted(metadata.splits),
+        "checks.splits": metadata.checks.get("splits", {}).keys() <= metadata.splits.keys(),
     }
-    return from_dict(Split, values | files)
+    for name, split in metadata.splits.items():
+        at, documents = f"splits.{name}", split.documents
+        facts[f"{at}.label_counts"] = len(split.label_counts) == count
+        facts[f"{at}.documents"] = documents >= max(split.truncated, *split.label_counts, 0)
+        for kind, histogram, number, width in (
+            ("length", split.length_histogram, split.windows, longest + 1),
+            ("window", split.window_histogram, documents, most + 1),
+        ):
+            fits = len(histogram) <= width and sum(histogram) == number
+            facts[f"{at}.{kind}_histogram"] = fits
+        facts[f"{at}.tokens"] = _total(split.length_histogram) == split.tokens
+        facts[f"{at}.windows"] = _total(split.window_histogram) == split.windows
+        facts[f"{at}.shards"] = sum(shard.documents for shard in split.shards) == documents
+        facts[f"{at}.max_labels_per_document"] = split.max_labels_per_document <= count
+    wrong = next((name for name, is_right in facts.items() if not is_right), None)
+    if wrong is not None:
+        raise ValueError(f"{wrong} does not fit the rest of the file")
+
+
+def _total(histogram: Iterable[int]) -> int:
+    return sum(map(operator.mul, histogram, itertools.count()))
 
 
 def verify_shards(

@@ -9,6 +9,7 @@ import hashlib
 import json
 import os
 import re
+import reprlib
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -19,6 +20,7 @@ from tokenizers import Tokenizer as Backend
 
 from trainer.errors import UserError
 from trainer.storage import filesystem
+from trainer.storage.own_files import MAX_BYTES, check_plain_files, load
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
 _TOKENIZER_FILE = "tokenizer.json"
@@ -162,7 +164,8 @@ def _wrap(backend: Backend, config: dict[str, Any], name: str) -> Tokenizer:
     if not is_framed or not isinstance(pad_id, int):
         raise UserError(
             f"--tokenizer={name}: expected a BERT tokenizer, one with [CLS], [SEP] and [PAD] that "
-            f"frames a text by the first two; found {tokens}; name another one or `train`"
+            f"frames a text by the first two; found {reprlib.repr(tokens)}; name "
+            "another one or `train`"
         )
     unk_id = None if unk_token is None else backend.token_to_id(unk_token)
     definition = json.dumps(json.loads(backend.to_str()), sort_keys=True)
@@ -171,8 +174,9 @@ def _wrap(backend: Backend, config: dict[str, Any], name: str) -> Tokenizer:
 
 
 def _content(token: Any) -> str | None:
-    """A special token's text: configs hold it bare or as a dictionary."""
-    return token["content"] if isinstance(token, dict) else token
+    """A special token's text: configs hold it bare or as a dictionary; None for anything else."""
+    text = token.get("content") if isinstance(token, dict) else token
+    return text if isinstance(text, str) else None
 
 
 def load_tokenizer(name_or_folder: str) -> Tokenizer:
@@ -184,19 +188,25 @@ def load_tokenizer(name_or_folder: str) -> Tokenizer:
     config_path = os.path.join(name_or_folder, _CONFIG_FILE)
     tokenizer_path = os.path.join(name_or_folder, _TOKENIZER_FILE)
     if filesystem.exists(config_path) and filesystem.exists(tokenizer_path):
-        contents = filesystem.read_bytes(config_path)
-        definition = filesystem.read_bytes(tokenizer_path)
+        config = load(dict[str, Any], config_path, "restore it")
+        definition = filesystem.read_bytes(tokenizer_path, MAX_BYTES)
         try:
-            config, backend = json.loads(contents), Backend.from_buffer(definition)
-        except Exception as error:  # `tokenizers` raises bare Exception.
-            raise UserError(f"{name_or_folder}: not a readable tokenizer ({error})") from None
-        return _wrap(backend, config, name_or_folder)
+            return _wrap(Backend.from_buffer(definition), config, name_or_folder)
+        except UserError:
+            raise
+        except (KeyboardInterrupt, SystemExit):
+            raise
+        except BaseException as error:  # `tokenizers` raises bare Exception, and panics.
+            reason = " ".join(str(error).split())[:200]
+            raise UserError(f"{name_or_folder}: not a readable tokenizer ({reason})") from None
     if filesystem.is_remote(name_or_folder):
         raise UserError(
             f"{name_or_folder}: no {_TOKENIZER_FILE} with {_CONFIG_FILE}; check the URL"
         )
     if name_or_folder.startswith((".", os.path.sep)) and not os.path.isdir(name_or_folder):
         raise UserError(f"--tokenizer={name_or_folder}: no such folder; check the path")
+    if os.path.isdir(name_or_folder):
+        check_plain_files(name_or_folder)
     return _convert(name_or_folder)
 
 

@@ -16,6 +16,7 @@ from trainer.evaluation.metrics import (
     rank_every_label,
 )
 from trainer.storage.filesystem import write_atomically
+from trainer.storage.own_files import Number, PositiveNumber, fields, many
 
 EVALUATION_FOLDER = "evaluation"
 METRICS_FILE = "metrics.json"
@@ -34,6 +35,13 @@ HEADLINES = (
 _SHOWN_LABELS = 20
 # Values of a kept column that are reported one by one; the rest are reported together.
 MAX_VALUES = 50
+# What readers of calibration.json need of it; null stands for NaN.
+CALIBRATION = fields(
+    fingerprints=fields(checkpoint=str),
+    scale=many(PositiveNumber),
+    shift=many(Number),
+    thresholds=many(Number | None),
+)
 
 
 def slice_metrics(

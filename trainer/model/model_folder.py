@@ -17,21 +17,22 @@ import json
 import os
 from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
-from typing import Any
+from typing import Annotated, Any, Literal, cast
 
 import numpy as np
 import tensorflow as tf
-from safetensors.numpy import load_file, save_file
+from pydantic import Field
+from safetensors.numpy import save_file
 
-from trainer.config import from_dict
 from trainer.data.tokenizer import Tokenizer, TokenLimits, load_tokenizer
 from trainer.errors import UserError
 from trainer.model import pretrained
 from trainer.model.model import INPUTS, Model, build_model, pad_batch
 from trainer.model.pretrained import WEIGHTS_FILE
-from trainer.model_config import ModelConfig, PackingConfig
-from trainer.storage import filesystem
+from trainer.model_config import ModelConfig, PackingConfig, num_parameters
+from trainer.storage import filesystem, own_files
 from trainer.storage.gcs import download_folder
+from trainer.storage.own_files import Count, Number, Several, fields, load
 from trainer.storage.temporary import temporary_folder
 
 MULTIHOT_FILE = "multihot.json"
@@ -39,7 +40,7 @@ SAVED_MODEL_FOLDER = "saved_model"
 _DIGEST_FILE = "saved_model.json"
 # Where our head's tensors live when transformers' classes have no place for them.
 _HEAD_PREFIX = "multihot."
-_FIELDS = {"labels", "head", "max_seq_length", "packing", "thresholds", "fingerprints"}
+_NOTHING = np.zeros((0, 0), np.float32)
 # Fields of ModelConfig that transformers' BertConfig has under the same name.
 _SAME_IN_BERT = (
     "vocab_size", "hidden_size", "num_attention_heads", "intermediate_size", "hidden_act",
@@ -89,18 +90,33 @@ class ModelFolder(TextEncoder):
     fingerprint: str
 
 
+@dataclass(frozen=True)
+class _Description:
+    """What readers need of multihot.json. Folders that are older than windows do not name them."""
+
+    labels: Annotated[Several[str], Field(min_length=1)]
+    head: Literal["cls", "mean", "label_attention"]
+    max_seq_length: own_files.WindowTokens
+    packing: PackingConfig
+    thresholds: Several[Number | None]
+    fingerprints: Annotated[dict[str, str], own_files.shaped(fields(tokenizer=str))]
+    window_stride: Count = 0
+    max_windows: own_files.Windows = 1
+    window_pooling: Literal["max", "mean", "attention"] = "max"
+
+
 def load_model_folder(folder: str, precision: str = "float32") -> ModelFolder:
     """Loads a local or gs:// model folder, in float32 or mixed_bfloat16; UserError if damaged."""
     with local_model(folder) as copy:
         description = _read_description(copy)
         encoder = load_text_encoder(copy)
-        thresholds = [np.nan if cut is None else cut for cut in description["thresholds"]]
+        thresholds = [np.nan if cut is None else cut for cut in description.thresholds]
         return ModelFolder(
             **vars(encoder),
-            labels=tuple(description["labels"]),
+            labels=description.labels,
             thresholds=np.asarray(thresholds, np.float64),
-            packing=from_dict(PackingConfig, description["packing"]),
-            model=_load_model(copy, description, precision),
+            packing=description.packing,
+            model=_load_model(copy, description, encoder, precision),
             fingerprint=_fingerprint(copy),
         )
 
@@ -128,49 +144,67 @@ def load_text_encoder(folder: str) -> TextEncoder:
     """What a local model folder says of texts, without its model; a UserError if it is damaged."""
     description = _read_description(folder)
     tokenizer = load_tokenizer(folder)
-    if tokenizer.fingerprint != description["fingerprints"]["tokenizer"]:
+    if tokenizer.fingerprint != description.fingerprints["tokenizer"]:
         raise UserError(f"{folder}: its tokenizer is not the one of {MULTIHOT_FILE}; export again")
     return TextEncoder(
-        tokenizer,
-        description["max_seq_length"],
-        # Folders that are older than windows do not name them.
-        description.get("window_stride", 0),
-        description.get("max_windows", 1),
+        tokenizer, description.max_seq_length, description.window_stride, description.max_windows
     )
 
 
-def _read_description(folder: str) -> dict[str, Any]:
-    path = os.path.join(folder, MULTIHOT_FILE)
+def _read_description(folder: str) -> _Description:
+    path, remedy = os.path.join(folder, MULTIHOT_FILE), "export the model again"
     try:
-        with open(path, encoding="utf-8") as file:
-            description = json.load(file)
+        return load(_Description, path, remedy, check=_check_sizes)
     except (FileNotFoundError, NotADirectoryError):
         raise UserError(
             f"{folder}: no {MULTIHOT_FILE}; expected a folder that `multihot export` wrote"
         ) from None
-    except ValueError as error:
-        raise UserError(f"{path}: damaged ({error}); export the model again") from None
-    if not isinstance(description, dict) or not _FIELDS.issubset(description):
-        raise UserError(f"{path}: damaged (fields are missing); export the model again")
-    return description
 
 
-def _load_model(folder: str, description: dict[str, Any], precision: str) -> Model:
+def _check_sizes(found: _Description) -> None:
+    """Raises a ValueError unless the sizes in multihot.json fit together."""
+    if len(found.thresholds) != len(found.labels):
+        raise ValueError(f"{len(found.thresholds)} thresholds of {len(found.labels)} labels")
+    if not found.packing.holds(found.max_seq_length, found.max_windows):
+        raise ValueError(
+            f"packing has no room for max_windows={found.max_windows} of max_seq_length="
+            f"{found.max_seq_length}"
+        )
+    if found.window_stride > found.max_seq_length - 2:
+        raise ValueError("window_stride is longer than a window")
+
+
+def _load_model(
+    folder: str, description: _Description, encoder: TextEncoder, precision: str
+) -> Model:
     sizes = dataclasses.replace(
-        pretrained.model_config(folder, len(description["labels"]), description["head"], 0.0, 0.0),
-        window_pooling=description.get("window_pooling", "max"),
+        pretrained.model_config(folder, len(description.labels), description.head, 0.0, 0.0),
+        window_pooling=description.window_pooling,
     )
-    model = build_model(sizes, precision)
-    values = pretrained.to_variables(pretrained.read_tensors(folder), sizes, folder)
-    tensors = load_file(os.path.join(folder, WEIGHTS_FILE))
+    path = os.path.join(folder, pretrained.CONFIG_FILE)
+    for name, needed in (
+        ("vocab_size", encoder.tokenizer.vocab_size),
+        ("max_position_embeddings", encoder.max_seq_length),
+    ):
+        if getattr(sizes, name) < needed:
+            raise UserError(
+                f"{path}: {name} is {getattr(sizes, name)}, but {MULTIHOT_FILE} and the tokenizer "
+                f"need {needed}; export the model again"
+            )
+    tensors = pretrained.read_weights(folder)
+    values = pretrained.to_variables(pretrained.to_bare_names(tensors), sizes, folder)
     if sizes.head == "cls":
-        values["head/classifier/kernel"] = tensors["classifier.weight"].T
-        values["head/classifier/bias"] = tensors["classifier.bias"]
+        values["head/classifier/kernel"] = tensors.get("classifier.weight", _NOTHING).T
+        values["head/classifier/bias"] = tensors.get("classifier.bias", _NOTHING)
     for name, value in tensors.items():
         if name.startswith(_HEAD_PREFIX):
             values[name.removeprefix(_HEAD_PREFIX)] = value
-    variables = model.named_variables()
-    if set(values) != set(variables):
+    # Before the model is made: labels without end would take memory without end.
+    is_whole = sum(value.size for value in values.values()) == num_parameters(sizes)
+    model = build_model(sizes, precision) if is_whole else None
+    variables = {} if model is None else model.named_variables()
+    shapes = {name: tuple(variable.shape) for name, variable in variables.items()}
+    if model is None or {name: value.shape for name, value in values.items()} != shapes:
         raise UserError(
             f"{folder}/{WEIGHTS_FILE}: not the tensors of a {sizes.head} model; export it again"
         )
@@ -209,13 +243,11 @@ def list_model_files(folder: str, below: str = "") -> list[str]:
 def check_saved_model(folder: str) -> None:
     """Checks, by a UserError, that the SavedModel of a local model folder is as exported."""
     try:
-        with open(os.path.join(folder, _DIGEST_FILE), encoding="utf-8") as file:
-            expected = json.load(file)["sha256"]
+        expected = load(fields(sha256=str), os.path.join(folder, _DIGEST_FILE), "export again")
     except FileNotFoundError:  # Older folders have none.
         return
-    except (ValueError, KeyError, TypeError):
-        expected = None
-    if _digest(folder, list_model_files(folder, SAVED_MODEL_FOLDER)) != expected:
+    found = _digest(folder, list_model_files(folder, SAVED_MODEL_FOLDER))
+    if found != expected["sha256"]:
         raise UserError(
             f"{os.path.join(folder, SAVED_MODEL_FOLDER)}: damaged, or not the one that was "
             "exported; export the model again"
@@ -226,8 +258,8 @@ def _digest(folder: str, names: Sequence[str]) -> str:
     digest = hashlib.sha256()
     for name in names:
         digest.update(name.encode())
-        with open(os.path.join(folder, name), "rb") as file:
-            digest.update(hashlib.file_digest(file, "sha256").digest())
+        with filesystem.open_binary(os.path.join(folder, name)) as file:
+            digest.update(hashlib.file_digest(cast(Any, file), "sha256").digest())
     return digest.hexdigest()
 
 

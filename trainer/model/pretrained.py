@@ -1,14 +1,17 @@
 """Hugging Face BERT checkpoints to our variables and back; no tensor is ignored silently."""
 
-import json
 import os
 import re
-from collections.abc import Iterator
+import reprlib
+from dataclasses import dataclass
+from typing import Any
 
 import numpy as np
 
 from trainer.errors import UserError
 from trainer.model_config import ModelConfig
+from trainer.storage import filesystem, own_files
+from trainer.storage.own_files import Number, Positive
 
 CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
@@ -63,82 +66,93 @@ def resolve_checkpoint(name: str) -> str:
         ) from None
 
 
-def read_config(folder: str) -> dict:
+@dataclass(frozen=True)
+class _BertConfig:
+    """The sizes in a BERT's config.json."""
+
+    vocab_size: own_files.VocabularySize
+    hidden_size: Positive
+    num_hidden_layers: Positive
+    num_attention_heads: Positive
+    intermediate_size: Positive
+    max_position_embeddings: Positive
+    type_vocab_size: Positive = 2
+    hidden_act: str = "gelu"
+    layer_norm_eps: Number = 1e-12
+    initializer_range: Number = 0.02
+
+
+def _read_config(folder: str) -> _BertConfig:
     """A checkpoint's config.json; UserError unless it is of a BERT encoder that we have."""
-    path = os.path.join(folder, CONFIG_FILE)
+    path, remedy = os.path.join(folder, CONFIG_FILE), "choose a BERT checkpoint"
     try:
-        with open(path, encoding="utf-8") as file:
-            config = json.load(file)
+        kind = own_files.load(dict[str, Any], path, remedy)
+        if kind.get("model_type") != "bert":
+            found = reprlib.repr(kind.get("model_type"))
+            raise UserError(f"{path}: model_type={found}, expected 'bert'; {remedy}")
+        embedding = kind.get("position_embedding_type") or "absolute"
+        if embedding != "absolute" or kind.get("is_decoder"):
+            raise UserError(
+                f"{path}: position_embedding_type={reprlib.repr(embedding)}, is_decoder="
+                f"{bool(kind.get('is_decoder'))}; expected an encoder with absolute positions"
+            )
+        return own_files.load(_BertConfig, path, remedy)
     except FileNotFoundError:
         raise UserError(f"{path}: missing; expected a BERT checkpoint's folder") from None
-    except ValueError as error:
-        raise UserError(f"{path}: not valid JSON ({error})") from None
-    if config.get("model_type") != "bert":
-        raise UserError(
-            f"{path}: model_type={config.get('model_type')!r}, expected 'bert'; "
-            "choose a BERT checkpoint"
-        )
-    embedding = config.get("position_embedding_type") or "absolute"
-    if embedding != "absolute" or config.get("is_decoder"):
-        raise UserError(
-            f"{path}: position_embedding_type={embedding!r}, is_decoder="
-            f"{config.get('is_decoder', False)}; expected an encoder with absolute positions"
-        )
-    return config
 
 
 def model_config(
     folder: str, num_labels: int, head: str, hidden_dropout: float, attention_dropout: float
 ) -> ModelConfig:
     """The config of a model with a checkpoint's encoder and a new head."""
-    found = read_config(folder)
+    sizes = dict(vars(_read_config(folder)))
     try:
         return ModelConfig(
-            vocab_size=found["vocab_size"],
             num_labels=num_labels,
-            hidden_size=found["hidden_size"],
-            num_layers=found["num_hidden_layers"],
-            num_attention_heads=found["num_attention_heads"],
-            intermediate_size=found["intermediate_size"],
-            max_position_embeddings=found["max_position_embeddings"],
-            type_vocab_size=found.get("type_vocab_size", 2),
-            hidden_act=found.get("hidden_act", "gelu"),
-            layer_norm_eps=found.get("layer_norm_eps", 1e-12),
+            num_layers=sizes.pop("num_hidden_layers"),
             hidden_dropout=hidden_dropout,
             attention_dropout=attention_dropout,
-            initializer_range=found.get("initializer_range", 0.02),
             head=head,
+            **sizes,
         )
-    except KeyError as error:
-        raise UserError(f"{folder}/config.json: no {error}; expected a BERT config") from None
+    except UserError as error:
+        raise UserError(f"{os.path.join(folder, CONFIG_FILE)}: {error}") from None
 
 
-def _read_files(folder: str) -> Iterator[tuple[str, np.ndarray]]:
-    """(name, float32 value) of every tensor of a checkpoint."""
+def _weight_files(folder: str) -> list[str]:
+    """The names of a checkpoint's files of weights; a UserError if there are none."""
+    for name in (WEIGHTS_FILE, _INDEX_FILE, _TORCH_FILE):
+        path = os.path.join(folder, name)
+        if os.path.exists(path):
+            if name != _INDEX_FILE:
+                return [name]
+            kind = own_files.fields(weight_map=own_files.named(own_files.PlainName))
+            index = own_files.load(kind, path, "download it again")
+            return sorted(set(index["weight_map"].values()))
+    raise UserError(f"{folder}: no {WEIGHTS_FILE} or {_TORCH_FILE}; expected one of them")
+
+
+def read_weights(folder: str) -> dict[str, np.ndarray]:
+    """Every tensor of a checkpoint, float32, by its name there; UserError for damaged files."""
     from safetensors import SafetensorError, safe_open
 
-    index = os.path.join(folder, _INDEX_FILE)
-    if os.path.exists(os.path.join(folder, WEIGHTS_FILE)):
-        files = [WEIGHTS_FILE]
-    elif os.path.exists(index):
-        with open(index, encoding="utf-8") as file:
-            files = sorted(set(json.load(file)["weight_map"].values()))
-    elif os.path.exists(os.path.join(folder, _TORCH_FILE)):
-        yield from _read_torch(os.path.join(folder, _TORCH_FILE))
-        return
-    else:
-        raise UserError(f"{folder}: no {WEIGHTS_FILE} or {_TORCH_FILE}; expected one of them")
-    for name in files:
+    found: dict[str, np.ndarray] = {}
+    for name in _weight_files(folder):
         path = os.path.join(folder, name)
+        with filesystem.open_binary(path):
+            pass  # A named pipe would wait for ever.
+        if name == _TORCH_FILE:
+            return _read_torch(path)
         try:
             with safe_open(path, framework="numpy") as tensors:
                 for key in tensors.keys():  # noqa: SIM118 (not a mapping)
-                    yield key, np.asarray(tensors.get_tensor(key), np.float32)
-        except (SafetensorError, OSError) as error:
+                    found[key] = np.asarray(tensors.get_tensor(key), np.float32)
+        except (SafetensorError, OSError, TypeError, ValueError) as error:
             raise UserError(f"{path}: cannot be read ({error}); download it again") from None
+    return found
 
 
-def _read_torch(path: str) -> Iterator[tuple[str, np.ndarray]]:
+def _read_torch(path: str) -> dict[str, np.ndarray]:
     try:
         import torch
     except ImportError:
@@ -146,25 +160,34 @@ def _read_torch(path: str) -> Iterator[tuple[str, np.ndarray]]:
             f"{path}: reading it needs PyTorch; `pip install torch`, or convert the checkpoint to "
             f"{WEIGHTS_FILE}"
         ) from None
-    # weights_only refuses pickles that would run code.
-    for name, value in torch.load(path, map_location="cpu", weights_only=True).items():
-        yield name, value.float().numpy()
+    try:
+        # weights_only refuses pickles that would run code.
+        tensors = torch.load(path, map_location="cpu", weights_only=True)
+        return {name: value.float().numpy() for name, value in tensors.items()}
+    except Exception as error:  # Of many kinds, as pickle raises them.
+        reason = str(error).strip().partition("\n")[0]
+        raise UserError(f"{path}: cannot be read ({reason}); download it again") from None
 
 
-def read_tensors(folder: str) -> dict[str, np.ndarray]:
-    """A checkpoint's encoder and pooler under bare names (`embeddings.…`), float32.
+def to_bare_names(weights: dict[str, np.ndarray]) -> dict[str, np.ndarray]:
+    """A checkpoint's encoder and pooler under bare names (`embeddings.…`).
 
     Names lose the prefix `bert.`, and LayerNorm's older gamma and beta become weight and bias.
     Heads and buffers are left out.
     """
     tensors = {}
-    for name, value in _read_files(folder):
+    for name, value in weights.items():
         name = name.removeprefix("bert.")
         name = name.replace("LayerNorm.gamma", "LayerNorm.weight")
         name = name.replace("LayerNorm.beta", "LayerNorm.bias")
         if not _UNUSED.match(name):
             tensors[name] = value
     return tensors
+
+
+def read_tensors(folder: str) -> dict[str, np.ndarray]:
+    """`to_bare_names` of `read_weights`."""
+    return to_bare_names(read_weights(folder))
 
 
 def _layer_names(index: int) -> dict[str, str]:
@@ -191,42 +214,39 @@ def to_variables(
     They are those of the encoder and, if the checkpoint and the head have one, of the pooler.
     UserError for tensors that are missing, left over, or not of the shape in `config`.
     """
-    left = dict(tensors)
-    missing: list[str] = []
+    if config.num_layers > len(tensors):
+        raise UserError(
+            f"{folder}: {len(tensors)} tensors, which are no {config.num_layers} layers; expected "
+            "a BERT of the sizes in config.json"
+        )
     shapes = _expected_shapes(config)
-
-    def take(name: str) -> np.ndarray:
-        value = left.pop(name, None)
-        if value is None:
-            missing.append(name)
-            return np.zeros(shapes[name], np.float32)
-        if value.shape != shapes[name]:
+    has_pooler = config.head == "cls" and "pooler.dense.weight" in tensors
+    needed = [name for name in shapes if has_pooler or name not in _POOLER]
+    missing = [name for name in needed if name not in tensors]
+    unknown = sorted(set(tensors) - set(shapes))
+    for name in needed:
+        if name in tensors and tensors[name].shape != shapes[name]:
             raise UserError(
-                f"{folder}: tensor {name} has shape {value.shape}, expected {shapes[name]} by "
-                "config.json; the folder mixes two checkpoints"
+                f"{folder}: tensor {name} has shape {tensors[name].shape}, expected "
+                f"{shapes[name]} by config.json; the folder mixes two checkpoints"
             )
-        return value
-
-    values = {ours: take(theirs) for theirs, ours in _TOP.items()}
+    if missing or unknown:
+        raise UserError(
+            f"{folder}: {len(missing)} tensors missing ({_some(missing)}), {len(unknown)} unknown "
+            f"({_some(unknown)}); expected a BERT of the sizes in config.json"
+        )
+    names = _TOP | (_POOLER if has_pooler else {})
+    values: dict[str, np.ndarray] = {}
     for i in range(config.num_layers):
         parts = [f"encoder.layer.{i}.attention.self.{part}" for part in _QKV]
-        kernels = [take(f"{part}.weight").T for part in parts]
+        kernels = [tensors[f"{part}.weight"].T for part in parts]
         values[f"encoder/layer_{i}/attention/qkv/kernel"] = np.concatenate(kernels, axis=1)
-        biases = [take(f"{part}.bias") for part in parts]
+        biases = [tensors[f"{part}.bias"] for part in parts]
         values[f"encoder/layer_{i}/attention/qkv/bias"] = np.concatenate(biases)
-        for theirs, ours in _layer_names(i).items():
-            values[ours] = _transpose_kernel(ours, take(theirs))
-    if config.head == "cls" and "pooler.dense.weight" in left:
-        for theirs, ours in _POOLER.items():
-            values[ours] = _transpose_kernel(ours, take(theirs))
-    for name in _POOLER:
-        left.pop(name, None)
-    if missing or left:
-        raise UserError(
-            f"{folder}: {len(missing)} tensors missing ({_some(missing)}), {len(left)} unknown "
-            f"({_some(sorted(left))}); expected a BERT of the sizes in config.json"
-        )
-    return values
+        names |= _layer_names(i)
+    return values | {
+        ours: _transpose_kernel(ours, tensors[theirs]) for theirs, ours in names.items()
+    }
 
 
 def _expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:

@@ -17,6 +17,9 @@ import os
 import re
 import shutil
 from collections.abc import Collection, Iterator
+from typing import Annotated
+
+from pydantic import Field
 
 from trainer.data.metadata import METADATA_FILE, TOKENIZER_FOLDER, Metadata, load_metadata
 from trainer.errors import UserError
@@ -24,11 +27,15 @@ from trainer.sources.rows import REJECTED_FOLDER
 from trainer.storage import gcs
 from trainer.storage.filesystem import checksum, disk_errors, write_atomically
 from trainer.storage.gcs import Taken
+from trainer.storage.own_files import PlainName, fields, load, many
 from trainer.storage.temporary import lock_folder, temporary_folder
 
 WORK_FOLDER = ".prepare"
 FILE_NAME = re.compile(r"(?P<split>\w+)(-\d{5}-of-\d{5}\.tfrecord|\.texts)")
 _MOVING_FILE = "moving.json"
+# The splits that `prepare` is about to add, and the files of theirs that it moves and may remove.
+_MOVED = rf"^({TOKENIZER_FOLDER}|{FILE_NAME.pattern})$"
+_MOVING = fields(splits=many(str), names=many(Annotated[PlainName, Field(pattern=_MOVED)]))
 
 
 @contextlib.contextmanager
@@ -38,9 +45,11 @@ def open_work_folder(data_dir: str) -> Iterator[str]:
     A UserError says that another process prepares there, or that it cannot be written to.
     """
     work_dir = os.path.join(data_dir, WORK_FOLDER)
-    lock = None
+    lock, is_cleared = None, False
     try:
         with disk_errors(f"--data_dir={data_dir}"):
+            if os.path.islink(work_dir):
+                raise UserError(f"{work_dir}: a link, and no folder; remove it")
             os.makedirs(work_dir, exist_ok=True)
             lock = lock_folder(work_dir)
             if lock is None:
@@ -49,12 +58,14 @@ def open_work_folder(data_dir: str) -> Iterator[str]:
                     "or name another --data_dir"
                 )
             _take_back(data_dir, work_dir)
+            is_cleared = True
             for entry in os.scandir(work_dir):  # Of a run that was killed.
                 _remove(entry.path)
             yield work_dir
     finally:
-        if lock is not None:
+        if is_cleared:
             shutil.rmtree(work_dir, ignore_errors=True)
+        if lock is not None:
             os.close(lock)
         with contextlib.suppress(OSError):
             os.rmdir(data_dir)
@@ -97,14 +108,15 @@ def move_out(data_dir: str, work_dir: str, splits: Collection[str], names: Colle
 
 def _take_back(data_dir: str, work_dir: str) -> None:
     """Removes what was moved out, unless metadata.json followed."""
+    remedy = f"remove {work_dir}, and what it names if {METADATA_FILE} does not"
     try:
-        with open(os.path.join(work_dir, _MOVING_FILE), encoding="utf-8") as file:
-            moving = json.load(file)
+        moving = load(_MOVING, os.path.join(work_dir, _MOVING_FILE), remedy)
     except FileNotFoundError:
         return
     metadata = find_metadata(data_dir)
-    if metadata is None or not set(moving["splits"]) <= set(metadata.splits):
-        for name in moving["names"]:
+    for name in moving["names"]:
+        match = FILE_NAME.fullmatch(name)
+        if metadata is None or (match and match["split"] not in metadata.splits):
             _remove(os.path.join(data_dir, name))
 
 
@@ -116,7 +128,7 @@ def _remove(path: str) -> None:
             os.remove(path)
 
 
-_NEEDED = re.compile(rf"{re.escape(METADATA_FILE)}|{TOKENIZER_FOLDER}/.*|\w+\.texts")
+_NEEDED = re.compile(rf"{re.escape(METADATA_FILE)}|{TOKENIZER_FOLDER}/[^/]+|\w+\.texts")
 
 
 class DataMirror:

@@ -9,7 +9,6 @@ ends the process when no error comes.
 
 import contextlib
 import hashlib
-import json
 import re
 import socket
 import threading
@@ -24,6 +23,7 @@ import tensorflow as tf
 
 from trainer.errors import RUN_AGAIN, RunAgain, UserError, end_process
 from trainer.runtime.workers import background_thread
+from trainer.storage.own_files import parse
 
 _CONNECT_SECONDS = 2.0
 _EXPECTED = (
@@ -89,10 +89,7 @@ def read_cluster(environment: Mapping[str, str]) -> Cluster | None:
 
 def _parse_tf_config(text: str) -> Cluster | None:
     """TF_CONFIG as a cluster; other keys (Vertex AI adds environment and job) are ignored."""
-    try:
-        config = json.loads(text)
-    except ValueError as error:
-        raise UserError(f"TF_CONFIG: is not JSON ({error}); expected {_EXPECTED}") from None
+    config = parse(Any, text, "TF_CONFIG", f"expected {_EXPECTED}", what="is not JSON")
     if not isinstance(config, dict) or not isinstance(config.get("cluster", {}), dict):
         raise UserError(f"TF_CONFIG={text}: expected {_EXPECTED}")
     jobs = config.get("cluster", {})
@@ -138,7 +135,7 @@ def _parse_task(task: Any, jobs: dict[str, list[str]]) -> tuple[str, int]:
     count = len(jobs.get(kind, [])) if isinstance(kind, str) else 0
     try:
         index = int(task.get("index", 0))
-    except (TypeError, ValueError):
+    except (TypeError, ValueError, OverflowError):
         index = -1
     if not 0 <= index < count:
         raise UserError(

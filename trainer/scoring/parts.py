@@ -20,10 +20,12 @@ from dataclasses import dataclass
 from functools import partial
 from typing import Any
 
+from trainer.errors import UserError
 from trainer.scoring.plan import Part, Plan
 from trainer.scoring.writers import ENDINGS, DocumentScores, ResultLayout, open_results
 from trainer.sources.rows import REJECTED_FOLDER, allowed_rejections, describe_rejections
 from trainer.storage.output_folder import FileInfo, OutputFolder, PartFile
+from trainer.storage.own_files import Count, PlainName, parse
 
 SUCCESS_FILE = "_SUCCESS"
 MANIFEST_FOLDER = "manifests"
@@ -42,15 +44,15 @@ class Manifest:
     `rejected_bytes` is the size of the file of rejected rows, 0 if there is none.
     """
 
-    part: str
-    rows_in: int
-    rows_out: int
-    rows_rejected: int
-    rows_truncated: int
-    bytes: int
+    part: PlainName
+    rows_in: Count
+    rows_out: Count
+    rows_rejected: Count
+    rows_truncated: Count
+    bytes: Count
     checksum: str
     model_fingerprint: str
-    rejected_bytes: int = 0
+    rejected_bytes: Count = 0
 
 
 def part_file(part: Part, plan: Plan) -> str:
@@ -210,7 +212,7 @@ class PlanProgress:
         ]
         contents = self._folder.read([manifest_file(parts[index]) for index in new])
         for index, content in zip(new, contents, strict=True):
-            self.manifests[index] = _parse(content)
+            self.manifests[index] = _parse(content, parts[index])
         self._looked = time.monotonic()
         return names
 
@@ -259,11 +261,13 @@ class PlanProgress:
         return self.is_complete and SUCCESS_FILE in self._folder.find("")
 
 
-def _parse(content: bytes | None) -> Manifest | None:
+def _parse(content: bytes | None, part: Part) -> Manifest | None:
+    """A part's manifest; None for none and for a damaged one, whose part is written again."""
     try:
-        return None if content is None else Manifest(**json.loads(content))
-    except (ValueError, TypeError):
+        manifest = parse(Manifest, content or b"", manifest_file(part), "")
+    except UserError:
         return None
+    return manifest if manifest.part == part.name else None
 
 
 def _to_json(value: Any) -> str:

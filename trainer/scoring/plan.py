@@ -10,9 +10,10 @@ import time
 from collections.abc import Collection, Sequence
 from dataclasses import dataclass
 from functools import partial
-from typing import Any
+from typing import Annotated, Any, Literal
 
-from trainer.config import from_dict
+from pydantic import Field
+
 from trainer.errors import RunAgain, UserError
 from trainer.model_config import PackingConfig
 from trainer.runtime.progress import show_progress
@@ -20,11 +21,13 @@ from trainer.sources.input_files import absolute_name, source_names
 from trainer.sources.listing import for_each_file
 from trainer.sources.reader import fingerprints, num_bytes, plan_and_fingerprint
 from trainer.sources.rows import RowRange
-from trainer.storage.filesystem import add_checksum, verify_checksum
+from trainer.storage.filesystem import add_checksum
 from trainer.storage.output_folder import OutputFolder
+from trainer.storage.own_files import Count, PlainName, Several, closed, parse
 
-PLAN_VERSION = 1
+PLAN_VERSION: Literal[1] = 1
 PLAN_FILE = "plan.json"
+_PART_NAME = "^part-[0-9]{5,}-of-[0-9]{5,}$"
 _SECONDS_BETWEEN_LOOKS = 1.0
 
 
@@ -33,7 +36,7 @@ class Input:
     """A file to score: its name with an absolute path, size, CRC-32C (hex)."""
 
     path: str
-    bytes: int
+    bytes: Count
     checksum: str
 
 
@@ -41,8 +44,9 @@ class Input:
 class Part:
     """The rows of one output file: consecutive ranges, of one large file or several small."""
 
-    name: str
-    row_ranges: tuple[RowRange, ...]
+    name: Annotated[PlainName, Field(pattern=_PART_NAME)]
+    # The key in plan.json, which older plans have.
+    row_ranges: Annotated[Several[RowRange], Field(alias="segments")]
 
     @property
     def num_rows(self) -> int:
@@ -50,6 +54,7 @@ class Part:
         return sum(row_range.num_rows for row_range in self.row_ranges)
 
 
+@closed
 @dataclass(frozen=True)
 class Plan:
     """Everything that the bytes of the parts depend on.
@@ -61,9 +66,9 @@ class Plan:
     model_fingerprint: str
     settings: dict[str, Any]
     packing: PackingConfig
-    inputs: tuple[Input, ...]
-    parts: tuple[Part, ...]
-    version: int = PLAN_VERSION
+    inputs: Several[Input]
+    parts: Annotated[Several[Part], Field(min_length=1)]
+    version: Literal[1] = PLAN_VERSION
 
 
 def describe_inputs(paths: Sequence[str], progress: str = "auto") -> tuple[Input, ...]:
@@ -127,7 +132,7 @@ def save_plan(folder: OutputFolder, plan: Plan) -> bool:
     """Writes plan.json; False if another process wrote one meanwhile."""
     values = dataclasses.asdict(plan)
     for part in values["parts"]:
-        part["segments"] = part.pop("row_ranges")  # The key in plan.json, which older plans have.
+        part["segments"] = part.pop("row_ranges")
     contents = json.dumps(add_checksum(values), indent=1, ensure_ascii=False)
     return folder.create(PLAN_FILE, contents + "\n")
 
@@ -142,23 +147,19 @@ def load_plan(folder: OutputFolder) -> Plan | None:
                 "that `multihot score` began; choose another --output_dir"
             )
         return None
-    try:
-        values = json.loads(contents)
-        if values["version"] != PLAN_VERSION:
-            raise ValueError(f"version {values['version']}, expected {PLAN_VERSION}")
-        values = verify_checksum(values)
-        parts = tuple(
-            Part(part["name"], tuple(RowRange(**row_range) for row_range in part["segments"]))
-            for part in values["parts"]
-        )
-        inputs = tuple(Input(**item) for item in values["inputs"])
-        packing = from_dict(PackingConfig, values["packing"])
-        return Plan(values["model_fingerprint"], values["settings"], packing, inputs, parts)
-    except (ValueError, KeyError, TypeError) as error:
-        raise UserError(
-            f"{folder.url}/{PLAN_FILE}: not a plan of this version ({error}); choose another "
-            "--output_dir"
-        ) from None
+    path, remedy = f"{folder.url}/{PLAN_FILE}", "choose another --output_dir"
+    what = "not a plan of this version"
+    return parse(Plan, contents, path, remedy, what, is_sealed=True, check=_check_parts)
+
+
+def _check_parts(plan: Plan) -> None:
+    """Raises a ValueError for parts of one name, or rows of a file that is not an input."""
+    inputs = {item.path for item in plan.inputs}
+    if len({part.name for part in plan.parts}) < len(plan.parts):
+        raise ValueError("two parts have the same name")
+    for part in plan.parts:
+        if not part.row_ranges or not inputs.issuperset(item.path for item in part.row_ranges):
+            raise ValueError(f"{part.name} has no rows, or rows of a file that is not an input")
 
 
 def wait_for_plan(folder: OutputFolder, seconds: float) -> Plan:
@@ -192,7 +193,7 @@ def check_plan(
         if plan.settings.get(name) != value:
             raise UserError(
                 f"--{name}={value}: {output_dir} was begun with --{name}="
-                f"{plan.settings.get(name)}; {remedy}"
+                f"{str(plan.settings.get(name))[:200]}; {remedy}"
             )
     before = {item.path: item for item in plan.inputs}
     now = {item.path: item for item in inputs}

@@ -6,12 +6,11 @@ give rows that fit neither their labels nor the plan, so versions are compared a
 
 import fnmatch
 import glob
-import json
 import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
-from typing import TypeVar
+from typing import Any, TypeVar
 
 from trainer.errors import UserError
 from trainer.sources.input_files import (
@@ -24,6 +23,7 @@ from trainer.sources.input_files import (
     location,
 )
 from trainer.storage import filesystem
+from trainer.storage.own_files import PlainName, fields, load, many
 
 
 def version_of(name: str) -> tuple[int, ...]:
@@ -135,11 +135,10 @@ def _expand(item: str, source_split: str | None, any_ending: bool) -> list[str]:
 def _expand_folder(folder: str, source_split: str | None, any_ending: bool) -> list[str]:
     splits_path = os.path.join(folder, _SAVED_SPLITS)
     if os.path.exists(splits_path):
-        names = _read_json(splits_path).get("splits", [])
+        names = _read_saved(splits_path, fields(splits=many(PlainName)))["splits"]
         if source_split is not None and source_split not in names:
             raise UserError(
-                f"--source_split={source_split}: {folder} has {', '.join(map(str, names))}; "
-                "name one of these"
+                f"--source_split={source_split}: {folder} has {', '.join(names)}; name one of these"
             )
         chosen = names if source_split is None else [source_split]
         return [path for name in chosen for path in _saved_files(os.path.join(folder, str(name)))]
@@ -155,30 +154,22 @@ def _expand_folder(folder: str, source_split: str | None, any_ending: bool) -> l
 
 def _saved_files(folder: str) -> list[str]:
     """The Arrow files of a data set that `save_to_disk` wrote, in order."""
-    state = _read_json(os.path.join(folder, _SAVED_STATE))
+    kind = fields(_data_files=many(fields(filename=PlainName)))
+    state = _read_saved(os.path.join(folder, _SAVED_STATE), kind)
     if state.get("_indices_data_files"):
         raise UserError(
             f"{folder}: its rows are chosen and ordered by a file of indices, which is not read; "
             "call flatten_indices() and save it again"
         )
-    try:
-        return [os.path.join(folder, item["filename"]) for item in state["_data_files"]]
-    except (KeyError, TypeError):
-        raise UserError(
-            f"{folder}/{_SAVED_STATE}: does not name the data files; expected what "
-            "`datasets` writes with save_to_disk; save it again"
-        ) from None
+    return [os.path.join(folder, item["filename"]) for item in state["_data_files"]]
 
 
-def _read_json(path: str) -> dict:
+def _read_saved(path: str, kind: Any) -> Any:
+    what = "not what `datasets` writes with save_to_disk"
     try:
-        with open(path, encoding="utf-8") as file:
-            value = json.load(file)
-    except (OSError, ValueError) as error:
+        return load(kind, path, "save the data set again", what=what)
+    except OSError as error:
         raise UserError(f"{path}: cannot be read ({error}); save the data set again") from None
-    if not isinstance(value, dict):
-        raise UserError(f"{path}: expected a JSON object; save the data set again")
-    return value
 
 
 def _expand_remote(url: str, source_split: str | None, any_ending: bool) -> list[str]:

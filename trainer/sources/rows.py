@@ -11,6 +11,7 @@ from typing import Any, NamedTuple
 
 from trainer.errors import UserError
 from trainer.flags import is_unicode
+from trainer.storage.own_files import Count, fields, parse
 
 _MAX_RAW_CHARACTERS = 300
 
@@ -88,10 +89,10 @@ class RowRange:
     """
 
     path: str
-    start: int
-    end: int | None
-    first_row: int
-    num_rows: int
+    start: Count
+    end: Count | None
+    first_row: Count
+    num_rows: Count
     source: str
 
 
@@ -241,8 +242,11 @@ def describe_rejections(
     `--max_rejected`; `where` is the file or folder that holds all rejected rows; `remedy` is what
     else can be done.
     """
-    first = json.loads(lines.splitlines()[0]) if lines else None
-    example = f"{first['source']}: row {first['row']}: {first['reason']}; " if first else ""
+    try:
+        first = parse(fields(source=str, row=int, reason=str), lines.partition(b"\n")[0], where, "")
+        example = f"{first['source']}: row {first['row']}: {first['reason']}; "
+    except UserError:
+        example = ""
     return UserError(
         f"{example}{num_rejected:,} of "
         f"{num_rows:,} rows cannot be used, --max_rejected={limit:g} allows "

@@ -15,6 +15,7 @@ import hashlib
 import json
 import os
 import re
+import stat
 import tempfile
 from collections.abc import Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
@@ -25,7 +26,7 @@ from trainer.storage.gcs_client import explain_status
 
 _REFUSALS = frozenset(
     (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
-    + (errno.ENOENT, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENAMETOOLONG)
+    + (errno.ENOENT, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENAMETOOLONG, errno.ELOOP)
 )
 
 
@@ -91,19 +92,36 @@ def _size(path: str) -> int | None:
 
 @contextlib.contextmanager
 def open_binary(path: str) -> Iterator[BinaryIO]:
-    """Opens a file to read; `FileNotFoundError` if it is not there."""
+    """Opens a file to read; `FileNotFoundError` if it is not there, UserError for a pipe."""
     if not is_remote(path):
-        with open(path, "rb") as file:
+        with open(path, "rb", opener=_open_plain) as file:
             yield file
         return
     with _file_systems(path) as gfile, gfile.GFile(path, "rb") as file:
         yield cast(BinaryIO, file)
 
 
-def read_bytes(path: str) -> bytes:
-    """All of a file; `FileNotFoundError` if it is not there."""
+def _open_plain(path: str, flags: int) -> int:
+    # Without O_NONBLOCK, opening a named pipe waits until somebody writes to it.
+    descriptor = os.open(path, flags | os.O_NONBLOCK)
+    if not stat.S_ISREG(os.fstat(descriptor).st_mode):
+        os.close(descriptor)
+        raise UserError(f"{path}: a folder, pipe or device; expected a plain file; remove it")
+    return descriptor
+
+
+def open_no_link(path: str, flags: int) -> int:
+    """The `opener` of files to write: a symbolic link, which may lead anywhere, is an OSError."""
+    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+
+
+def read_bytes(path: str, max_bytes: int | None = None) -> bytes:
+    """All of a file; `FileNotFoundError` if it is not there, UserError if it is longer."""
     with open_binary(path) as file:
-        return file.read()
+        content = file.read() if max_bytes is None else file.read(max_bytes + 1)
+    if max_bytes is not None and len(content) > max_bytes:
+        raise UserError(f"{path}: expected at most {max_bytes:,} bytes; restore or remove it")
+    return content
 
 
 def read_text(path: str) -> str:
@@ -211,7 +229,7 @@ def write_atomically(path: str, content: str | bytes) -> None:
         return
     temporary = path + ".tmp"
     try:
-        with open(temporary, "wb") as file:
+        with open(temporary, "wb", opener=open_no_link) as file:
             file.write(data)
             file.flush()
             os.fsync(file.fileno())
@@ -232,6 +250,8 @@ def add_checksum(values: dict[str, Any]) -> dict[str, Any]:
 
 def verify_checksum(values: dict[str, Any]) -> dict[str, Any]:
     """The values that `add_checksum` got; `ValueError` if they have changed since."""
+    if not isinstance(values, dict):
+        raise ValueError("expected an object")
     content = {name: value for name, value in values.items() if name != _FIELD}
     if values.get(_FIELD) != _digest(content):
         raise ValueError(f"its content does not match its own {_FIELD}")

@@ -14,7 +14,7 @@ from typing import BinaryIO, NamedTuple, Protocol, cast
 
 from trainer.errors import UserError
 from trainer.storage import filesystem, gcs
-from trainer.storage.filesystem import checksum, write_atomically
+from trainer.storage.filesystem import checksum, open_no_link, write_atomically
 from trainer.storage.gcs import StoredObject, Taken
 from trainer.storage.gcs_client import SCHEME
 
@@ -195,7 +195,7 @@ def _lock_temporary(path: str) -> BinaryIO | None:
     file, which is then no longer a temporary one: the loop opens a new one.
     """
     while True:
-        file = open(path + _TEMPORARY, "ab")
+        file = open(path + _TEMPORARY, "ab", opener=open_no_link)
         try:
             fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
             if os.stat(path + _TEMPORARY).st_ino == os.fstat(file.fileno()).st_ino:
@@ -224,7 +224,7 @@ class _LocalPart:
 
     def __init__(self, path: str, manifest_path: str, lock: BinaryIO) -> None:
         self._path, self._manifest_path, self._lock = path, manifest_path, lock
-        self.file: BinaryIO = open(path + _TEMPORARY, "wb")
+        self.file: BinaryIO = open(path + _TEMPORARY, "wb", opener=open_no_link)
         # For `clear_up`; the manifest's lock is enough to keep two writers apart.
         fcntl.flock(self.file, fcntl.LOCK_EX)
 

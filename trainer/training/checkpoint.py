@@ -17,11 +17,11 @@ import tensorflow as tf
 
 from trainer.errors import UserError
 from trainer.model.model import Model, build_model
-from trainer.model_config import PackingConfig
+from trainer.model_config import PackingConfig, num_parameters
 from trainer.storage import filesystem
 from trainer.training import checkpoint_folder
 from trainer.training.checkpoint_folder import CheckpointFolder, DamagedError, Values, Variables
-from trainer.training.run_record import RunRecord, load_record
+from trainer.training.run_record import CONFIG_FILE, RunRecord, load_record
 
 # Errors of devices and other workers, not of a folder that is full or cannot be written to.
 _NOT_OF_FILES = (
@@ -215,10 +215,17 @@ def load_best(model_dir: str) -> LoadedRun:
         raise UserError(
             f"{folder.path}: no checkpoint yet; run `multihot train` until its first evaluation"
         )
-    model = build_model(record.model)
-    variables = model.named_variables()
     try:
-        folder.read(steps[-1], {"model": variables})
+        path = folder.find(steps[-1])
+        size = folder.num_values(path, "model")
+        if size != num_parameters(record.model):
+            raise UserError(
+                f"{folder.path}: step {steps[-1]} has {size} weights, expected "
+                f"{num_parameters(record.model)} by {CONFIG_FILE}; it belongs to another model"
+            )
+        model = build_model(record.model)
+        variables = model.named_variables()
+        folder.read(steps[-1], {"model": variables}, path)
     except DamagedError as error:
         raise UserError(f"{error}; restore it or train again") from None
     return LoadedRun(model, record, fingerprint_weights(variables), steps[-1])

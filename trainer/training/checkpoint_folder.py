@@ -10,6 +10,7 @@ So the manifest, which is replaced atomically, lists whole files at any moment.
 
 import contextlib
 import json
+import math
 import os
 import re
 from collections.abc import Iterator, Sequence
@@ -18,10 +19,10 @@ from dataclasses import asdict, dataclass
 import numpy as np
 import tensorflow as tf
 
-from trainer.config import from_dict
 from trainer.errors import UserError
 from trainer.storage import filesystem
 from trainer.storage.filesystem import checksum, write_atomically
+from trainer.storage.own_files import Count, PlainName, Several, load
 
 _MANIFEST = re.compile(r"step-(\d+)\.json")
 _FILE = re.compile(r"(step-(\d+)(?:-again)?)[._].*")
@@ -52,15 +53,15 @@ class DamagedError(Exception):
 
 @dataclass(frozen=True)
 class _File:
-    name: str
-    bytes: int
+    name: PlainName
+    bytes: Count
     checksum: str
 
 
 @dataclass(frozen=True)
 class _Manifest:
-    step: int
-    files: tuple[_File, ...]
+    step: Count
+    files: Several[_File]
 
     @property
     def prefix(self) -> str:
@@ -100,13 +101,23 @@ class CheckpointFolder:
                 )
         return os.path.join(self.path, manifest.prefix)
 
-    def read(self, step: int, variables: Variables) -> None:
+    def num_values(self, path: str, group: str) -> int:
+        """Elements of a group's tensors, which the index of a checkpoint lists; a DamagedError."""
+        try:
+            shapes = tf.train.load_checkpoint(path).get_variable_to_shape_map()
+        except _DAMAGED as error:
+            raise DamagedError(f"{path}: cannot be read ({one_line(error)})") from None
+        return sum(
+            math.prod(shape) for name, shape in shapes.items() if name.startswith(f"{group}/")
+        )
+
+    def read(self, step: int, variables: Variables, path: str | None = None) -> None:
         """Reads a checkpoint into variables, once its files are compared with the manifest.
 
         A DamagedError names a file that is missing or not as it was written. A UserError says that
-        the checkpoint belongs to another model.
+        the checkpoint belongs to another model. `path` is what `find` returned, if it was called.
         """
-        path = self.find(step)
+        path = path or self.find(step)
         try:
             _check_shapes(path, variables)
             status = tf.train.Checkpoint(**variables).read(path)
@@ -175,18 +186,15 @@ class CheckpointFolder:
     def _read(self, step: int) -> _Manifest:
         path = self._manifest_path(step)
         try:
-            values = json.loads(filesystem.read_text(path))
-            files = tuple(from_dict(_File, file) for file in values["files"])
-            manifest = from_dict(_Manifest, values | {"files": files})
-            prefix = manifest.prefix
-            whole = (manifest.step == step and prefix != "") and all(
-                file.name.startswith(f"{prefix}.") for file in files
-            )
+            manifest = load(_Manifest, path, "it does not count", what="not a manifest")
         except FileNotFoundError:
             raise DamagedError(f"{path}: missing") from None
-        except (ValueError, TypeError, KeyError, AttributeError) as error:
-            raise DamagedError(f"{path}: not a manifest ({error})") from None
-        if not whole:
+        except UserError as error:
+            raise DamagedError(str(error)) from None
+        prefix = manifest.prefix
+        whole = all(file.name.startswith(f"{prefix}.") for file in manifest.files)
+        is_ours = prefix in (f"step-{step}", f"step-{step}-again")
+        if manifest.step != step or not is_ours or not whole:
             raise DamagedError(f"{path}: does not speak of the files of step {step}")
         return manifest
 
@@ -223,7 +231,8 @@ class CheckpointFolder:
     def _remove(self, name: str) -> None:
         path = os.path.join(self.path, name)
         with contextlib.suppress(tf.errors.NotFoundError):
-            if tf.io.gfile.isdir(path):
+            # Of a link to a folder, `rmtree` would remove what it leads to.
+            if tf.io.gfile.isdir(path) and not os.path.islink(path):
                 tf.io.gfile.rmtree(path)
             else:
                 tf.io.gfile.remove(path)

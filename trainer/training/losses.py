@@ -8,23 +8,26 @@ In all functions `label_counts` are the positives of each of the L labels in the
 `num_documents` its documents.
 """
 
-import json
 import logging
 import math
 from collections.abc import Callable, Sequence
 from functools import partial
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
 
 from trainer.errors import UserError
 from trainer.model_config import LossConfig
+from trainer.storage.own_files import MAX_BYTES, parse
 
 POSITIVE_WEIGHT_KINDS = ("none", "balanced", "balanced_classes", "sqrt", "effective")
 # Cui et al. 2019, section 5: past about 1 / (1 - beta) documents a label counts as well covered.
 EFFECTIVE_NUMBER_BETA = 0.999
 # Half a document on each side keeps the log-odds of labels that all or none have finite.
 LOG_ODDS_SMOOTHING = 0.5
+# Beyond it, float32 is infinite.
+_MAX_WEIGHT = 3e38
 _logger = logging.getLogger(__name__)
 
 
@@ -102,17 +105,17 @@ def _warn_one_sided(side: str, names: list[str]) -> None:
 def _read_weights(path: str, labels: Sequence[str]) -> np.ndarray:
     kinds = ", ".join(POSITIVE_WEIGHT_KINDS)
     try:
-        with open(path, encoding="utf-8") as file:
-            weights = json.load(file)
+        with open(path, "rb") as file:
+            content = file.read(MAX_BYTES)
     except OSError as error:
         raise UserError(
             f"--pos_weight={path}: cannot be read ({error.strerror}); expected one of {kinds}, "
             "or a JSON file of {label: weight}"
         ) from None
-    except ValueError as error:
-        raise UserError(f"--pos_weight={path}: not valid JSON ({error})") from None
+    flag, remedy = f"--pos_weight={path}", "expected a JSON object of {label: weight}"
+    weights = parse(Any, content, flag, remedy, what="not valid JSON")
     if not isinstance(weights, dict):
-        raise UserError(f"--pos_weight={path}: expected a JSON object of {{label: weight}}")
+        raise UserError(f"{flag}: {remedy}")
     unknown = sorted(set(weights) - set(labels))
     if unknown:
         raise UserError(
@@ -121,7 +124,7 @@ def _read_weights(path: str, labels: Sequence[str]) -> np.ndarray:
         )
     for name, weight in weights.items():
         is_number = isinstance(weight, (int, float)) and not isinstance(weight, bool)
-        if not is_number or not 0 < weight < math.inf:
+        if not is_number or not 0 < weight < _MAX_WEIGHT:
             raise UserError(
                 f"--pos_weight={path}: weight {weight!r} of {name!r}; expected a positive number"
             )

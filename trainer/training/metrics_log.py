@@ -9,9 +9,11 @@ from typing import Any
 
 import tensorflow as tf
 
+from trainer.errors import UserError
 from trainer.runtime.progress import show_progress
 from trainer.storage import filesystem
-from trainer.storage.filesystem import write_atomically
+from trainer.storage.filesystem import open_no_link, write_atomically
+from trainer.storage.own_files import Count, fields, parse
 
 METRICS_FILE = "metrics.jsonl"
 _TENSORBOARD_FOLDER = "tensorboard"
@@ -139,7 +141,7 @@ class _LocalRows:
     def __init__(self, path: str, step: int) -> None:
         _cut(path, step)
         self._path = path
-        self._file = open(path, "ab")  # noqa: SIM115 (closed by close)
+        self._file = open(path, "ab", opener=open_no_link)  # noqa: SIM115 (closed by close)
 
     def add(self, line: bytes) -> None:
         try:
@@ -188,8 +190,8 @@ def _cut(path: str, step: int) -> list[bytes]:
     kept = []
     for number, line in enumerate(lines, 1):
         try:
-            is_kept = json.loads(line)["step"] <= step
-        except (ValueError, TypeError, KeyError):
+            is_kept = parse(fields(step=Count), line, path, "")["step"] <= step
+        except UserError:
             is_kept = False
             if line.endswith(b"\n"):
                 _logger.warning("%s: line %d is damaged and left out", path, number)

@@ -6,12 +6,12 @@ import os
 from dataclasses import dataclass
 from typing import Any
 
-from trainer.config import from_dict
 from trainer.errors import UserError
 from trainer.model_config import ModelConfig, PackingConfig
 from trainer.run_config import TrainConfig
 from trainer.storage import filesystem
-from trainer.storage.filesystem import add_checksum, verify_checksum, write_atomically
+from trainer.storage.filesystem import add_checksum, write_atomically
+from trainer.storage.own_files import Count, Positive, PositiveNumber, Several, closed, load
 from trainer.training.checkpoint_folder import CHECKPOINT_FOLDER, CheckpointFolder
 
 CONFIG_FILE = "config.json"
@@ -26,6 +26,7 @@ RESUMABLE_FLAGS = (
 )  # fmt: skip
 
 
+@closed
 @dataclass(frozen=True)
 class RunRecord:
     """A run's config.json: the flags, and what follows from them and the data.
@@ -40,16 +41,16 @@ class RunRecord:
     train: TrainConfig
     model: ModelConfig
     packing: PackingConfig
-    labels: tuple[str, ...]
-    pos_weights: tuple[float, ...]
-    label_weights: tuple[float, ...]
+    labels: Several[str]
+    pos_weights: Several[PositiveNumber]
+    label_weights: Several[PositiveNumber]
     exact_correction: bool
-    max_seq_length: int
-    total_documents: int
+    max_seq_length: Positive
+    total_documents: Count
     data_fingerprint: str
     tokenizer_fingerprint: str
     precision: str
-    micro_batches_per_step: int
+    micro_batches_per_step: Positive
     versions: dict[str, str]
 
     def save(self, model_dir: str) -> None:
@@ -61,17 +62,26 @@ class RunRecord:
 def load_record(model_dir: str) -> RunRecord:
     """Reads a run's config.json; a UserError if it is missing, damaged or of another version."""
     path = os.path.join(model_dir, CONFIG_FILE)
+    what = "damaged or of another version"
+    remedy = "restore it, or train again in another --model_dir"
     try:
-        return from_dict(RunRecord, verify_checksum(json.loads(filesystem.read_text(path))))
+        return load(RunRecord, path, remedy, what=what, is_sealed=True, check=_check_sizes)
     except FileNotFoundError:
         raise UserError(
             f"{model_dir}: no {CONFIG_FILE}; expected the --model_dir of a `multihot train`"
         ) from None
-    except (ValueError, TypeError, KeyError, AttributeError) as error:
-        raise UserError(
-            f"{path}: damaged or of another version ({error}); restore it, or train again "
-            "in another --model_dir"
-        ) from None
+
+
+def _check_sizes(record: RunRecord) -> None:
+    """Raises a ValueError unless the sizes in a record fit together."""
+    lengths = {len(record.labels), len(record.pos_weights), len(record.label_weights)}
+    if lengths != {record.model.num_labels}:
+        raise ValueError("labels, pos_weights, label_weights and model.num_labels differ")
+    groups = record.train.chosen_row_groups
+    if record.packing.num_tokens > record.train.tokens_per_replica and not groups:
+        raise ValueError("packing has more tokens than train.tokens_per_replica")
+    if record.max_seq_length > record.model.max_position_embeddings:
+        raise ValueError("max_seq_length is more than model.max_position_embeddings")
 
 
 def start_record(model_dir: str, record: RunRecord, is_chief: bool = True) -> RunRecord:

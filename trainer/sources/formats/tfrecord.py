@@ -29,6 +29,8 @@ from trainer.sources.rows import (
     row_beside_text,
     row_of_values,
 )
+from trainer.storage.filesystem import is_remote, open_binary
+from trainer.storage.own_files import MAX_BYTES_WITH_INPUTS
 
 _HEAD_BYTES, _TAIL_BYTES = 12, 4
 _SKIPPED_BYTES = 1 << 20
@@ -128,9 +130,10 @@ class TFRecordFormat(Format):
 @functools.lru_cache(maxsize=8)
 def _metadata_of_folder(folder: str) -> Metadata | None:
     """The metadata.json of a folder of shards, if it is a data folder."""
+    path = os.path.join(folder, METADATA_FILE)
     try:
-        with open_file(os.path.join(folder, METADATA_FILE)) as file:
-            return parse_metadata(file.read(), folder)
+        with open_file(path) if is_remote(path) else open_binary(path) as file:
+            return parse_metadata(file.read(MAX_BYTES_WITH_INPUTS), folder)
     except FileNotFoundError:
         return None
 
