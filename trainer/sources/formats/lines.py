@@ -7,11 +7,19 @@ import abc
 import itertools
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
 from trainer.errors import UserError
-from trainer.sources.formats.base import Format, cut_rows, find_format, require_columns, wrong_type
+from trainer.sources.formats.base import (
+    Format,
+    cut_rows,
+    find_format,
+    hint_at_layout,
+    require_columns,
+    wrong_type,
+)
 from trainer.sources.input_files import (
     Extent,
     damaged,
@@ -35,7 +43,8 @@ from trainer.sources.rows import (
 # A longer line is no document: it is passed over without ever being held.
 MAX_LINE_BYTES = 32 << 20
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-_WIDE_MARKS = (b"\xff\xfe", b"\xfe\xff")
+# How UTF-16 begins, with a mark or without one.
+_WIDE = re.compile(rb"(\xff\xfe|\xfe\xff).{0,62}\0|([^\0]\0){4}|(\0[^\0]){4}", re.DOTALL)
 _SKIPPED_BYTES = 1 << 20
 _SHOWN_BYTES = 1000
 # Of JSONL, whichever comes first.
@@ -88,8 +97,8 @@ def too_long(position: int, line: LongLine) -> BadRow:
 
 
 def without_mark(name: str, line: bytes) -> bytes:
-    """The first line of a file without its byte order mark; a UserError if that is UTF-16's."""
-    if line.startswith(_WIDE_MARKS) and b"\0" in line[2:64]:
+    """The first line of a file without its byte order mark; a UserError if it is UTF-16."""
+    if _WIDE.match(line):
         raise UserError(
             f"{name}: UTF-16, expected UTF-8; convert it with `iconv -f UTF-16 -t UTF-8`"
         )
@@ -166,8 +175,10 @@ class LineFormat(Format):
         """(row number, line) of a range, the first line of the file without its mark."""
         lines = self._plain_lines if is_divisible(row_range.path) else self._compressed_lines
         for position, line in lines(row_range, extent):
-            if row_range.start == position == 0 and isinstance(line, bytes):
-                line = without_mark(row_range.path, line)
+            if isinstance(line, bytes):
+                if row_range.start == position == 0:
+                    line = without_mark(row_range.path, line)
+                line = line.removeprefix(_BYTE_ORDER_MARK)  # Of a file joined to another, too.
             yield position, line
 
     def _plain_lines(self, row_range: RowRange, extent: Extent) -> NumberedLines:
@@ -293,13 +304,20 @@ class TextLines(LineFormat):
         return None
 
     def check_columns(self, name: str, columns: Columns) -> None:
-        if columns.labels:
-            raise UserError(
-                f"{name}: plain text has no labels; expected JSONL, CSV, TSV, Parquet or another "
-                "format with columns; if its lines are id<TAB>labels<TAB>text, say so with "
-                "--input_format=libmultilabel"
-            )
-        next(self._first_lines(name), None)  # Refuses UTF-16.
+        lines = self._first_lines(name)
+        if not columns.labels:
+            next(lines, None)  # Refuses UTF-16.
+            return
+        first = (line.decode("utf-8", "replace").rstrip("\r\n") for line in lines)
+        rows = [line.split("\t") for line in itertools.islice(first, 20)]
+        rows = [row for row in rows if len(row) == len(rows[0])]
+        hint = "name the format with --input_format"
+        if rows and len(rows[0]) > 1:
+            hint = f"if its lines are a table's, {hint}=tsv; {hint_at_layout(rows, is_tabbed=True)}"
+        raise UserError(
+            f"{name}: plain text has no labels; expected JSONL, CSV, TSV, Parquet or another "
+            f"format with columns; {hint}"
+        )
 
     def _read_line(
         self, row_range: RowRange, columns: Columns, position: int, line: bytes
