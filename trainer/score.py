@@ -194,8 +194,8 @@ def _settings(config: ScoreConfig, precision: str) -> dict[str, Any]:
     settings = {name: getattr(config, name) for name in _SETTINGS} | {"precision": precision}
     # Micro-batches of other shapes differ in the last digits, so local and Beam's parts never mix.
     kind = LOCAL_RUNNER if config.runner == LOCAL_RUNNER else "beam"
-    settings |= {"keep_columns": list(config.keep_columns), "runner": kind}
-    return settings | {"columns": list(config.columns) or None}  # None as in older plans.
+    settings["columns"] = list(config.columns) or None  # None as in older plans.
+    return settings | {"keep_columns": list(config.keep_columns), "runner": kind}
 
 
 def _load_or_make_plan(this: ScoringRun) -> Plan:

@@ -106,16 +106,14 @@ def format_of(name: str) -> tuple[str, str | None]:
 
 
 def with_columns(name: str, columns: Sequence[str]) -> str:
-    """A name that says which columns a table without a header has; a UserError if it is no table.
-
-    They stand there as in URLs, so that any name is possible.
-    """
+    """A name that also says which columns a table has; a UserError if the file is no table."""
     kind, _ = format_of(name)
     if kind not in ("csv", "tsv"):
         raise UserError(
             f"--columns={','.join(columns)}: {name} is {kind}, expected CSV or TSV without a "
             "header; leave the flag out, or say --input_format=csv or tsv if it is one"
         )
+    # As in URLs, so that a name may hold any character.
     return f"{kind}({','.join(quote(column, safe='') for column in columns)}):{location(name)}"
 
 

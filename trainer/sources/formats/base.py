@@ -91,12 +91,10 @@ def require_columns(
 
     A UserError names the missing column and those that were found; `hint` ends its text.
     """
-    # Columns by what remains of their names without blanks and case.
-    near = {column.strip().casefold(): column for column in found}
+    near = {item.strip().casefold(): f" ({item!r} differs in blanks or case)" for item in found}
     for column in columns.required:
         if column not in found and column not in optional:
-            close = near.get(column.strip().casefold())
-            differs = "" if close is None else f" ({close!r} differs in blanks or case)"
+            differs = near.get(column.strip().casefold(), "")
             raise UserError(
                 f"{name}: no column {column!r}; found {_list_columns(found)}{differs}; "
                 f"name the right one with {flag_of(column, columns)}{hint}"
@@ -106,25 +104,6 @@ def require_columns(
 def _list_columns(found: Sequence[str]) -> str:
     shown = ", ".join(found[:30]).encode("utf-8", "replace").decode("utf-8") or "none"
     return shown if len(found) <= 30 else f"{shown} and {len(found) - 30} more"
-
-
-def hint_at_layout(rows: Sequence[Sequence[str]], is_tabbed: bool) -> str:
-    """The flags for a table without a header that begins with `rows`, all of one width."""
-    columns = ["".join(column) for column in zip(*rows, strict=True)]
-    text = max(range(len(columns)), key=lambda place: len(columns[place]))
-    if is_tabbed and (len(columns), text) == (3, 2):
-        are_ids = " " not in columns[0] and len({row[0] for row in rows}) == len(rows)
-        if are_ids and "," not in columns[1]:
-            return (
-                "if the lines are id<TAB>labels<TAB>text, without a header, say so with "
-                "--input_format=libmultilabel"
-            )
-    usual = ["text", "labels", "id", *(f"name{place}" for place in range(3, len(columns)))]
-    usual = usual[: len(columns)]
-    return (
-        "if the first line is a row and no header, name its columns in order, such as "
-        f"--columns={','.join(usual[-text:] + usual[:-text])}"
-    )
 
 
 def wrong_type(name: str, column: str, columns: Columns, found: str, expected: str) -> UserError:

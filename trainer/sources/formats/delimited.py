@@ -14,15 +14,22 @@ from typing import Any
 
 from trainer.errors import UserError
 from trainer.flags import is_unicode
-from trainer.sources.formats.base import Format, cut_rows, hint_at_layout, require_columns
+from trainer.sources.formats.base import Format, cut_rows, require_columns
 from trainer.sources.formats.lines import (
     MAX_LINE_BYTES,
     LongLine,
     bounded_lines,
+    hint_at_layout,
     too_long,
     without_mark,
 )
-from trainer.sources.input_files import damaged, format_of, given_columns, open_decompressed
+from trainer.sources.input_files import (
+    damaged,
+    format_of,
+    given_columns,
+    location,
+    open_decompressed,
+)
 from trainer.sources.rows import BadRow, Columns, Row, RowRange, cut_raw, row_of_values
 
 _NO_FIELD_LIMIT = 2**31 - 1  # Lines and records are bounded here instead.
@@ -102,8 +109,6 @@ def _physical_lines(name: str, file: Any, delimiter: bytes, width: int) -> Itera
             rows = [piece for piece in pieces if piece.strip()]
             if separators and any(piece.count(delimiter) < separators for piece in rows):
                 pieces = [line]
-            elif is_first:
-                separators = 0
         elif is_first and not width:
             separators = line.count(delimiter)
         is_first = is_first and not line.strip()
@@ -136,16 +141,12 @@ def _records(name: str) -> Iterator[Record]:
                 yield from _too_long(lines)
                 continue
             width = width or len(record)
-            if not record:
-                lines.end_record()
+            if record and (reason := _why_no_row(lines, record, width, kind, is_doubtful)):
+                yield reason, lines.give_up_record()
                 continue
-            if is_doubtful or len(record) != width or len(lines.record) > 1:
-                reason = _why_no_row(lines, record, width, kind, is_doubtful)
-                if reason is not None:
-                    yield reason, lines.give_up_record()
-                    continue
             lines.end_record()
-            yield record
+            if record:
+                yield record
 
 
 def _beginning(name: str, count: int) -> list[Record]:
@@ -156,10 +157,8 @@ def _beginning(name: str, count: int) -> list[Record]:
         raise damaged(name, "the beginning", error) from None
 
 
-def _why_no_row(
-    lines: _Lines, record: list[str], width: int, kind: str, is_doubtful: bool
-) -> str | None:
-    """Why a record that was just read is none of the table's rows, or None if it is one."""
+def _why_no_row(lines: _Lines, record: list[str], width: int, kind: str, is_doubtful: bool) -> str:
+    """Why a record that was just read is none of the table's rows; empty if it is one."""
     others = len(lines.record) - 1
     if len(record) != width:
         lines.num_doubtful = max(lines.num_doubtful, others)
@@ -168,7 +167,7 @@ def _why_no_row(
         return f"a quote that ends {others} lines on, which are rows too; double it within quotes"
     if is_doubtful and "".join(lines.record).count('"') % 2:
         return "the rest of a row of the wrong width"
-    return None
+    return ""
 
 
 def _holds_rows(record: list[str], width: int) -> bool:
@@ -214,14 +213,14 @@ def _numbered(name: str) -> Iterator[tuple[int, Record]]:
     A UserError tells of a header with its columns in another order: what follows has other columns.
     """
     delimiter = _DELIMITERS[format_of(name)[0]]
-    names: list[str] = []
-    position = 0
+    names, known, position = [""], {""}, 0
     try:
         for position, record in enumerate(_records(name), -1):
             if position < 0:
                 names = list(map(_bare, record))
+                known = set(names)
                 continue
-            if isinstance(record, list) and _bare(record[0][:_LONGEST_NAME]) not in names:
+            if isinstance(record, list) and _bare(record[0][:_LONGEST_NAME]) not in known:
                 yield position, record
                 continue
             cells = record if isinstance(record, list) else record[1].split(delimiter)
@@ -243,8 +242,6 @@ class DelimitedFormat(Format):
     """Tables of values between commas or tabs."""
 
     def column_names(self, name: str) -> list[str]:
-        if names := given_columns(name):
-            return list(names)
         header = next(iter(_beginning(name, 1)), None)
         if not isinstance(header, list):
             reason = "no rows" if header is None else "its first line cannot be read"
@@ -261,12 +258,11 @@ class DelimitedFormat(Format):
                 rows = [row for row in _beginning(name, _ROWS_TO_CHECK) if isinstance(row, list)]
                 hint = f"; {hint_at_layout(rows, is_tabbed=format_of(name)[0] == 'tsv')}"
         require_columns(name, found, columns, hint=hint)
-        counts = Counter(found)
         for column in columns.all:
-            if counts[column] > 1:
+            if (count := found.count(column)) > 1:
                 raise UserError(
-                    f"{name}: {counts[column]} columns are called {column!r}, expected one; rename "
-                    "the others"
+                    f"{name}: {count} columns are called {column!r}, expected one; rename the "
+                    "others"
                 )
 
     def plan_row_ranges(self, name: str, rows_per_part: int) -> list[RowRange]:
@@ -294,11 +290,13 @@ def _check_given(name: str, names: Sequence[str]) -> None:
     _, *rows = _beginning(name, _ROWS_TO_CHECK)
     flag = f"--columns={','.join(names)}"
     if rows and all(isinstance(row, tuple) and row[0].startswith("expected") for row in rows):
-        raise UserError(f"{name}: {rows[0][0]}; name each column of its rows once in {flag}")
+        raise UserError(
+            f"{location(name)}: {rows[0][0]}; name each column of its rows once in {flag}"
+        )
     cells, header = list(map(_bare, rows[0] if rows else ())), list(map(_bare, names))
     if len(set(cells).intersection(header)) > 1 or any(map(operator.eq, cells, header)):
         raise UserError(
-            f"{name}: its first row is a header ({', '.join(rows[0])}); leave {flag} out"
+            f"{location(name)}: its first row is a header ({', '.join(rows[0])}); leave {flag} out"
         )
 
 
@@ -308,13 +306,10 @@ def _check_delimiter(name: str, header: Sequence[str]) -> None:
     found = next((sign for sign in "\t;|," if sign in header[0] and sign != expected), None)
     if len(header) > 1 or found is None or not is_unicode(header[0]):
         return
-    remedy = (
-        f"write commas, such as with pandas.read_csv(OLD, sep={found!r}, dtype=str, "
-        "keep_default_na=False).to_csv(NEW, index=False)"
-    )
-    if found in _DELIMITERS.values():
-        remedy = f"say so with --input_format={'csv' if found == ',' else 'tsv'}"
+    remedies = {sign: f"say so with --input_format={kind}" for kind, sign in _DELIMITERS.items()}
+    reading = f"pandas.read_csv(OLD, sep={found!r}, dtype=str, keep_default_na=False)"
+    commas = f"write commas, such as with {reading}.to_csv(NEW, index=False)"
     raise UserError(
         f"{name}: its columns are separated by {found!r} ({cut_raw(header[0])}), expected "
-        f"{expected!r}; {remedy}"
+        f"{expected!r}; {remedies.get(found, commas)}"
     )

@@ -12,14 +12,7 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
 from trainer.errors import UserError
-from trainer.sources.formats.base import (
-    Format,
-    cut_rows,
-    find_format,
-    hint_at_layout,
-    require_columns,
-    wrong_type,
-)
+from trainer.sources.formats.base import Format, cut_rows, find_format, require_columns, wrong_type
 from trainer.sources.input_files import (
     Extent,
     damaged,
@@ -297,6 +290,23 @@ def _values(objects: Sequence[dict[str, Any]], column: str) -> list[Any]:
     return [value[column] for value in objects if value.get(column) is not None]
 
 
+def hint_at_layout(rows: Sequence[Sequence[str]], is_tabbed: bool) -> str:
+    """The flags for a table without a header that begins with `rows`, all of one width."""
+    columns = ["".join(column) for column in zip(*rows, strict=True)]
+    longest = max(range(len(columns)), key=lambda place: len(columns[place]))
+    are_ids = " " not in columns[0] and len({row[0] for row in rows}) == len(rows)
+    if is_tabbed and (len(columns), longest, are_ids) == (3, 2, True) and "," not in columns[1]:
+        return (
+            "if the lines are id<TAB>labels<TAB>text, without a header, say so with "
+            "--input_format=libmultilabel"
+        )
+    names = ["text", "labels", "id", *(f"name{i}" for i in range(3, len(columns)))][: len(columns)]
+    return (
+        "if the first line is a row and no header, name its columns in order, such as "
+        f"--columns={','.join(names[-longest:] + names[:-longest])}"
+    )
+
+
 class TextLines(LineFormat):
     """Plain text: a document a line, without labels."""
 
@@ -304,19 +314,16 @@ class TextLines(LineFormat):
         return None
 
     def check_columns(self, name: str, columns: Columns) -> None:
-        lines = self._first_lines(name)
+        lines = (line.decode("utf-8", "replace").rstrip("\r\n") for line in self._first_lines(name))
+        first = next(lines, "").split("\t")  # Refuses UTF-16.
         if not columns.labels:
-            next(lines, None)  # Refuses UTF-16.
             return
-        first = (line.decode("utf-8", "replace").rstrip("\r\n") for line in lines)
-        rows = [line.split("\t") for line in itertools.islice(first, 20)]
-        rows = [row for row in rows if len(row) == len(rows[0])]
-        hint = "name the format with --input_format"
-        if rows and len(rows[0]) > 1:
-            hint = f"if its lines are a table's, {hint}=tsv; {hint_at_layout(rows, is_tabbed=True)}"
+        rows = [row.split("\t") for row in itertools.islice(lines, 20)]
+        rows = [first, *(row for row in rows if len(row) == len(first))]
+        hint = f"; {hint_at_layout(rows, is_tabbed=True)}" if len(first) > 1 else ""
         raise UserError(
             f"{name}: plain text has no labels; expected JSONL, CSV, TSV, Parquet or another "
-            f"format with columns; {hint}"
+            f"format with columns; if it is a table, name that, as --input_format=tsv{hint}"
         )
 
     def _read_line(
