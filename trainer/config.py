@@ -61,6 +61,11 @@ class InputConfig(ProgressConfig):
     tfds_data_dir: str | None = option(
         None, "Folder of TensorFlow Datasets. Default: its own, ~/tensorflow_datasets."
     )
+    columns: tuple[str, ...] = option(
+        (),
+        "Names of the columns of CSV and TSV files without a header, in order, comma-separated. "
+        "Default: the first row names them.",
+    )
     text_field: str = option("text", "Column of the text.")
     id_field: str = option(
         "id", "Column of the document's id; rows without one are named by source and row number."
@@ -86,6 +91,9 @@ class InputConfig(ProgressConfig):
         super().__post_init__()
         fits = not self.beam_options or self.runner != LOCAL_RUNNER
         self.expect(fits, "beam_options", "none with --runner=local; name a Beam runner")
+        valid = "" not in self.columns and len(set(self.columns)) == len(self.columns)
+        self.expect(valid, "columns", "names of columns, each once")
+        check_flag(is_unicode("".join(self.columns)), "columns", ascii(self.columns), "UTF-8")
 
 
 @functools.cache

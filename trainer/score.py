@@ -129,7 +129,9 @@ def _open_run(config: ScoreConfig, worker_index: int) -> ScoringRun:
     """Finds the inputs, checks them, and loads the model."""
     columns = Columns(text=config.text_field, id=config.id_field, kept=config.keep_columns)
     folder = open_output(config.output_dir)
-    paths = list_files(config.input, config.input_format, config.source_split, config.tfds_data_dir)
+    paths = list_files(
+        config.input, config.input_format, config.source_split, config.tfds_data_dir, config.columns
+    )
     _check_inputs(config, paths, columns)
     versions = FileVersions([absolute_name(path) for path in paths])
     if worker_index:
@@ -195,6 +197,7 @@ def _settings(config: ScoreConfig, precision: str) -> dict[str, Any]:
     settings = {name: getattr(config, name) for name in _SETTINGS} | {"precision": precision}
     # Micro-batches of other shapes differ in the last digits, so local and Beam's parts never mix.
     kind = LOCAL_RUNNER if config.runner == LOCAL_RUNNER else "beam"
+    settings["columns"] = list(config.columns) or None  # None as in older plans.
     return settings | {"keep_columns": list(config.keep_columns), "runner": kind}
 
 

@@ -1,8 +1,9 @@
 """Which files an input names, what they hold, and how to open them.
 
 A name that `list_files` gives is a path, a gs:// URL or `tfds:...`. Where the format is not what
-the ending says, it stands before the path: `csv:/data/table.dat`. Processes that read ranges of one
-file give an `Extent` each; joined in order they are the file's bytes, lines and CRC-32C.
+the ending says, it stands before the path: `csv:/data/table.dat`; so do the names of the columns of
+a table without a header: `csv(text,labels):/data/table.csv`. Processes that read ranges of one file
+give an `Extent` each; joined in order they are the file's bytes, lines and CRC-32C.
 """
 
 import io
@@ -12,6 +13,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import quote, unquote
 
 import google_crc32c
 
@@ -32,7 +34,7 @@ LINE_FORMATS = ("jsonl", "text", "libmultilabel", "rows")
 _BLOCK_BYTES = 1 << 18
 # Behind the end of a range there is, as a rule, only the rest of its last line.
 _BYTES_BEHIND = 1 << 16
-_PREFIX = re.compile(rf"({'|'.join((*NAMED_FORMATS, 'rows', 'tfds'))}):(?!//)")
+_PREFIX = re.compile(rf"({'|'.join((*NAMED_FORMATS, 'rows', 'tfds'))})(?:\(([^():]+)\))?:(?!//)")
 _TFRECORD_SHARD = re.compile(r"\.tfrecords?-\d{5}-of-\d{5}$")
 
 
@@ -101,6 +103,24 @@ def format_of(name: str) -> tuple[str, str | None]:
     if compression and kind in _OPENED_ANYWHERE:
         raise UserError(f"{name}: {kind} cannot be read through {compression}; decompress it first")
     return kind, compression
+
+
+def with_columns(name: str, columns: Sequence[str]) -> str:
+    """A name that also says which columns a table has; a UserError if the file is no table."""
+    kind, _ = format_of(name)
+    if kind not in ("csv", "tsv"):
+        raise UserError(
+            f"--columns={','.join(columns)}: {name} is {kind}, expected CSV or TSV without a "
+            "header; leave the flag out, or say --input_format=csv or tsv if it is one"
+        )
+    # As in URLs, so that a name may hold any character.
+    return f"{kind}({','.join(quote(column, safe='') for column in columns)}):{location(name)}"
+
+
+def given_columns(name: str) -> tuple[str, ...]:
+    """The columns of a table without a header, as its name says; none if it has a header."""
+    match = _PREFIX.match(name)
+    return tuple(map(unquote, match[2].split(","))) if match and match[2] else ()
 
 
 def is_divisible(name: str) -> bool:

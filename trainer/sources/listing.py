@@ -21,6 +21,7 @@ from trainer.sources.input_files import (
     format_of,
     is_data_set,
     location,
+    with_columns,
 )
 from trainer.storage import filesystem
 from trainer.storage.own_files import PlainName, fields, load, many
@@ -73,14 +74,16 @@ def list_files(
     input_format: str | None = None,
     source_split: str | None = None,
     tfds_data_dir: str | None = None,
+    columns: Sequence[str] = (),
 ) -> list[str]:
     """The files that paths, globs and folders name: sorted, unique, none of them empty.
 
     A folder stands for the files in it (not below it) whose names have a known ending; hidden ones
     and those that begin with "_" are left out. A folder that the `datasets` library saved stands
     for its Arrow files. `tfds:NAME` becomes one name a split, `source_split` alone if it is given.
-    `input_format` is the format of all files, whatever their names say. A UserError says that an
-    input names nothing, or that a file is empty or of an unknown format.
+    `input_format` is the format of all files, whatever their names say; `columns` are the names of
+    their columns, which are tables without a header. A UserError says that an input names nothing,
+    or that a file is empty, of an unknown format, or with `columns` no table.
     """
     files: set[str] = set()
     for item in inputs:
@@ -98,7 +101,7 @@ def list_files(
     chosen = sorted(once.values())
     with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
         list(pool.map(_check_file, chosen))
-    return chosen
+    return [with_columns(name, columns) for name in chosen] if columns else chosen
 
 
 def _check_file(name: str) -> None:

@@ -91,10 +91,12 @@ def require_columns(
 
     A UserError names the missing column and those that were found; `hint` ends its text.
     """
+    near = {item.strip().casefold(): f" ({item!r} differs in blanks or case)" for item in found}
     for column in columns.required:
         if column not in found and column not in optional:
+            differs = near.get(column.strip().casefold(), "")
             raise UserError(
-                f"{name}: no column {column!r}; found {_list_columns(found)}; "
+                f"{name}: no column {column!r}; found {_list_columns(found)}{differs}; "
                 f"name the right one with {flag_of(column, columns)}{hint}"
             )
 

@@ -7,6 +7,7 @@ import abc
 import itertools
 import json
 import math
+import re
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
@@ -36,7 +37,8 @@ from trainer.sources.rows import (
 # A longer line is no document: it is passed over without ever being held.
 MAX_LINE_BYTES = 32 << 20
 _BYTE_ORDER_MARK = b"\xef\xbb\xbf"
-_WIDE_MARKS = (b"\xff\xfe", b"\xfe\xff")
+# How UTF-16 begins, with a mark or without one.
+_WIDE = re.compile(rb"(\xff\xfe|\xfe\xff).{0,62}\0|([^\0]\0){4}|(\0[^\0]){4}", re.DOTALL)
 _SKIPPED_BYTES = 1 << 20
 _SHOWN_BYTES = 1000
 # Of JSONL, whichever comes first.
@@ -89,8 +91,8 @@ def too_long(position: int, line: LongLine) -> BadRow:
 
 
 def without_mark(name: str, line: bytes) -> bytes:
-    """The first line of a file without its byte order mark; a UserError if that is UTF-16's."""
-    if line.startswith(_WIDE_MARKS) and b"\0" in line[2:64]:
+    """The first line of a file without its byte order mark; a UserError if it is UTF-16."""
+    if _WIDE.match(line):
         raise UserError(
             f"{name}: UTF-16, expected UTF-8; convert it with `iconv -f UTF-16 -t UTF-8`"
         )
@@ -167,8 +169,10 @@ class LineFormat(Format):
         """(row number, line) of a range, the first line of the file without its mark."""
         lines = self._plain_lines if is_divisible(row_range.path) else self._compressed_lines
         for position, line in lines(row_range, extent):
-            if row_range.start == position == 0 and isinstance(line, bytes):
-                line = without_mark(row_range.path, line)
+            if isinstance(line, bytes):
+                if row_range.start == position == 0:
+                    line = without_mark(row_range.path, line)
+                line = line.removeprefix(_BYTE_ORDER_MARK)  # Of a file joined to another, too.
             yield position, line
 
     def _plain_lines(self, row_range: RowRange, extent: Extent) -> NumberedLines:
@@ -287,6 +291,23 @@ def _values(objects: Sequence[dict[str, Any]], column: str) -> list[Any]:
     return [value[column] for value in objects if value.get(column) is not None]
 
 
+def hint_at_layout(rows: Sequence[Sequence[str]], is_tabbed: bool) -> str:
+    """The flags for a table without a header that begins with `rows`, all of one width."""
+    columns = ["".join(column) for column in zip(*rows, strict=True)]
+    longest = max(range(len(columns)), key=lambda place: len(columns[place]))
+    are_ids = " " not in columns[0] and len({row[0] for row in rows}) == len(rows)
+    if is_tabbed and (len(columns), longest, are_ids) == (3, 2, True) and "," not in columns[1]:
+        return (
+            "if the lines are id<TAB>labels<TAB>text, without a header, say so with "
+            "--input_format=libmultilabel"
+        )
+    names = ["text", "labels", "id", *(f"name{i}" for i in range(3, len(columns)))][: len(columns)]
+    return (
+        "if the first line is a row and no header, name its columns in order, such as "
+        f"--columns={','.join(names[-longest:] + names[:-longest])}"
+    )
+
+
 class TextLines(LineFormat):
     """Plain text: a document a line, without labels."""
 
@@ -294,13 +315,17 @@ class TextLines(LineFormat):
         return None
 
     def check_columns(self, name: str, columns: Columns) -> None:
-        if columns.labels:
-            raise UserError(
-                f"{name}: plain text has no labels; expected JSONL, CSV, TSV, Parquet or another "
-                "format with columns; if its lines are id<TAB>labels<TAB>text, say so with "
-                "--input_format=libmultilabel"
-            )
-        next(self._first_lines(name), None)  # Refuses UTF-16.
+        lines = (line.decode("utf-8", "replace").rstrip("\r\n") for line in self._first_lines(name))
+        first = next(lines, "").split("\t")  # Refuses UTF-16.
+        if not columns.labels:
+            return
+        rows = [row.split("\t") for row in itertools.islice(lines, 20)]
+        rows = [first, *(row for row in rows if len(row) == len(first))]
+        hint = f"; {hint_at_layout(rows, is_tabbed=True)}" if len(first) > 1 else ""
+        raise UserError(
+            f"{name}: plain text has no labels; expected JSONL, CSV, TSV, Parquet or another "
+            f"format with columns; if it is a table, name that, as --input_format=tsv{hint}"
+        )
 
     def _read_line(
         self, row_range: RowRange, columns: Columns, position: int, line: bytes
