@@ -59,8 +59,9 @@ def gather_inputs(config: PrepareConfig, work_dir: str) -> Inputs:
     samples = [item for item in config.input if item.split(":")[0] == "sample"]
     if not samples:
         files = list_files(
-            config.input, config.input_format, config.source_split, config.tfds_data_dir
-        )
+            config.input, config.input_format, config.source_split, config.tfds_data_dir,
+            config.json_field,
+        )  # fmt: skip
         versions = FileVersions(files)
         others = [name for name in files if not hashed_by_readers(name)]
         return Inputs(

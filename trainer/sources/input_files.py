@@ -1,7 +1,8 @@
 """Which files an input names, what they hold, and how to open them.
 
 A name that `list_files` gives is a path, a gs:// URL or `tfds:...`. Where the format is not what
-the ending says, it stands before the path: `csv:/data/table.dat`. Processes that read ranges of one
+the ending says, it stands before the path: `csv:/data/table.dat`; `json.rows:/data/all.json` are
+the objects in its field rows. Processes that read ranges of one
 file give an `Extent` each; joined in order they are the file's bytes, lines and CRC-32C.
 """
 
@@ -12,6 +13,7 @@ from collections import Counter
 from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
+from urllib.parse import quote, unquote
 
 import google_crc32c
 
@@ -32,7 +34,9 @@ LINE_FORMATS = ("jsonl", "text", "libmultilabel", "rows")
 _BLOCK_BYTES = 1 << 18
 # Behind the end of a range there is, as a rule, only the rest of its last line.
 _BYTES_BEHIND = 1 << 16
-_PREFIX = re.compile(rf"({'|'.join((*NAMED_FORMATS, 'rows', 'tfds'))}):(?!//)")
+_PREFIX = re.compile(
+    rf"({'|'.join((*NAMED_FORMATS, 'rows', 'tfds'))})(?:(?<=json)\.([^/:]+))?:(?!//)"
+)
 _TFRECORD_SHARD = re.compile(r"\.tfrecords?-\d{5}-of-\d{5}$")
 
 
@@ -40,6 +44,18 @@ def location(name: str) -> str:
     """The path or URL of a name, without a format before it."""
     match = _PREFIX.match(name)
     return name[match.end() :] if match else name
+
+
+def with_json_field(name: str, field: str | None) -> str:
+    """The name of a file of JSON documents, or of those in a field of it."""
+    prefix = "json" if field is None else f"json.{quote(field, safe='', errors='surrogateescape')}"
+    return f"{prefix}:{location(name)}"
+
+
+def json_path(name: str) -> list[str]:
+    """The fields, from the outermost, that lead to the rows of a file of JSON documents."""
+    match = _PREFIX.match(name)
+    return unquote(match[2], errors="surrogateescape").split(".") if match and match[2] else []
 
 
 def is_data_set(name: str) -> bool:
