@@ -18,7 +18,7 @@ from trainer.run_config import DEFAULT_SEED, STRATEGIES, DeviceConfig, ProgressC
 
 LOCAL_RUNNER = "local"
 NAMED_FORMATS = (
-    "jsonl", "csv", "tsv", "text", "parquet", "tfrecord", "arrow", "libmultilabel",
+    "jsonl", "json", "csv", "tsv", "text", "parquet", "tfrecord", "arrow", "libmultilabel",
 )  # fmt: skip
 # Any text but the empty one.
 _NOT_EMPTY = r"[\s\S]+"
@@ -44,7 +44,7 @@ class InputConfig(ProgressConfig):
 
     input: tuple[str, ...] = option(
         (),
-        "Files, globs or folders, local or gs://, of JSONL, CSV, TSV, plain text, Parquet, "
+        "Files, globs or folders, local or gs://, of JSONL, JSON, CSV, TSV, plain text, Parquet, "
         "TFRecord or Arrow, comma-separated; or `tfds:NAME`.",
         required=True,
     )
@@ -53,6 +53,13 @@ class InputConfig(ProgressConfig):
         "Format of the input, whatever its name; libmultilabel is id<TAB>labels<TAB>text. Default: "
         "by the ending of the name.",
         choices=NAMED_FORMATS,
+    )
+    json_field: str | None = option(
+        None,
+        "Field of JSON files that holds the list of rows; a.b is field b of field a. Default: the "
+        "file is such a list, or objects.",
+        pattern=_NOT_EMPTY,
+        expected="the name of a field",
     )
     source_split: str | None = option(
         None,
@@ -94,6 +101,8 @@ class InputConfig(ProgressConfig):
         valid = "" not in self.columns and len(set(self.columns)) == len(self.columns)
         self.expect(valid, "columns", "names of columns, each once")
         check_flag(is_unicode("".join(self.columns)), "columns", ascii(self.columns), "UTF-8")
+        fits = self.json_field is None or self.input_format in (None, "json")
+        self.expect(fits, "json_field", f"none with --input_format={self.input_format}")
 
 
 @functools.cache
@@ -123,9 +132,9 @@ class PrepareConfig(InputConfig):
     input: tuple[str, ...] = changed_option(
         InputConfig,
         "input",
-        help="Files, globs or folders, local or gs://, of JSONL, CSV, TSV, Parquet, TFRecord or "
-        "Arrow, comma-separated; `tfds:NAME`; or `sample:docstrings` (`sample:docstrings:N` for N "
-        "documents).",
+        help="Files, globs or folders, local or gs://, of JSONL, JSON, CSV, TSV, Parquet, TFRecord "
+        "or Arrow, comma-separated; `tfds:NAME`; or `sample:docstrings` (`sample:docstrings:N` for "
+        "N documents).",
     )
     data_dir: str = option(
         "", "Folder to write shards, tokenizer and metadata.json to, local or gs://.", required=True

@@ -130,8 +130,9 @@ def _open_run(config: ScoreConfig, worker_index: int) -> ScoringRun:
     columns = Columns(text=config.text_field, id=config.id_field, kept=config.keep_columns)
     folder = open_output(config.output_dir)
     paths = list_files(
-        config.input, config.input_format, config.source_split, config.tfds_data_dir, config.columns
-    )
+        config.input, config.input_format, config.source_split, config.tfds_data_dir,
+        config.columns, config.json_field,
+    )  # fmt: skip
     _check_inputs(config, paths, columns)
     versions = FileVersions([absolute_name(path) for path in paths])
     if worker_index:
@@ -181,7 +182,7 @@ def _check_kept(paths: Sequence[str], columns: Columns) -> None:
     missing = [name for name in columns.kept if name not in found]
     if not missing:
         return
-    may_come = any(format_of(path)[0] == "jsonl" for path in paths)
+    may_come = any(format_of(path)[0] in ("jsonl", "json") for path in paths)
     line = (
         f"--keep_columns={','.join(columns.kept)}: no input "
         f"{'begins with rows that have' if may_come else 'has'} a column {missing[0]!r}; found "

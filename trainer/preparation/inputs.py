@@ -67,7 +67,7 @@ def gather_inputs(config: PrepareConfig, work_dir: str) -> Inputs:
     if not samples:
         files = list_files(
             config.input, config.input_format, config.source_split, config.tfds_data_dir,
-            config.columns,
+            config.columns, config.json_field,
         )  # fmt: skip
         versions = FileVersions(files)
         others = [name for name in files if not hashed_by_readers(name)]

@@ -1,9 +1,10 @@
 """Which files an input names, what they hold, and how to open them.
 
 A name that `list_files` gives is a path, a gs:// URL or `tfds:...`. Where the format is not what
-the ending says, it stands before the path: `csv:/data/table.dat`; so do the names of the columns of
-a table without a header: `csv(text,labels):/data/table.csv`. Processes that read ranges of one file
-give an `Extent` each; joined in order they are the file's bytes, lines and CRC-32C.
+the ending says, it stands before the path: `csv:/data/table.dat`. So do the names of the columns of
+a table without a header, `csv(text,labels):/data/table.csv`, and the field of a JSON file that
+holds the rows, `json(data):/data/all.json`. Processes that read ranges of one file give an `Extent`
+each; joined in order they are the file's bytes, lines and CRC-32C.
 """
 
 import io
@@ -42,6 +43,18 @@ def location(name: str) -> str:
     """The path or URL of a name, without a format before it."""
     match = _PREFIX.match(name)
     return name[match.end() :] if match else name
+
+
+def with_json_field(name: str, field: str | None) -> str:
+    """The name of a file of JSON documents, or of those in a field of it."""
+    prefix = "json" if field is None else f"json({quote(field, safe='', errors='surrogateescape')})"
+    return f"{prefix}:{location(name)}"
+
+
+def json_path(name: str) -> list[str]:
+    """The fields, from the outermost, that lead to the rows of a file of JSON documents."""
+    match = _PREFIX.match(name)
+    return unquote(match[2], errors="surrogateescape").split(".") if match and match[2] else []
 
 
 def is_data_set(name: str) -> bool:

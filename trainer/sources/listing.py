@@ -10,6 +10,7 @@ import os
 import re
 from collections.abc import Callable, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
+from functools import partial
 from typing import Any, TypeVar
 
 from trainer.errors import UserError
@@ -22,6 +23,7 @@ from trainer.sources.input_files import (
     is_data_set,
     location,
     with_columns,
+    with_json_field,
 )
 from trainer.storage import filesystem
 from trainer.storage.own_files import PlainName, fields, load, many
@@ -75,15 +77,18 @@ def list_files(
     source_split: str | None = None,
     tfds_data_dir: str | None = None,
     columns: Sequence[str] = (),
+    json_field: str | None = None,
 ) -> list[str]:
     """The files that paths, globs and folders name: sorted, unique, none of them empty.
 
     A folder stands for the files in it (not below it) whose names have a known ending; hidden ones
     and those that begin with "_" are left out. A folder that the `datasets` library saved stands
     for its Arrow files. `tfds:NAME` becomes one name a split, `source_split` alone if it is given.
-    `input_format` is the format of all files, whatever their names say; `columns` are the names of
-    their columns, which are tables without a header. A UserError says that an input names nothing,
-    or that a file is empty, of an unknown format, or with `columns` no table.
+    `input_format` is the format of all files, whatever their names say; without it, the beginning
+    of a JSON file tells whether it is lines. `columns` are the names of their columns, which are
+    tables without a header; `json_field` holds the rows of all files, which are JSON then. A
+    UserError says that an input names nothing, or that a file is empty, or of an unknown format or
+    another than these say.
     """
     files: set[str] = set()
     for item in inputs:
@@ -100,22 +105,36 @@ def list_files(
     once = {absolute_name(name): name for name in sorted(files, reverse=True)}
     chosen = sorted(once.values())
     with ThreadPoolExecutor(FILES_AT_ONCE) as pool:
-        list(pool.map(_check_file, chosen))
+        chosen = list(pool.map(partial(_checked_name, json_field=json_field), chosen))
     return [with_columns(name, columns) for name in chosen] if columns else chosen
 
 
-def _check_file(name: str) -> None:
+def _checked_name(name: str, json_field: str | None) -> str:
+    """The name of a file that is there, with its format before it if that is JSON documents."""
     if not name.isascii() and name != name.encode("utf-8", "replace").decode("utf-8"):
         shown = name.encode("utf-8", "backslashreplace").decode("utf-8")
         raise UserError(f"{shown}: its name is not UTF-8; rename the file")
-    format_of(name)
+    kind, _ = format_of(name)
     path = location(name)
-    if is_data_set(name) or filesystem.is_remote(path):
-        return
-    if not os.access(path, os.R_OK):
-        raise UserError(f"{path}: not readable; check its permissions")
-    if os.path.getsize(path) == 0:
-        raise UserError(f"{path}: empty file, expected rows; remove it from --input")
+    if not is_data_set(name) and not filesystem.is_remote(path):
+        if not os.access(path, os.R_OK):
+            raise UserError(f"{path}: not readable; check its permissions")
+        if os.path.getsize(path) == 0:
+            raise UserError(f"{path}: empty file, expected rows; remove it from --input")
+    if json_field is not None and kind not in ("json", "jsonl"):
+        raise UserError(f"--json_field={json_field}: {path} is {kind}, expected JSON")
+    if json_field is None and (kind != "jsonl" or name != path or not _holds_documents(path)):
+        return name
+    return with_json_field(name, json_field)
+
+
+def _holds_documents(path: str) -> bool:
+    from trainer.sources.formats.json_objects import is_document
+
+    try:
+        return is_document(path)
+    except OSError:  # Whoever reads it will say what is wrong with it.
+        return False
 
 
 def _expand(item: str, source_split: str | None, any_ending: bool) -> list[str]:

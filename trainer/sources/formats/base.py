@@ -46,8 +46,10 @@ class Format(abc.ABC):
 
 # The module and the class of each format; a module is imported when a file of its format comes.
 _CLASSES = {
-    "jsonl": ("lines", "JsonLines"), "text": ("lines", "TextLines"),
-    "libmultilabel": ("lines", "LibMultiLabelLines"), "rows": ("lines", "RowCopies"),
+    "jsonl": ("json_objects", "JsonLines"), "json": ("json_objects", "JsonDocuments"),
+    "text": ("lines", "TextLines"),
+    "libmultilabel": ("lines", "LibMultiLabelLines"),
+    "rows": ("lines", "RowCopies"),
     "csv": ("delimited", "DelimitedFormat"), "tsv": ("delimited", "DelimitedFormat"),
     "arrow": ("arrow", "ArrowFiles"), "parquet": ("arrow", "ParquetFiles"),
     "tfrecord": ("tfrecord", "TFRecordFormat"), "tfds": ("tfds", "TensorFlowDatasets"),

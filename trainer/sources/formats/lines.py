@@ -1,4 +1,4 @@
-"""Formats whose files are lines, each line a row: JSONL, text, LibMultiLabel, copies of rows.
+"""Formats whose files are lines, each line a row: what they share; text, LibMultiLabel, copies.
 
 A plain file is cut into ranges by bytes, a compressed one by row numbers.
 """
@@ -12,12 +12,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
 from trainer.errors import UserError
-from trainer.sources.formats.base import Format, cut_rows, find_format, require_columns, wrong_type
+from trainer.sources.formats.base import Format, cut_rows, find_format
 from trainer.sources.input_files import (
     Extent,
     damaged,
     is_divisible,
-    location,
     open_decompressed,
     open_file,
     source_names,
@@ -36,13 +35,11 @@ from trainer.sources.rows import (
 
 # A longer line is no document: it is passed over without ever being held.
 MAX_LINE_BYTES = 32 << 20
-_BYTE_ORDER_MARK = b"\xef\xbb\xbf"
+BYTE_ORDER_MARK = b"\xef\xbb\xbf"
 # How UTF-16 begins, with a mark or without one.
 _WIDE = re.compile(rb"(\xff\xfe|\xfe\xff).{0,62}\0|([^\0]\0){4}|(\0[^\0]){4}", re.DOTALL)
 _SKIPPED_BYTES = 1 << 20
 _SHOWN_BYTES = 1000
-# Of JSONL, whichever comes first.
-_ROWS_TO_CHECK, _LINES_TO_CHECK = 100, 10_000
 
 
 class LongLine(NamedTuple):
@@ -70,14 +67,15 @@ def bounded_lines(
             continue
         num_bytes, beginning = len(line), line[:_SHOWN_BYTES]
         if not line.endswith(b"\n"):
-            for piece in _rest_of_line(file):
+            for piece in rest_of_line(file):
                 num_bytes += len(piece)
                 if on_bytes is not None:
                     on_bytes(piece)
         yield LongLine(num_bytes, beginning)
 
 
-def _rest_of_line(file: Any) -> Iterator[bytes]:
+def rest_of_line(file: Any) -> Iterator[bytes]:
+    """Takes the bytes of a stream up to the end of the line, piece by piece."""
     while piece := file.readline(_SKIPPED_BYTES):
         yield piece
         if piece.endswith(b"\n"):
@@ -96,11 +94,7 @@ def without_mark(name: str, line: bytes) -> bytes:
         raise UserError(
             f"{name}: UTF-16, expected UTF-8; convert it with `iconv -f UTF-16 -t UTF-8`"
         )
-    return line.removeprefix(_BYTE_ORDER_MARK)
-
-
-def _shown(line: bytes) -> str:
-    return cut_raw(line[:2000].decode("utf-8", "replace"))
+    return line.removeprefix(BYTE_ORDER_MARK)
 
 
 def _whole_file(name: str) -> RowRange:
@@ -172,7 +166,7 @@ class LineFormat(Format):
             if isinstance(line, bytes):
                 if row_range.start == position == 0:
                     line = without_mark(row_range.path, line)
-                line = line.removeprefix(_BYTE_ORDER_MARK)  # Of a file joined to another, too.
+                line = line.removeprefix(BYTE_ORDER_MARK)  # Of a file joined to another, too.
             yield position, line
 
     def _plain_lines(self, row_range: RowRange, extent: Extent) -> NumberedLines:
@@ -181,7 +175,7 @@ class LineFormat(Format):
         with open_file(row_range.path, row_range.end) as file:
             if start := row_range.start:
                 start = file.seek(start - 1)
-                for piece in _rest_of_line(file):
+                for piece in rest_of_line(file):
                     start += len(piece)
                     if start >= end:
                         return
@@ -213,82 +207,6 @@ class LineFormat(Format):
 def line_format(name: str) -> LineFormat:
     """What reads a file of lines."""
     return cast(LineFormat, find_format(name))
-
-
-class JsonLines(LineFormat):
-    """JSONL: a JSON object a line."""
-
-    def column_names(self, name: str) -> list[str] | None:
-        return _field_names(self._first_objects(name)) or None
-
-    def check_columns(self, name: str, columns: Columns) -> None:
-        objects = self._first_objects(name)
-        if not objects:
-            return
-        require_columns(name, _field_names(objects), columns)
-        texts = _values(objects, columns.text)
-        if len(texts) > 1 and not any(isinstance(text, str) for text in texts):
-            found = " and ".join(sorted({type(text).__name__ for text in texts}))
-            raise wrong_type(name, columns.text, columns, found, "text")
-        for column in columns.labels:
-            values = _values(objects, column)
-            is_fraction = [isinstance(value, float) and not value.is_integer() for value in values]
-            if len(values) > 1 and all(is_fraction):
-                raise wrong_type(name, column, columns, "fractions", "names, ids, or 0 and 1")
-
-    def _first_objects(self, name: str) -> list[dict[str, Any]]:
-        """The first rows that are JSON objects, strings cut short; refuses one array."""
-        objects: list[dict[str, Any]] = []
-        for count, line in enumerate(self._first_lines(name)):
-            value = _load_json(line)
-            if count == 0:
-                _refuse_array(name, line, value)
-            if isinstance(value, dict):
-                # Types and messages need no more of a string.
-                cut = {key: item[:64] for key, item in value.items() if isinstance(item, str)}
-                objects.append(value | cut)
-            if len(objects) >= _ROWS_TO_CHECK or count >= _LINES_TO_CHECK:
-                break
-        return objects
-
-    def _read_line(
-        self, row_range: RowRange, columns: Columns, position: int, line: bytes
-    ) -> Row | BadRow:
-        value = _load_json(line)
-        if isinstance(value, ValueError):
-            return BadRow(position, f"not JSON: {value}", _shown(line))
-        if not isinstance(value, dict):
-            reason = f"expected a JSON object, found {type(value).__name__}"
-            return BadRow(position, reason, _shown(line))
-        row = row_of_values(row_range, position, value, columns)
-        return row._replace(raw=_shown(line)) if isinstance(row, BadRow) and not row.raw else row
-
-
-def _load_json(line: bytes) -> Any:
-    """The value of a line; a ValueError in its place if it is not JSON in UTF-8."""
-    try:
-        return json.loads(line.decode("utf-8"))
-    except (ValueError, RecursionError) as error:
-        return ValueError(str(error))
-
-
-def _refuse_array(name: str, line: bytes, value: Any) -> None:
-    """Refuses a .json file that is an array: over several lines, or of objects in one."""
-    if ".json" not in location(name).lower().replace(".jsonl", "") or line.lstrip()[:1] != b"[":
-        return
-    if isinstance(value, ValueError) or (value and all(isinstance(item, dict) for item in value)):
-        raise UserError(
-            f"{name}: one JSON array, expected a JSON object a line; convert it with "
-            "`jq -c '.[]' FILE > FILE.jsonl`"
-        )
-
-
-def _field_names(objects: Sequence[dict[str, Any]]) -> list[str]:
-    return list(dict.fromkeys(key for value in objects for key in value))
-
-
-def _values(objects: Sequence[dict[str, Any]], column: str) -> list[Any]:
-    return [value[column] for value in objects if value.get(column) is not None]
 
 
 def hint_at_layout(rows: Sequence[Sequence[str]], is_tabbed: bool) -> str:
