@@ -17,7 +17,12 @@ from trainer.data.metadata import Metadata, Split, load_metadata
 from trainer.data.packing import choose_score_packing
 from trainer.model_config import ModelConfig, PackingConfig
 from trainer.run_config import TrainConfig
-from trainer.training.setup import choose_model_config, choose_run_packing, local_checkpoint
+from trainer.training.setup import (
+    check_vocabulary,
+    choose_model_config,
+    choose_run_packing,
+    local_checkpoint,
+)
 
 # The spread of the logarithms of assumed lengths; it is 0.5 to 1 in most corpora of texts.
 _SPREAD = 0.75
@@ -94,6 +99,8 @@ def choose_shape(config: PreflightConfig, metadata: Metadata) -> JobShape:
     remedy = "take documents that were prepared for this checkpoint"
     with local_checkpoint(config.init_checkpoint) as folder:
         model = choose_model_config(training, metadata, folder, asked_by, remedy)
+        if folder is not None and config.data_dir is not None:
+            check_vocabulary(training, metadata, model, folder)
     return JobShape(
         model,
         packing,

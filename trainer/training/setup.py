@@ -11,6 +11,8 @@ import json
 import logging
 import os
 import platform
+import shlex
+import sys
 from collections.abc import Iterator, Sequence
 
 import keras
@@ -22,6 +24,7 @@ from trainer.data.input_pipeline import count_documents
 from trainer.data.metadata import TOKENIZER_FOLDER, Metadata
 from trainer.data.packing import add_histograms, choose_packing
 from trainer.data.tokenizer import load_tokenizer
+from trainer.data.vocabulary import find_difference, load_own_tokenizer
 from trainer.errors import UserError
 from trainer.model.model import Model, build_model
 from trainer.model.pretrained import load_pretrained, model_config, resolve_checkpoint
@@ -36,6 +39,9 @@ from trainer.training.step import LossScale, TrainStep
 
 _logger = logging.getLogger(__name__)
 
+# Embedding tables are padded to a multiple of 64 or 128 rows.
+_TABLE_PADDING = 128
+
 
 def check_tokenizer(data_dir: str, metadata: Metadata) -> None:
     """Raises a UserError if the tokenizer beside the shards is not the one that prepared them."""
@@ -46,6 +52,38 @@ def check_tokenizer(data_dir: str, metadata: Metadata) -> None:
             f"metadata.json says {metadata.tokenizer_fingerprint[:12]}; restore the tokenizer "
             "that prepared the shards, or prepare them again"
         )
+
+
+def check_vocabulary(
+    config: TrainConfig, metadata: Metadata, sizes: ModelConfig, folder: str
+) -> None:
+    """Raises a UserError if the data's token ids are other words to the checkpoint in `folder`.
+
+    Without a tokenizer in the folder only the sizes of the vocabularies are compared: a warning.
+    """
+    flag = f"--init_checkpoint={config.init_checkpoint}"
+    theirs = load_own_tokenizer(folder)
+    if theirs is None:
+        found, needed = sizes.vocab_size, metadata.vocab_size
+        line = (
+            f"{flag}: has no tokenizer that can be read, so whether its {found} ids mean the words "
+            f"of the {needed} ids of {config.data_dir} is unknown"
+        )
+        if found - needed >= _TABLE_PADDING:
+            raise UserError(
+                f"{line}, and unlikely; copy the checkpoint's tokenizer into its folder, and "
+                "prepare the data with it"
+            )
+        print(f"warning: {line}", file=sys.stderr, flush=True)
+    elif theirs.fingerprint != metadata.tokenizer_fingerprint:
+        ours = load_tokenizer(os.path.join(config.data_dir, TOKENIZER_FOLDER))
+        difference = find_difference(ours, folder, theirs)
+        if difference is not None:
+            raise UserError(
+                f"{flag}: not the vocabulary of {config.data_dir}: {difference}; prepare another "
+                f"folder: multihot prepare --tokenizer={shlex.quote(str(config.init_checkpoint))} "
+                f"--max_seq_length={metadata.max_seq_length} --input=FILES --data_dir=DIR"
+            )
 
 
 def choose_run_packing(config: TrainConfig, metadata: Metadata) -> PackingConfig:
@@ -76,7 +114,10 @@ def choose_model(
     asked_by = f"the data in {config.data_dir}"
     with local_checkpoint(config.init_checkpoint) as folder:
         sizes = choose_model_config(config, metadata, folder, asked_by, remedy)
-        return sizes, {} if folder is None else load_pretrained(folder, sizes)
+        if folder is None:
+            return sizes, {}
+        check_vocabulary(config, metadata, sizes, folder)
+        return sizes, load_pretrained(folder, sizes)
 
 
 @contextlib.contextmanager
