@@ -37,6 +37,7 @@ from trainer.storage import filesystem
 from trainer.storage.gcs import Taken, list_objects, read_object, upload, upload_files
 from trainer.storage.temporary import temporary_folder
 from trainer.training.checkpoint import LoadedRun, load_best
+from trainer.training.setup import data_fingerprint
 
 _FORMAT_VERSION = 1
 _CALIBRATION = ("calibrated", "scale", "shift")
@@ -135,6 +136,12 @@ def _export(config: ExportConfig, shown_dir: str) -> None:
         raise UserError(
             f"{data_dir}/{TOKENIZER_FOLDER}: not the tokenizer that {config.model_dir} was "
             "trained with; give the --data_dir that it was trained on"
+        )
+    # Windows and lengths come from the data: those of other data would cut documents otherwise.
+    if data_fingerprint(metadata, best.record.train.eval_split) != best.record.data_fingerprint:
+        raise UserError(
+            f"{data_dir}: not the labels and shards that {config.model_dir} was trained with; give "
+            "the --data_dir that it was trained on"
         )
     calibration = _read_calibration(config, best)
     _fold(best.model, calibration["scale"], calibration["shift"])

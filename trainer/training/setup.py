@@ -158,6 +158,17 @@ def choose_model_config(
     return dataclasses.replace(sizes, window_pooling=config.window_pooling)
 
 
+def data_fingerprint(metadata: Metadata, eval_split: str) -> str:
+    """SHA-256 (hex) of labels, longest window, and the shards of both splits that a run reads."""
+    shards = [
+        (name, shard.checksum)
+        for name in ("train", eval_split)
+        for shard in metadata.split(name).shards
+    ]
+    data = json.dumps([metadata.labels, metadata.max_seq_length, shards])
+    return hashlib.sha256(data.encode()).hexdigest()
+
+
 def make_record(
     config: TrainConfig,
     metadata: Metadata,
@@ -166,12 +177,6 @@ def make_record(
     strategy: tf.distribute.Strategy,
 ) -> RunRecord:
     """What config.json says of a run on the replicas of a strategy."""
-    shards = [
-        (name, shard.checksum)
-        for name in ("train", config.eval_split)
-        for shard in metadata.split(name).shards
-    ]
-    data = json.dumps([metadata.labels, metadata.max_seq_length, shards])
     split = metadata.split("train")
     counts = split.label_counts, split.documents
     cap, labels = config.max_pos_weight, metadata.labels
@@ -186,7 +191,7 @@ def make_record(
         exact_correction=losses.has_exact_correction(config.objective),
         max_seq_length=metadata.max_seq_length,
         total_documents=count_documents(split.documents, config.num_train_epochs),
-        data_fingerprint=hashlib.sha256(data.encode()).hexdigest(),
+        data_fingerprint=data_fingerprint(metadata, config.eval_split),
         tokenizer_fingerprint=metadata.tokenizer_fingerprint,
         precision=choose_precision(config.precision, strategy),
         micro_batches_per_step=strategy.num_replicas_in_sync * config.gradient_accumulation,
