@@ -24,6 +24,7 @@ from trainer.data.packing import choose_score_packing
 from trainer.data.tokenizer import load_tokenizer
 from trainer.errors import UserError
 from trainer.evaluation.results import CALIBRATION_FILE, EVALUATION_FOLDER, METRICS_FILE
+from trainer.evaluation.thresholds import round_threshold
 from trainer.model.model import Model
 from trainer.model.model_folder import (
     MULTIHOT_FILE,
@@ -80,7 +81,8 @@ def _is_up_to_date(config: ExportConfig) -> bool:
         found = json.loads(text)
         return (
             found["fingerprints"]["checkpoint"] == best.fingerprint
-            and found["thresholds"] == calibration["thresholds"]
+            # Older folders have them unrounded.
+            and _round(found["thresholds"]) == calibration["thresholds"]
             and all(found["calibration"][name] == calibration[name] for name in _CALIBRATION)
         )
     except (ValueError, TypeError, KeyError):
@@ -206,7 +208,15 @@ def _read_calibration(config: ExportConfig, best: LoadedRun) -> dict[str, Any]:
         )
     scalars = (int, float, str, type(None))
     shown = {name: value for name, value in metrics.items() if isinstance(value, scalars)}
-    return calibration | {"calibrated": True, "metrics": shown}
+    return calibration | {
+        "calibrated": True,
+        "metrics": shown,
+        "thresholds": _round(calibration["thresholds"]),
+    }
+
+
+def _round(thresholds: list[float | None]) -> list[float | None]:
+    return [None if cut is None else round_threshold(cut) for cut in thresholds]
 
 
 def _fold(model: Model, scale: list[float], shift: list[float]) -> None:

@@ -313,3 +313,16 @@ class _BinnedScores:
             right += int(self.histograms.positives[index][above].sum(dtype=np.int64))
             predicted += int(self.histograms.documents[index][above].sum(dtype=np.int64))
         return right, predicted
+
+
+def round_threshold(threshold: float) -> float:
+    """The threshold that decides the same for every float32 score, however the score is written.
+
+    A score reaches it exactly if it reaches `threshold`, be it read as float32, as float64, or from
+    the shortest decimal that gives it back. Others may lie between a score and its digits.
+    """
+    lowest = np.float32(threshold)
+    if float(lowest) < threshold:
+        lowest = np.nextafter(lowest, np.float32(np.inf))
+    # The score below and its digits are smaller than both of these.
+    return min(float(lowest), float(str(lowest)))

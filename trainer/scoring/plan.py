@@ -23,7 +23,9 @@ from trainer.sources.rows import RowRange
 from trainer.storage.filesystem import add_checksum, verify_checksum
 from trainer.storage.output_folder import OutputFolder
 
-PLAN_VERSION = 1
+# Parts of version 1 have scores of six digits: a folder is not finished with others.
+PLAN_VERSION = 2
+_READ_VERSIONS = (1, PLAN_VERSION)
 PLAN_FILE = "plan.json"
 _SECONDS_BETWEEN_LOOKS = 1.0
 
@@ -144,8 +146,9 @@ def load_plan(folder: OutputFolder) -> Plan | None:
         return None
     try:
         values = json.loads(contents)
-        if values["version"] != PLAN_VERSION:
-            raise ValueError(f"version {values['version']}, expected {PLAN_VERSION}")
+        version = values["version"]
+        if version not in _READ_VERSIONS:
+            raise ValueError(f"version {version}, expected {PLAN_VERSION}")
         values = verify_checksum(values)
         parts = tuple(
             Part(part["name"], tuple(RowRange(**row_range) for row_range in part["segments"]))
@@ -153,7 +156,8 @@ def load_plan(folder: OutputFolder) -> Plan | None:
         )
         inputs = tuple(Input(**item) for item in values["inputs"])
         packing = from_dict(PackingConfig, values["packing"])
-        return Plan(values["model_fingerprint"], values["settings"], packing, inputs, parts)
+        fingerprint, settings = values["model_fingerprint"], values["settings"]
+        return Plan(fingerprint, settings, packing, inputs, parts, version)
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{folder.url}/{PLAN_FILE}: not a plan of this version ({error}); choose another "
@@ -176,6 +180,15 @@ def wait_for_plan(folder: OutputFolder, seconds: float) -> Plan:
             )
         time.sleep(_SECONDS_BETWEEN_LOOKS)
     return plan
+
+
+def check_version(plan: Plan, output_dir: str) -> None:
+    """Refuses, by a UserError, to add parts to those of an older version."""
+    if plan.version != PLAN_VERSION:
+        raise UserError(
+            f"{output_dir}: begun by an older version, which writes scores with fewer digits; "
+            "choose another --output_dir, or finish this one with that version"
+        )
 
 
 def check_plan(
