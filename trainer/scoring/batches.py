@@ -25,7 +25,7 @@ _RAW_BATCH_ROWS = 512
 _RAW_BATCH_CHARACTERS = 1 << 20
 _MAX_RAW_IDS = 50
 # Characters of ids and kept columns. They count because several token batches wait in memory.
-_TOKEN_BATCH_CHARACTERS = 1 << 25
+_TOKEN_BATCH_CHARACTERS = 1 << 23
 # Texts to the windows of each and whether tokens of it were lost, as `Tokenizer.encode_windows`.
 Encode = Callable[[list[str]], tuple[list[list[list[int]]], list[bool]]]
 
