@@ -14,7 +14,7 @@ import tensorflow as tf
 
 from trainer.data.packing import pack
 from trainer.data.tokenizer import TokenLimits, check_windows
-from trainer.errors import UserError
+from trainer.errors import UserError, shorten
 from trainer.model_config import PackingConfig
 from trainer.scoring.plan import Part
 from trainer.scoring.writers import DocumentScores
@@ -217,7 +217,7 @@ def check_finite(model: str, documents: DocumentScores) -> None:
     """Checks that all probabilities are finite; a UserError names the first bad document."""
     finite = np.isfinite(documents.probabilities).all(axis=1)
     if not finite.all():
-        identifier = documents.ids[int(np.argmin(finite))]
+        identifier = shorten(documents.ids[int(np.argmin(finite))])
         raise UserError(
             f"{model}: gives document {identifier!r} a score that is not a "
             "number; export a model whose weights are finite, or score with --precision=float32"
