@@ -18,7 +18,7 @@ from trainer.config import PrepareConfig
 from trainer.data.metadata import load_metadata
 from trainer.data.packing import pack
 from trainer.errors import UserError
-from trainer.evaluation.thresholds import round_threshold
+from trainer.evaluation.thresholds import round_thresholds
 from trainer.model.model_folder import load_model_folder
 from trainer.model.predictor import Predictor
 from trainer.model_config import ModelConfig, OptimizerConfig
@@ -185,7 +185,7 @@ def test_exported_thresholds_are_rounded_to_what_scores_can_be(folders, tmp_path
     path = os.path.join(folder, "multihot.json")
     with open(path, encoding="utf-8") as file:
         description = json.load(file)
-    expected = [None if cut is None else round_threshold(cut) for cut in fitted]
+    expected = round_thresholds(fitted)
     assert description["thresholds"] == expected and expected != fitted
     older = tmp_path / "model"
     shutil.copytree(folder, older)
@@ -206,7 +206,7 @@ def test_other_data_with_the_same_tokenizer_are_refused(folders, corpus, tmp_pat
         )
     )  # fmt: skip
     config = ExportConfig(model_dir=folders[0], export_dir=str(tmp_path / "out"), data_dir=other)
-    with pytest.raises(UserError, match="not the labels and shards that .* was trained with"):
+    with pytest.raises(UserError, match="not the data that .* was trained with"):
         export.run(config)
     assert not os.path.exists(config.export_dir)
 

@@ -19,7 +19,7 @@ from safetensors.numpy import load_file, save_file
 from trainer import cli, score
 from trainer.config import ScoreConfig
 from trainer.errors import UserError
-from trainer.evaluation.thresholds import round_threshold
+from trainer.evaluation.thresholds import round_thresholds
 from trainer.storage.filesystem import add_checksum
 from trainer.storage.output_folder import open_output
 
@@ -194,7 +194,7 @@ def test_written_scores_reach_the_exported_thresholds_where_the_labels_say_so(
     at[::3] = np.nextafter(at[::3], np.float32(0))
     cuts = at.astype(np.float64)
     cuts[1::3] = np.nextafter(cuts[1::3], 1)
-    for thresholds in (cuts.tolist(), [None, *map(round_threshold, cuts[1:].tolist())]):
+    for thresholds in (cuts.tolist(), [None, *round_thresholds(cuts[1:].tolist())]):
         description["thresholds"] = thresholds
         (folder / "multihot.json").write_text(json.dumps(description))
         output = tmp_path / f"out-{thresholds[0]}"
@@ -203,7 +203,7 @@ def test_written_scores_reach_the_exported_thresholds_where_the_labels_say_so(
             rows = read_scores(output)
         else:
             rows = pyarrow.parquet.read_table(*output.glob("part-*")).to_pylist()
-        limits = [np.inf if cut is None else round_threshold(cut) for cut in thresholds]
+        limits = [np.inf if cut is None else cut for cut in round_thresholds(thresholds)]
         assert len(rows) == NUM_ROWS
         for row in rows:
             values = dict(row["scores"])

@@ -24,7 +24,7 @@ from trainer.data.packing import choose_score_packing
 from trainer.data.tokenizer import load_tokenizer
 from trainer.errors import UserError
 from trainer.evaluation.results import CALIBRATION_FILE, EVALUATION_FOLDER, METRICS_FILE
-from trainer.evaluation.thresholds import round_threshold
+from trainer.evaluation.thresholds import round_thresholds
 from trainer.model.model import Model
 from trainer.model.model_folder import (
     MULTIHOT_FILE,
@@ -82,7 +82,7 @@ def _is_up_to_date(config: ExportConfig) -> bool:
         return (
             found["fingerprints"]["checkpoint"] == best.fingerprint
             # Older folders have them unrounded.
-            and _round(found["thresholds"]) == calibration["thresholds"]
+            and round_thresholds(found["thresholds"]) == calibration["thresholds"]
             and all(found["calibration"][name] == calibration[name] for name in _CALIBRATION)
         )
     except (ValueError, TypeError, KeyError):
@@ -134,16 +134,14 @@ def _export(config: ExportConfig, shown_dir: str) -> None:
     data_dir = config.data_dir or best.record.train.data_dir
     metadata = load_metadata(data_dir)
     tokenizer = load_tokenizer(os.path.join(data_dir, TOKENIZER_FOLDER))
-    if tokenizer.fingerprint != best.record.tokenizer_fingerprint:
+    data = data_fingerprint(metadata, best.record.train.eval_split)
+    expected = best.record.tokenizer_fingerprint, best.record.data_fingerprint
+    # Of other data the windows and lengths would be other ones than the model has learned.
+    if (tokenizer.fingerprint, data) != expected:
+        what = "data" if tokenizer.fingerprint == expected[0] else "tokenizer"
         raise UserError(
-            f"{data_dir}/{TOKENIZER_FOLDER}: not the tokenizer that {config.model_dir} was "
-            "trained with; give the --data_dir that it was trained on"
-        )
-    # Windows and lengths come from the data: those of other data would cut documents otherwise.
-    if data_fingerprint(metadata, best.record.train.eval_split) != best.record.data_fingerprint:
-        raise UserError(
-            f"{data_dir}: not the labels and shards that {config.model_dir} was trained with; give "
-            "the --data_dir that it was trained on"
+            f"{data_dir}: not the {what} that {config.model_dir} was trained with; give the "
+            "--data_dir that it was trained on"
         )
     calibration = _read_calibration(config, best)
     _fold(best.model, calibration["scale"], calibration["shift"])
@@ -208,15 +206,8 @@ def _read_calibration(config: ExportConfig, best: LoadedRun) -> dict[str, Any]:
         )
     scalars = (int, float, str, type(None))
     shown = {name: value for name, value in metrics.items() if isinstance(value, scalars)}
-    return calibration | {
-        "calibrated": True,
-        "metrics": shown,
-        "thresholds": _round(calibration["thresholds"]),
-    }
-
-
-def _round(thresholds: list[float | None]) -> list[float | None]:
-    return [None if cut is None else round_threshold(cut) for cut in thresholds]
+    rounded = {"thresholds": round_thresholds(calibration["thresholds"])}
+    return calibration | rounded | {"calibrated": True, "metrics": shown}
 
 
 def _fold(model: Model, scale: list[float], shift: list[float]) -> None:

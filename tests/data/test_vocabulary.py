@@ -1,5 +1,6 @@
 """Tokenizers that give the same ids pass however they were saved; others are told by an example."""
 
+import dataclasses
 import json
 import os
 import shutil
@@ -116,6 +117,17 @@ def test_settings_that_change_ids_are_told_by_a_text(minilm, folder, changes, me
     for found in compare(ours, folder):
         assert found is not None and message in found
         assert "in the data" in found and "in the checkpoint" in found
+
+
+def test_a_word_that_both_added_at_other_places_is_told(minilm, folder):
+    ours, theirs = load_tokenizer(minilm), load_tokenizer(folder)
+    ours.backend.add_tokens(["covid"])
+    theirs.backend.add_tokens(["quxquux", "covid"])
+    theirs.save(folder)
+    ours = dataclasses.replace(ours, fingerprint="other")
+    assert compare(ours, folder)[0] == (
+        "id 30522 is 'covid' in the data and 'quxquux' in the checkpoint"
+    )
 
 
 def test_an_id_of_two_words_is_told(minilm, folder):

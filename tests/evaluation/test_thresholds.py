@@ -18,7 +18,7 @@ from trainer.evaluation.thresholds import (
     choose_overall,
     fit_binned_thresholds,
     fit_thresholds,
-    round_threshold,
+    round_thresholds,
 )
 
 
@@ -248,7 +248,7 @@ def test_thresholds_from_histograms_reach_what_exact_ones_do():
 @example(1e-45, 0.0, 0)
 @example(1.0000001, 1.0, 0)
 def test_rounded_thresholds_decide_the_same_for_every_way_to_write_a_score(cut, score, steps):
-    rounded = round_threshold(cut)
+    (rounded,) = round_thresholds([cut])
     beside = np.float32(cut)
     for _ in range(abs(steps)):
         beside = np.nextafter(beside, np.float32(2 if steps > 0 else -1))
@@ -257,10 +257,10 @@ def test_rounded_thresholds_decide_the_same_for_every_way_to_write_a_score(cut, 
         assert (float(value) >= rounded) == reached
         assert (float(str(value)) >= rounded) == reached
         assert bool(value >= np.float32(rounded)) == reached
-    assert round_threshold(rounded) == rounded
+    assert round_thresholds([rounded, None]) == [rounded, None]
     assert rounded == pytest.approx(cut, rel=2e-7, abs=1e-44)
 
 
 def test_round_numbers_stay_as_they_are():
     numbers = [0.0, 0.1, 0.2, 0.25, 0.5, 1.0]
-    assert [round_threshold(cut) for cut in numbers] == numbers
+    assert round_thresholds(numbers) == numbers

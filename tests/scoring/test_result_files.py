@@ -15,7 +15,7 @@ from hypothesis import strategies as st
 
 from trainer.config import ScoreConfig
 from trainer.errors import UserError
-from trainer.evaluation.thresholds import round_threshold
+from trainer.evaluation.thresholds import round_thresholds
 from trainer.scoring import writers
 from trainer.scoring.writers import ENDINGS, DocumentScores, ResultLayout, open_results
 
@@ -201,9 +201,7 @@ def test_scores_reach_their_thresholds_exactly_where_the_labels_say_so(format, d
     writer.write(DocumentScores(ids, scores, [()] * len(scores)))
     writer.close()
     rows = (read_lines if format == "jsonl" else read_table)(file.getvalue())
-    rounded = {
-        name: round_threshold(cut) for name, cut in zip(labels, thresholds.tolist(), strict=True)
-    }
+    rounded = dict(zip(labels, round_thresholds(thresholds.tolist()), strict=True))
     for row in rows:
         for kind in (float, np.float32):
             reached = [name for name in labels if kind(row["scores"][name]) >= kind(rounded[name])]

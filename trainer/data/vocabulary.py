@@ -4,17 +4,11 @@ Fingerprints also differ where no id does: by the settings that a version of the
 or by tokens that somebody added at the end. So ids and texts are compared.
 """
 
-import itertools
 import os
 from collections.abc import Iterator
 
-from trainer.data.tokenizer import (
-    CONFIG_FILE,
-    TOKENIZER_FILE,
-    VOCABULARY_FILE,
-    Tokenizer,
-    load_tokenizer,
-)
+from trainer.data import tokenizer
+from trainer.data.tokenizer import Tokenizer
 from trainer.errors import UserError
 
 # What tokenizers treat in different ways: letters with accents, scripts, signs, invisible
@@ -31,10 +25,9 @@ _NUM_WORDS = 200
 
 def load_own_tokenizer(folder: str) -> Tokenizer | None:
     """The tokenizer in a checkpoint's local folder; None if it has none that can be read."""
-    if not _has_file(folder, TOKENIZER_FILE, VOCABULARY_FILE):
-        return None
     try:
-        return load_tokenizer(folder)
+        files = tokenizer.TOKENIZER_FILE, tokenizer.VOCABULARY_FILE
+        return tokenizer.load_tokenizer(folder) if _has_one(folder, files) else None
     except UserError:
         return None
 
@@ -50,46 +43,41 @@ def find_difference(ours: Tokenizer, folder: str, theirs: Tokenizer) -> str | No
     tokens, others = _tokens_by_id(ours), _tokens_by_id(theirs)
     common = sorted(tokens.keys() & others.keys())
     for token_id in common:
-        if tokens[token_id] != others[token_id]:
-            return (
-                f"id {token_id} is {tokens[token_id]!r} in the data and {others[token_id]!r} in "
-                "the checkpoint"
-            )
+        token, other = tokens[token_id], others[token_id]
+        if token != other:
+            return f"id {token_id} is {token!r} in the data and {other!r} in the checkpoint"
     words = [tokens[token_id] for token_id in common if tokens[token_id].isalpha()]
-    if any(word != word.lower() for word in words) and not _has_file(
-        folder, TOKENIZER_FILE, CONFIG_FILE
-    ):
+    has_settings = _has_one(folder, (tokenizer.TOKENIZER_FILE, tokenizer.CONFIG_FILE))
+    if not has_settings and any(word != word.lower() for word in words):
         return None  # A bare vocabulary does not say how it was used; the default is lower case.
     added = {token.lower() for token in _added_tokens(ours) ^ _added_tokens(theirs)}
-    texts = [
-        text for text in _probe_texts(words) if not any(token in text.lower() for token in added)
-    ]
+    texts = [text for text in _probe_texts(words) if not any(map(text.lower().__contains__, added))]
     encoded = (item.backend.encode_batch(texts) for item in (ours, theirs))
     for text, found, expected in zip(texts, *encoded, strict=True):
         if found.ids != expected.ids:
             pairs = enumerate(zip(found.ids, expected.ids, strict=False))
             at = next(place for place, (one, other) in pairs if one != other)
-            shown = f"{found.tokens[at]!r} in the data is {expected.tokens[at]!r} in the checkpoint"
-            return f"in {text!r}, {shown}"
+            shown = [f"{item.tokens[at]!r} (id {item.ids[at]})" for item in (found, expected)]
+            return f"in {text!r}, {shown[0]} in the data is {shown[1]} in the checkpoint"
     return None
 
 
-def _has_file(folder: str, *names: str) -> bool:
+def _has_one(folder: str, names: tuple[str, ...]) -> bool:
     return any(os.path.isfile(os.path.join(folder, name)) for name in names)
 
 
-def _tokens_by_id(tokenizer: Tokenizer) -> dict[int, str]:
-    vocabulary = tokenizer.backend.get_vocab(with_added_tokens=True)
+def _tokens_by_id(item: Tokenizer) -> dict[int, str]:
+    vocabulary = item.backend.get_vocab(with_added_tokens=True)
     return {token_id: token for token, token_id in vocabulary.items()}
 
 
-def _added_tokens(tokenizer: Tokenizer) -> set[str]:
-    return {token.content for token in tokenizer.backend.get_added_tokens_decoder().values()}
+def _added_tokens(item: Tokenizer) -> set[str]:
+    return {token.content for token in item.backend.get_added_tokens_decoder().values()}
 
 
 def _probe_texts(words: list[str]) -> Iterator[str]:
     """Texts out of known words, in which a difference shows; then those of any vocabulary."""
-    for word in itertools.islice(words, 0, None, max(1, len(words) // _NUM_WORDS)):
+    for word in words[:: max(1, len(words) // _NUM_WORDS)]:
         yield from (word, word.upper(), word.title(), word + word, f"{word}\u0301")
         yield from (f"{word}-{word}.{word}", f"{word}\u200b{word}", f"{word}中文{word}")
         # ASCII letters in full width, which compatibility normalisation maps back.

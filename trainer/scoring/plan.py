@@ -25,7 +25,6 @@ from trainer.storage.output_folder import OutputFolder
 
 # Parts of version 1 have scores of six digits: a folder is not finished with others.
 PLAN_VERSION = 2
-_READ_VERSIONS = (1, PLAN_VERSION)
 PLAN_FILE = "plan.json"
 _SECONDS_BETWEEN_LOOKS = 1.0
 
@@ -147,7 +146,7 @@ def load_plan(folder: OutputFolder) -> Plan | None:
     try:
         values = json.loads(contents)
         version = values["version"]
-        if version not in _READ_VERSIONS:
+        if version not in (1, PLAN_VERSION):
             raise ValueError(f"version {version}, expected {PLAN_VERSION}")
         values = verify_checksum(values)
         parts = tuple(
@@ -156,8 +155,8 @@ def load_plan(folder: OutputFolder) -> Plan | None:
         )
         inputs = tuple(Input(**item) for item in values["inputs"])
         packing = from_dict(PackingConfig, values["packing"])
-        fingerprint, settings = values["model_fingerprint"], values["settings"]
-        return Plan(fingerprint, settings, packing, inputs, parts, version)
+        model = values["model_fingerprint"]
+        return Plan(model, values["settings"], packing, inputs, parts, version)
     except (ValueError, KeyError, TypeError) as error:
         raise UserError(
             f"{folder.url}/{PLAN_FILE}: not a plan of this version ({error}); choose another "

@@ -61,19 +61,14 @@ def check_vocabulary(
 
     Without a tokenizer in the folder only the sizes of the vocabularies are compared: a warning.
     """
-    flag = f"--init_checkpoint={config.init_checkpoint}"
-    theirs = load_own_tokenizer(folder)
+    flag, theirs = f"--init_checkpoint={config.init_checkpoint}", load_own_tokenizer(folder)
     if theirs is None:
-        found, needed = sizes.vocab_size, metadata.vocab_size
         line = (
-            f"{flag}: has no tokenizer that can be read, so whether its {found} ids mean the words "
-            f"of the {needed} ids of {config.data_dir} is unknown"
+            f"{flag}: has no tokenizer that can be read; whether its {sizes.vocab_size} ids mean "
+            f"the words of the {metadata.vocab_size} ids in {config.data_dir} is unknown"
         )
-        if found - needed >= _TABLE_PADDING:
-            raise UserError(
-                f"{line}, and unlikely; copy the checkpoint's tokenizer into its folder, and "
-                "prepare the data with it"
-            )
+        if sizes.vocab_size - metadata.vocab_size >= _TABLE_PADDING:
+            raise UserError(f"{line}, and unlikely; copy its tokenizer into its folder")
         print(f"warning: {line}", file=sys.stderr, flush=True)
     elif theirs.fingerprint != metadata.tokenizer_fingerprint:
         ours = load_tokenizer(os.path.join(config.data_dir, TOKENIZER_FOLDER))
