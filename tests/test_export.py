@@ -2,6 +2,7 @@
 
 import json
 import os
+import re
 import shutil
 from pathlib import Path
 
@@ -12,10 +13,12 @@ import torch
 import transformers
 from preparing import encode
 
-from trainer import evaluate, export, train
+from trainer import evaluate, export, prepare, train
+from trainer.config import PrepareConfig
 from trainer.data.metadata import load_metadata
 from trainer.data.packing import pack
 from trainer.errors import UserError
+from trainer.evaluation.thresholds import round_thresholds
 from trainer.model.model_folder import load_model_folder
 from trainer.model.predictor import Predictor
 from trainer.model_config import ModelConfig, OptimizerConfig
@@ -143,6 +146,28 @@ def test_transformers_reads_the_folder(folders, expected):
         np.testing.assert_allclose([scores[name] for name in labels], expected_scores, atol=1e-4)
 
 
+def test_the_documented_pipeline_takes_texts_over_the_limit(
+    folders, real_texts, tmp_path, monkeypatch
+):
+    _, folder, head = folders
+    if head != "cls":
+        pytest.skip("transformers has no class for this head")
+    page = (Path(__file__).parent.parent / "docs" / "model_folder.md").read_text(encoding="utf-8")
+    (code,) = re.findall(r"```python\n(.*?)```", page, re.DOTALL)
+    os.symlink(folder, tmp_path / "model")
+    monkeypatch.chdir(tmp_path)
+    names = {}
+    exec(code, names)
+    long = " ".join(real_texts)
+    loaded = load_model_folder(folder)
+    (ids,) = encode(loaded.tokenizer, [long], loaded.max_seq_length)
+    assert len(ids) == loaded.max_seq_length == 128
+    (items,) = names["classify"](long)
+    found = {item["label"]: item["score"] for item in items}
+    expected = 1 / (1 + np.exp(-logits_of(loaded.model, loaded.packing, [ids])[0]))
+    np.testing.assert_allclose([found[name] for name in loaded.labels], expected, atol=1e-5)
+
+
 def test_the_description_names_what_a_consumer_needs(folders, corpus):
     with open(os.path.join(folders[1], "multihot.json"), encoding="utf-8") as file:
         description = json.load(file)
@@ -150,6 +175,40 @@ def test_the_description_names_what_a_consumer_needs(folders, corpus):
     assert len(description["thresholds"]) == len(description["labels"])
     assert description["metrics"]["mean_average_precision"] > 0
     assert description["fingerprints"]["checkpoint"] == load_best(folders[0]).fingerprint
+
+
+def test_exported_thresholds_are_rounded_to_what_scores_can_be(folders, tmp_path):
+    """Unrounded ones, as older versions wrote them, are those of the same model."""
+    model_dir, folder, _ = folders
+    with open(os.path.join(model_dir, "evaluation", "calibration.json"), encoding="utf-8") as file:
+        fitted = json.load(file)["thresholds"]
+    path = os.path.join(folder, "multihot.json")
+    with open(path, encoding="utf-8") as file:
+        description = json.load(file)
+    expected = round_thresholds(fitted)
+    assert description["thresholds"] == expected and expected != fitted
+    older = tmp_path / "model"
+    shutil.copytree(folder, older)
+    (older / "multihot.json").write_text(json.dumps(description | {"thresholds": fitted}))
+    export.run(ExportConfig(model_dir=model_dir, export_dir=str(older)))
+    fitted[0] = 0.123
+    (older / "multihot.json").write_text(json.dumps(description | {"thresholds": fitted}))
+    with pytest.raises(UserError, match="not an empty folder"):
+        export.run(ExportConfig(model_dir=model_dir, export_dir=str(older)))
+
+
+def test_other_data_with_the_same_tokenizer_are_refused(folders, corpus, tmp_path):
+    other = str(tmp_path / "data")
+    prepare.run(
+        PrepareConfig(
+            input=("sample:docstrings:200",), data_dir=other, max_seq_length=128, max_windows=2,
+            tokenizer=os.path.join(corpus, "tokenizer"),
+        )
+    )  # fmt: skip
+    config = ExportConfig(model_dir=folders[0], export_dir=str(tmp_path / "out"), data_dir=other)
+    with pytest.raises(UserError, match="not the data that .* was trained with"):
+        export.run(config)
+    assert not os.path.exists(config.export_dir)
 
 
 def test_a_calibration_of_another_checkpoint_is_refused(folders, tmp_path):

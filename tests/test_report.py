@@ -1,6 +1,7 @@
 """The report's page: the evaluation's numbers, hostile names as text, nothing from the network."""
 
 import dataclasses
+import itertools
 import json
 import logging
 import os
@@ -13,9 +14,11 @@ import pytest
 from reported_run import HOSTILE_ID, LABELS, NUM_LABELS, save_best
 
 from trainer import report
-from trainer.errors import UserError
+from trainer.data.metadata import load_metadata
+from trainer.errors import UserError, shorten
 from trainer.evaluation.curves import MAX_CURVE_LABELS, collect
 from trainer.evaluation.measurement import CalibratedPredictions
+from trainer.evaluation.results import print_table
 from trainer.reporting.page import Material, render
 from trainer.run_config import ReportConfig
 from trainer.training.run_record import load_record
@@ -263,3 +266,38 @@ def test_4000_labels_are_all_in_the_table_and_the_commonest_have_curves(folders)
     assert f"The {MAX_CURVE_LABELS} most frequent of 4,000 labels have curves." in text
     assert "The 30 most frequent of 4,000 labels." in text
     assert len(html) < 8_000_000
+
+
+def test_long_names_and_ids_are_cut_in_the_page_and_whole_in_the_data(folders, written, tmp_path):
+    """128 labels of 64 KiB each, and mistakes whose documents have ids as long."""
+    names = [f"{place} " + "n" * (1 << 16) for place in range(NUM_LABELS)]
+    metrics, curves = read_json(folders, "metrics.json"), read_json(folders, "curves.json")
+    values = [metrics["per_label"][label] for label in curves["labels"]]
+    metrics["per_label"] = dict(zip(names, values, strict=True))
+    metrics["slices"]["source"]["values"]["v" * (1 << 16)] = next(
+        iter(metrics["slices"]["source"]["values"].values())
+    )
+    curves["labels"] = names
+    for mistake in itertools.chain.from_iterable(curves["mistakes"].values()):
+        mistake["document"] = "i" * (1 << 16)
+    metadata = load_metadata(folders[0])
+    for found in metadata.checks["splits"].values():
+        found["rare_labels"] = {"count": 20, "labels": names[:20]}
+    record = load_record(folders[1])
+    html = render(Material(folders[1], record, metrics, curves, [], metadata, None, {}))
+    assert len(html) < len(written[1]) + 500_000
+    page = Page(html)
+    (_, *rows) = page.tables["label-table"]
+    assert [row[0] for row in rows] == [shorten(name) for name in names]
+    assert len(rows[0][0]) == 100 and rows[0][0].endswith("n...")
+    assert max(map(len, page.texts)) < 20_000
+
+
+def test_long_names_are_cut_on_the_terminal(folders, capsys):
+    metrics = read_json(folders, "metrics.json")
+    thresholds = np.full(NUM_LABELS, np.nan)
+    columns = metrics | {"per_label": {"threshold": thresholds}}
+    names = tuple(f"{place} " + "n" * (1 << 16) for place in range(NUM_LABELS))
+    print_table({"test": columns}, {}, names)
+    (line,) = [row for row in capsys.readouterr().out.splitlines() if "Never predicted" in row]
+    assert "0 nnn" in line and "and 1" in line and len(line) < 2200

@@ -10,6 +10,7 @@ import sys
 from pathlib import Path
 
 import numpy as np
+import pyarrow.parquet
 import pytest
 import torch
 import transformers
@@ -18,6 +19,8 @@ from safetensors.numpy import load_file, save_file
 from trainer import cli, score
 from trainer.config import ScoreConfig
 from trainer.errors import UserError
+from trainer.evaluation.thresholds import round_thresholds
+from trainer.storage.filesystem import add_checksum
 from trainer.storage.output_folder import open_output
 
 NUM_ROWS = 1000
@@ -173,6 +176,65 @@ def test_selections_write_the_same_numbers(model, documents, tmp_path):
         assert sorted(top["scores"].values()) == sorted(value for _, value in ranked[:3])
         assert above["scores"] == {name: value for name, value in ranked if value >= 0.2}
         assert line["labels"] == top["labels"] == above["labels"]
+
+
+@pytest.mark.parametrize("format", ["jsonl", "parquet"])
+def test_written_scores_reach_the_exported_thresholds_where_the_labels_say_so(
+    model, documents, tmp_path, format
+):
+    """Thresholds that lie at scores and one float32 beside them, as fitted ones may."""
+    run_score(model, documents, tmp_path / "first", format="parquet")
+    table = pyarrow.parquet.read_table(*(tmp_path / "first").glob("part-*"))
+    scores = np.array([[value for _, value in row] for row in table["scores"].to_pylist()])
+    folder = tmp_path / "model"
+    shutil.copytree(model, folder)
+    description = json.loads((folder / "multihot.json").read_text())
+    names = description["labels"]
+    at = scores[np.arange(len(names)) * 7, np.arange(len(names))].astype(np.float32)
+    at[::3] = np.nextafter(at[::3], np.float32(0))
+    cuts = at.astype(np.float64)
+    cuts[1::3] = np.nextafter(cuts[1::3], 1)
+    for thresholds in (cuts.tolist(), [None, *round_thresholds(cuts[1:].tolist())]):
+        description["thresholds"] = thresholds
+        (folder / "multihot.json").write_text(json.dumps(description))
+        output = tmp_path / f"out-{thresholds[0]}"
+        run_score(str(folder), documents, output, format=format)
+        if format == "jsonl":
+            rows = read_scores(output)
+        else:
+            rows = pyarrow.parquet.read_table(*output.glob("part-*")).to_pylist()
+        limits = [np.inf if cut is None else cut for cut in round_thresholds(thresholds)]
+        assert len(rows) == NUM_ROWS
+        for row in rows:
+            values = dict(row["scores"])
+            reached = [name for name, cut in zip(names, limits, strict=True) if values[name] >= cut]
+            assert row["labels"] == reached
+        assert sum(len(row["labels"]) for row in rows) > 100
+
+
+def make_version_1(output):
+    """Makes an output folder that of the version whose scores had six digits."""
+    path = output / "plan.json"
+    plan = {name: value for name, value in json.loads(path.read_text()).items() if name != "sha256"}
+    path.write_text(json.dumps(add_checksum(plan | {"version": 1})))
+
+
+def test_a_folder_of_the_version_with_fewer_digits_is_finished_or_refused(
+    model, documents, finished, tmp_path, capsys
+):
+    output = tmp_path / "out"
+    shutil.copytree(finished, output)
+    make_version_1(output)
+    before = read_tree(output)
+    assert run_score(model, documents, output, rows_per_part=90).documents == 0
+    assert "nothing to do" in capsys.readouterr().out
+    assert read_tree(output) == before
+    for path in ("_SUCCESS", "part-00003-of-00012.jsonl.gz", "manifests/part-00003-of-00012.json"):
+        (output / path).unlink()
+    before = read_tree(output)
+    with pytest.raises(UserError, match="begun by an older version, which writes scores with"):
+        run_score(model, documents, output, rows_per_part=90)
+    assert read_tree(output) == before
 
 
 def test_a_rerun_does_only_what_is_missing(model, documents, finished, tmp_path, capsys):

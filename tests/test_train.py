@@ -461,3 +461,44 @@ def test_fine_tuning_starts_from_the_checkpoints_weights(minilm, tmp_path_factor
     expected = load_pretrained(minilm, found.config)
     for name, value in expected.items():
         np.testing.assert_allclose(found.named_variables()[name], value, atol=1e-9)
+
+
+def test_ids_that_mean_other_words_to_the_checkpoint_are_refused_before_any_work(
+    corpus, minilm, tmp_path
+):
+    config = config_of(corpus, tmp_path / "run", init_checkpoint=minilm)
+    with pytest.raises(UserError) as caught:
+        train.run(config)
+    message = str(caught.value)
+    assert message.startswith(f"--init_checkpoint={minilm}: not the vocabulary of {corpus}: id 1 ")
+    assert "is '[UNK]' in the data and '[unused0]' in the checkpoint" in message
+    assert (
+        f"multihot prepare --tokenizer={minilm} --max_seq_length=128 --input=FILES --data_dir=DIR"
+    ) in message
+    assert "\n" not in message
+    assert not os.path.exists(config.model_dir)
+
+
+def test_an_exported_model_is_a_checkpoint_and_a_run_from_it_resumes(
+    corpus, model, tmp_path, capsys
+):
+    config = config_of(corpus, tmp_path / "run", num_train_epochs=0.1, init_checkpoint=model)
+    train.run(config)
+    train.run(config)
+    output = capsys.readouterr()
+    assert "this run is finished" in output.out and "warning" not in output.err
+
+
+def test_a_checkpoint_without_a_tokenizer_is_warned_about_or_refused_by_its_size(
+    corpus, model, minilm, tmp_path, capsys
+):
+    bare = {}
+    for name, source in (("fits", model), ("strange", minilm)):
+        bare[name] = str(tmp_path / name)
+        shutil.copytree(source, bare[name], ignore=shutil.ignore_patterns("vocab*", "tokenizer*"))
+    config = config_of(corpus, tmp_path / "run", num_train_epochs=0.1, init_checkpoint=bare["fits"])
+    train.run(config)
+    (line,) = [line for line in capsys.readouterr().err.splitlines() if "warning" in line]
+    assert "has no tokenizer that can be read" in line
+    with pytest.raises(UserError, match="its 30522 ids mean the words of the 1024 ids"):
+        train.run(dataclasses.replace(config, init_checkpoint=bare["strange"]))

@@ -33,6 +33,14 @@ class RunAgain(Exception):
     exit_code = RUN_AGAIN
 
 
+def shorten(name: str, length: int = 100) -> str:
+    """A name, or its beginning and "...": at most `length` characters, for messages and tables.
+
+    Names of labels and ids of documents come from users and may be of any length.
+    """
+    return name if len(name) <= length else f"{name[: length - 3]}..."
+
+
 def end_process(message: str, code: int, standard_error: int = 2) -> NoReturn:
     """Prints `message` as an error line of `train` and ends this process, from any thread.
 

@@ -21,7 +21,7 @@ from trainer.data.metadata import (
     split_fingerprint,
 )
 from trainer.data.packing import add_histograms, choose_packing, min_tokens
-from trainer.errors import UserError
+from trainer.errors import UserError, shorten
 from trainer.evaluation import intervals, measurement, results
 from trainer.evaluation.calibration import (
     Calibration,
@@ -111,9 +111,8 @@ def _check_same_data(config: EvaluateConfig, metadata: Metadata, record: RunReco
         where = next((i for i, (a, b) in enumerate(pairs) if a != b), None)
         found = f"{len(metadata.labels)} labels, expected {len(record.labels)}"
         if where is not None:
-            found = (
-                f"label {where} is {metadata.labels[where]!r}, expected {record.labels[where]!r}"
-            )
+            name, expected = (shorten(item.labels[where]) for item in (metadata, record))
+            found = f"label {where} is {name!r}, expected {expected!r}"
         raise UserError(
             f"{config.data_dir}: not the labels that {config.model_dir} was trained with "
             f"({found}); {remedy}"

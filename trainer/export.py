@@ -28,6 +28,7 @@ from trainer.evaluation.results import (
     EVALUATION_FOLDER,
     METRICS_FILE,
 )
+from trainer.evaluation.thresholds import round_thresholds
 from trainer.model.model import Model
 from trainer.model.model_folder import (
     MULTIHOT_FILE,
@@ -42,6 +43,7 @@ from trainer.storage.gcs import Taken, list_objects, read_object, upload, upload
 from trainer.storage.own_files import MAX_BYTES, load, parse
 from trainer.storage.temporary import temporary_folder
 from trainer.training.checkpoint import LoadedRun, load_best
+from trainer.training.setup import data_fingerprint
 
 _FORMAT_VERSION = 1
 _CALIBRATION = ("calibrated", "scale", "shift")
@@ -83,10 +85,11 @@ def _is_up_to_date(config: ExportConfig) -> bool:
         found = parse(dict[str, Any], text, path, "")
         return (
             found["fingerprints"]["checkpoint"] == best.fingerprint
-            and found["thresholds"] == calibration["thresholds"]
+            # Older folders have them unrounded.
+            and round_thresholds(found["thresholds"]) == calibration["thresholds"]
             and all(found["calibration"][name] == calibration[name] for name in _CALIBRATION)
         )
-    except (UserError, TypeError, KeyError):
+    except (ValueError, TypeError, KeyError):
         return False
 
 
@@ -135,10 +138,14 @@ def _export(config: ExportConfig, shown_dir: str) -> None:
     data_dir = config.data_dir or best.record.train.data_dir
     metadata = load_metadata(data_dir)
     tokenizer = load_tokenizer(os.path.join(data_dir, TOKENIZER_FOLDER))
-    if tokenizer.fingerprint != best.record.tokenizer_fingerprint:
+    data = data_fingerprint(metadata, best.record.train.eval_split)
+    expected = best.record.tokenizer_fingerprint, best.record.data_fingerprint
+    # Of other data the windows and lengths would be other ones than the model has learned.
+    if (tokenizer.fingerprint, data) != expected:
+        what = "data" if tokenizer.fingerprint == expected[0] else "tokenizer"
         raise UserError(
-            f"{data_dir}/{TOKENIZER_FOLDER}: not the tokenizer that {config.model_dir} was "
-            "trained with; give the --data_dir that it was trained on"
+            f"{data_dir}: not the {what} that {config.model_dir} was trained with; give the "
+            "--data_dir that it was trained on"
         )
     calibration = _read_calibration(config, best)
     _fold(best.model, calibration["scale"], calibration["shift"])
@@ -203,7 +210,8 @@ def _read_calibration(config: ExportConfig, best: LoadedRun) -> dict[str, Any]:
         )
     scalars = (int, float, str, type(None))
     shown = {name: value for name, value in metrics.items() if isinstance(value, scalars)}
-    return calibration | {"calibrated": True, "metrics": shown}
+    rounded = {"thresholds": round_thresholds(calibration["thresholds"])}
+    return calibration | rounded | {"calibrated": True, "metrics": shown}
 
 
 def _fold(model: Model, scale: list[float], shift: list[float]) -> None:

@@ -51,7 +51,7 @@ _PLACES = (
     "data_dir", "work_dir", "num_workers", "tfds_data_dir", "runner", "beam_options", "progress",
 )  # fmt: skip
 # Left out at their defaults, so that folders of versions without them are still known.
-_ADDED_FLAGS = ("label_kind", "normalize_labels", "unknown_labels")
+_ADDED_FLAGS = ("columns", "json_field", "label_kind", "normalize_labels", "unknown_labels")
 
 
 @dataclass(frozen=True)

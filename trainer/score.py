@@ -31,6 +31,7 @@ from trainer.scoring.plan import (
     Input,
     Plan,
     check_plan,
+    check_version,
     describe_inputs,
     load_plan,
     plan_parts,
@@ -110,6 +111,8 @@ def run(config: ScoreConfig) -> ScoreSummary:
         num_done = len(progress.done)
         print(f"{this.folder.url}: all {num_done} parts are there already; nothing to do")
         return ScoreSummary(0, 0.0)
+    if progress.waiting:
+        check_version(plan, this.folder.url)
     progress.check_rejected(config.max_rejected)
     if runner is None:
         documents, compilations = _score_here(this, progress)

@@ -17,7 +17,7 @@ from trainer.data.metadata import Metadata, Split, load_metadata
 from trainer.data.packing import choose_score_packing
 from trainer.model_config import ModelConfig, PackingConfig
 from trainer.run_config import TrainConfig
-from trainer.training.setup import choose_model_config, choose_run_packing, local_checkpoint
+from trainer.training import setup
 
 # The spread of the logarithms of assumed lengths; it is 0.5 to 1 in most corpora of texts.
 _SPREAD = 0.75
@@ -86,14 +86,16 @@ def train_config(config: PreflightConfig) -> TrainConfig:
 def choose_shape(config: PreflightConfig, metadata: Metadata) -> JobShape:
     """The shape that `train` chooses, and `score` for texts like those of the training split."""
     training, split = train_config(config), metadata.split("train")
-    packing = choose_run_packing(training, metadata)
+    packing = setup.choose_run_packing(training, metadata)
     lengths = np.zeros(metadata.max_seq_length + 1, np.int64)
     lengths[: len(split.length_histogram)] = split.length_histogram
     windows = np.asarray(split.window_histogram, np.int64)
     asked_by = f"the data in {config.data_dir}" if config.data_dir else "--max_seq_length"
     remedy = "take documents that were prepared for this checkpoint"
-    with local_checkpoint(config.init_checkpoint) as folder:
-        model = choose_model_config(training, metadata, folder, asked_by, remedy)
+    with setup.local_checkpoint(config.init_checkpoint) as folder:
+        model = setup.choose_model_config(training, metadata, folder, asked_by, remedy)
+        if folder is not None and config.data_dir is not None:
+            setup.check_vocabulary(training, metadata, model, folder)
     return JobShape(
         model,
         packing,

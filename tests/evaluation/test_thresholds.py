@@ -5,7 +5,7 @@ from dataclasses import replace
 
 import numpy as np
 import pytest
-from hypothesis import given, settings
+from hypothesis import example, given, settings
 from hypothesis import strategies as st
 from hypothesis.extra import numpy as st_numpy
 from sklearn import metrics as peer
@@ -18,6 +18,7 @@ from trainer.evaluation.thresholds import (
     choose_overall,
     fit_binned_thresholds,
     fit_thresholds,
+    round_thresholds,
 )
 
 
@@ -235,3 +236,31 @@ def test_thresholds_from_histograms_reach_what_exact_ones_do():
     assert reached(exact) > reached(alone) + 0.02
     assert reached(binned.probabilities) == pytest.approx(reached(exact), abs=5e-3)
     assert np.isnan(binned.shortfall[4]) and np.all(binned.shortfall[:4] < 0.05)
+
+
+@settings(deadline=None, max_examples=300)
+@given(st.floats(0, 1), st.floats(0, 1, width=32), st.integers(-2, 2))
+@example(0.5, 0.5, 0)
+@example(0.0, 0.0, 0)
+@example(1.0, 1.0, 0)
+@example(float(np.float32(0.1)), 0.5, 0)  # Its digits, 0.1, are less than itself.
+@example(2.0**-149, 2.0**-149, 0)
+@example(1e-45, 0.0, 0)
+@example(1.0000001, 1.0, 0)
+def test_rounded_thresholds_decide_the_same_for_every_way_to_write_a_score(cut, score, steps):
+    (rounded,) = round_thresholds([cut])
+    beside = np.float32(cut)
+    for _ in range(abs(steps)):
+        beside = np.nextafter(beside, np.float32(2 if steps > 0 else -1))
+    for value in (np.float32(score), beside):
+        reached = float(value) >= cut
+        assert (float(value) >= rounded) == reached
+        assert (float(str(value)) >= rounded) == reached
+        assert bool(value >= np.float32(rounded)) == reached
+    assert round_thresholds([rounded, None]) == [rounded, None]
+    assert rounded == pytest.approx(cut, rel=2e-7, abs=1e-44)
+
+
+def test_round_numbers_stay_as_they_are():
+    numbers = [0.0, 0.1, 0.2, 0.25, 0.5, 1.0]
+    assert round_thresholds(numbers) == numbers

@@ -3,15 +3,19 @@
 import gc
 import gzip
 import io
+import itertools
 import json
 import sys
 
 import numpy as np
 import pyarrow.parquet as pq
 import pytest
+from hypothesis import given, settings
+from hypothesis import strategies as st
 
 from trainer.config import ScoreConfig
 from trainer.errors import UserError
+from trainer.evaluation.thresholds import round_thresholds
 from trainer.scoring import writers
 from trainer.scoring.writers import ENDINGS, DocumentScores, ResultLayout, open_results
 
@@ -77,7 +81,7 @@ def test_both_formats_say_the_same(selection):
         assert list(line["scores"]) == list(row["scores"])
         assert row["scores"] == {name: expected[name] for name in row["scores"]}
         assert line["scores"] == {
-            name: float(f"{value:.6g}") for name, value in row["scores"].items()
+            name: float(str(np.float32(value))) for name, value in row["scores"].items()
         }
         assert line["country"] == row["country"]
         assert line["pages"] == json.loads(row["pages"])
@@ -123,6 +127,85 @@ def test_parquet_has_row_groups_of_one_size_and_the_types_that_are_promised(monk
     assert [str(field.type) for field in file.schema_arrow] == [
         "string", "list<element: string>", "map<string, float ('scores')>", "string", "string"
     ]  # fmt: skip
+
+
+def row_groups(contents):
+    metadata = pq.ParquetFile(io.BytesIO(contents)).metadata
+    return [metadata.row_group(index).num_rows for index in range(metadata.num_row_groups)]
+
+
+@pytest.mark.parametrize("selection", SELECTIONS)
+def test_row_groups_end_by_the_bytes_of_their_rows_however_these_come(selection, monkeypatch):
+    monkeypatch.setattr(writers, "_BYTES_A_GROUP", 10_000)
+    rng = np.random.default_rng(3)
+    ids, scores, _ = make_rows(300)
+    kept = [("x" * int(size), None) for size in rng.integers(0, 900, 300)]
+    kept[150] = ("x" * 50_000, None)
+    contents = write_file("parquet", selection, (ids, scores, kept))
+    for pieces in (2, 13, 300):
+        assert write_file("parquet", selection, (ids, scores, kept), pieces) == contents
+    monkeypatch.setattr(writers, "_KEPT_AT_ONCE", 3000)
+    assert write_file("parquet", selection, (ids, scores, kept)) == contents
+    table, groups = read_table(contents), row_groups(contents)
+    assert [row["country"] for row in table] == [value for value, _ in kept]
+    starts = np.cumsum([0, *groups])
+    sizes = [
+        sum(
+            len(row["id"]) + len(row["country"]) + sum(len(name.encode()) for name in row["labels"])
+            + sum(len(name.encode()) + 4 for name in row["scores"])
+            for row in table[start:end]
+        )
+        for start, end in itertools.pairwise(starts.tolist())
+    ]  # fmt: skip
+    # Each is full with its last row, and was not without it.
+    assert all(size >= 10_000 for size in sizes[:-1])
+    lasts = [len(table[end - 1]["country"]) + 200 for end in starts[1:].tolist()]
+    assert all(size - last < 10_000 for size, last in zip(sizes, lasts, strict=True))
+
+
+def test_a_name_of_64_kib_ends_row_groups_early():
+    labels = ("n" * (1 << 16), *(f"l{index}" for index in range(21)))
+    file = io.BytesIO()
+    writer = open_results(file, ResultLayout("parquet", labels, np.full(22, 0.5), ("all", 0)))
+    scores = np.full((3000, 22), 0.25, np.float32)
+    writer.write(DocumentScores(["x"] * 3000, scores, [()] * 3000))
+    writer.close()
+    assert max(row_groups(file.getvalue())) <= (1 << 26 >> 16)
+    table = pq.read_table(file)
+    assert len(table) == 3000 and len(table["scores"][0]) == 22
+    assert len(file.getvalue()) < 1e6
+
+
+THRESHOLDS_OF_FILES = [0.1, 0.3, 0.5, 0.7, 1 / 3, 0.9143055, 0.0, 1.0, 1e-40]
+
+
+@pytest.mark.parametrize("format", ENDINGS)
+@settings(max_examples=40, deadline=None)
+@given(st.data())
+def test_scores_reach_their_thresholds_exactly_where_the_labels_say_so(format, data):
+    """Scores at the thresholds and beside them, and thresholds anywhere between two scores."""
+    cuts = st.one_of(st.sampled_from(THRESHOLDS_OF_FILES), st.floats(0, 1))
+    thresholds = np.array(data.draw(st.lists(cuts, min_size=3, max_size=3)))
+    labels = ("a", "b", "c")
+    near = thresholds.astype(np.float32)
+    steps = [near]
+    for direction in (np.float32(-1), np.float32(2)):
+        beside = near
+        for _ in range(3):
+            beside = np.nextafter(beside, direction)
+            steps.append(beside)
+    scores = np.clip(np.stack(steps), 0, 1)
+    file = io.BytesIO()
+    writer = open_results(file, ResultLayout(format, labels, thresholds, ("all", 0)))
+    ids = [str(index) for index in range(len(scores))]
+    writer.write(DocumentScores(ids, scores, [()] * len(scores)))
+    writer.close()
+    rows = (read_lines if format == "jsonl" else read_table)(file.getvalue())
+    rounded = dict(zip(labels, round_thresholds(thresholds.tolist()), strict=True))
+    for row in rows:
+        for kind in (float, np.float32):
+            reached = [name for name in labels if kind(row["scores"][name]) >= kind(rounded[name])]
+            assert reached == row["labels"]
 
 
 @pytest.mark.parametrize("format", ENDINGS)

@@ -23,8 +23,9 @@ from trainer.storage import filesystem
 from trainer.storage.own_files import MAX_BYTES, check_plain_files, load
 
 SPECIAL_TOKENS = ("[PAD]", "[UNK]", "[CLS]", "[SEP]", "[MASK]")
-_TOKENIZER_FILE = "tokenizer.json"
-_CONFIG_FILE = "tokenizer_config.json"
+TOKENIZER_FILE = "tokenizer.json"
+VOCABULARY_FILE = "vocab.txt"
+CONFIG_FILE = "tokenizer_config.json"
 CONTINUATION = "##"
 _MIN_PAIR_COUNT = 2
 _MAX_ALPHABET = 1000
@@ -126,17 +127,17 @@ class Tokenizer:
         exist.
         """
         os.makedirs(folder, exist_ok=True)
-        self.backend.save(os.path.join(folder, _TOKENIZER_FILE))
+        self.backend.save(os.path.join(folder, TOKENIZER_FILE))
         config = dict(self.config)
         if model_max_length is not None:
             config["model_max_length"] = model_max_length
-        _write(os.path.join(folder, _CONFIG_FILE), json.dumps(config, indent=2, sort_keys=True))
+        _write(os.path.join(folder, CONFIG_FILE), json.dumps(config, indent=2, sort_keys=True))
         tokens = {name: config[name] for name in _TOKEN_NAMES if name in config}
         _write(os.path.join(folder, "special_tokens_map.json"), json.dumps(tokens, indent=2))
         if isinstance(self.backend.model, tokenizers.models.WordPiece):
             vocabulary = self.backend.get_vocab(with_added_tokens=False)
             tokens_by_id = sorted(vocabulary, key=vocabulary.__getitem__)
-            _write(os.path.join(folder, "vocab.txt"), "\n".join(tokens_by_id))
+            _write(os.path.join(folder, VOCABULARY_FILE), "\n".join(tokens_by_id))
 
 
 def _cut_at_blank(text: str, max_characters: int) -> str:
@@ -185,8 +186,8 @@ def load_tokenizer(name_or_folder: str) -> Tokenizer:
     A URL has to hold tokenizer.json and tokenizer_config.json; older layouts load locally only.
     UserError if there is no such tokenizer, or it does not frame a text by [CLS] and [SEP].
     """
-    config_path = os.path.join(name_or_folder, _CONFIG_FILE)
-    tokenizer_path = os.path.join(name_or_folder, _TOKENIZER_FILE)
+    config_path = os.path.join(name_or_folder, CONFIG_FILE)
+    tokenizer_path = os.path.join(name_or_folder, TOKENIZER_FILE)
     if filesystem.exists(config_path) and filesystem.exists(tokenizer_path):
         config = load(dict[str, Any], config_path, "restore it")
         definition = filesystem.read_bytes(tokenizer_path, MAX_BYTES)
@@ -200,9 +201,7 @@ def load_tokenizer(name_or_folder: str) -> Tokenizer:
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"{name_or_folder}: not a readable tokenizer ({reason})") from None
     if filesystem.is_remote(name_or_folder):
-        raise UserError(
-            f"{name_or_folder}: no {_TOKENIZER_FILE} with {_CONFIG_FILE}; check the URL"
-        )
+        raise UserError(f"{name_or_folder}: no {TOKENIZER_FILE} with {CONFIG_FILE}; check the URL")
     if name_or_folder.startswith((".", os.path.sep)) and not os.path.isdir(name_or_folder):
         raise UserError(f"--tokenizer={name_or_folder}: no such folder; check the path")
     if os.path.isdir(name_or_folder):
@@ -221,8 +220,13 @@ def _convert(name: str) -> Tokenizer:
         reason = (str(error).strip() or type(error).__name__).splitlines()[0]
         raise UserError(
             f"--tokenizer={name}: cannot be loaded ({reason}); expected a folder with "
-            f"{_TOKENIZER_FILE} or vocab.txt, a hub id, or `train`"
+            f"{TOKENIZER_FILE}, or {VOCABULARY_FILE} and config.json, a hub id, or `train`"
         ) from None
+    if backend.get_vocab_size() <= len(SPECIAL_TOKENS):  # Without files `transformers` makes one.
+        raise UserError(
+            f"--tokenizer={name}: has no vocabulary; expected a folder with {TOKENIZER_FILE} or "
+            f"{VOCABULARY_FILE}, a hub id, or `train`"
+        )
     config = {key: str(getattr(slow_or_fast, key)) for key in _TOKEN_NAMES}
     config["tokenizer_class"] = "PreTrainedTokenizerFast"
     return _wrap(backend, config, name)

@@ -8,6 +8,7 @@ from typing import Any
 
 import numpy as np
 
+from trainer.errors import shorten
 from trainer.evaluation.metrics import (
     calibration_errors,
     count_decisions,
@@ -152,6 +153,6 @@ def print_table(
         print(*(f"{name} {bound:.4f}" for name, bound in bounds.items() if bound), sep=", ")
     never = np.flatnonzero(np.isnan(metrics["per_label"]["threshold"]))
     if len(never):
-        shown = ", ".join(labels[index] for index in never[:_SHOWN_LABELS])
+        shown = ", ".join(shorten(labels[index]) for index in never[:_SHOWN_LABELS])
         more = f" and {len(never) - _SHOWN_LABELS} more" if len(never) > _SHOWN_LABELS else ""
         print(f"Never predicted: {shown}{more}")

@@ -11,7 +11,7 @@ The sum of both F1 gives up almost nothing of the one for the other: there it re
 macro-F1 of 0.390 instead of 0.394.
 """
 
-from collections.abc import Iterator
+from collections.abc import Iterable, Iterator
 from dataclasses import dataclass, fields, replace
 
 import numpy as np
@@ -313,3 +313,20 @@ class _BinnedScores:
             right += int(self.histograms.positives[index][above].sum(dtype=np.int64))
             predicted += int(self.histograms.documents[index][above].sum(dtype=np.int64))
         return right, predicted
+
+
+def round_thresholds(thresholds: Iterable[float | None]) -> list[float | None]:
+    """Thresholds that decide the same for every float32 score, however the score is written.
+
+    A score reaches them exactly if it reaches the given ones, be it read as float32, as float64, or
+    from the shortest decimal that gives it back. None stays None.
+    """
+    return [None if cut is None else _round(cut) for cut in thresholds]
+
+
+def _round(threshold: float) -> float:
+    lowest = np.float32(threshold)
+    if float(lowest) < threshold:
+        lowest = np.nextafter(lowest, np.float32(np.inf))
+    # The score below and its digits are smaller than both of these.
+    return min(float(lowest), float(str(lowest)))

@@ -32,7 +32,7 @@ import numpy as np
 
 from trainer.data.metadata import METADATA_FILE, Metadata, Split
 from trainer.data.records import document_id, read_frame
-from trainer.errors import UserError
+from trainer.errors import UserError, shorten
 from trainer.preparation.duplicates import Repeats, find_repeats
 from trainer.preparation.shards import find_record
 from trainer.preparation.statistics import SplitStatistics
@@ -46,7 +46,7 @@ RARE_SHARE, RARE_COUNT = 0.001, 10
 # Shares from which a warning is printed.
 TRUNCATED_SHARE, UNKNOWN_TOKEN_SHARE, OTHER_SCRIPT_SHARE = 0.05, 0.01, 0.01
 _LABELS_KEPT, _LABELS_SHOWN, _GROUPS_SHOWN = 20, 5, 3
-_NO_NAMES = frozenset(("nan", "none", "null", "n/a", "<na>", "undefined"))
+_NO_NAMES = frozenset(("nan", "none", "null", "n/a", "<na>", "undefined", "\\n"))
 
 
 def check_splits(
@@ -180,7 +180,7 @@ def _warn_of_split(name: str, metadata: Metadata, checks: Mapping[str, Any]) -> 
         count = checks["repeated_documents"]
         lines.append(
             f"documents that repeat the text of another: {count:,} ({count / documents:.1%}), "
-            f"for example {' and '.join(checks['examples'][0])}"
+            f"for example {' and '.join(map(shorten, checks['examples'][0]))}"
         )
     if checks["conflicting_texts"]:
         lines.append(f"texts that occur with different labels: {checks['conflicting_texts']:,}")
@@ -191,8 +191,9 @@ def _warn_of_split(name: str, metadata: Metadata, checks: Mapping[str, Any]) -> 
     ):
         if checks[case]["count"]:
             count, labels = checks[case]["count"], checks[case]["labels"]
+            shown = ", ".join(map(shorten, labels[:_LABELS_SHOWN]))
             more = ", ..." if count > _LABELS_SHOWN else ""
-            lines.append(f"{words}: {count:,} ({', '.join(labels[:_LABELS_SHOWN])}{more})")
+            lines.append(f"{words}: {count:,} ({shown}{more})")
     if checks["truncated_share"] >= TRUNCATED_SHARE:
         lines.append(
             f"documents cut short, with --max_windows={metadata.max_windows} of "
@@ -281,6 +282,6 @@ def _warn_of_pair(pair: Mapping[str, Any], metadata: Metadata) -> str:
     conflicts = pair["conflicting_texts"]
     return (
         f"{first} and {second}: documents of {second} whose text {first} has too: {count:,} "
-        f"({share:.1%}), for example {' and '.join(pair['examples'][0])}"
+        f"({share:.1%}), for example {' and '.join(map(shorten, pair['examples'][0]))}"
         + (f"; texts with different labels: {conflicts:,}" if conflicts else "")
     )

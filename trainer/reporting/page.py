@@ -21,6 +21,7 @@ from markupsafe import Markup
 
 from trainer.config import absolute
 from trainer.data.metadata import Metadata
+from trainer.errors import shorten
 from trainer.evaluation.curves import HISTOGRAM_EDGES
 from trainer.reporting import sections
 from trainer.reporting.plots import BLUE, GREY, ORANGE, Plot, draw_headline, draw_label_curves
@@ -63,7 +64,9 @@ def render(material: Material) -> str:
     )
     # Keys stay unsorted: the first place that names a Bokeh model has to be its definition.
     environment.policies["json.dumps_kwargs"] = {"separators": (",", ":"), "allow_nan": False}
-    environment.filters.update(number=sections.number, count=sections.count, exact="{:.6g}".format)
+    environment.filters.update(
+        number=sections.number, count=sections.count, exact="{:.6g}".format, shorten=shorten
+    )
     loader = environment.loader
     assert loader is not None
     style, script = (

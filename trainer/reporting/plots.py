@@ -16,6 +16,7 @@ from bokeh.embed import json_item
 from bokeh.palettes import Blues256
 from bokeh.plotting import figure
 
+from trainer.errors import shorten
 from trainer.evaluation.curves import HISTOGRAM_EDGES
 
 # Of Okabe and Ito's palette, which every kind of colour vision can tell apart.
@@ -201,7 +202,7 @@ def draw_cooccurrence(
     for axis in drawn.axis:
         axis.ticker = models.FixedTicker(ticks=list(range(len(names))))
         axis.major_label_overrides = {
-            i: models.PlainText(_cut(name)) for i, name in enumerate(names)
+            i: models.PlainText(shorten(name, _MAX_TICK)) for i, name in enumerate(names)
         }
         axis.major_tick_line_color = axis.axis_line_color = None
         axis.major_label_text_font_size = "10px"
@@ -210,10 +211,6 @@ def draw_cooccurrence(
     tips = {"of": "@row", "with": "@column", "share": "@share{0.0%}", "documents": "@documents"}
     _show_on_hover(drawn, cells, tips)
     return make_plot(drawn, title, "")
-
-
-def _cut(name: str) -> str:
-    return name if len(name) <= _MAX_TICK else name[: _MAX_TICK - 1] + "…"
 
 
 def draw_label_curves(reported: str, fitted_on: str) -> tuple[Plot, ...]:

@@ -8,6 +8,7 @@ from typing import Any
 import numpy as np
 
 from trainer.data.metadata import TRAIN_SPLIT, Metadata, Split
+from trainer.errors import shorten
 from trainer.reporting import plots
 
 HEADLINES = {
@@ -321,7 +322,7 @@ def _points(
     labels = [curves["labels"][index] for index in chosen]
     measured = [metrics["per_label"][label] for label in labels]
     return {
-        "label": labels,
+        "label": [shorten(label) for label in labels],
         "x": xs,
         "y": [values["f1"] for values in measured],
         "support": [values["support"] for values in measured],
@@ -331,7 +332,7 @@ def _points(
 def cooccurrence_plots(curves: dict[str, Any]) -> tuple[plots.Plot, ...]:
     """How often labels occur together, true and predicted."""
     pairs = curves["cooccurrence"]
-    names = [curves["labels"][index] for index in pairs["labels"]]
+    names = [shorten(curves["labels"][index]) for index in pairs["labels"]]
     if len(names) < 2:
         return ()
     return (

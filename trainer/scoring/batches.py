@@ -14,7 +14,7 @@ import tensorflow as tf
 
 from trainer.data.packing import pack
 from trainer.data.tokenizer import TokenLimits, check_windows
-from trainer.errors import UserError
+from trainer.errors import UserError, shorten
 from trainer.model_config import PackingConfig
 from trainer.scoring.plan import Part
 from trainer.scoring.writers import DocumentScores
@@ -25,7 +25,7 @@ _RAW_BATCH_ROWS = 512
 _RAW_BATCH_CHARACTERS = 1 << 20
 _MAX_RAW_IDS = 50
 # Characters of ids and kept columns. They count because several token batches wait in memory.
-_TOKEN_BATCH_CHARACTERS = 1 << 25
+_TOKEN_BATCH_CHARACTERS = 1 << 23
 # Texts to the windows of each and whether tokens of it were lost, as `Tokenizer.encode_windows`.
 Encode = Callable[[list[str]], tuple[list[list[list[int]]], list[bool]]]
 
@@ -217,7 +217,7 @@ def check_finite(model: str, documents: DocumentScores) -> None:
     """Checks that all probabilities are finite; a UserError names the first bad document."""
     finite = np.isfinite(documents.probabilities).all(axis=1)
     if not finite.all():
-        identifier = documents.ids[int(np.argmin(finite))]
+        identifier = shorten(documents.ids[int(np.argmin(finite))])
         raise UserError(
             f"{model}: gives document {identifier!r} a score that is not a "
             "number; export a model whose weights are finite, or score with --precision=float32"

@@ -25,7 +25,8 @@ from trainer.storage.filesystem import add_checksum
 from trainer.storage.output_folder import OutputFolder
 from trainer.storage.own_files import Count, PlainName, Several, closed, parse
 
-PLAN_VERSION: Literal[1] = 1
+# Parts of version 1 have scores of six digits: a folder is not finished with others.
+PLAN_VERSION: Literal[2] = 2
 PLAN_FILE = "plan.json"
 _PART_NAME = "^part-[0-9]{5,}-of-[0-9]{5,}$"
 _SECONDS_BETWEEN_LOOKS = 1.0
@@ -68,7 +69,7 @@ class Plan:
     packing: PackingConfig
     inputs: Several[Input]
     parts: Annotated[Several[Part], Field(min_length=1)]
-    version: Literal[1] = PLAN_VERSION
+    version: Literal[1, 2] = PLAN_VERSION
 
 
 def describe_inputs(paths: Sequence[str], progress: str = "auto") -> tuple[Input, ...]:
@@ -177,6 +178,15 @@ def wait_for_plan(folder: OutputFolder, seconds: float) -> Plan:
             )
         time.sleep(_SECONDS_BETWEEN_LOOKS)
     return plan
+
+
+def check_version(plan: Plan, output_dir: str) -> None:
+    """Refuses, by a UserError, to add parts to those of an older version."""
+    if plan.version != PLAN_VERSION:
+        raise UserError(
+            f"{output_dir}: begun by an older version, which writes scores with fewer digits; "
+            "choose another --output_dir, or finish this one with that version"
+        )
 
 
 def check_plan(

@@ -6,7 +6,6 @@ bytes of a file depend on its rows alone, however many of them are written at a 
 
 import gzip
 import io
-import itertools
 import json
 import math
 from collections.abc import Iterator, Sequence
@@ -15,15 +14,21 @@ from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
 import pyarrow as pa
+import pyarrow.compute as pc
 import pyarrow.parquet as pq
+
+from trainer.sources.rows import as_text
 
 ENDINGS = {"jsonl": ".jsonl.gz", "parquet": ".parquet"}
 _GZIP_LEVEL = 6
-# Documents x labels that are formatted at once, so that their text stays below 100 MB.
-_CELLS_AT_ONCE = 1 << 20
-# Documents, and documents x labels, of a row group of Parquet.
+# Documents x labels that are formatted at once, and characters of the names that they may need, and
+# of ids and kept values: some have thousands of labels, some long names, some whole texts.
+_CELLS_AT_ONCE = 1 << 18
+_NAMES_AT_ONCE = 1 << 25
+_KEPT_AT_ONCE = 1 << 23
+# A row group of Parquet ends with so many rows, or with so many bytes as a reader holds them.
 _ROWS_A_GROUP = 1 << 14
-_CELLS_A_GROUP = 1 << 22
+_BYTES_A_GROUP = 1 << 26
 
 
 @dataclass(frozen=True)
@@ -42,9 +47,13 @@ class ResultLayout:
     selection: tuple[str, float]
     kept_columns: Sequence[str] = ()
 
-    def rows_at_once(self, num_cells: int) -> int:
-        """How many documents have about so many scores, at least one."""
-        return max(1, num_cells // max(1, len(self.labels)))
+    @property
+    def rows_at_once(self) -> int:
+        """How many documents are formatted at once, at least one."""
+        # A name may be written twice: among the labels and among the scores.
+        longest = 2 * sum(map(len, self.labels))
+        by_names = _NAMES_AT_ONCE // max(1, longest)
+        return max(1, min(by_names, _CELLS_AT_ONCE // max(1, len(self.labels))))
 
 
 class DocumentScores(NamedTuple):
@@ -57,6 +66,19 @@ class DocumentScores(NamedTuple):
     def rows(self, start: int, end: int) -> "DocumentScores":
         chosen = slice(start, end)
         return DocumentScores(self.ids[chosen], self.probabilities[chosen], self.kept[chosen])
+
+    def pieces(self, max_rows: int) -> Iterator["DocumentScores"]:
+        """Consecutive rows: as many at a time as bounds of their number and their text allow."""
+        texts = zip(self.ids, self.kept, strict=True)
+        sizes = [len(name) + sum(len(as_text(value)) for value in kept) for name, kept in texts]
+        ends = np.cumsum(sizes, dtype=np.int64)
+        start = 0
+        while start < len(sizes):
+            limit = ends[start] - sizes[start] + _KEPT_AT_ONCE
+            end = min(start + max_rows, int(np.searchsorted(ends, limit, side="right")))
+            end = max(start + 1, end)
+            yield self.rows(start, end)
+            start = end
 
 
 class SelectedLabels(NamedTuple):
@@ -84,9 +106,14 @@ class SelectedLabels(NamedTuple):
         """Their probabilities (float32 [S]), out of those of all labels (float32 [N, L])."""
         return probabilities[self.rows, self.columns]
 
-    def spans(self) -> Iterator[tuple[int, int]]:
-        """Where each document's labels begin and end."""
-        return itertools.pairwise(self.bounds.tolist())
+    def sums(self, sizes: np.ndarray) -> np.ndarray:
+        """The sum of its labels' sizes (int64 [L]) for each document, int64 [N]."""
+        return np.diff(np.append(0, np.cumsum(sizes[self.columns]))[self.bounds])
+
+    def join(self, texts: pa.Array) -> list[str]:
+        """The texts of its labels (string [S]), those of a document joined by commas."""
+        lists = pa.ListArray.from_arrays(pa.array(self.bounds, pa.int32()), texts)
+        return pc.binary_join(lists, ", ").to_pylist()
 
 
 def select_scores(probabilities: np.ndarray, layout: ResultLayout) -> SelectedLabels:
@@ -131,21 +158,19 @@ def open_results(file: BinaryIO, layout: ResultLayout) -> "LineWriter | TableWri
 class LineWriter:
     """Gzipped lines of `{"id": ..., "labels": [...], "scores": {...}, ...}`.
 
-    They are formatted by hand: for a thousand labels `json.dumps` takes longer than the encoder
-    does on an accelerator. Scores have six significant digits, more than bfloat16 or float32 sums
-    carry.
+    Arrow formats them: for a thousand labels `json.dumps` takes longer than the encoder does on an
+    accelerator. A score is the shortest decimal that gives its float32 back, so the order of scores
+    and their comparison with a threshold are the same before and after.
     """
 
     def __init__(self, file: BinaryIO, layout: ResultLayout) -> None:
         self._layout = layout
         # Neither a name nor a time in the header: the bytes depend on the lines alone.
         self._file = gzip.GzipFile("", "wb", _GZIP_LEVEL, file, mtime=0)
-        # The texts that are the same in every line.
-        self._names = [json.dumps(label, ensure_ascii=False) for label in layout.labels]
-        self._keys = [f"{name}: " for name in self._names]
+        names = [_to_text(json.dumps(label, ensure_ascii=False)) for label in layout.labels]
+        self._names = pa.array(names, pa.string())
+        self._keys = pa.array([f"{name}: " for name in names], pa.string())
         self._kept = [f", {json.dumps(name)}: " for name in layout.kept_columns]
-        keys = ", ".join(f"{key.replace('%', '%%')}%.6g" for key in self._keys)
-        self._all = f"{{{keys}}}"
 
     def write(self, documents: DocumentScores) -> None:
         """Adds documents."""
@@ -163,14 +188,11 @@ class LineWriter:
 
     def format(self, documents: DocumentScores) -> Iterator[bytes]:
         """The lines of N documents, some at a time, so that memory does not grow with N."""
-        step = self._layout.rows_at_once(_CELLS_AT_ONCE)
-        for start in range(0, len(documents.ids), step):
-            yield self._format(documents.rows(start, start + step))
+        return map(self._format, documents.pieces(self._layout.rows_at_once))
 
     def _format(self, documents: DocumentScores) -> bytes:
         chosen = SelectedLabels.of(documents.probabilities >= self._layout.thresholds)
-        names = [self._names[column] for column in chosen.columns.tolist()]
-        labels_of = [", ".join(names[start:end]) for start, end in chosen.spans()]
+        labels_of = chosen.join(self._names.take(pa.array(chosen.columns)))
         scores_of = self._format_scores(documents.probabilities)
         lines = []
         for identifier, labels, scores, values in zip(
@@ -178,33 +200,31 @@ class LineWriter:
         ):
             # Ids are anybody's: escaped to ASCII, even half a surrogate pair survives.
             lines.append(f'{{"id": {json.dumps(identifier)}, "labels": [{labels}], ')
-            lines.append(f'"scores": {scores}')
+            lines.append(f'"scores": {{{scores}}}')
             lines += [key + _to_json(value) for key, value in zip(self._kept, values, strict=True)]
             lines.append("}\n")
         return "".join(lines).encode()
 
     def _format_scores(self, probabilities: np.ndarray) -> list[str]:
-        """The selected scores of each document as a JSON object."""
-        if self._layout.selection[0] == "all":
-            return [self._all % tuple(row) for row in probabilities.tolist()]
+        """The selected scores of each document, as they stand in a JSON object."""
         selected = select_scores(probabilities, self._layout)
-        values = selected.values(probabilities).tolist()
-        pairs = zip(selected.columns.tolist(), values, strict=True)
-        texts = [f"{self._keys[column]}{value:.6g}" for column, value in pairs]
-        return [f"{{{', '.join(texts[start:end])}}}" for start, end in selected.spans()]
+        scores = pa.array(selected.values(probabilities)).cast(pa.string())
+        keys = self._keys.take(pa.array(selected.columns))
+        return selected.join(pc.binary_join_element_wise(keys, scores, ""))
 
 
 class TableWriter:
     """Parquet with `id` (string), `labels` (list<string>), `scores` (map<string, float>), ….
 
-    Kept columns follow as strings: text as it is, null as null, all else as JSON. All row groups
-    but the last have the same number of rows, however many rows are written at a time.
+    Kept columns follow as strings: text as it is, null as null, all else as JSON. A row group ends
+    after `_ROWS_A_GROUP` rows, or after the row that fills `_BYTES_A_GROUP`, however many rows are
+    written at a time.
     """
 
     def __init__(self, file: BinaryIO, layout: ResultLayout) -> None:
         self._layout = layout
         self._names = pa.array([_to_text(label) for label in layout.labels], pa.string())
-        self._rows_a_group = min(_ROWS_A_GROUP, layout.rows_at_once(_CELLS_A_GROUP))
+        self._sizes = pc.binary_length(self._names).to_numpy().astype(np.int64)
         self._schema = pa.schema(
             [
                 pa.field("id", pa.string(), nullable=False),
@@ -215,17 +235,22 @@ class TableWriter:
         )
         self._writer = pq.ParquetWriter(file, self._schema, compression="zstd")
         self._held: list[pa.RecordBatch] = []
-        self._num_held = 0
+        self._rows_held = self._bytes_held = 0
 
     def write(self, documents: DocumentScores) -> None:
-        start = 0
-        while start < len(documents.ids):
-            end = start + self._rows_a_group - self._num_held
-            self._held.append(self._to_batch(documents.rows(start, end)))
-            self._num_held += len(self._held[-1])
-            if self._num_held == self._rows_a_group:
-                self._write_group()
-            start = end
+        for piece in documents.pieces(self._layout.rows_at_once):
+            batch, sizes = self._to_batch(piece)
+            while len(batch):
+                ends = self._bytes_held + np.cumsum(sizes)
+                # The first row that fills the group is its last.
+                count = int(np.searchsorted(ends, _BYTES_A_GROUP)) + 1
+                count = min(count, len(batch), _ROWS_A_GROUP - self._rows_held)
+                self._held.append(batch.slice(0, count))
+                self._rows_held += count
+                self._bytes_held = int(ends[count - 1])
+                if self._rows_held == _ROWS_A_GROUP or self._bytes_held >= _BYTES_A_GROUP:
+                    self._write_group()
+                batch, sizes = batch.slice(count), sizes[count:]
 
     def close(self) -> None:
         if self._held:
@@ -238,22 +263,25 @@ class TableWriter:
 
     def _write_group(self) -> None:
         table = pa.Table.from_batches(self._held, self._schema).combine_chunks()
-        self._writer.write_table(table, row_group_size=self._rows_a_group)
-        self._held, self._num_held = [], 0
+        self._writer.write_table(table, row_group_size=_ROWS_A_GROUP)
+        self._held, self._rows_held, self._bytes_held = [], 0, 0
 
-    def _to_batch(self, documents: DocumentScores) -> pa.RecordBatch:
+    def _to_batch(self, documents: DocumentScores) -> tuple[pa.RecordBatch, np.ndarray]:
+        """N rows, and the bytes of each one's texts and scores, int64 [N]."""
         chosen = SelectedLabels.of(documents.probabilities >= self._layout.thresholds)
         selected = select_scores(documents.probabilities, self._layout)
         scores = pa.array(selected.values(documents.probabilities), pa.float32())
-        columns = [
-            pa.array([_to_text(identifier) for identifier in documents.ids], pa.string()),
-            pa.ListArray.from_arrays(*self._to_lists(chosen)),
-            pa.MapArray.from_arrays(*self._to_lists(selected), scores),
-        ]
+        texts = [pa.array([_to_text(identifier) for identifier in documents.ids], pa.string())]
         for index in range(len(self._layout.kept_columns)):
-            texts = [_value_to_text(values[index]) for values in documents.kept]
-            columns.append(pa.array(texts, pa.string()))
-        return pa.RecordBatch.from_arrays(columns, schema=self._schema)
+            values = [_value_to_text(values[index]) for values in documents.kept]
+            texts.append(pa.array(values, pa.string()))
+        labels = pa.ListArray.from_arrays(*self._to_lists(chosen))
+        by_name = pa.MapArray.from_arrays(*self._to_lists(selected), scores)
+        columns = [texts[0], labels, by_name, *texts[1:]]
+        sizes = chosen.sums(self._sizes) + selected.sums(self._sizes + scores.type.byte_width)
+        for column in texts:
+            sizes += pc.fill_null(pc.binary_length(column), 0).to_numpy()
+        return pa.RecordBatch.from_arrays(columns, schema=self._schema), sizes
 
     def _to_lists(self, selected: SelectedLabels) -> tuple[pa.Array, pa.Array]:
         """Where each document's labels begin (int32 [N + 1]), and their names (string [S])."""

@@ -17,7 +17,7 @@ from typing import Any
 import numpy as np
 import tensorflow as tf
 
-from trainer.errors import UserError
+from trainer.errors import UserError, shorten
 from trainer.model_config import LossConfig
 from trainer.storage.own_files import MAX_BYTES, parse
 
@@ -95,7 +95,7 @@ def effective_number(count: np.ndarray) -> np.ndarray:
 
 def _warn_one_sided(side: str, names: list[str]) -> None:
     if names:
-        shown = ", ".join(names[:5]) + (", ..." if len(names) > 5 else "")
+        shown = ", ".join(map(shorten, names[:5])) + (", ..." if len(names) > 5 else "")
         _logger.warning(
             "%d labels have no %s in the training split and cannot be learned: %s",
             len(names), side, shown,

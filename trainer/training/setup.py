@@ -11,6 +11,8 @@ import json
 import logging
 import os
 import platform
+import shlex
+import sys
 from collections.abc import Iterator, Sequence
 
 import keras
@@ -22,6 +24,7 @@ from trainer.data.input_pipeline import count_documents
 from trainer.data.metadata import TOKENIZER_FOLDER, Metadata
 from trainer.data.packing import add_histograms, choose_packing
 from trainer.data.tokenizer import load_tokenizer
+from trainer.data.vocabulary import find_difference, load_own_tokenizer
 from trainer.errors import UserError
 from trainer.model.model import Model, build_model
 from trainer.model.pretrained import load_pretrained, model_config, resolve_checkpoint
@@ -36,6 +39,9 @@ from trainer.training.step import LossScale, TrainStep
 
 _logger = logging.getLogger(__name__)
 
+# Embedding tables are padded to a multiple of 64 or 128 rows.
+_TABLE_PADDING = 128
+
 
 def check_tokenizer(data_dir: str, metadata: Metadata) -> None:
     """Raises a UserError if the tokenizer beside the shards is not the one that prepared them."""
@@ -46,6 +52,33 @@ def check_tokenizer(data_dir: str, metadata: Metadata) -> None:
             f"metadata.json says {metadata.tokenizer_fingerprint[:12]}; restore the tokenizer "
             "that prepared the shards, or prepare them again"
         )
+
+
+def check_vocabulary(
+    config: TrainConfig, metadata: Metadata, sizes: ModelConfig, folder: str
+) -> None:
+    """Raises a UserError if the data's token ids are other words to the checkpoint in `folder`.
+
+    Without a tokenizer in the folder only the sizes of the vocabularies are compared: a warning.
+    """
+    flag, theirs = f"--init_checkpoint={config.init_checkpoint}", load_own_tokenizer(folder)
+    if theirs is None:
+        line = (
+            f"{flag}: has no tokenizer that can be read; whether its {sizes.vocab_size} ids mean "
+            f"the words of the {metadata.vocab_size} ids in {config.data_dir} is unknown"
+        )
+        if sizes.vocab_size - metadata.vocab_size >= _TABLE_PADDING:
+            raise UserError(f"{line}, and unlikely; copy its tokenizer into its folder")
+        print(f"warning: {line}", file=sys.stderr, flush=True)
+    elif theirs.fingerprint != metadata.tokenizer_fingerprint:
+        ours = load_tokenizer(os.path.join(config.data_dir, TOKENIZER_FOLDER))
+        difference = find_difference(ours, folder, theirs)
+        if difference is not None:
+            raise UserError(
+                f"{flag}: not the vocabulary of {config.data_dir}: {difference}; prepare another "
+                f"folder: multihot prepare --tokenizer={shlex.quote(str(config.init_checkpoint))} "
+                f"--max_seq_length={metadata.max_seq_length} --input=FILES --data_dir=DIR"
+            )
 
 
 def choose_run_packing(config: TrainConfig, metadata: Metadata) -> PackingConfig:
@@ -76,7 +109,10 @@ def choose_model(
     asked_by = f"the data in {config.data_dir}"
     with local_checkpoint(config.init_checkpoint) as folder:
         sizes = choose_model_config(config, metadata, folder, asked_by, remedy)
-        return sizes, {} if folder is None else load_pretrained(folder, sizes)
+        if folder is None:
+            return sizes, {}
+        check_vocabulary(config, metadata, sizes, folder)
+        return sizes, load_pretrained(folder, sizes)
 
 
 @contextlib.contextmanager
@@ -117,6 +153,17 @@ def choose_model_config(
     return dataclasses.replace(sizes, window_pooling=config.window_pooling)
 
 
+def data_fingerprint(metadata: Metadata, eval_split: str) -> str:
+    """SHA-256 (hex) of labels, longest window, and the shards of both splits that a run reads."""
+    shards = [
+        (name, shard.checksum)
+        for name in ("train", eval_split)
+        for shard in metadata.split(name).shards
+    ]
+    data = json.dumps([metadata.labels, metadata.max_seq_length, shards])
+    return hashlib.sha256(data.encode()).hexdigest()
+
+
 def make_record(
     config: TrainConfig,
     metadata: Metadata,
@@ -125,12 +172,6 @@ def make_record(
     strategy: tf.distribute.Strategy,
 ) -> RunRecord:
     """What config.json says of a run on the replicas of a strategy."""
-    shards = [
-        (name, shard.checksum)
-        for name in ("train", config.eval_split)
-        for shard in metadata.split(name).shards
-    ]
-    data = json.dumps([metadata.labels, metadata.max_seq_length, shards])
     split = metadata.split("train")
     counts = split.label_counts, split.documents
     cap, labels = config.max_pos_weight, metadata.labels
@@ -145,7 +186,7 @@ def make_record(
         exact_correction=losses.has_exact_correction(config.objective),
         max_seq_length=metadata.max_seq_length,
         total_documents=count_documents(split.documents, config.num_train_epochs),
-        data_fingerprint=hashlib.sha256(data.encode()).hexdigest(),
+        data_fingerprint=data_fingerprint(metadata, config.eval_split),
         tokenizer_fingerprint=metadata.tokenizer_fingerprint,
         precision=choose_precision(config.precision, strategy),
         micro_batches_per_step=strategy.num_replicas_in_sync * config.gradient_accumulation,
