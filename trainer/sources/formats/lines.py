@@ -12,7 +12,14 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NamedTuple, cast
 
 from trainer.errors import UserError
-from trainer.sources.formats.base import Format, cut_rows, find_format, require_columns, wrong_type
+from trainer.sources.formats.base import (
+    Format,
+    cut_rows,
+    find_format,
+    hint_at_layout,
+    require_columns,
+    wrong_type,
+)
 from trainer.sources.input_files import (
     Extent,
     damaged,
@@ -288,23 +295,6 @@ def _field_names(objects: Sequence[dict[str, Any]]) -> list[str]:
 
 def _values(objects: Sequence[dict[str, Any]], column: str) -> list[Any]:
     return [value[column] for value in objects if value.get(column) is not None]
-
-
-def hint_at_layout(rows: Sequence[Sequence[str]], is_tabbed: bool) -> str:
-    """The flags for a table without a header that begins with `rows`, all of one width."""
-    columns = ["".join(column) for column in zip(*rows, strict=True)]
-    longest = max(range(len(columns)), key=lambda place: len(columns[place]))
-    are_ids = " " not in columns[0] and len({row[0] for row in rows}) == len(rows)
-    if is_tabbed and (len(columns), longest, are_ids) == (3, 2, True) and "," not in columns[1]:
-        return (
-            "if the lines are id<TAB>labels<TAB>text, without a header, say so with "
-            "--input_format=libmultilabel"
-        )
-    names = ["text", "labels", "id", *(f"name{i}" for i in range(3, len(columns)))][: len(columns)]
-    return (
-        "if the first line is a row and no header, name its columns in order, such as "
-        f"--columns={','.join(names[-longest:] + names[:-longest])}"
-    )
 
 
 class TextLines(LineFormat):
