@@ -347,6 +347,12 @@ def test_a_text_is_not_cut_where_pandas_left_a_carriage_return(tmp_path):
     rows = read(path, Columns(labels=("labels",)))
     assert [row.text for row in rows if isinstance(row, Row)] == ["plain", "x", "y", "z"]
     assert isinstance(rows[0], BadRow) and "new-line character" in rows[0].reason
+    # The quoted value beside it goes on in lines that look like rows.
+    for first in (b'1,a\rb,"x\n2,b,plain"\n', b'1,a,"x\n2,b,plain" too\n'):
+        path.write_bytes(b"id,labels,text\n" + first + b'3,5" pipe,y\n4,5" pipe,z\n')
+        rows = read(path, Columns(labels=("labels",)))
+        assert [row.text for row in rows if isinstance(row, Row)] == ["y", "z"]
+        assert [row.position for row in rows if isinstance(row, BadRow)] == [0, 1]
 
 
 def test_quotes_that_mean_nothing_swallow_no_rows_of_a_tsv(tmp_path):

@@ -37,7 +37,7 @@ from trainer.preparation.duplicates import Repeats, find_repeats
 from trainer.preparation.shards import find_record
 from trainer.preparation.statistics import SplitStatistics
 from trainer.sources.input_files import open_file
-from trainer.sources.label_text import is_odd, shorten
+from trainer.sources.label_text import is_odd, quoted
 from trainer.sources.labels import NORMAL_FORMS, TRUTH_WORDS, normalize_name
 from trainer.storage.filesystem import checksum
 
@@ -271,7 +271,7 @@ def _find_joined(names: Collection[str]) -> list[str]:
 def _list_names(names: Sequence[str], counts: Mapping[str, int]) -> str:
     """The most frequent of some names, with their documents."""
     names = sorted(names, key=lambda name: (-counts[name], name))
-    shown = ", ".join(f"{shorten(name)} {counts[name]:,}" for name in names[:_LABELS_SHOWN])
+    shown = ", ".join(f"{quoted(name)} {counts[name]:,}" for name in names[:_LABELS_SHOWN])
     return shown + (", ..." if len(names) > _LABELS_SHOWN else "")
 
 

@@ -11,11 +11,10 @@ from typing import Any
 from trainer.config import PrepareConfig
 from trainer.data.metadata import TOKENIZER_FOLDER, Metadata
 from trainer.data.tokenizer import TokenLimits, load_tokenizer
-from trainer.errors import UserError
+from trainer.errors import UserError, shorten
 from trainer.preparation.row_index import RowIndex
 from trainer.sources.docstrings import PREFIX, write_sample
 from trainer.sources.formats.base import find_format
-from trainer.sources.label_text import shorten
 from trainer.sources.labels import (
     LabelError,
     LabelReader,

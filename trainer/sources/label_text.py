@@ -13,6 +13,7 @@ import tokenize
 from collections.abc import Sequence
 from typing import Any
 
+from trainer.errors import shorten
 from trainer.sources.rows import LabelIds, shown
 
 # Functions by which libraries write a container, and a single value, of one argument.
@@ -64,7 +65,7 @@ def split_labels(text: str, delimiter: str) -> Sequence[Any]:
     elif _POSTGRES.fullmatch(text):
         items = _parse_postgres(text)
     elif _PRINTED.search(text):
-        raise LabelError(f"labels {shorten(text)}: printed, not written; write a JSON list")
+        raise LabelError(f"labels {quoted(text)}: printed, not written; write a JSON list")
     else:
         items = _split(text, delimiter)
     if isinstance(items, LabelIds):
@@ -81,7 +82,7 @@ def _split(text: str, delimiter: str) -> list[str]:
         return pieces
     if len(pieces) > 1 and not is_odd(text) and any(map(is_odd, pieces)):
         raise LabelError(
-            f"labels {shorten(text)}: {delimiter!r} within brackets or quotes; write a JSON list, "
+            f"labels {quoted(text)}: {delimiter!r} within brackets or quotes; write a JSON list, "
             "or name another --label_delimiter"
         )
     for quote in "'\"":
@@ -113,7 +114,7 @@ def _parse_container(text: str) -> Sequence[Any]:
     if value and isinstance(value, set) and all(isinstance(item, int) for item in value):
         return LabelIds(value)
     if not isinstance(value, list | set):
-        raise LabelError(f"labels {shorten(text)}: not a list")
+        raise LabelError(f"labels {quoted(text)}: not a list")
     return list(value)
 
 
@@ -130,9 +131,9 @@ def _parse_python(text: str) -> Any:
     except (ValueError, TypeError, SyntaxError, MemoryError, RecursionError):
         if _POSTGRES.fullmatch(text):
             return _parse_postgres(text)
-        raise LabelError(f"labels {shorten(text)}: not a list") from None
+        raise LabelError(f"labels {quoted(text)}: not a list") from None
     if _STRINGS_SIDE_BY_SIDE.search(text) and _joins_strings(text):
-        raise LabelError(f"labels {shorten(text)}: no comma between strings")
+        raise LabelError(f"labels {quoted(text)}: no comma between strings")
     return value
 
 
@@ -170,7 +171,6 @@ def _joins_strings(text: str) -> bool:
     return (tokenize.STRING, tokenize.STRING) in zip(kinds, kinds[1:], strict=False)
 
 
-def shorten(value: Any) -> str:
-    """The beginning of a value, for a message."""
-    text = shown(value)
-    return text if len(text) <= 60 else text[:57] + "..."
+def quoted(value: Any) -> str:
+    """The beginning of a value as Python writes it, for a message."""
+    return shorten(shown(value), 60)

@@ -14,7 +14,7 @@ from typing import Any
 
 from trainer.errors import UserError
 from trainer.flags import is_unicode
-from trainer.sources.label_text import LabelError, shorten, split_labels
+from trainer.sources.label_text import LabelError, quoted, split_labels
 from trainer.sources.rows import FeatureValues, LabelIds
 
 MAX_NAME_CHARACTERS = 1024  # A longer one is, as a rule, a file that is read wrongly.
@@ -100,7 +100,7 @@ class LabelReader:
         if isinstance(raw, str):
             items = self._split(raw)
         elif raw is None or isinstance(raw, dict):
-            raise LabelError(f"labels are {shorten(raw)}, expected a list or a string")
+            raise LabelError(f"labels are {quoted(raw)}, expected a list or a string")
         else:
             items = raw if isinstance(raw, list | tuple) else [raw]
         return items if isinstance(items, LabelIds) else self._numbers(items)
@@ -120,7 +120,7 @@ class LabelReader:
         for value in values:
             if isinstance(value, str) and self.delimiter in value and not self._is_known(value):
                 raise LabelError(
-                    f"label {shorten(value)} holds the delimiter {self.delimiter!r}: alone it "
+                    f"label {quoted(value)} holds the delimiter {self.delimiter!r}: alone it "
                     "would be several labels; name another --label_delimiter"
                 )
         return list(values)
@@ -136,10 +136,10 @@ class LabelReader:
         are_numbers = all(pattern.fullmatch(item) for item in items)
         if self.kind in ("ids", "multi_hot") and not are_numbers:
             raise LabelError(
-                f"labels {shorten(list(items))}: expected numbers, as --label_kind={self.kind} says"
+                f"labels {quoted(list(items))}: expected numbers, as --label_kind={self.kind} says"
             )
         if self.can_be_ids and not are_numbers:
-            raise LabelsAreNames(f"labels {shorten(list(items))}: names, where others are numbers")
+            raise LabelsAreNames(f"labels {quoted(list(items))}: names, where others are numbers")
         if self.kind == "auto" and not self.can_be_ids:
             # Three zeros and ones or more, one a label, can be nothing else.
             is_multi_hot = 2 < len(items) == len(self.names) and set(items) <= {"0", "1"}
@@ -157,14 +157,14 @@ class LabelReader:
             return [name for name, is_set in zip(self.names, items, strict=True) if is_set]
         if self.kind == "multi_hot":
             raise LabelError(
-                f"labels {shorten(list(items))}: expected a multi-hot list, a 0 or 1 for each of "
+                f"labels {quoted(list(items))}: expected a multi-hot list, a 0 or 1 for each of "
                 f"{len(self.names or ())} labels"
             )
         names = self._names_of_ids(items)
         as_names = [_name_of(item) for item in items]
         if self.kind == "auto" and names != as_names and any(map(self._is_known, as_names)):
             raise LabelError(
-                f"labels {shorten(list(items))} are names of labels as well as places of others; "
+                f"labels {quoted(list(items))} are names of labels as well as places of others; "
                 "write names as strings, or say with --label_kind which they are"
             )
         return names
@@ -191,20 +191,20 @@ class LabelReader:
         names = []
         for name, value in zip(self.columns, raw, strict=True):
             if isinstance(value, list | dict | tuple):
-                raise LabelError(f"column {name!r} holds {shorten(value)}, expected 0 or 1")
+                raise LabelError(f"column {name!r} holds {quoted(value)}, expected 0 or 1")
             text = str(value).strip().lower() if value is not None else ""
             if text in _TRUE:
                 names.append(name)
             elif text not in _FALSE:
-                raise LabelError(f"column {name!r} holds {shorten(value)}, expected 0 or 1")
+                raise LabelError(f"column {name!r} holds {quoted(value)}, expected 0 or 1")
         return sorted(name for name in names if name not in self.dropped)
 
     def _name(self, item: Any) -> str:
         """A label's name, checked, and as the list of labels has it."""
         if not isinstance(item, str):
-            raise LabelError(f"label {shorten(item)}: expected a name")
+            raise LabelError(f"label {quoted(item)}: expected a name")
         if not is_unicode(item):
-            raise LabelError(f"label {shorten(item)} is not valid Unicode")
+            raise LabelError(f"label {quoted(item)} is not valid Unicode")
         name = normalize_name(item, self.normalize)
         if name == "":
             raise LabelError("a label's name is empty")
@@ -212,14 +212,14 @@ class LabelReader:
         if self.names is None or self.keeps_unknown:
             return self._known.get(name, name)
         if name not in self._known:
-            raise LabelError(f"{UNKNOWN_LABEL} {shorten(item)}{self._explain_unknown(name)}")
+            raise LabelError(f"{UNKNOWN_LABEL} {quoted(item)}{self._explain_unknown(name)}")
         return self._known[name]
 
     def _explain_unknown(self, name: str) -> str:
         """What may be meant by a name that is not in the list."""
         if known := self._by_normal_form.get(normalize_name(name, NORMAL_FORMS)):
             forms = ",".join(NORMAL_FORMS)
-            return f", but {shorten(known)} is one; --normalize_labels={forms} makes one of both"
+            return f", but {quoted(known)} is one; --normalize_labels={forms} makes one of both"
         if self.kind == "auto" and _PLAIN_INTEGER.fullmatch(name):
             return (
                 "; digits are an id only where all labels of the column are numbers and no known "
@@ -235,7 +235,7 @@ class LabelReader:
 def _name_of(number: Any) -> str:
     """A number as the name of a label; a LabelError if it is not whole."""
     if isinstance(number, bool) or number != number // 1 or abs(number) >= _LARGEST_ID:
-        raise LabelError(f"label {shorten(number)}: expected a name or a whole number")
+        raise LabelError(f"label {quoted(number)}: expected a name or a whole number")
     return str(int(number))
 
 
@@ -255,7 +255,7 @@ def check_length(name: str) -> None:
     """Checks the length of a label's name; a LabelError tells of one that is too long."""
     if len(name) > MAX_NAME_CHARACTERS:
         raise LabelError(
-            f"label {shorten(name)} of {len(name):,} characters, expected at most "
+            f"label {quoted(name)} of {len(name):,} characters, expected at most "
             f"{MAX_NAME_CHARACTERS:,}; check the column and the delimiter"
         )
 

@@ -118,6 +118,23 @@ def check_classes(name: str, column: str, classes: Sequence[str]) -> None:
         )
 
 
+def hint_at_layout(rows: Sequence[Sequence[str]], is_tabbed: bool) -> str:
+    """The flags for a table without a header that begins with `rows`, all of one width."""
+    columns = ["".join(column) for column in zip(*rows, strict=True)]
+    longest = max(range(len(columns)), key=lambda place: len(columns[place]))
+    are_ids = " " not in columns[0] and len({row[0] for row in rows}) == len(rows)
+    if is_tabbed and (len(columns), longest, are_ids) == (3, 2, True) and "," not in columns[1]:
+        return (
+            "if the lines are id<TAB>labels<TAB>text, without a header, say so with "
+            "--input_format=libmultilabel"
+        )
+    names = ["text", "labels", "id", *(f"name{i}" for i in range(3, len(columns)))][: len(columns)]
+    return (
+        "if the first line is a row and no header, name its columns in order, such as "
+        f"--columns={','.join(names[-longest:] + names[:-longest])}"
+    )
+
+
 def wrong_type(name: str, column: str, columns: Columns, found: str, expected: str) -> UserError:
     """What to raise for a column whose type cannot be right."""
     return UserError(

@@ -14,12 +14,11 @@ from typing import Any
 
 from trainer.errors import UserError
 from trainer.flags import is_unicode
-from trainer.sources.formats.base import Format, cut_rows, require_columns
+from trainer.sources.formats.base import Format, cut_rows, hint_at_layout, require_columns
 from trainer.sources.formats.lines import (
     MAX_LINE_BYTES,
     LongLine,
     bounded_lines,
-    hint_at_layout,
     too_long,
     without_mark,
 )
@@ -36,6 +35,7 @@ _NO_FIELD_LIMIT = 2**31 - 1  # Lines and records are bounded here instead.
 _DELIMITERS = {"csv": ",", "tsv": "\t"}
 _ROWS_TO_CHECK = 20
 _LONGEST_NAME = 1000
+_DOUBTFUL_LINES = 100
 # The values of a row; or, of what is none, the reason and the line.
 Record = list[str] | tuple[str, str]
 
@@ -53,7 +53,7 @@ class _Lines:
         self.record: list[str] = []
         self.long_line: LongLine | None = None
         self.num_bytes = 0
-        # Lines still to be read again, of a record of the wrong width.
+        # Lines that are still to be read and may be the rest of a broken record.
         self.num_doubtful = 0
 
     def __iter__(self) -> "_Lines":
@@ -106,7 +106,7 @@ def _physical_lines(name: str, file: Any, delimiter: bytes, width: int) -> Itera
         pieces = [line]
         if b"\r" in line.removesuffix(b"\n").removesuffix(b"\r"):
             pieces = line.splitlines(keepends=True)
-            rows = [piece for piece in pieces if piece.strip()]
+            rows = [piece for piece in pieces if piece.strip(b"\r\n")]
             if separators and any(piece.count(delimiter) < separators for piece in rows):
                 pieces = [line]
         elif is_first and not width:
@@ -135,7 +135,12 @@ def _records(name: str) -> Iterator[Record]:
             except csv.Error as error:
                 if not lines.record:
                     raise
-                yield f"not a table's row: {error}", lines.give_up_record()
+                # A carriage return may have ended the reading within a value's first line.
+                others = len(lines.record) - 1 or _DOUBTFUL_LINES
+                line = lines.give_up_record()
+                if line.count('"') % 2:
+                    lines.num_doubtful = max(lines.num_doubtful, others)
+                yield f"not a table's row: {error}", line
                 continue
             except _TooLong:
                 yield from _too_long(lines)
@@ -166,7 +171,8 @@ def _why_no_row(lines: _Lines, record: list[str], width: int, kind: str, is_doub
     if kind == "tsv" and _holds_rows(lines.record, width):
         return f"a quote that ends {others} lines on, which are rows too; double it within quotes"
     if is_doubtful and "".join(lines.record).count('"') % 2:
-        return "the rest of a row of the wrong width"
+        lines.num_doubtful = 0
+        return "the rest of a row that cannot be read"
     return ""
 
 
@@ -201,7 +207,7 @@ def _order_of_header(cells: Sequence[str], names: list[str]) -> list[str] | None
     """
     width = len(names)
     found = list(map(_bare, cells[-width:]))
-    if len(cells) > width > 1:
+    if len(cells) == 2 * width - 1 > width:
         missing = Counter(names) - Counter(found[1:])
         found[:1] = [name for name in missing if found[0].endswith(name)]
     return found if sorted(found) == sorted(names) else None
@@ -223,7 +229,10 @@ def _numbered(name: str) -> Iterator[tuple[int, Record]]:
             if isinstance(record, list) and _bare(record[0][:_LONGEST_NAME]) not in known:
                 yield position, record
                 continue
-            cells = record if isinstance(record, list) else record[1].split(delimiter)
+            cells = record
+            if isinstance(record, tuple):
+                line = record[1].replace("\r", " ")
+                cells = next(csv.reader([line], delimiter=delimiter), [])
             order = _order_of_header(cells, names)
             if order == names:
                 record = "the header again", delimiter.join(cells)

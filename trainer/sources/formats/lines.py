@@ -8,11 +8,11 @@ import itertools
 import json
 import math
 import re
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from typing import Any, NamedTuple, cast
 
 from trainer.errors import UserError
-from trainer.sources.formats.base import Format, cut_rows, find_format
+from trainer.sources.formats.base import Format, cut_rows, find_format, hint_at_layout
 from trainer.sources.input_files import (
     Extent,
     damaged,
@@ -207,23 +207,6 @@ class LineFormat(Format):
 def line_format(name: str) -> LineFormat:
     """What reads a file of lines."""
     return cast(LineFormat, find_format(name))
-
-
-def hint_at_layout(rows: Sequence[Sequence[str]], is_tabbed: bool) -> str:
-    """The flags for a table without a header that begins with `rows`, all of one width."""
-    columns = ["".join(column) for column in zip(*rows, strict=True)]
-    longest = max(range(len(columns)), key=lambda place: len(columns[place]))
-    are_ids = " " not in columns[0] and len({row[0] for row in rows}) == len(rows)
-    if is_tabbed and (len(columns), longest, are_ids) == (3, 2, True) and "," not in columns[1]:
-        return (
-            "if the lines are id<TAB>labels<TAB>text, without a header, say so with "
-            "--input_format=libmultilabel"
-        )
-    names = ["text", "labels", "id", *(f"name{i}" for i in range(3, len(columns)))][: len(columns)]
-    return (
-        "if the first line is a row and no header, name its columns in order, such as "
-        f"--columns={','.join(names[-longest:] + names[:-longest])}"
-    )
 
 
 class TextLines(LineFormat):
