@@ -1,11 +1,13 @@
 """`multihot train`: shards to checkpoints, the run as one story from top to bottom."""
 
+import contextlib
 import itertools
 import json
 import os
 import sys
 import time
 from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -19,8 +21,10 @@ from trainer.errors import RUN_AGAIN, RunAgain, UserError, end_process
 from trainer.model.predictor import StoppedError
 from trainer.run_config import TrainConfig
 from trainer.runtime import devices
+from trainer.runtime.cluster import read_cluster
 from trainer.runtime.devices import is_chief
 from trainer.runtime.interruption import Interruption
+from trainer.runtime.owner import OWNER_FILE, owned
 from trainer.storage.filesystem import write_atomically
 from trainer.training import setup
 from trainer.training.checkpoint import Checkpoints
@@ -68,10 +72,25 @@ def run(config: TrainConfig, interruption: Interruption | None = None) -> None:
     """Trains, or resumes, or says that there is nothing left to do.
 
     Raises:
-      UserError: for anything about the data, the checkpoint or the flags that the user can mend.
+      UserError: for anything about the data, the checkpoint or the flags that the user can mend,
+        and if another run is writing to the model folder.
       RunAgain: if the run was stopped, or lost a worker; it goes on when it is run again.
     """
     metadata = load_metadata(config.data_dir)
+    with _owning(config):
+        _run(config, metadata, interruption)
+
+
+def _owning(config: TrainConfig) -> AbstractContextManager[None]:
+    """Keeps other runs out of the model folder; of several workers the chief owns it for all."""
+    cluster = read_cluster(os.environ)
+    if cluster is not None and cluster.index:
+        return contextlib.nullcontext()
+    path = os.path.join(config.model_dir, OWNER_FILE)
+    return owned(path, f"--model_dir={config.model_dir}", "train")
+
+
+def _run(config: TrainConfig, metadata: Metadata, interruption: Interruption | None) -> None:
     setup.check_tokenizer(config.data_dir, metadata)
     packing = setup.choose_run_packing(config, metadata)
     stream = open_stream(config.data_dir, metadata, "train", packing)

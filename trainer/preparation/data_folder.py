@@ -17,9 +17,11 @@ import os
 import re
 import shutil
 from collections.abc import Collection, Iterator
+from contextlib import AbstractContextManager
 
 from trainer.data.metadata import METADATA_FILE, TOKENIZER_FOLDER, Metadata, load_metadata
 from trainer.errors import UserError
+from trainer.runtime.owner import OWNER_FILE, busy, owned
 from trainer.sources.rows import REJECTED_FOLDER
 from trainer.storage import gcs
 from trainer.storage.filesystem import checksum, disk_errors, write_atomically
@@ -29,6 +31,12 @@ from trainer.storage.temporary import lock_folder, temporary_folder
 WORK_FOLDER = ".prepare"
 FILE_NAME = re.compile(r"(?P<split>\w+)(-\d{5}-of-\d{5}\.tfrecord|\.texts)")
 _MOVING_FILE = "moving.json"
+
+
+def owning(data_dir: str) -> AbstractContextManager[None]:
+    """Keeps other commands out of a data folder; a UserError names the one that writes to it."""
+    path = os.path.join(data_dir, WORK_FOLDER, OWNER_FILE)
+    return owned(path, f"--data_dir={data_dir}", "prepare")
 
 
 @contextlib.contextmanager
@@ -44,14 +52,13 @@ def open_work_folder(data_dir: str) -> Iterator[str]:
             os.makedirs(work_dir, exist_ok=True)
             lock = lock_folder(work_dir)
             if lock is None:
-                raise UserError(
-                    f"{data_dir}: another `multihot prepare` is writing to it; wait for it to end, "
-                    "or name another --data_dir"
-                )
-            _take_back(data_dir, work_dir)
-            for entry in os.scandir(work_dir):  # Of a run that was killed.
-                _remove(entry.path)
-            yield work_dir
+                raise busy(os.path.join(work_dir, OWNER_FILE), f"--data_dir={data_dir}", "prepare")
+            with owning(data_dir):  # Also on other machines with the same disk.
+                _take_back(data_dir, work_dir)
+                for entry in os.scandir(work_dir):  # Of a run that was killed.
+                    if entry.name != OWNER_FILE:
+                        _remove(entry.path)
+                yield work_dir
     finally:
         if lock is not None:
             shutil.rmtree(work_dir, ignore_errors=True)
