@@ -134,13 +134,12 @@ def _run(command: str, arguments: Sequence[str], submitted: Sequence[str]) -> No
             _train(parsed, arguments)
         elif command.startswith(_SUBMITTING):
             _find(command)(parsed, submitted)
-        elif getattr(parsed, "runner", config.LOCAL_RUNNER) == config.LOCAL_RUNNER and (
-            command in config.COMMANDS
-        ):
-            with _ending_soon(command):
+        else:
+            # What was started elsewhere may take more time to end.
+            runner = getattr(parsed, "runner", config.LOCAL_RUNNER)
+            is_local = command in config.COMMANDS and runner == config.LOCAL_RUNNER
+            with _ending_soon(command) if is_local else contextlib.nullcontext():
                 _find(command)(parsed)
-        else:  # After a Ctrl-C these may take their time to end what they have started elsewhere.
-            _find(command)(parsed)
     except KeyboardInterrupt:
         signal.signal(signal.SIGINT, signal.SIG_DFL)  # A second one would show a traceback.
         _fail(name, "interrupted", INTERRUPTED)
@@ -224,9 +223,10 @@ def _without_startup_lines() -> Iterator[None]:
             os.dup2(standard_error, 2)
             os.close(standard_error)
             held.seek(0)
-            lines = [line for line in held if not any(words in line for words in _STARTUP_LINES)]
-            with contextlib.suppress(OSError):  # Nobody may read it.
-                os.write(2, b"".join(lines))
+            with contextlib.suppress(OSError):  # Perhaps nobody reads it.
+                for line in held:
+                    if not any(words in line for words in _STARTUP_LINES):
+                        os.write(2, line)
 
 
 def _explain(error: Exception) -> tuple[str, int] | None:

@@ -54,10 +54,9 @@ class ProcessWorkers:
             ) from None
 
     def _submit(self, *call: Any) -> "Future[Any]":
-        """Blocks SIGINT meanwhile, for a process that this may start and that inherits the mask.
+        """Blocks SIGINT for the process that this may start: a Ctrl-C reaches all of them.
 
-        A Ctrl-C at a terminal reaches all processes. The parent handles it and ends these; each of
-        them would print a traceback of its own.
+        The parent handles it and ends these. Each of them would print a traceback of its own.
         """
         mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
         try:
@@ -77,17 +76,14 @@ class ProcessWorkers:
             except TimeoutError:
                 if future.done():  # Raised by the function itself.
                     raise
-            if any(process.exitcode is not None for process in _processes(self._pool)):
+            processes = list((self._pool._processes or {}).values())
+            if any(process.exitcode is not None for process in processes):
                 _kill(self._pool)
                 raise BrokenProcessPool
 
 
-def _processes(pool: ProcessPoolExecutor) -> list[multiprocessing.Process]:
-    return list((pool._processes or {}).values())
-
-
 def _kill(pool: ProcessPoolExecutor) -> None:
-    for process in _processes(pool):
+    for process in list((pool._processes or {}).values()):
         process.kill()
 
 
