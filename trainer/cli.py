@@ -11,7 +11,8 @@ A command's name is one word or two (`submit tpu`). `submit` takes the commands 
        worker; every command does when a store does not answer
   130  interrupted: by SIGINT, in `train` by a second one
 
-Any other exception is a fault of ours and shows its traceback.
+Any other exception is a fault of ours and shows its traceback. A reader of the output that goes
+away changes neither the work nor the exit code; `jobs`, which only prints, ends then.
 """
 
 import contextlib
@@ -19,12 +20,23 @@ import difflib
 import importlib
 import os
 import pkgutil
+import signal
 import sys
+import threading
+import time
 from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 from trainer import config
-from trainer.errors import INTERRUPTED, USER_FAULT, DoesNotFit, RunAgain, UserError, end_process
+from trainer.errors import (
+    INTERRUPTED,
+    USER_FAULT,
+    DoesNotFit,
+    RunAgain,
+    UserError,
+    end_process,
+    protect_streams,
+)
 from trainer.flags import describe_flags, parse_flags
 from trainer.run_config import TrainConfig
 from trainer.storage import filesystem
@@ -45,6 +57,8 @@ _LAUNCH_COMMANDS = {
 COMMANDS = (*config.COMMANDS, *_LAUNCH_COMMANDS)
 # How the names of commands begin that take others after `--`.
 _SUBMITTING = "submit "
+# The commands that do nothing but print.
+_PRINTING = ("jobs list", "jobs status", "jobs logs")
 
 # The error line for each package that an extra installs.
 _EXTRAS = {
@@ -57,6 +71,8 @@ _EXTRAS = {
     "google.cloud.aiplatform_v1": "Google's client for Vertex AI is not installed; install "
     "multihot[cloud] with pip",
 }
+# To remove temporary files after a Ctrl-C.
+_SECONDS_TO_END = 8.0
 _STARTUP_LINES = (
     b"All log messages before absl::InitializeLog()",
     b"oneDNN custom operations are on",
@@ -78,6 +94,7 @@ def summarize(command: str) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs one command, by default this process's; SystemExit, not 0, unless it succeeds."""
     arguments = list(sys.argv[1:] if argv is None else argv)
+    protect_streams(end_with_reader=" ".join(arguments[:2]) in _PRINTING)
     if not arguments or arguments[0] in ("-h", "--help", "-help", "help"):
         print(_overview())
         return
@@ -118,10 +135,17 @@ def _run(command: str, arguments: Sequence[str], submitted: Sequence[str]) -> No
         elif command.startswith(_SUBMITTING):
             _find(command)(parsed, submitted)
         else:
-            _find(command)(parsed)
+            # What was started elsewhere may take more time to end.
+            runner = getattr(parsed, "runner", config.LOCAL_RUNNER)
+            is_local = command in config.COMMANDS and runner == config.LOCAL_RUNNER
+            with _ending_soon(command) if is_local else contextlib.nullcontext():
+                _find(command)(parsed)
     except KeyboardInterrupt:
+        signal.signal(signal.SIGINT, signal.SIG_DFL)  # A second one would show a traceback.
         _fail(name, "interrupted", INTERRUPTED)
     except Exception as error:
+        if command in _PRINTING and isinstance(error, BrokenPipeError):
+            return
         ending = _explain(error)
         if ending is None:
             raise
@@ -143,6 +167,31 @@ def _train(parsed: TrainConfig, arguments: Sequence[str]) -> None:
     # Before TensorFlow and NumPy start threads, which would take the signals otherwise.
     with Interruption() as interruption:
         _find("train")(parsed, interruption)
+
+
+@contextlib.contextmanager
+def _ending_soon(command: str) -> Iterator[None]:
+    """Ends this process some seconds after a Ctrl-C, whatever the block is doing then.
+
+    Python raises KeyboardInterrupt between two bytecodes of the main thread, which may stay inside
+    TensorFlow for minutes. Python's handler in C, however, writes to the pipe at once.
+    """
+    read, write = os.pipe()
+    os.set_blocking(write, False)
+
+    def watch() -> None:
+        with open(read, "rb", buffering=0) as signals:
+            if signals.read(1):
+                time.sleep(_SECONDS_TO_END)
+                end_process("interrupted", INTERRUPTED, command=command)
+
+    previous = signal.set_wakeup_fd(write)
+    threading.Thread(target=watch, daemon=True).start()
+    try:
+        yield
+    finally:
+        signal.set_wakeup_fd(previous)
+        os.close(write)
 
 
 def _find(command: str) -> Callable[..., None]:
@@ -174,9 +223,10 @@ def _without_startup_lines() -> Iterator[None]:
             os.dup2(standard_error, 2)
             os.close(standard_error)
             held.seek(0)
-            for line in held:
-                if not any(words in line for words in _STARTUP_LINES):
-                    os.write(2, line)
+            with contextlib.suppress(OSError):  # Perhaps nobody reads it.
+                for line in held:
+                    if not any(words in line for words in _STARTUP_LINES):
+                        os.write(2, line)
 
 
 def _explain(error: Exception) -> tuple[str, int] | None:

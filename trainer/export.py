@@ -38,6 +38,7 @@ from trainer.model.model_folder import (
 )
 from trainer.model_config import PackingConfig
 from trainer.run_config import ExportConfig
+from trainer.runtime.owner import OWNER_FILE, owned
 from trainer.storage import filesystem
 from trainer.storage.gcs import Taken, list_objects, read_object, upload, upload_files
 from trainer.storage.own_files import MAX_BYTES, load, parse
@@ -57,10 +58,13 @@ def run(config: ExportConfig) -> None:
     """
     if _is_up_to_date(config):
         print(f"{config.export_dir}: exported from this checkpoint already; nothing to do")
-    elif not filesystem.is_remote(config.export_dir):
-        _export(config, config.export_dir)
-    else:
-        url = config.export_dir.rstrip("/")
+        return
+    url = absolute(config.export_dir).rstrip("/")
+    # Beside the folder, which appears whole.
+    with owned(f"{url}.{OWNER_FILE}", f"--export_dir={config.export_dir}", "export"):
+        if not filesystem.is_remote(url):
+            _export(config, config.export_dir)
+            return
         with temporary_folder() as folder:
             _check_vacant(url)
             local = dataclasses.replace(config, export_dir=os.path.join(folder, "model"))

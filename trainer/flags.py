@@ -209,6 +209,10 @@ def parse_flags(kind: type[Config], arguments: Sequence[str]) -> Config:
     Raises UserError for an unknown flag, a value of the wrong type or out of range, a required flag
     that is missing, or an argument that is no flag.
     """
+    for argument in arguments:
+        if not is_unicode(argument):  # Tokenizers, TensorFlow and Arrow open no such files.
+            name, equals, value = argument.rpartition("=")
+            raise UserError(f"{name}{equals}{value!r}: expected UTF-8; rename the file or folder")
     values = define_flags(kind)
     try:
         _, *unexpected = values(["multihot", *arguments])

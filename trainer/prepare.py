@@ -33,6 +33,7 @@ from trainer.preparation.data_folder import (
     mirrored,
     move_out,
     open_work_folder,
+    owning,
 )
 from trainer.preparation.duplicates import write_text_indexes
 from trainer.preparation.inputs import choose_label_columns, choose_token_limits, gather_inputs
@@ -77,7 +78,7 @@ def run(config: PrepareConfig) -> Timing:
             "which for gs:// is a local one first; name a folder of a file system that all of them "
             "share and copy it to the bucket afterwards, or use --runner=local"
         )
-    with mirrored(config.data_dir, config.work_dir) as mirror:
+    with owning(config.data_dir), mirrored(config.data_dir, config.work_dir) as mirror:
         local = dataclasses.replace(config, data_dir=mirror.folder)
         return _prepare(local, runner, mirror.url, mirror)
 

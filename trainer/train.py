@@ -1,9 +1,13 @@
 """`multihot train`: shards to checkpoints, the run as one story from top to bottom."""
 
+import contextlib
 import itertools
 import json
 import os
 import sys
+import time
+from collections.abc import Mapping
+from contextlib import AbstractContextManager
 from dataclasses import dataclass
 from typing import Any, NoReturn
 
@@ -13,12 +17,14 @@ from trainer.config import absolute
 from trainer.data import input_pipeline
 from trainer.data.input_pipeline import Stream, open_stream, read_micro_batches
 from trainer.data.metadata import Metadata, load_metadata, naming_damaged_shards
-from trainer.errors import RunAgain, UserError
+from trainer.errors import RUN_AGAIN, RunAgain, UserError, end_process
 from trainer.model.predictor import StoppedError
 from trainer.run_config import TrainConfig
 from trainer.runtime import devices
+from trainer.runtime.cluster import read_cluster
 from trainer.runtime.devices import is_chief
 from trainer.runtime.interruption import Interruption
+from trainer.runtime.owner import OWNER_FILE, owned
 from trainer.storage.filesystem import write_atomically
 from trainer.training import setup
 from trainer.training.checkpoint import Checkpoints
@@ -30,6 +36,8 @@ from trainer.training.step import TrainStep, read_position
 BAD_STEPS_FILE = "bad_steps.json"
 # Between two looks of the host at a GPU or TPU.
 _STEPS_PER_LOOP = 20
+# An evaluation that is asked to stop gets so long to end by itself.
+_SECONDS_TO_STOP = 3.0
 
 
 @dataclass(frozen=True)
@@ -64,10 +72,25 @@ def run(config: TrainConfig, interruption: Interruption | None = None) -> None:
     """Trains, or resumes, or says that there is nothing left to do.
 
     Raises:
-      UserError: for anything about the data, the checkpoint or the flags that the user can mend.
+      UserError: for anything about the data, the checkpoint or the flags that the user can mend,
+        and if another run is writing to the model folder.
       RunAgain: if the run was stopped, or lost a worker; it goes on when it is run again.
     """
     metadata = load_metadata(config.data_dir)
+    with _owning(config):
+        _run(config, metadata, interruption)
+
+
+def _owning(config: TrainConfig) -> AbstractContextManager[None]:
+    """Keeps other runs out of the model folder; of several workers the chief owns it for all."""
+    cluster = read_cluster(os.environ)
+    if cluster is not None and cluster.index:
+        return contextlib.nullcontext()
+    path = os.path.join(config.model_dir, OWNER_FILE)
+    return owned(path, f"--model_dir={config.model_dir}", "train")
+
+
+def _run(config: TrainConfig, metadata: Metadata, interruption: Interruption | None) -> None:
     setup.check_tokenizer(config.data_dir, metadata)
     packing = setup.choose_run_packing(config, metadata)
     stream = open_stream(config.data_dir, metadata, "train", packing)
@@ -98,10 +121,8 @@ def run(config: TrainConfig, interruption: Interruption | None = None) -> None:
             )
             return
         _describe(this, resumed)
-        if interruption is not None:
-            interruption.on_request(lambda: step.stop_requested.assign(True))
         with naming_damaged_shards(config.data_dir, metadata, "train", config.eval_split):
-            _train(this, metadata)
+            _train(this, metadata, interruption)
     print(
         f"{config.model_dir}: trained on {this.documents} documents in {this.steps} steps; "
         f"best {config.best_metric} {selection.shown_best()}. Next: multihot "
@@ -157,7 +178,7 @@ def _describe(this: Run, resumed: bool) -> None:
     )
 
 
-def _train(this: Run, metadata: Metadata) -> None:
+def _train(this: Run, metadata: Metadata, interruption: Interruption | None) -> None:
     """Takes all steps, with checkpoints and evaluations where they are due."""
     evaluation = Evaluation(this.record, metadata, this.step, this.strategy)
     steps = _distribute_steps(this)
@@ -165,6 +186,10 @@ def _train(this: Run, metadata: Metadata) -> None:
         this.config.model_dir, this.steps, this.documents, this.record.total_documents,
         is_chief(this.strategy), this.config.progress,
     )  # fmt: skip
+    began = this.steps
+    if interruption is not None:
+        interruption.on_request(lambda: _heed(this, evaluation, metrics_log, began))
+    evaluation.changing.acquire()
     try:
         while not this.is_finished:
             save_due = False
@@ -177,6 +202,7 @@ def _train(this: Run, metadata: Metadata) -> None:
                 _save(this, metrics_log)
                 metrics_log.restart_clock()
     finally:
+        evaluation.changing.release()
         try:
             this.checkpoints.close()
         finally:
@@ -243,14 +269,42 @@ def _evaluate(this: Run, evaluation: Evaluation, metrics_log: MetricsLog) -> Non
             this.checkpoints.save_best(this.steps)
 
 
-def _save(this: Run, metrics_log: MetricsLog) -> None:
+def _save(
+    this: Run, metrics_log: MetricsLog, weights: Mapping[str, tf.Tensor] | None = None
+) -> None:
     """Begins to save a checkpoint, once the rows that a resumed run expects are written."""
     metrics_log.flush()
-    this.checkpoints.save(this.steps)
+    this.checkpoints.save(this.steps, weights)
 
 
-def _stop(this: Run, metrics_log: MetricsLog) -> NoReturn:
-    _save(this, metrics_log)
+def _heed(this: Run, evaluation: Evaluation, metrics_log: MetricsLog, began: int) -> None:
+    """Stops a run that stood at step `began`, in a thread: within seconds where nothing is lost.
+
+    TensorFlow may trace and compile the first step, or an evaluation, for minutes. Before the first
+    step there is nothing to save, and during an evaluation all is there to be saved.
+    """
+    this.step.stop_requested.assign(True)
+    if this.steps == began:
+        end_process(
+            f"{this.config.model_dir}: stopped as requested before the first step; run the same "
+            "command again", RUN_AGAIN,
+        )  # fmt: skip
+    if devices.num_workers(this.strategy) > 1:  # They agree on where they stop.
+        return
+    time.sleep(_SECONDS_TO_STOP)
+    with evaluation.changing:
+        if evaluation.own_weights is None:  # The run has ended, and says how.
+            return
+        try:
+            _stop(this, metrics_log, evaluation.own_weights)
+        except (RunAgain, UserError) as error:
+            end_process(str(error), error.exit_code)
+
+
+def _stop(
+    this: Run, metrics_log: MetricsLog, weights: Mapping[str, tf.Tensor] | None = None
+) -> NoReturn:
+    _save(this, metrics_log, weights)
     this.checkpoints.wait()
     raise RunAgain(
         f"{this.config.model_dir}: stopped as requested after step {this.steps}, and saved; run "

@@ -26,7 +26,7 @@ from pathlib import Path
 
 from launch.job import SHARED, Job
 from launch.machine.reports import Reporter
-from trainer.errors import RUN_AGAIN
+from trainer.errors import RUN_AGAIN, protect_streams
 from trainer.runtime.cluster import Cluster
 
 RUNTIME_PORT = 8470
@@ -194,6 +194,7 @@ def read_index(environment: dict[str, str]) -> int:
 
 def main(arguments: Sequence[str] | None = None) -> int:
     """Runs a machine's part of a job; returns the exit code."""
+    protect_streams()
     parser = argparse.ArgumentParser(prog="python -m launch.machine.node")
     parser.add_argument("job_file", type=Path)
     parser.add_argument("work_dir", type=Path)

@@ -1,5 +1,6 @@
 """prepare, export and score on gs:// through a fake that fails: the files of local folders."""
 
+import contextlib
 import json
 import threading
 from pathlib import Path
@@ -111,6 +112,12 @@ def test_what_a_killed_prepare_left_is_used_and_somebody_else_s_is_left(cloud, r
     assert read_bucket(cloud, "data") == before
 
 
+def without_owner(monkeypatch):
+    """Two commands each take the folder for theirs, as when one could not reach the store."""
+    monkeypatch.setattr(prepare, "owning", lambda _: contextlib.nullcontext())
+    monkeypatch.setattr(export, "owned", lambda *_: contextlib.nullcontext())
+
+
 def test_of_two_prepares_at_once_neither_spoils_the_other_s(cloud, rows, temporary, monkeypatch):
     flags = {"split": "all", "vocab_size": 150, "num_shards": 1}
     upload_files, calls = gcs.upload_files, []
@@ -122,6 +129,7 @@ def test_of_two_prepares_at_once_neither_spoils_the_other_s(cloud, rows, tempora
         return upload_files(url, folder, names, generations)
 
     monkeypatch.setattr(gcs, "upload_files", one_after_the_other)
+    without_owner(monkeypatch)
     with pytest.raises(UserError, match="another `multihot prepare` has written it meanwhile"):
         prepare.run(config(rows, "gs://b/data", **flags))
     metadata = json.loads(cloud.buckets["b"]["data/metadata.json"].data)
@@ -143,6 +151,7 @@ def test_of_two_exports_at_once_one_stops(cloud, model, temporary, monkeypatch):
         return made
 
     monkeypatch.setattr(export, "upload_files", one_within_the_other)
+    without_owner(monkeypatch)
     with pytest.raises(UserError, match="--export_dir=gs://b/model: "):
         export.run(ExportConfig(model_dir=run, export_dir="gs://b/model"))
     assert len(calls) == 2

@@ -17,12 +17,14 @@ import os
 import re
 import shutil
 from collections.abc import Collection, Iterator
+from contextlib import AbstractContextManager
 from typing import Annotated
 
 from pydantic import Field
 
 from trainer.data.metadata import METADATA_FILE, TOKENIZER_FOLDER, Metadata, load_metadata
 from trainer.errors import UserError
+from trainer.runtime.owner import OWNER_FILE, busy, owned
 from trainer.sources.rows import REJECTED_FOLDER
 from trainer.storage import gcs
 from trainer.storage.filesystem import checksum, disk_errors, write_atomically
@@ -36,6 +38,12 @@ _MOVING_FILE = "moving.json"
 # The splits that `prepare` is about to add, and the files of theirs that it moves and may remove.
 _MOVED = rf"^({TOKENIZER_FOLDER}|{FILE_NAME.pattern})$"
 _MOVING = fields(splits=many(str), names=many(Annotated[PlainName, Field(pattern=_MOVED)]))
+
+
+def owning(data_dir: str) -> AbstractContextManager[None]:
+    """Keeps other commands out of a data folder; a UserError names the one that writes to it."""
+    path = os.path.join(data_dir, WORK_FOLDER, OWNER_FILE)
+    return owned(path, f"--data_dir={data_dir}", "prepare")
 
 
 @contextlib.contextmanager
@@ -53,15 +61,14 @@ def open_work_folder(data_dir: str) -> Iterator[str]:
             os.makedirs(work_dir, exist_ok=True)
             lock = lock_folder(work_dir)
             if lock is None:
-                raise UserError(
-                    f"{data_dir}: another `multihot prepare` is writing to it; wait for it to end, "
-                    "or name another --data_dir"
-                )
-            _take_back(data_dir, work_dir)
-            is_cleared = True
-            for entry in os.scandir(work_dir):  # Of a run that was killed.
-                _remove(entry.path)
-            yield work_dir
+                raise busy(os.path.join(work_dir, OWNER_FILE), f"--data_dir={data_dir}", "prepare")
+            with owning(data_dir):  # Also on other machines with the same disk.
+                _take_back(data_dir, work_dir)
+                is_cleared = True
+                for entry in os.scandir(work_dir):  # Of a run that was killed.
+                    if entry.name != OWNER_FILE:
+                        _remove(entry.path)
+                yield work_dir
     finally:
         if is_cleared:
             shutil.rmtree(work_dir, ignore_errors=True)

@@ -26,7 +26,7 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from trainer.errors import INTERRUPTED, RUN_AGAIN, USER_FAULT, end_process
+from trainer.errors import INTERRUPTED, RUN_AGAIN, USER_FAULT, end_process, write_line
 from trainer.runtime.workers import background_thread
 
 
@@ -34,9 +34,10 @@ class Interruption:
     """Listens for requests to stop while its block runs; `reason` is what asked, empty before that.
 
     Before the first `on_request` there is nothing to save, so a request ends the process at once
-    with exit code 75. Afterwards a request calls the callbacks, and training stops after the
-    current step. A second SIGINT ends the process at once with exit code 130. A signal that is
-    ignored stays ignored: `nohup` and shells without job control do so for background jobs.
+    with exit code 75. Afterwards a request is answered by a line at once and calls the callbacks,
+    and training stops after the current step, or sooner. A second SIGINT ends the process at once
+    with exit code 130. A signal that is ignored stays ignored: `nohup` and shells without job
+    control do so for background jobs.
 
     SIGTERM stays blocked after the block: the run is over, the process is about to end, and its
     exit code says more about the run than "killed by a signal".
@@ -102,7 +103,7 @@ class Interruption:
                 self._standard_error,
             )
         message = f"{reason}: stopping after this step; a second SIGINT (Ctrl-C) quits at once"
-        os.write(self._standard_error, f"multihot train: {message}\n".encode())
+        write_line(f"multihot train: {message}", self._standard_error)
         for callback in callbacks:
             # A callback may wait for the device; the next signal must not wait for the callback.
             threading.Thread(target=callback, daemon=True).start()

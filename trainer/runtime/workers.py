@@ -13,7 +13,7 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, Protocol, TypeVar
 
-from trainer.errors import UserError
+from trainer.errors import UserError, protect_streams
 
 _TASKS_A_PROCESS = 4
 _LOOK_SECONDS = 5.0
@@ -44,7 +44,7 @@ class ProcessWorkers:
             for task in zip(*arguments, strict=True):
                 if len(waiting) == self._max_waiting:
                     yield self._result(waiting.popleft())
-                waiting.append(self._pool.submit(function, *task))
+                waiting.append(self._submit(function, *task))
             while waiting:
                 yield self._result(waiting.popleft())
         except BrokenProcessPool:
@@ -52,6 +52,17 @@ class ProcessWorkers:
                 "a worker process was killed, as the system does when memory runs out; run the "
                 "same command with fewer --num_workers, or on a machine with more memory"
             ) from None
+
+    def _submit(self, *call: Any) -> "Future[Any]":
+        """Blocks SIGINT for the process that this may start: a Ctrl-C reaches all of them.
+
+        The parent handles it and ends these. Each of them would print a traceback of its own.
+        """
+        mask = signal.pthread_sigmask(signal.SIG_BLOCK, {signal.SIGINT})
+        try:
+            return self._pool.submit(*call)
+        finally:
+            signal.pthread_sigmask(signal.SIG_SETMASK, mask)
 
     def _result(self, future: "Future[Any]") -> Any:
         """Waits for a result as long as all processes live.
@@ -67,9 +78,13 @@ class ProcessWorkers:
                     raise
             processes = list((self._pool._processes or {}).values())
             if any(process.exitcode is not None for process in processes):
-                for process in processes:
-                    process.kill()
+                _kill(self._pool)
                 raise BrokenProcessPool
+
+
+def _kill(pool: ProcessPoolExecutor) -> None:
+    for process in list((pool._processes or {}).values()):
+        process.kill()
 
 
 def count_cores() -> int:
@@ -83,7 +98,7 @@ def count_cores() -> int:
 def process_pool(
     num_workers: int | None, prepare_worker: Callable[..., None] | None = None, *arguments: Any
 ) -> Iterator[ProcessWorkers]:
-    """A pool of processes, by default one per core; drops waiting tasks when the block ends.
+    """A pool of processes, by default one per core, which end with the block.
 
     Each process first calls `prepare_worker` with `arguments`; both must pickle.
     """
@@ -97,13 +112,15 @@ def process_pool(
     )
     try:
         yield ProcessWorkers(pool, num_workers)
+    except BaseException:
+        _kill(pool)  # Nobody wants what they still do, which may take minutes.
+        raise
     finally:
         pool.shutdown(wait=True, cancel_futures=True)
 
 
 def _start_worker(prepare_worker: Callable[..., None] | None, arguments: tuple[Any, ...]) -> None:
-    # The parent handles a Ctrl-C and ends these; each of them would print a traceback of its own.
-    signal.signal(signal.SIGINT, signal.SIG_IGN)
+    protect_streams()
     # One process per core already: threads inside each would only compete for the cores.
     os.environ["TOKENIZERS_PARALLELISM"] = "false"
     threading.Thread(target=_end_with_parent, daemon=True).start()

@@ -26,7 +26,15 @@ from trainer.storage.gcs_client import explain_status
 
 _REFUSALS = frozenset(
     (errno.EACCES, errno.EPERM, errno.EROFS, errno.ENOTDIR, errno.EEXIST, errno.EISDIR)
-    + (errno.ENOENT, errno.ENOSPC, errno.EDQUOT, errno.EFBIG, errno.ENAMETOOLONG, errno.ELOOP)
+    + (
+        errno.ENOENT,
+        errno.ENOSPC,
+        errno.EDQUOT,
+        errno.EFBIG,
+        errno.ENAMETOOLONG,
+        errno.ELOOP,
+        errno.ENXIO,
+    )
 )
 
 
@@ -111,8 +119,8 @@ def _open_plain(path: str, flags: int) -> int:
 
 
 def open_no_link(path: str, flags: int) -> int:
-    """The `opener` of files to write: a symbolic link, which may lead anywhere, is an OSError."""
-    return os.open(path, flags | os.O_NOFOLLOW, 0o666)
+    """The `opener` of files to write: a link, which may lead anywhere, or a pipe is an OSError."""
+    return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
 
 
 def read_bytes(path: str, max_bytes: int | None = None) -> bytes:

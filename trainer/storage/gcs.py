@@ -323,10 +323,14 @@ def upload_files(
         return list(pool.map(copy, names))
 
 
-def delete(url: str) -> None:
-    """Removes an object; nothing if there is none."""
-    with contextlib.suppress(FileNotFoundError), explained(url):
-        blob_of(url).delete(retry=retry(), timeout=REQUEST_SECONDS)
+def delete(url: str, if_generation: int | None = None) -> None:
+    """Removes an object; nothing if there is none, or another generation than `if_generation`."""
+    from google.api_core.exceptions import PreconditionFailed
+
+    with contextlib.suppress(FileNotFoundError, PreconditionFailed), explained(url):
+        blob_of(url).delete(
+            if_generation_match=if_generation, retry=retry(), timeout=REQUEST_SECONDS
+        )
 
 
 def read_objects(urls: Sequence[str]) -> list[bytes | None]:

@@ -17,6 +17,7 @@ from trainer.storage import filesystem, gcs
 from trainer.storage.filesystem import checksum, open_no_link, write_atomically
 from trainer.storage.gcs import StoredObject, Taken
 from trainer.storage.gcs_client import SCHEME
+from trainer.storage.temporary import lock_file
 
 _TEMPORARY = ".tmp"
 _OUR_TEMPORARIES = re.compile(r"(plan\.json|_SUCCESS|part-\d+-of-\d+\.[\w.]+)\.tmp")
@@ -145,7 +146,7 @@ class LocalFolder:
     def create(self, name: str, content: str) -> bool:
         """Holds the lock of the temporary file meanwhile."""
         path = self._path(name)
-        file = _lock_temporary(path)
+        file = lock_file(path + _TEMPORARY)
         if file is None:
             return False
         with file:
@@ -167,7 +168,7 @@ class LocalFolder:
     def open_part(self, name: str, manifest: str) -> PartFile | None:
         """Locks the manifest's temporary file until it is renamed to the manifest."""
         path = self._path(manifest)
-        lock = _lock_temporary(path)
+        lock = lock_file(path + _TEMPORARY)
         if lock is None:
             raise _busy(self.url, name)
         if os.path.exists(path):
@@ -182,31 +183,10 @@ class LocalFolder:
             for entry in os.scandir(self._path(folder)):
                 if not _OUR_TEMPORARIES.fullmatch(entry.name) or not entry.is_file():
                     continue
-                lock = _lock_temporary(entry.path.removesuffix(_TEMPORARY))
+                lock = lock_file(entry.path)
                 if lock is not None:
                     _remove(entry.path)
                     lock.close()
-
-
-def _lock_temporary(path: str) -> BinaryIO | None:
-    """The temporary file of `path`, locked and empty; None if another process holds its lock.
-
-    The lock ends with its process. Between the opening and the lock another process may rename the
-    file, which is then no longer a temporary one: the loop opens a new one.
-    """
-    while True:
-        file = open(path + _TEMPORARY, "ab", opener=open_no_link)
-        try:
-            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
-            if os.stat(path + _TEMPORARY).st_ino == os.fstat(file.fileno()).st_ino:
-                file.truncate(0)
-                return file
-        except BlockingIOError:
-            file.close()
-            return None
-        except FileNotFoundError:
-            pass
-        file.close()
 
 
 def _remove(path: str) -> None:

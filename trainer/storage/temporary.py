@@ -13,6 +13,9 @@ import socket
 import tempfile
 import threading
 from collections.abc import Iterator
+from typing import BinaryIO
+
+from trainer.storage.filesystem import open_no_link
 
 # With the machine's name: on a shared disk a lock may hold on its own machine only.
 _PREFIX = f"multihot-scratch-{socket.gethostname()}-"
@@ -96,3 +99,24 @@ def lock_folder(folder: str) -> int | None:
         pass
     os.close(descriptor)
     return None
+
+
+def lock_file(path: str) -> BinaryIO | None:
+    """A file of that name, empty and locked until it is closed; None if another process has it.
+
+    The lock ends with its process. Between the opening and the lock another process may rename or
+    remove the file: the loop opens a new one.
+    """
+    while True:
+        file = open(path, "ab", opener=open_no_link)
+        try:
+            fcntl.flock(file, fcntl.LOCK_EX | fcntl.LOCK_NB)
+            if os.stat(path).st_ino == os.fstat(file.fileno()).st_ino:
+                file.truncate(0)
+                return file
+        except BlockingIOError:
+            file.close()
+            return None
+        except FileNotFoundError:
+            pass
+        file.close()

@@ -8,7 +8,7 @@ import hashlib
 import logging
 import os
 from collections import deque
-from collections.abc import Callable
+from collections.abc import Callable, Mapping
 from concurrent.futures import Future, ThreadPoolExecutor
 from dataclasses import dataclass
 
@@ -72,13 +72,14 @@ class Checkpoints:
         self._pending: deque[Future[None]] = deque()
         self._error: Exception | None = None
 
-    def save(self, step: int) -> None:
-        """Begins to save all variables under the number of steps taken.
+    def save(self, step: int, weights: Mapping[str, tf.Tensor] | None = None) -> None:
+        """Begins to save all variables, `weights` in their place, under the number of steps taken.
 
         Then it removes all but the newest `keep` checkpoints, those that `restore` found damaged,
         and all but the last of the best.
         """
-        self._begin(self._save, step, self._variables)
+        model = {**self._variables["model"], **(weights or {})}
+        self._begin(self._save, step, {**self._variables, "model": model})
 
     def save_best(self, step: int) -> None:
         """Begins to save the weights as the best so far.

@@ -1,6 +1,7 @@
 """Evaluations while training, the best of them, early stopping, and when a checkpoint is due."""
 
 import math
+import threading
 from collections.abc import Iterator
 from contextlib import contextmanager
 from dataclasses import dataclass
@@ -65,7 +66,13 @@ class BestCheckpoint:
 
 @dataclass
 class Evaluation:
-    """The evaluations while training, with the averaged weights if there are any."""
+    """The evaluations while training, with the averaged weights if there are any.
+
+    Attributes:
+      changing: held by the thread that trains while variables may change: always but within `run`.
+      own_weights: within `run`, by name, the weights whose place the averaged ones have taken;
+        empty without an average, and None at other times.
+    """
 
     record: RunRecord
     metadata: Metadata
@@ -73,23 +80,40 @@ class Evaluation:
     strategy: tf.distribute.Strategy
 
     def __post_init__(self) -> None:
+        self.changing = threading.Lock()
+        self.own_weights: dict[str, tf.Tensor] | None = None
         self._predictor = Predictor(
             self.step.model, self.record.packing, self.strategy,
             stop_requested=self.step.stop_requested,
         )  # fmt: skip
 
     @contextmanager
-    def averaged_weights(self) -> Iterator[None]:
-        """The model with its moving average in place of its weights; nothing without one."""
+    def averaged_weights(self) -> Iterator[list[tf.Tensor]]:
+        """The model with its moving average in place of its weights; nothing without one.
+
+        Gives the weights that come back in the end.
+        """
         variables, average = self.step.optimizer.variables, self.step.optimizer.ema
         before = [tf.identity(variable) for variable in variables] if average else []
         for variable, value in zip(variables, average, strict=False):
             variable.assign(value)
         try:
-            yield
+            yield before
         finally:
             for variable, value in zip(variables, before, strict=False):
                 variable.assign(value)
+
+    @contextmanager
+    def _only_reading(self) -> Iterator[None]:
+        """Lets another thread read all variables meanwhile."""
+        with self.averaged_weights() as before:
+            self.own_weights = dict(zip(self.step.model.named_variables(), before, strict=False))
+            self.changing.release()
+            try:
+                yield
+            finally:
+                self.changing.acquire()
+                self.own_weights = None
 
     def run(self) -> dict[str, float]:
         """Metrics of --eval_split and the loss; a StoppedError if a host requested a stop."""
@@ -103,7 +127,7 @@ class Evaluation:
                 num_documents, -correction.shift, correction, thresholds
             )
         loss, count = 0.0, 0.0
-        with self.averaged_weights():
+        with self._only_reading():
             blocks = self._predictor.predict_blocks(
                 config.data_dir, self.metadata, config.eval_split
             )
@@ -113,7 +137,7 @@ class Evaluation:
                 )
                 loss, count = loss + float(added), count + float(documents)
                 measuring.add(block)
-        measured = measuring.result()
+            measured = measuring.result()
         warn_if_constant(np.std(measured.documents.logits, axis=0), num_documents)
         return {"loss": loss / count} | {name: measured.metrics[name] for name in _SHOWN_METRICS}
 
