@@ -3,9 +3,12 @@
 import gzip
 import json
 import os
+import sqlite3
+import zipfile
 from pathlib import Path
 
 import pyarrow
+import pyarrow.parquet
 import pytest
 
 from trainer.errors import UserError
@@ -196,3 +199,21 @@ def test_a_compressed_file_cut_short_is_an_error(tmp_path, name):
     with pytest.raises(UserError, match="Truncated compressed stream") as caught:
         read(str(path))
     assert str(path) in str(caught.value)
+
+
+def test_a_file_of_another_kind_than_its_name_says_is_one_line(tmp_path):
+    pyarrow.parquet.write_table(pyarrow.table({"text": ["a"]}), tmp_path / "parquet.csv")
+    (tmp_path / "gzip.jsonl").write_bytes(gzip.compress(b'{"text": "a"}\n'))
+    with zipfile.ZipFile(tmp_path / "zip.csv", "w") as archive:
+        archive.writestr("rows.csv", "text\na\n")
+    with sqlite3.connect(tmp_path / "database.csv") as database:
+        database.execute("create table t(a)")
+    for name, message in {
+        "parquet.csv": "holds Parquet, expected csv; say --input_format=parquet",
+        "gzip.jsonl": "holds what gzip compressed, expected jsonl; add .gz to its name",
+        "zip.csv": "holds a zip archive or an Excel workbook, expected csv",
+        "database.csv": "holds an SQLite database, expected csv",
+    }.items():
+        with pytest.raises(UserError, match=message):
+            list_files([str(tmp_path / name)])
+    assert list_files([str(tmp_path / "parquet.csv")], "parquet")

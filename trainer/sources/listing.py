@@ -69,6 +69,21 @@ _SAVED_SPLITS, _SAVED_STATE = "dataset_dict.json", "state.json"
 _DESCRIPTIONS = frozenset((_SAVED_SPLITS, "dataset_info.json", "dataset_infos.json"))
 _ENDINGS = f"{', '.join(FORMATS)} (or with {', '.join(COMPRESSIONS)})"
 FILES_AT_ONCE = 16
+_TEXT_FORMATS = ("jsonl", "json", "csv", "tsv", "text", "libmultilabel")
+_EXPORT = "export its rows as CSV or JSONL"
+# How files of other kinds begin, which people name .csv or .json all the same.
+_OTHER_CONTENTS = {
+    b"\x1f\x8b\x08": ("what gzip compressed", "add .gz to its name"),
+    b"\x28\xb5\x2f\xfd": ("what zstd compressed", "add .zst to its name"),
+    b"PAR1\x15": ("Parquet", "say --input_format=parquet"),
+    b"ARROW1\0\0": ("Arrow", "say --input_format=arrow"),
+    b"PK\x03\x04": ("a zip archive or an Excel workbook", f"unpack it, or {_EXPORT}"),
+    b"\xd0\xcf\x11\xe0\xa1\xb1\x1a\xe1": ("an Excel workbook", _EXPORT),
+    b"SQLite format 3\0": ("an SQLite database", _EXPORT),
+    b"%PDF-": ("a PDF document", "bring its text"),
+    b"BZh": ("what bzip2 compressed", "decompress it"),
+    b"\xfd7zXZ\0": ("what xz compressed", "decompress it"),
+}
 
 
 def list_files(
@@ -121,11 +136,24 @@ def _checked_name(name: str, json_field: str | None) -> str:
             raise UserError(f"{path}: not readable; check its permissions")
         if os.path.getsize(path) == 0:
             raise UserError(f"{path}: empty file, expected rows; remove it from --input")
+        _check_content(name)
     if json_field is not None and kind not in ("json", "jsonl"):
         raise UserError(f"--json_field={json_field}: {path} is {kind}, expected JSON")
     if json_field is None and (kind != "jsonl" or name != path or not _holds_documents(path)):
         return name
     return with_json_field(name, json_field)
+
+
+def _check_content(name: str) -> None:
+    """Checks that a local file that is read as text does not begin like one that is none."""
+    kind, compression = format_of(name)
+    if kind not in _TEXT_FORMATS or compression:
+        return
+    with open(location(name), "rb") as file:
+        head = file.read(16)
+    for beginning, (what, remedy) in _OTHER_CONTENTS.items():
+        if head.startswith(beginning):
+            raise UserError(f"{location(name)}: holds {what}, expected {kind}; {remedy}")
 
 
 def _holds_documents(path: str) -> bool:
