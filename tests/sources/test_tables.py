@@ -217,7 +217,7 @@ def test_the_hint_at_a_table_without_a_header_fits_its_columns(tmp_path, name, d
         ("x.csv", "# made by us\nid,text,labels\n1,a,x\n", "no column 'text'; found # made by us"),
         ("x.csv", "id,text,labels\n1,a,x\n".encode("utf-16-le"), "UTF-16, expected UTF-8"),
         ("x.csv", "id,text,labels\n1,a,x\n".encode("utf-16-be"), "UTF-16, expected UTF-8"),
-        ("x.csv", gzip.compress(b"id,text,labels\n1,a,x\n"), "no column 'text'"),
+        ("x.csv", gzip.compress(b"id,text\n1,a\n", mtime=0), "holds what gzip compressed"),
     ],
 )
 def test_a_table_of_another_kind_is_one_line_that_says_which(tmp_path, name, data, message):
