@@ -15,6 +15,7 @@ from functools import partial
 from typing import TypeVar
 
 from trainer.errors import UserError
+from trainer.sources.formats.json_objects import is_document
 from trainer.sources.input_files import (
     COMPRESSIONS,
     FORMATS,
@@ -119,18 +120,9 @@ def _checked_name(name: str, json_field: str | None) -> str:
             raise UserError(f"{path}: empty file, expected rows; remove it from --input")
     if json_field is not None and kind not in ("json", "jsonl"):
         raise UserError(f"--json_field={json_field}: {path} is {kind}, expected JSON")
-    if json_field is None and (kind != "jsonl" or name != path or not _holds_documents(path)):
+    if json_field is None and (kind != "jsonl" or name != path or not is_document(path)):
         return name
     return with_json_field(name, json_field)
-
-
-def _holds_documents(path: str) -> bool:
-    from trainer.sources.formats.json_objects import is_document
-
-    try:
-        return is_document(path)
-    except OSError:  # Whoever reads it will say what is wrong with it.
-        return False
 
 
 def _expand(item: str, source_split: str | None, any_ending: bool) -> list[str]:
