@@ -6,10 +6,12 @@ converts one. Documents are cut here, so that `prepare` and `score` cut them in 
 
 import functools
 import hashlib
+import itertools
 import json
 import os
 import re
 import reprlib
+import unicodedata
 from collections import Counter
 from collections.abc import Callable, Iterable, Sequence
 from dataclasses import dataclass
@@ -32,6 +34,8 @@ _MAX_ALPHABET = 1000
 # Generous: a token of English has four or five.
 _CHARACTERS_A_TOKEN = 8
 _WORD_CHARACTERS = 200
+# Of a text that has to be tokenised in one piece: up to 2 GB of memory.
+_MAX_WHOLE_CHARACTERS = 1 << 22
 _BLANK = re.compile(r"\s")
 _TOKEN_NAMES = ("unk_token", "sep_token", "pad_token", "cls_token", "mask_token")
 
@@ -94,21 +98,48 @@ class Tokenizer:
 
         So a text of a million words costs no more than the tokens that are used.
         """
-        beginnings = texts
-        if self.splits_at_blanks:
-            max_characters = _CHARACTERS_A_TOKEN * num_tokens + _WORD_CHARACTERS
-            beginnings = [_cut_at_blank(text, max_characters) for text in texts]
-        ids = [encoding.ids for encoding in self.backend.encode_batch_fast(beginnings)]
-        too_short = [
-            index
-            for index, (text, beginning) in enumerate(zip(texts, beginnings, strict=True))
-            if len(beginning) < len(text) and len(ids[index]) <= num_tokens
-        ]
-        if too_short:
-            whole = self.backend.encode_batch_fast([texts[index] for index in too_short])
-            for index, encoding in zip(too_short, whole, strict=True):
-                ids[index] = encoding.ids
+        size = _CHARACTERS_A_TOKEN * num_tokens + _WORD_CHARACTERS
+        pieces = [self._next_piece(text, 0, size) for text in texts]
+        encodings = self.backend.encode_batch_fast([piece for piece, _ in pieces])
+        ids = [encoding.ids for encoding in encodings]
+        for index, (text, (_, end)) in enumerate(zip(texts, pieces, strict=True)):
+            while end < len(text) and len(ids[index]) <= num_tokens:
+                piece, end = self._next_piece(text, end, size)
+                (encoding,) = self.backend.encode_batch_fast([piece])
+                ids[index] = [*ids[index][:-1], *encoding.ids[1:]]
         return ids
+
+    def _next_piece(self, text: str, start: int, size: int) -> tuple[str, int]:
+        """What has the tokens of a text from `start` up to a place, and that place.
+
+        It has at most `size` characters where the text can be cut so early; else overlong words are
+        shortened. The library takes up to 500 bytes a character, so very long ones are refused.
+        """
+        piece, end = text[start:], len(text)
+        if len(piece) > size and self.splits_at_blanks:
+            cut = max(text.rfind(blank, start + 1, start + size) for blank in " \n\t")
+            if cut > 0:
+                return text[start:cut], cut
+            if self._characters is not None:
+                piece, end = self._characters.cut(text, start, size)
+        if len(piece) > max(size, _MAX_WHOLE_CHARACTERS):
+            raise UserError(
+                f"a text of {len(text):,} characters ({text[:40]!a}...) that this tokenizer cannot "
+                f"read in pieces; expected at most {_MAX_WHOLE_CHARACTERS:,}; shorten it"
+            )
+        return piece, end
+
+    @functools.cached_property
+    def _characters(self) -> "_Characters | None":
+        """Where a text without blanks may be cut; None if that is not known."""
+        added = self.backend.get_added_tokens_decoder().values()
+        found = _Characters(self.backend, [token.content for token in added])
+        # Others may be found within a word, or depend on what stands beside them.
+        is_known = isinstance(self.backend.model, tokenizers.models.WordPiece) and not any(
+            token.normalized or token.single_word or found[ord(token.content[0])] in "wv"
+            for token in added
+        )
+        return found if is_known else None
 
     @functools.cached_property
     def splits_at_blanks(self) -> bool:
@@ -140,12 +171,52 @@ class Tokenizer:
             _write(os.path.join(folder, VOCABULARY_FILE), "\n".join(tokens_by_id))
 
 
-def _cut_at_blank(text: str, max_characters: int) -> str:
-    """The longest beginning of at most so many characters before a blank; without one, all text."""
-    if len(text) <= max_characters:
-        return text
-    end = max(text.rfind(blank, 0, max_characters) for blank in " \n\t")
-    return text[:end] if end > 0 else text
+class _Characters(dict[int, str]):
+    """What characters are to BERT's tokenizer, by code point: found out when one is met.
+
+    b: the text before it does not depend on it, as before a blank, punctuation, CJK. w: a letter.
+    v: vanishes, as controls and accents do. p: any other, as the bracket within "[SEP]".
+    """
+
+    def __init__(self, backend: Backend, added_tokens: Sequence[str]) -> None:
+        super().__init__()
+        self._normalizer, self._pre_tokenizer = backend.normalizer, backend.pre_tokenizer
+        self._within_tokens = "".join(token[1:] for token in added_tokens)
+        self._longest_token = max(map(len, added_tokens), default=0)
+        self._longest_word = getattr(backend.model, "max_input_chars_per_word", 0)
+        self._long_run = re.compile(f"[wv]{{{self._longest_token + self._longest_word + 2},}}")
+
+    def __missing__(self, code: int) -> str:
+        character, kind = chr(code), "p"
+        text = self._normalizer.normalize_str(f"a{character}a")
+        pieces = [piece for piece, _ in self._pre_tokenizer.pre_tokenize_str(text)]
+        if pieces == ["aa"]:
+            # In NFD, a mark of class 0 keeps those around it in their order before it vanishes.
+            is_mark = unicodedata.category(character) == "Mn"
+            kind = "p" if is_mark and not unicodedata.combining(character) else "v"
+        elif len(pieces) == 1:
+            kind = "w"
+        elif pieces[0] == "a" and character not in self._within_tokens:
+            kind = "b"
+        self[code] = kind
+        return kind
+
+    def cut(self, text: str, start: int, size: int) -> tuple[str, int]:
+        """`Tokenizer._next_piece` of a text without blanks."""
+        kinds = text[start : start + size].translate(self)
+        end = kinds.rfind("b", 1)
+        while end < 0 and (at := start + len(kinds)) < len(text):
+            kinds += text[at : at + len(kinds)].translate(self)
+            end = kinds.find("b", 1)
+        text = text[start : start + end] if end > 0 else text[start:]
+        pieces, done = [], 0
+        for run in self._long_run.finditer(kinds, 0, len(text)):
+            # An added token may reach into the run's beginning. A longer word is [UNK] as well.
+            head = run.start() + self._longest_token
+            letters = (text[i] for i in range(head, run.end()) if kinds[i] == "w")
+            pieces += [text[done:head], *itertools.islice(letters, self._longest_word + 1)]
+            done = run.end()
+        return "".join([*pieces, text[done:]]), start + len(text)
 
 
 def _write(path: str, text: str) -> None:

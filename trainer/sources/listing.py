@@ -14,6 +14,7 @@ from functools import partial
 from typing import Any, TypeVar
 
 from trainer.errors import UserError
+from trainer.sources.formats.json_objects import is_document
 from trainer.sources.input_files import (
     COMPRESSIONS,
     FORMATS,
@@ -139,7 +140,7 @@ def _checked_name(name: str, json_field: str | None) -> str:
         _check_content(name)
     if json_field is not None and kind not in ("json", "jsonl"):
         raise UserError(f"--json_field={json_field}: {path} is {kind}, expected JSON")
-    if json_field is None and (kind != "jsonl" or name != path or not _holds_documents(path)):
+    if json_field is None and (kind != "jsonl" or name != path or not is_document(path)):
         return name
     return with_json_field(name, json_field)
 
@@ -154,15 +155,6 @@ def _check_content(name: str) -> None:
     for beginning, (what, remedy) in _OTHER_CONTENTS.items():
         if head.startswith(beginning):
             raise UserError(f"{location(name)}: holds {what}, expected {kind}; {remedy}")
-
-
-def _holds_documents(path: str) -> bool:
-    from trainer.sources.formats.json_objects import is_document
-
-    try:
-        return is_document(path)
-    except OSError:  # Whoever reads it will say what is wrong with it.
-        return False
 
 
 def _expand(item: str, source_split: str | None, any_ending: bool) -> list[str]:

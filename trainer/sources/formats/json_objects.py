@@ -89,30 +89,10 @@ def _values_of(name: str) -> Iterator[tuple[Any, str]]:
                 row += 1
         except UserError:
             raise
-        except _TooLong:
-            remedy = "cut its text"
-            if row == 0 and not path and (field := _list_field(name)):
-                remedy = f"name the field that holds a list of rows with --json_field={field}"
-            raise UserError(
-                f"{location(name)}: row {row} has more than {MAX_LINE_BYTES:,} bytes; {remedy}"
-            ) from None
         except (OSError, ValueError, RecursionError) as error:
             # Without the decoder's line and column, which count from the beginning of a block.
             reason = str(error).partition(": line ")[0]
             raise damaged(location(name), f"row {row}", ValueError(reason)) from None
-
-
-def _list_field(name: str) -> str | None:
-    """The first field of a file's first object that holds a list of objects, dotted."""
-    with open_decompressed(name) as file:
-        try:
-            return next(_JsonStream(name, file).list_fields(), None)
-        except (OSError, ValueError, RecursionError):
-            return None
-
-
-class _TooLong(ValueError):
-    """A value of more than MAX_LINE_BYTES."""
 
 
 class _JsonStream:
@@ -134,96 +114,63 @@ class _JsonStream:
             if (path or first == "[") and self._next():
                 raise ValueError("more behind its end")
 
-    def list_fields(self) -> Iterator[str]:
-        """The fields of an object that hold lists of objects, dotted; none of another value."""
-        for key in self._keys() if self._next() == "{" else ():
-            if self._next() == "{":
-                yield from (f"{key}.{field}" for field in self.list_fields())
-            elif self._next() != "[":
-                self._value()
-            else:
-                for index, _ in enumerate(self._members("[", "]")):
-                    if index == 0 and self._next() == "{":
-                        yield key
-                    self._pass_over()
-
     def _rows_at(self, path: Sequence[str]) -> Iterator[tuple[Any, str]]:
         if not path:
-            yield from self._items() if self._next() == "[" else [self._value()]
+            members = self._members("[", "]") if self._next() == "[" else [None]
+            yield from (self._value() for _ in members)
             return
-        keys: list[str] = []
-        for key in self._keys():
-            keys.append(key)
-            if key != path[0]:
-                self._pass_over()
-            elif keys.count(key) > 1:
+        keys: list[str | None] = []
+        for key in self._members("{", "}"):
+            if key == path[0] and key in keys:
                 raise ValueError(f"field {key!r} comes twice")
-            else:
-                yield from self._rows_at(path[1:])
+            keys.append(key)
+            rows = self._rows_at(path[1:] if key == path[0] else ())
+            yield from (row for row in rows if key == path[0])
         if path[0] not in keys:
+            found = ", ".join(map(ascii, keys[:30]))
             raise UserError(
-                f"{self._name}: no field {path[0]!r}; found {', '.join(map(ascii, keys[:30]))}; "
-                "correct --json_field"
+                f"{self._name}: no field {path[0]!r}; found {found}; correct --json_field"
             )
 
-    def _items(self) -> Iterator[tuple[Any, str]]:
-        for _ in self._members("[", "]"):
-            yield self._value()
-
-    def _keys(self) -> Iterator[str]:
-        """The keys of an object; the caller takes the value of each."""
-        for _ in self._members("{", "}"):
-            if self._next() != '"':
-                raise ValueError("expected the name of a field")
-            key, _ = self._value()
-            self._expect(":")
+    def _members(self, begin: str, end: str) -> Iterator[str | None]:
+        """Stops before each value of an array or object, which the caller takes; yields its key."""
+        self._take(begin)
+        is_empty = self._next() == end
+        while not is_empty:
+            key = None
+            if begin == "{":
+                if self._next() != '"':
+                    raise ValueError("expected the name of a field")
+                key, _ = self._value()
+                self._take(":")
             yield key
-
-    def _members(self, begin: str, end: str) -> Iterator[None]:
-        """Stops before each member of an array or object, for the caller to take it."""
-        self._expect(begin)
-        if self._next() != end:
-            yield
-            while self._next() == ",":
-                self._at += 1
-                yield
-        self._expect(end)
-
-    def _pass_over(self) -> None:
-        """Takes a value of any length."""
-        first = self._next()
-        if first == "{":
-            for _ in self._keys():
-                self._pass_over()
-        elif first == "[":
-            for _ in self._items():
-                pass
-        else:
-            self._value()
+            if self._next() != ",":
+                break
+            self._take(",")
+        self._take(end)
 
     def _value(self) -> tuple[Any, str]:
         """The next value, and its text."""
         self._next()
-        is_whole = False
-        while not is_whole:
+        while True:
             try:
                 value, end = _DECODER.raw_decode(self._text, self._at)
                 # A number may go on behind what was read.
-                is_whole = self._ended or end + 3 <= len(self._text)
+                if self._ended or end + 3 <= len(self._text):
+                    break
             except json.JSONDecodeError as error:
                 if self._ended or not _is_cut(error, self._text, _LONGEST_WORD):
                     raise
-            if not is_whole:
-                if len(self._text) - self._at > MAX_LINE_BYTES:
-                    raise _TooLong
-                self._fill()
+            if len(self._text) - self._at > MAX_LINE_BYTES:
+                raise UserError(
+                    f"{self._name}: a row of more than {MAX_LINE_BYTES:,} characters; cut its "
+                    "text, or, if it holds a list of rows, name the field with --json_field"
+                )
+            self._fill()
         text, self._at = self._text[self._at : end], end
-        if len(text) * 4 > MAX_LINE_BYTES:
-            if len(text.encode("utf-8", "surrogateescape")) > MAX_LINE_BYTES:
-                raise _TooLong
         return value, text
 
-    def _expect(self, character: str) -> None:
+    def _take(self, character: str) -> None:
         if (found := self._next()) != character:
             raise ValueError(f"expected {character!r}, found {found!r}")
         self._at += 1
@@ -255,11 +202,14 @@ def is_document(name: str) -> bool:
     Its first value is an array of objects, or an object of several lines, or on a line with the
     next one. A line that is no JSON may be the first of JSONL too.
     """
-    with open_decompressed(name) as file:
-        head = file.read(_HEAD_BYTES)
-        pieces = rest_of_line(file) if b"\n" not in head.strip() else ()
-        lengths = itertools.accumulate(map(len, pieces), initial=len(head))
-        is_long = any(length > MAX_LINE_BYTES for length in lengths)
+    try:
+        with open_decompressed(name) as file:
+            head = file.read(_HEAD_BYTES)
+            pieces = rest_of_line(file) if b"\n" not in head.strip() else ()
+            lengths = itertools.accumulate(map(len, pieces), initial=len(head))
+            is_long = any(length > MAX_LINE_BYTES for length in lengths)
+    except OSError:  # Whoever reads it will say what is wrong with it.
+        return False
     text = head.decode("utf-8-sig", "replace").strip(" \t\r\n")
     first = _FIRST_OBJECT.match(text)
     if not first or _NO_LINE.match(text):
@@ -271,10 +221,9 @@ def is_document(name: str) -> bool:
         return bool(is_long or first[1] or "\n" in text) and _is_cut(error, text, margin)
     except (ValueError, RecursionError):
         return False
-    behind = text[end:]
     if first[1]:
-        return behind.lstrip()[:1] in ",]"
-    return "\n" in text[:end] or behind.lstrip(" \t\r")[:1] == "{"
+        return text[end:].lstrip()[:1] in ",]"
+    return "\n" in text[:end] or text[end:].lstrip(" \t\r")[:1] == "{"
 
 
 def _load_json(line: bytes) -> Any:
@@ -329,8 +278,8 @@ def _check_objects(name: str, objects: Sequence[dict[str, Any]], columns: Column
     if not objects:
         return
     found, hint = _field_names(objects), ""
-    if columns.text not in found and len(objects) == 1 and (field := _list_field(name)):
-        hint = f", or the field that holds a list of rows with --json_field={field}"
+    if columns.text not in found and len(objects) == 1 and (fields := _list_fields(objects[0])):
+        hint = f", or the field of a list of rows with --json_field={' or '.join(fields)}"
     require_columns(location(name), found, columns, hint=hint)
     texts = _values(objects, columns.text)
     if len(texts) > 1 and not any(isinstance(text, str) for text in texts):
@@ -341,6 +290,17 @@ def _check_objects(name: str, objects: Sequence[dict[str, Any]], columns: Column
         is_fraction = [isinstance(value, float) and not value.is_integer() for value in values]
         if len(values) > 1 and all(is_fraction):
             raise wrong_type(name, column, columns, "fractions", "names, ids, or 0 and 1")
+
+
+def _list_fields(value: dict[str, Any]) -> list[str]:
+    """The fields, dotted, that hold lists of objects."""
+    fields = []
+    for key, item in value.items():
+        if isinstance(item, dict):
+            fields += [f"{key}.{field}" for field in _list_fields(item)]
+        elif isinstance(item, list) and item and isinstance(item[0], dict):
+            fields.append(key)
+    return fields
 
 
 def _field_names(objects: Sequence[dict[str, Any]]) -> list[str]:
