@@ -335,9 +335,15 @@ def test_links_are_removed_and_not_what_they_lead_to(copy):
     (data / ".prepare" / "old").symlink_to(victim, target_is_directory=True)
     take_back(copy)
     assert not (data / "more.texts").exists() and not (data / ".prepare").exists()
-    (data / ".prepare").symlink_to(victim, target_is_directory=True)
-    with pytest.raises(UserError, match=r"data/.prepare: a link"):
-        take_back(copy)
+    for name in (".prepare", "rejected"):
+        (data / name).symlink_to(victim, target_is_directory=True)
+        with pytest.raises(UserError, match=f"data/{name}: a link"):
+            take_back(copy)
+        (data / name).unlink()
+    shutil.rmtree(copy / "scores" / "manifests")
+    (copy / "scores" / "manifests").symlink_to(victim, target_is_directory=True)
+    with pytest.raises(UserError, match="manifests: a link"):
+        run_score(copy)
     assert read_tree(victim) == {"file": b"somebody's"}
 
 

@@ -25,12 +25,7 @@ from trainer.data.metadata import (
 from trainer.data.records import leading_places, read_documents
 from trainer.data.tokenizer import load_tokenizer
 from trainer.errors import UserError
-from trainer.evaluation.results import (
-    CURVES_FILE,
-    EVALUATION_FOLDER,
-    METRICS_FILE,
-    write_json,
-)
+from trainer.evaluation.results import CURVES_FILE, EVALUATION_FOLDER, METRICS_FILE, write_json
 from trainer.evaluation.thresholds import ThresholdRule
 from trainer.reporting.baseline import measure_baseline
 from trainer.reporting.page import MAX_CHARACTERS, Material, render
@@ -71,6 +66,7 @@ def run(config: ReportConfig) -> None:
 def _make_page(
     config: ReportConfig, record: RunRecord, metrics: dict[str, Any], curves: dict[str, Any]
 ) -> str:
+    """The page of an evaluation: data, baseline, texts and history are read on the way."""
     data_dir = config.data_dir or record.train.data_dir
     metadata = _open_data(config, data_dir, metrics)
     baseline, texts = None, {}

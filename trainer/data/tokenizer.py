@@ -21,6 +21,7 @@ import tokenizers
 from tokenizers import Tokenizer as Backend
 
 from trainer.errors import UserError
+from trainer.model_config import MAX_VOCABULARY
 from trainer.storage import filesystem
 from trainer.storage.own_files import MAX_BYTES, check_plain_files, load
 
@@ -239,6 +240,9 @@ def _wrap(backend: Backend, config: dict[str, Any], name: str) -> Tokenizer:
             f"frames a text by the first two; found {reprlib.repr(tokens)}; name "
             "another one or `train`"
         )
+    largest = max(backend.get_vocab(with_added_tokens=True).values())
+    if largest >= MAX_VOCABULARY:
+        raise UserError(f"--tokenizer={name}: has id {largest}, expected below {MAX_VOCABULARY}")
     unk_id = None if unk_token is None else backend.token_to_id(unk_token)
     definition = json.dumps(json.loads(backend.to_str()), sort_keys=True)
     fingerprint = hashlib.sha256(definition.encode()).hexdigest()
@@ -264,11 +268,10 @@ def load_tokenizer(name_or_folder: str) -> Tokenizer:
         definition = filesystem.read_bytes(tokenizer_path, MAX_BYTES)
         try:
             return _wrap(Backend.from_buffer(definition), config, name_or_folder)
-        except UserError:
-            raise
-        except (KeyboardInterrupt, SystemExit):
-            raise
         except BaseException as error:  # `tokenizers` raises bare Exception, and panics.
+            is_its_own = isinstance(error, Exception) or type(error).__name__ == "PanicException"
+            if not is_its_own or isinstance(error, UserError):
+                raise
             reason = " ".join(str(error).split())[:200]
             raise UserError(f"{name_or_folder}: not a readable tokenizer ({reason})") from None
     if filesystem.is_remote(name_or_folder):

@@ -56,8 +56,9 @@ def open_work_folder(data_dir: str) -> Iterator[str]:
     lock, is_cleared = None, False
     try:
         with disk_errors(f"--data_dir={data_dir}"):
-            if os.path.islink(work_dir):
-                raise UserError(f"{work_dir}: a link, and no folder; remove it")
+            for name in (WORK_FOLDER, REJECTED_FOLDER):
+                if os.path.islink(path := os.path.join(data_dir, name)):
+                    raise UserError(f"{path}: a link, and no folder; remove it")
             os.makedirs(work_dir, exist_ok=True)
             lock = lock_folder(work_dir)
             if lock is None:

@@ -109,6 +109,8 @@ class LocalFolder:
 
     def make(self, folders: Sequence[str]) -> None:
         for folder in ("", *folders):
+            if folder and os.path.islink(self._path(folder)):
+                raise UserError(f"{self._path(folder)}: a link, and no folder; remove it")
             os.makedirs(self._path(folder), exist_ok=True)
 
     def find(self, folder: str) -> dict[str, FileInfo]:

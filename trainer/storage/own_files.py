@@ -61,7 +61,10 @@ closed = with_config({"extra": "forbid"})
 
 
 def fields(**kinds: Any) -> Any:
-    """The shape of a dictionary that has at least these fields; the others are kept as they are."""
+    """The shape of a dictionary that has at least these fields; the others are kept as they are.
+
+    Each call makes a type, whose first use takes milliseconds: what is read often is a constant.
+    """
     return with_config({"extra": "allow"})(TypedDict("fields", kinds))  # type: ignore[operator]
 
 

@@ -22,6 +22,7 @@ _TENSORBOARD_FOLDER = "tensorboard"
 # file again, so there only its timer (two minutes) and our own flushes cause one.
 _QUEUE, _REMOTE_QUEUE = 10, 1_000_000
 
+_ROW = fields(step=Count)
 _logger = logging.getLogger(__name__)
 
 
@@ -190,7 +191,7 @@ def _cut(path: str, step: int) -> list[bytes]:
     kept = []
     for number, line in enumerate(lines, 1):
         try:
-            is_kept = parse(fields(step=Count), line, path, "")["step"] <= step
+            is_kept = parse(_ROW, line, path, "")["step"] <= step
         except UserError:
             is_kept = False
             if line.endswith(b"\n"):
