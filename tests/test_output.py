@@ -1,12 +1,16 @@
 """Standard output and error of real processes: any encoding, any name, readers that go away."""
 
+import errno
 import json
 import os
 import subprocess
 import sys
+import types
 from pathlib import Path
 
 import pytest
+
+from trainer import cli
 
 COMMAND = [sys.executable, "-m", "trainer.cli"]
 # Four of these texts repeat, which is warned about with the name of the file.
@@ -110,3 +114,21 @@ def test_half_a_character_in_a_path_is_one_line(tmp_path, flag):
         f"multihot prepare: error: {flag}='{tmp_path}/caf\\udce9': expected UTF-8; rename the "
         "file or folder\n"
     )
+
+
+def test_a_command_that_only_prints_ends_with_its_reader(monkeypatch, capsys):
+    program = (
+        "from trainer.errors import protect_streams\nprotect_streams(end_with_reader=True)\n"
+        "try:\n    while True:\n        print('a line of a log', flush=True)\n"
+        "except BrokenPipeError:\n    raise SystemExit(7)\n"
+    )
+    assert without_reader([sys.executable, "-c", program], "stdout") == (7, "")
+
+    def print_logs(_):
+        raise BrokenPipeError(errno.EPIPE, "Broken pipe")
+
+    monkeypatch.setitem(sys.modules, "launch.jobs", types.SimpleNamespace(print_logs=print_logs))
+    cli.main(
+        ["jobs", "logs", "--project=my-project", "--bucket=b-jobs", "--name=first", "--follow"]
+    )
+    assert capsys.readouterr() == ("", "")
