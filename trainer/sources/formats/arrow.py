@@ -281,7 +281,7 @@ def _classes_of(schema: pyarrow.Schema, column: str) -> list[str] | None:
     try:
         described = json.loads((schema.metadata or {})[b"huggingface"])["info"]["features"]
         return _class_names(described[column])
-    except (KeyError, TypeError, ValueError, IndexError):
+    except (KeyError, TypeError, ValueError, IndexError, RecursionError):
         return None
 
 
