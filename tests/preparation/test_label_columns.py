@@ -112,7 +112,9 @@ def test_strings_are_ids_only_if_all_of_the_column_are_numbers(tmp_path, run, nu
     assert all(labels[f"r{i}"] == [WORDS[i % 4]] for i in range(2000))
     rows[-1]["labels"] = "black"
     path = write_rows(tmp_path / "names.jsonl", rows)
-    with pytest.raises(UserError, match="row 0: unknown label '0'; digits are an id only where"):
+    with pytest.raises(
+        UserError, match="row 0: unknown label '0'; digits are an id only with --labels"
+    ):
         run(path, "refused", **flags)
     labels, _ = run(path, "names", max_rejected=2000.0, **flags)
     assert labels == {"r1999": ["black"]}
@@ -269,6 +271,19 @@ def test_a_later_split_has_a_column_for_every_label(tmp_path, run):
         run(path, split="test", label_field=("z", "y", "x"))
     labels, _ = run(path, split="test", label_field=("z", "y", "x"), unknown_labels="ignore")
     assert labels == {"r": ["x"]}
+
+
+def test_digits_of_a_later_split_are_no_places_among_names_of_the_first(tmp_path, run):
+    rows = [{"text": f"text {i}", "labels": [f"code{i}"]} for i in range(4)]
+    run(write_rows(tmp_path / "rows.jsonl", rows))
+    rows = [{"id": f"r{i}", "text": f"text 9{i}", "labels": str(i)} for i in (1, 2)]
+    path = write_rows(tmp_path / "more.jsonl", rows)
+    with pytest.raises(UserError, match="unknown label '1'; digits are an id only .*--label_kind"):
+        run(path, split="test")
+    labels, _ = run(path, split="test", label_kind="ids")
+    assert labels == {"r1": ["code1"], "r2": ["code2"]}
+    listed = write_labels(tmp_path, [f"code{i}" for i in range(4)])
+    assert run(path, split="more", labels=listed)[0] == labels
 
 
 def test_a_list_of_labels_that_is_read_wrongly_is_shown(tmp_path, run):

@@ -80,7 +80,9 @@ def test_strings_of_numbers_are_ids_where_no_name_is_a_number(raw):
         if isinstance(raw, str) and raw[0] in "[{" and "'" not in raw:
             assert reader.read(raw) == ["blue", "red"]  # Numbers, not strings.
             continue
-        with pytest.raises(LabelError, match="unknown label '2'; digits are an id only where"):
+        with pytest.raises(
+            LabelError, match="unknown label '2'; digits are an id only with --labels"
+        ):
             reader.read(raw)
     assert dataclasses.replace(KNOWN, kind="ids").read(raw) == ["blue", "red"]
 
@@ -226,7 +228,7 @@ def test_two_labels_are_no_less_ids_for_being_a_set():
         (KNOWN, [4], "label id 4 is out of range, expected 0 to 3"),
         (KNOWN, [-1], "out of range"),
         (NUMBERED, "9", "label id 9 is out of range"),
-        (KNOWN, "2.0", "unknown label '2.0'; digits are an id only where"),
+        (KNOWN, "2.0", "unknown label '2.0'; digits are an id only with --labels"),
         (KNOWN, [0.5], "whole numbers"),
         (KNOWN, [float("nan")], "whole numbers"),
     ],

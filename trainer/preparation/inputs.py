@@ -157,6 +157,8 @@ def make_reader(config: PrepareConfig, previous: Metadata | None) -> LabelReader
         config.label_kind,
         config.normalize_labels,
         keeps_unknown=config.unknown_labels == "ignore",
+        # The names of earlier splits may be all that the folder has: no list that ids refer to.
+        has_names=previous is not None and config.labels is None,
     )
 
 
@@ -180,7 +182,8 @@ def check_labels(name: str, columns: Columns, reader: LabelReader) -> LabelReade
             reasons.append(f"row {row.position}: {error}")
     if len(reasons) > 1 and not num_usable:
         known = ", ".join(map(quoted, (reader.names or ())[:3]))
-        hint = f", or correct the list of labels ({known}, ...)" if known else ""
+        is_list = known and len(columns.labels) == 1
+        hint = f", or correct the list of labels ({known}, ...)" if is_list else ""
         raise UserError(
             f"{name}: {reasons[0]}; none of the first {len(reasons)} rows has labels that can be "
             f"read; name the right column with --label_field (now {','.join(columns.labels)}){hint}"

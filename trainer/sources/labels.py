@@ -226,8 +226,8 @@ class LabelReader:
             return f", but {quoted(known)} is one; --normalize_labels={forms} makes one of both"
         if self.kind == "auto" and _WHOLE_NUMBER.fullmatch(name):
             return (
-                "; digits are an id only where all labels of the column are numbers and no known "
-                "label is one, or with --label_kind=ids"
+                "; digits are an id only with --labels, if all labels of the column are numbers "
+                "and no known label is one, or with --label_kind=ids"
             )
         return ""
 
