@@ -27,10 +27,10 @@ _SCALARS = re.compile(r"(str|bytes|bool|int\d*|uint\d+|float\d*|longlong|intc)_?
 # How a container, or one value as a library prints it, begins that became a string.
 _CONTAINER = re.compile(
     rf"\[|\(\s*['\"\d)]|\{{\s*['\"\d]|(\w+\.)*({_CONTAINERS})\((\s*[\[({{]|\s*\)|\w+\()"
-    r"|[\w.]+\(\s*[\[({]\s*['\"]|(np|numpy)\.\w+\(|['\"]\s*\[|[bu](?P<quote>['\"]).*(?P=quote)$",
+    r"|[\w.]+\(\s*[\[({]\s*['\"\])}]|(np|numpy)\.\w+\(|['\"]\s*\[|[bu](?P<quote>['\"]).*(?P=quote)$",
     re.ASCII | re.DOTALL,
 )
-_BARE_NUMBERS = re.compile(r"[\[(][\s\d.]*[\])]", re.ASCII)
+_BARE_NUMBERS = re.compile(r"\[[\s\d.]*\]|\([\s\d.]*\)", re.ASCII)
 _STRINGS_SIDE_BY_SIDE = re.compile(r"['\"]\s*['\"]")
 # <a><b> and [a][b], as StackExchange's dumps have them, and |a|b| of its newer ones.
 _TAGS = re.compile(
