@@ -286,6 +286,13 @@ def test_digits_of_a_later_split_are_no_places_among_names_of_the_first(tmp_path
     assert run(path, split="more", labels=listed)[0] == labels
 
 
+@pytest.mark.parametrize("kind", ["ids", "multi_hot"])
+def test_numbers_that_stand_for_names_need_these_names(tmp_path, run, kind):
+    rows = [{"text": f"text {i}", "labels": "1,0"} for i in range(4)]
+    with pytest.raises(UserError, match=f"--label_kind={kind}: expected the names .*--labels"):
+        run(write_rows(tmp_path / "rows.jsonl", rows), label_kind=kind)
+
+
 def test_a_list_of_labels_that_is_read_wrongly_is_shown(tmp_path, run):
     rows = [{"text": f"text {i}", "labels": ["x"]} for i in range(4)]
     listed = write_labels(tmp_path, ['["x", "y"]'])

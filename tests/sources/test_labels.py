@@ -294,6 +294,11 @@ def test_a_column_of_truth_values_is_a_label_only_where_the_list_has_it():
             LabelReader(("a", "b"), columns).read(raw)
 
 
+@pytest.mark.parametrize("raw", ["{1, 2}", "[1, 2]", "1,2", [1, 2], [1.0, 2.0], LabelIds((1, 2))])
+def test_numbers_that_are_said_to_be_names_are_names_in_any_container(raw):
+    assert LabelReader(None, ("labels",), kind="names").read(raw) == ["1", "2"]
+
+
 @pytest.mark.parametrize("raw", [1, "1", [0], 0.0])
 def test_numbers_of_a_column_that_is_a_label_itself_are_no_places(raw):
     with pytest.raises(LabelError, match="column 'b', which is a label itself: .*--label_field"):

@@ -129,7 +129,7 @@ def choose_token_limits(
 def make_reader(config: PrepareConfig, previous: Metadata | None) -> LabelReader:
     """The reader of the labels of a row, by the flags or the folder's earlier splits.
 
-    A UserError says that --labels and --label_field do not go together.
+    A UserError says that --labels, --label_kind and --label_field do not go together.
     """
     columns = config.label_field
     check_names(columns, f"--label_field={shorten(','.join(columns))}")
@@ -139,6 +139,11 @@ def make_reader(config: PrepareConfig, previous: Metadata | None) -> LabelReader
         names = read_label_file(config.labels)
     if previous is not None:
         names, source = previous.labels, f"--data_dir={config.data_dir}"
+    if names is None and config.label_kind in ("ids", "multi_hot"):
+        raise UserError(
+            f"--label_kind={config.label_kind}: expected the names that the numbers stand for; "
+            "give them with --labels"
+        )
     dropped = frozenset(previous.dropped_labels if previous else ())
     differing = set(names or ()) - set(columns)
     if config.unknown_labels == "error":

@@ -83,7 +83,7 @@ class LabelReader:
         if len(self.columns) > 1 or isinstance(raw, bool):
             return self._names_of_columns((raw,) if isinstance(raw, bool) else raw)
         items = self._items(raw)
-        if isinstance(items, LabelIds):
+        if isinstance(items, LabelIds) and self.kind != "names":
             names = self._names_of_ids(items)
         elif items and all(isinstance(item, int | float) for item in items):
             names = self._names_of_numbers(items)
