@@ -27,7 +27,8 @@ _SCALARS = re.compile(r"(str|bytes|bool|int\d*|uint\d+|float\d*|longlong|intc)_?
 # How a container, or one value as a library prints it, begins that became a string.
 _CONTAINER = re.compile(
     rf"\[|\(\s*['\"\d)]|\{{\s*['\"\d]|(\w+\.)*({_CONTAINERS})\((\s*[\[({{]|\s*\)|\w+\()"
-    r"|[\w.]+\(\s*[\[({]\s*['\"\])}]|(np|numpy)\.\w+\(|['\"]\s*\[|[bu](?P<quote>['\"]).*(?P=quote)$",
+    r"|[\w.]+\(\s*[\[({]\s*['\"\])}]|(np|numpy)\.\w+\("
+    r"|['\"]\s*\[|[bu](?P<quote>['\"]).*(?P=quote)$",
     re.ASCII | re.DOTALL,
 )
 _BARE_NUMBERS = re.compile(r"\[[\s\d.]*\]|\([\s\d.]*\)", re.ASCII)
