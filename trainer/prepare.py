@@ -122,7 +122,7 @@ def _prepare(
         checks = check_splits(
             metadata, list(splits), statistics, config.data_dir, work_dir, shards_dir=shown_dir
         )
-        checks["warnings"] += warn_of_labels(corpus.name_counts, unknown)
+        checks["warnings"] += warn_of_labels(corpus.name_counts, unknown, config.label_field)
         metadata = dataclasses.replace(metadata, checks=checks)
         _commit(config.data_dir, work_dir, metadata, splits, is_new=previous is None)
     if mirror is not None:

@@ -112,7 +112,9 @@ def test_strings_are_ids_only_if_all_of_the_column_are_numbers(tmp_path, run, nu
     assert all(labels[f"r{i}"] == [WORDS[i % 4]] for i in range(2000))
     rows[-1]["labels"] = "black"
     path = write_rows(tmp_path / "names.jsonl", rows)
-    with pytest.raises(UserError, match="row 0: unknown label '0'; digits are an id only where"):
+    with pytest.raises(
+        UserError, match="row 0: unknown label '0'; digits are an id only with --labels"
+    ):
         run(path, "refused", **flags)
     labels, _ = run(path, "names", max_rejected=2000.0, **flags)
     assert labels == {"r1999": ["black"]}
@@ -176,6 +178,11 @@ def test_names_that_look_cut_or_missing_are_told(tmp_path, run):
         (["True", "False"], "truth values and no names: 'False' 1, 'True' 1"),
         (["a b", "a c", "b c", "a b c", "c a", "b a", "c b"], "several side by side: 7 ("),
         (["b|", "data", "science", "data science"], ""),
+        (["a;", ";", "a"], "several side by side: 2 (';' 1, 'a;' 1)"),
+        ([["a,b"], "a,b"], "several side by side: 1 ('a,b' 1)"),
+        ([True, "red"], "truth values beside names: 'labels' 1"),
+        (["a", ["['a', 'b']"]], "part of a list or a missing value: 1"),
+        (["a", ["a\0"]], "part of a list or a missing value: 1"),
     ],
 )
 def test_strings_that_were_not_taken_apart_are_told(tmp_path, run, values, expected):
@@ -228,11 +235,70 @@ def test_the_second_of_two_classes_is_the_positive(tmp_path, run, classes, kind)
         assert sorted(found) == [c for c in ("spam", "toxic") if frame.loc[name, c] == 1]
 
 
-@pytest.mark.parametrize("classes", [["yes", "no"], ["a", "b", "c"]])
+@pytest.mark.parametrize(
+    "classes",
+    [["yes", "no"], ["a", "b", "c"], ["pos", "neg"], ["toxic", "non-toxic"], ["1", "0"]],
+)
 def test_classes_that_are_no_yes_and_no_are_refused(tmp_path, run, classes):
     class_columns(classes).to_parquet(tmp_path / "rows.parquet")
     with pytest.raises(UserError, match="column 'toxic' has the classes .*, expected two"):
         run(tmp_path / "rows.parquet", label_field=("toxic", "spam"))
+
+
+@pytest.mark.parametrize("kind", ["rows.parquet", "folder"])
+def test_a_class_is_one_name_whatever_it_holds(tmp_path, run, kind):
+    classes = ["a, b", "[c]", "<d>", "e"]
+    features = {"id": datasets.Value("string"), "text": datasets.Value("string")}
+    features["labels"] = datasets.ClassLabel(names=classes)
+    values = {"id": list("pqrst"), "text": [f"text {i}" for i in range(5)]}
+    data = datasets.Dataset.from_dict(
+        values | {"labels": [0, 1, 2, 3, -1]}, datasets.Features(features)
+    )
+    path = tmp_path / kind
+    data.to_parquet(path) if kind == "rows.parquet" else data.save_to_disk(path)
+    labels, _ = run(path, max_rejected=0.5)
+    assert labels == {name: [found] for name, found in zip("pqrs", classes, strict=True)}
+
+
+def test_a_later_split_has_a_column_for_every_label(tmp_path, run):
+    rows = [{"text": f"text {i}", "x": i % 2, "y": 1 - i % 2} for i in range(4)]
+    run(write_rows(tmp_path / "rows.jsonl", rows), label_field=("x", "y"))
+    rows = [{"id": "r", "text": "text 9", "x": 1, "z": 1, "y": 0}]
+    path = write_rows(tmp_path / "more.jsonl", rows)
+    with pytest.raises(UserError, match=r"other labels than --label_field names \(y, z\)"):
+        run(path, split="test", label_field=("z", "x"))
+    with pytest.raises(UserError, match=r"--label_field names \(z\)"):
+        run(path, split="test", label_field=("z", "y", "x"))
+    labels, _ = run(path, split="test", label_field=("z", "y", "x"), unknown_labels="ignore")
+    assert labels == {"r": ["x"]}
+
+
+def test_digits_of_a_later_split_are_no_places_among_names_of_the_first(tmp_path, run):
+    rows = [{"text": f"text {i}", "labels": [f"code{i}"]} for i in range(4)]
+    run(write_rows(tmp_path / "rows.jsonl", rows))
+    rows = [{"id": f"r{i}", "text": f"text 9{i}", "labels": str(i)} for i in (1, 2)]
+    path = write_rows(tmp_path / "more.jsonl", rows)
+    with pytest.raises(UserError, match="unknown label '1'; digits are an id only .*--label_kind"):
+        run(path, split="test")
+    labels, _ = run(path, split="test", label_kind="ids")
+    assert labels == {"r1": ["code1"], "r2": ["code2"]}
+    listed = write_labels(tmp_path, [f"code{i}" for i in range(4)])
+    assert run(path, split="more", labels=listed)[0] == labels
+
+
+@pytest.mark.parametrize("kind", ["ids", "multi_hot"])
+def test_numbers_that_stand_for_names_need_these_names(tmp_path, run, kind):
+    rows = [{"text": f"text {i}", "labels": "1,0"} for i in range(4)]
+    with pytest.raises(UserError, match=f"--label_kind={kind}: expected the names .*--labels"):
+        run(write_rows(tmp_path / "rows.jsonl", rows), label_kind=kind)
+
+
+def test_a_list_of_labels_that_is_read_wrongly_is_shown(tmp_path, run):
+    rows = [{"text": f"text {i}", "labels": ["x"]} for i in range(4)]
+    listed = write_labels(tmp_path, ['["x", "y"]'])
+    with pytest.raises(UserError, match="or correct the list of labels .*x.*, y|x.*y") as caught:
+        run(write_rows(tmp_path / "rows.jsonl", rows), labels=listed)
+    assert "\n" not in str(caught.value)
 
 
 def test_a_label_name_of_64_kibibytes_is_one_line(tmp_path, run):

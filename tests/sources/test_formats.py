@@ -112,7 +112,7 @@ def test_a_saved_dictionary_of_splits_gives_class_names(tmp_path):
         rows = read(path, Columns(labels=("labels",)))
         assert [row.labels for row in rows] == [["blue"], ["red", "blue"], []]
         rows = read(path, Columns(labels=("one",)))
-        assert [row.labels for row in rows] == ["yes", "no", None]
+        assert [row.labels for row in rows] == [["yes"], ["no"], None]
     with pytest.raises(UserError, match="--source_split=dev: .* has train, test"):
         list_files([str(tmp_path / "set")], source_split="dev")
     state = tmp_path / "set" / "train" / "state.json"

@@ -9,7 +9,7 @@ import pytest
 from hypothesis import given
 from hypothesis import strategies as st
 
-from trainer.sources.label_text import LabelError, is_odd, split_labels
+from trainer.sources.label_text import LabelError, is_doubtful, is_odd, split_labels
 from trainer.sources.rows import LabelIds
 
 CHARACTERS = st.characters(codec="utf-8", exclude_categories=["Cc", "Cs", "Zs", "Zl", "Zp"])
@@ -92,6 +92,18 @@ def test_tags_and_plain_words_are_read_as_they_were(words):
         ('5" pipe, 6" pipe', ['5" pipe', '6" pipe']),
         ("age > 65, < 5 years", ["age > 65", "< 5 years"]),
         ('{"a b",c}', ["a b", "c"]),
+        ("<a>,<b>", ["a", "b"]),
+        ("<a>; <b>", ["a", "b"]),
+        ("<machine learning><deep learning>", ["machine learning", "deep learning"]),
+        # Written twice: a list as a string of JSON, text as Python prints bytes.
+        (json.dumps(json.dumps(["a", "b"])), ["a", "b"]),
+        (json.dumps("['a', 'b']"), ["a", "b"]),
+        ("b'a,b'", ["a", "b"]),
+        ("b'a', b'b'", ["a", "b"]),
+        ("u'a'", ["a"]),
+        ("np.str_('a')", ["a"]),
+        ("b'nai b'rith", ["b'nai b'rith"]),
+        ('{a,"NULL","c: 1"}', ["a", "NULL", "c: 1"]),
     ],
 )
 def test_what_each_way_of_writing_means(text, expected):
@@ -114,7 +126,21 @@ def test_what_each_way_of_writing_means(text, expected):
         "['a' 'b']",
         "{'a': 1, 'b': 0}",
         "[a, b]",
+        "[[1 0 1]]",
+        "Counter({'a': 1})",
+        "odict_keys(['a'])",
+        "odict_keys([])",
+        "[)",
+        "[1 2)",
+        "np.int64(1)",
+        "('a')",
+        "<Label.A: 1>",
+        "<Label object at 0x7f00>",
+        "a\\,b",
+        "{a,NULL}",
+        "{a: 1,b: 0}",
         "[" * 100_000,
+        "['a'," * 300_000,
         "array(" * 10_000,
     ],
 )
@@ -135,6 +161,17 @@ def test_what_would_be_cut_into_other_labels_is_refused(text):
 )  # fmt: skip
 def test_names_that_were_cut_are_known_by_their_brackets_and_quotes(name, expected):
     assert is_odd(name) == expected
+
+
+@pytest.mark.parametrize(
+    "name, expected",
+    [
+        ("['a', 'b']", True), ("b'a'", True), ("'a'", True), ("a\0", True), ("a\nb", True),
+        ("a\u200b", True), ("a\\", True), ("[Ca2+]", False), ("(1)", False), ("a\u00a0b", False),
+    ],
+)  # fmt: skip
+def test_names_that_are_whole_lists_or_escaped_are_doubtful_too(name, expected):
+    assert is_doubtful(name) == expected
 
 
 def test_a_long_text_is_read_in_a_moment():

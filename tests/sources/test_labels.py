@@ -80,7 +80,9 @@ def test_strings_of_numbers_are_ids_where_no_name_is_a_number(raw):
         if isinstance(raw, str) and raw[0] in "[{" and "'" not in raw:
             assert reader.read(raw) == ["blue", "red"]  # Numbers, not strings.
             continue
-        with pytest.raises(LabelError, match="unknown label '2'; digits are an id only where"):
+        with pytest.raises(
+            LabelError, match="unknown label '2'; digits are an id only with --labels"
+        ):
             reader.read(raw)
     assert dataclasses.replace(KNOWN, kind="ids").read(raw) == ["blue", "red"]
 
@@ -226,6 +228,7 @@ def test_two_labels_are_no_less_ids_for_being_a_set():
         (KNOWN, [4], "label id 4 is out of range, expected 0 to 3"),
         (KNOWN, [-1], "out of range"),
         (NUMBERED, "9", "label id 9 is out of range"),
+        (KNOWN, "2.0", "unknown label '2.0'; digits are an id only with --labels"),
         (KNOWN, [0.5], "whole numbers"),
         (KNOWN, [float("nan")], "whole numbers"),
     ],
@@ -282,6 +285,26 @@ def test_a_faulty_label_file_is_one_clear_line(tmp_path, content, message):
 def test_a_single_column_of_truth_values_is_one_label():
     reader = LabelReader(None, ("angry",))
     assert (reader.read(True), reader.read(False)) == (["angry"], [])
+
+
+def test_a_column_of_truth_values_is_a_label_only_where_the_list_has_it():
+    for columns, raw in ((("angry",), True), (("a", "angry"), (1, 1))):
+        assert "angry" in LabelReader(("a", "angry"), columns).read(raw)
+        with pytest.raises(LabelError, match="unknown label 'angry'"):
+            LabelReader(("a", "b"), columns).read(raw)
+
+
+@pytest.mark.parametrize("raw", ["{1, 2}", "[1, 2]", "1,2", [1, 2], [1.0, 2.0], LabelIds((1, 2))])
+def test_numbers_that_are_said_to_be_names_are_names_in_any_container(raw):
+    assert LabelReader(None, ("labels",), kind="names").read(raw) == ["1", "2"]
+
+
+@pytest.mark.parametrize("raw", [1, "1", [0], 0.0])
+def test_numbers_of_a_column_that_is_a_label_itself_are_no_places(raw):
+    with pytest.raises(LabelError, match="column 'b', which is a label itself: .*--label_field"):
+        LabelReader(("a", "b"), ("b",)).read(raw)
+    assert LabelReader(("a", "b"), ("b",), kind="ids").read(0) == ["a"]
+    assert LabelReader(("b",), ("b",)).read(1) == ["b"]
 
 
 def test_numbers_that_are_places_are_never_multi_hot():

@@ -105,6 +105,14 @@ def test_a_broken_row_that_speaks_of_columns_is_no_header(tmp_path):
     ]  # fmt: skip
 
 
+def test_quotes_behind_backslashes_are_told_and_cost_their_own_row(tmp_path):
+    data = 'id,text,labels\n1,"a \\"b\\", c","x"\n2,"\\"",y\n3,"c",z\n4,d \\,x\n'
+    reason = "not a table's row: ',' expected after '\"'; a quote within quotes is doubled"
+    (_, first), (_, second), *others = rows_of(tmp_path, "x.csv", data)
+    assert first.startswith(reason) and second.startswith(reason)
+    assert others == [(2, "3", "c", "z"), (3, "4", "d \\", "x")]
+
+
 @pytest.mark.parametrize("name", ["x.jsonl", "x.jsonl.gz"])
 def test_a_mark_before_any_line_is_none_of_its_characters(tmp_path, name):
     lines = ['{"text": "a", "labels": "x"}', '{"text": "\ufeffb", "labels": "x"}', "", "broken"]

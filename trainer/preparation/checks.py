@@ -37,7 +37,7 @@ from trainer.preparation.duplicates import Repeats, find_repeats
 from trainer.preparation.shards import find_record
 from trainer.preparation.statistics import SplitStatistics
 from trainer.sources.input_files import open_file
-from trainer.sources.label_text import is_odd, quoted
+from trainer.sources.label_text import is_doubtful, quoted
 from trainer.sources.labels import NORMAL_FORMS, TRUTH_WORDS, normalize_name
 from trainer.storage.filesystem import checksum
 
@@ -210,10 +210,13 @@ def _warn_of_split(name: str, metadata: Metadata, checks: Mapping[str, Any]) -> 
     return [f"{name}: {line}" for line in lines]
 
 
-def warn_of_labels(counts: Mapping[str, int], unknown: Mapping[str, int]) -> list[str]:
+def warn_of_labels(
+    counts: Mapping[str, int], unknown: Mapping[str, int], columns: Sequence[str]
+) -> list[str]:
     """Warnings of labels' names: spellings of one name, what looks like no name, unknown ones.
 
-    `counts` are the documents of each name; `unknown` those of names outside the list of labels.
+    `counts` are the documents of each name; `unknown` those of names outside the list of labels;
+    `columns` those that the labels came from.
     """
     spellings: dict[str, list[str]] = {}
     for name in counts:
@@ -228,7 +231,7 @@ def warn_of_labels(counts: Mapping[str, int], unknown: Mapping[str, int]) -> lis
             f"in {sum(map(len, groups)):,} spellings ({'; '.join(shown)}); "
             f"--normalize_labels={','.join(NORMAL_FORMS)} makes one of each"
         )
-    odd = [name for name in counts if is_odd(name) or name.strip().lower() in _NO_NAMES]
+    odd = [name for name in counts if is_doubtful(name) or name.strip().lower() in _NO_NAMES]
     if odd:
         lines.append(
             f"labels that look like a part of a list or a missing value: {len(odd):,} "
@@ -244,6 +247,11 @@ def warn_of_labels(counts: Mapping[str, int], unknown: Mapping[str, int]) -> lis
             f"labels that are truth values and no names: {_list_names(list(counts), counts)}; a "
             "list of 0 and 1 needs --labels, columns of 0 and 1 are named by --label_field=A,B"
         )
+    if len(columns) == 1 < len(counts) and counts.get(columns[0]):
+        lines.append(
+            f"truth values beside names: {quoted(columns[0])} {counts[columns[0]]:,} stands for "
+            "the column itself; write names as strings, `yes` of YAML too"
+        )
     if unknown:
         lines.append(
             f"labels that are not in the list and are ignored: {len(unknown):,}, on "
@@ -257,9 +265,10 @@ def _find_joined(names: Collection[str]) -> list[str]:
 
     Their pieces are labels elsewhere, or all labels are made of half as many pieces, or fewer.
     """
-    for delimiter in ";|\t\n/ ":
+    for delimiter in ",;|\t\n/ ":
         pieces = {name: [piece.strip() for piece in name.split(delimiter)] for name in names}
         joined = [name for name in names if len(pieces[name]) > 1]
+        pieces = {name: list(filter(None, found)) for name, found in pieces.items()}
         if joined and 2 * len(set(itertools.chain(*pieces.values()))) <= len(pieces):
             return joined
         known = [name for name in joined if pieces.keys() >= set(pieces[name])]

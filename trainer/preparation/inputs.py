@@ -15,13 +15,8 @@ from trainer.errors import UserError, shorten
 from trainer.preparation.row_index import RowIndex
 from trainer.sources.docstrings import PREFIX, write_sample
 from trainer.sources.formats.base import find_format
-from trainer.sources.labels import (
-    LabelError,
-    LabelReader,
-    LabelsAreNames,
-    check_names,
-    read_label_file,
-)
+from trainer.sources.label_text import LabelError, quoted
+from trainer.sources.labels import LabelReader, LabelsAreNames, check_names, read_label_file
 from trainer.sources.listing import FileVersions, list_files
 from trainer.sources.reader import (
     column_names,
@@ -134,27 +129,41 @@ def choose_token_limits(
 def make_reader(config: PrepareConfig, previous: Metadata | None) -> LabelReader:
     """The reader of the labels of a row, by the flags or the folder's earlier splits.
 
-    A UserError says that --labels and --label_field do not go together.
+    A UserError says that --labels, --label_kind and --label_field do not go together.
     """
     columns = config.label_field
     check_names(columns, f"--label_field={shorten(','.join(columns))}")
     names = columns if len(columns) > 1 else None
+    source = f"--labels={config.labels}"
     if config.labels is not None:
         names = read_label_file(config.labels)
-    if names is not None and len(columns) > 1 and set(names) != set(columns):
-        differing = ", ".join(sorted(set(names) ^ set(columns))[:5])
+    if previous is not None:
+        names, source = previous.labels, f"--data_dir={config.data_dir}"
+    if names is None and config.label_kind in ("ids", "multi_hot"):
         raise UserError(
-            f"--labels={config.labels}: names other labels than --label_field ({differing}); "
-            "expected the same names, or leave --labels out"
+            f"--label_kind={config.label_kind}: expected the names that the numbers stand for; "
+            "give them with --labels"
+        )
+    dropped = frozenset(previous.dropped_labels if previous else ())
+    differing = set(names or ()) - set(columns)
+    if config.unknown_labels == "error":
+        differing |= set(columns) - set(names or ()) - dropped
+    if names is not None and len(columns) > 1 and differing:
+        raise UserError(
+            f"{source}: other labels than --label_field names "
+            f"({', '.join(map(shorten, sorted(differing)[:5]))}); expected the same names, or one "
+            "column that lists the labels of a row"
         )
     return LabelReader(
-        names if previous is None else previous.labels,
+        names,
         columns,
         config.label_delimiter,
-        frozenset() if previous is None else frozenset(previous.dropped_labels),
+        dropped,
         config.label_kind,
         config.normalize_labels,
         keeps_unknown=config.unknown_labels == "ignore",
+        # The names of earlier splits may be all that the folder has: no list that ids refer to.
+        has_names=previous is not None and config.labels is None,
     )
 
 
@@ -177,9 +186,12 @@ def check_labels(name: str, columns: Columns, reader: LabelReader) -> LabelReade
         except LabelError as error:
             reasons.append(f"row {row.position}: {error}")
     if len(reasons) > 1 and not num_usable:
+        known = ", ".join(map(quoted, (reader.names or ())[:3]))
+        is_list = known and len(columns.labels) == 1
+        hint = f", or correct the list of labels ({known}, ...)" if is_list else ""
         raise UserError(
             f"{name}: {reasons[0]}; none of the first {len(reasons)} rows has labels that can be "
-            f"read; name the right column with --label_field (now {','.join(columns.labels)})"
+            f"read; name the right column with --label_field (now {','.join(columns.labels)}){hint}"
         )
     return reader
 

@@ -16,27 +16,36 @@ from typing import Any
 from trainer.errors import shorten
 from trainer.sources.rows import LabelIds, shown
 
+# Of a string of labels: Python's parser takes 280 bytes a character for a longer one.
+MAX_CHARACTERS = 1 << 20
 # Functions by which libraries write a container, and a single value, of one argument.
 _CONTAINERS = (
     "array|asarray|tensor|Tensor|Array|DeviceArray|frozenset|set|list|tuple|deque|Index|Int64Index|"
     "CategoricalIndex|Series|Categorical|dict_keys|dict_values|OrderedSet|FrozenList|ListWrapper"
 )
 _SCALARS = re.compile(r"(str|bytes|bool|int\d*|uint\d+|float\d*|longlong|intc)_?")
-# How a container begins that became a string.
+# How a container, or one value as a library prints it, begins that became a string.
 _CONTAINER = re.compile(
-    rf"\[|\(\s*['\"\d)]|\{{\s*['\"\d]|(\w+\.)*({_CONTAINERS})\((\s*[\[({{]|\s*\)|\w+\()", re.ASCII
+    rf"\[|\(\s*['\"\d)]|\{{\s*['\"\d]|(\w+\.)*({_CONTAINERS})\((\s*[\[({{]|\s*\)|\w+\()"
+    r"|[\w.]+\(\s*[\[({]\s*['\"\])}]|(np|numpy)\.\w+\("
+    r"|['\"]\s*\[|[bu](?P<quote>['\"]).*(?P=quote)$",
+    re.ASCII | re.DOTALL,
 )
-_BARE_NUMBERS = re.compile(r"[\[(][\s\d.]*[\])]", re.ASCII)
+_BARE_NUMBERS = re.compile(r"\[[\s\d.]*\]|\([\s\d.]*\)", re.ASCII)
 _STRINGS_SIDE_BY_SIDE = re.compile(r"['\"]\s*['\"]")
 # <a><b> and [a][b], as StackExchange's dumps have them, and |a|b| of its newer ones.
-_TAGS = re.compile(r"(<[^<>\s,;=]+>\s*)+|(\[[^\[\]'\",]+\]\s*){2,}")
+_TAGS = re.compile(
+    r"(<[^<>\s,;=]+>[\s,;|]*)+|(<[^<>,;=:'\"]+>[\s,;|]*){2,}|(\[[^\[\]'\",]+\]\s*){2,}"
+)
 _BARRED = re.compile(r"\|([^|]+\|)+")
 _SPARK = re.compile(r"(?:WrappedArray|ArraySeq|ArrayBuffer)\(([^()]*)\)")
 # PostgreSQL's {a,"b, c"}.
 _ITEM = r'(?:\s*"(?:[^"\\]|\\.)*"\s*|[^{}\[\]",\\]*)'
 _POSTGRES = re.compile(rf"\{{{_ITEM}(?:,{_ITEM})*\}}")
-# How pandas, NumPy and TensorFlow print what cannot be read back.
-_PRINTED = re.compile(r"\bdtype[:=]")
+# How pandas, NumPy, TensorFlow and Python print what cannot be read back.
+_PRINTED = re.compile(r"\bdtype[:=]|<\w+(\.\w+)*: |<class '| at 0x[0-9a-fA-F]+>")
+# Control characters, marks without width, quotes around a name, an escape that stands alone.
+_DOUBTFUL = re.compile(r"[\0-\x1f\x7f\u200b\ufeff]|^(['\"]).*\1$|\\$")
 _OPEN_TAG = re.compile(r"</?[A-Za-z][^>]*$")
 _BRACKETS = re.compile(r"[()\[\]{}'\"<]")
 _CLOSING = {")": "(", "]": "[", "}": "{"}
@@ -54,6 +63,11 @@ def split_labels(text: str, delimiter: str) -> Sequence[Any]:
     """
     text = text.strip()
     items: Sequence[Any]
+    if len(text) > MAX_CHARACTERS:
+        raise LabelError(
+            f"labels {quoted(text)} of {len(text):,} characters, expected at most "
+            f"{MAX_CHARACTERS:,}; check the column, or write a list"
+        )
     if _TAGS.fullmatch(text):
         items = re.findall(r"[<\[]([^<>\[\]]+)[>\]]", text)
     elif delimiter != "|" and _BARRED.fullmatch(text):
@@ -61,7 +75,7 @@ def split_labels(text: str, delimiter: str) -> Sequence[Any]:
     elif found := _SPARK.fullmatch(text):
         items = found[1].split(",")
     elif _CONTAINER.match(text):
-        items = _parse_container(text)
+        items = _parse_container(text, delimiter)
     elif _POSTGRES.fullmatch(text):
         items = _parse_postgres(text)
     elif _PRINTED.search(text):
@@ -76,6 +90,10 @@ def split_labels(text: str, delimiter: str) -> Sequence[Any]:
 
 def _split(text: str, delimiter: str) -> list[str]:
     """The names between delimiters, without the quotes that all of them have."""
+    if "\\" + delimiter in text:
+        raise LabelError(
+            f"labels {quoted(text)}: a backslash before {delimiter!r}; write a JSON list"
+        )
     pieces = [piece.strip() for piece in text.split(delimiter)]
     pieces = [piece for piece in pieces if piece]
     if not _BRACKETS.search(text):
@@ -105,14 +123,22 @@ def is_odd(name: str) -> bool:
     return bool(opened) or has_one_quote or bool(_OPEN_TAG.match(name))
 
 
-def _parse_container(text: str) -> Sequence[Any]:
-    """The items of a container; a set of numbers is one of ids."""
+def is_doubtful(name: str) -> bool:
+    """Whether a name is likely a file read wrongly: a part of a list, or all of one, or escaped."""
+    is_list = _CONTAINER.match(name) is not None and not {"'", '"', ","}.isdisjoint(name)
+    return is_list or is_odd(name) or _DOUBTFUL.search(name) is not None
+
+
+def _parse_container(text: str, delimiter: str) -> Sequence[Any]:
+    """The items of a container; a set of numbers is one of ids; a string is read once more."""
     try:
         value = json.loads(text)
     except (ValueError, RecursionError):
         value = _parse_python(text)
     if value and isinstance(value, set) and all(isinstance(item, int) for item in value):
         return LabelIds(value)
+    if isinstance(value, str) and text[0] != "(":  # "['a']", or b'a,b' as Python prints bytes.
+        return split_labels(value, delimiter)
     if not isinstance(value, list | set):
         raise LabelError(f"labels {quoted(text)}: not a list")
     return list(value)
@@ -120,6 +146,8 @@ def _parse_container(text: str) -> Sequence[Any]:
 
 def _parse_postgres(text: str) -> list[str]:
     items = [item.strip() for item in re.findall(_ITEM, text[1:-1])]
+    if any(item == "NULL" or (": " in item and item[0] != '"') for item in items):
+        raise LabelError(f"labels {quoted(text)}: not a list of names")
     return [re.sub(r"\\(.)", r"\1", item[1:-1]) if item[:1] == '"' else item for item in items]
 
 

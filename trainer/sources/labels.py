@@ -80,12 +80,10 @@ class LabelReader:
 
     def read(self, raw: Any) -> list[str]:
         """The names of a row's labels; a LabelError if they are unknown or unclear."""
-        if len(self.columns) > 1:
-            return self._names_of_columns(raw)
-        if isinstance(raw, bool):
-            return self._names_of_columns((raw,))
+        if len(self.columns) > 1 or isinstance(raw, bool):
+            return self._names_of_columns((raw,) if isinstance(raw, bool) else raw)
         items = self._items(raw)
-        if isinstance(items, LabelIds):
+        if isinstance(items, LabelIds) and self.kind != "names":
             names = self._names_of_ids(items)
         elif items and all(isinstance(item, int | float) for item in items):
             names = self._names_of_numbers(items)
@@ -151,6 +149,12 @@ class LabelReader:
     def _names_of_numbers(self, items: Sequence[Any]) -> list[str]:
         if self.kind == "names":
             return [self._name(_name_of(item)) for item in items]
+        if self.kind == "auto" and len(self.names or ()) > 1 and self._is_known(self.columns[0]):
+            raise LabelError(
+                f"labels {quoted(list(items))} of the column {self.columns[0]!r}, which is a label "
+                "itself: name the columns of all labels with --label_field, or say with "
+                "--label_kind what its numbers are"
+            )
         is_multi_hot = self.names is not None and len(items) == len(self.names)
         is_multi_hot = is_multi_hot and all(item in (0, 1) for item in items)
         if self.names is not None and is_multi_hot and self.kind != "ids":
@@ -194,7 +198,7 @@ class LabelReader:
                 raise LabelError(f"column {name!r} holds {quoted(value)}, expected 0 or 1")
             text = str(value).strip().lower() if value is not None else ""
             if text in _TRUE:
-                names.append(name)
+                names.append(self._name(name))
             elif text not in _FALSE:
                 raise LabelError(f"column {name!r} holds {quoted(value)}, expected 0 or 1")
         return sorted(name for name in names if name not in self.dropped)
@@ -220,10 +224,10 @@ class LabelReader:
         if known := self._by_normal_form.get(normalize_name(name, NORMAL_FORMS)):
             forms = ",".join(NORMAL_FORMS)
             return f", but {quoted(known)} is one; --normalize_labels={forms} makes one of both"
-        if self.kind == "auto" and _PLAIN_INTEGER.fullmatch(name):
+        if self.kind == "auto" and _WHOLE_NUMBER.fullmatch(name):
             return (
-                "; digits are an id only where all labels of the column are numbers and no known "
-                "label is one, or with --label_kind=ids"
+                "; digits are an id only with --labels, if all labels of the column are numbers "
+                "and no known label is one, or with --label_kind=ids"
             )
         return ""
 

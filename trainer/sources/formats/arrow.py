@@ -291,13 +291,17 @@ def _label_names(schema: pyarrow.Schema, column: str) -> Callable[[Any], Any] | 
     if not names:
         return None
 
-    def read(value: Any) -> Any:
-        if isinstance(value, list):
-            return [read(item) for item in value]
+    def name_of(value: Any) -> Any:
         if isinstance(value, int) and 0 <= value < len(names):
             return names[value]
         # `datasets` writes -1 for a class that is not known.
         return None if value == -1 else value
+
+    def read(value: Any) -> Any:
+        """A list of names: one alone would be taken apart at its delimiters."""
+        if isinstance(value, list):
+            return [name_of(item) for item in value]
+        return None if value in (None, -1) else [name_of(value)]
 
     return read
 

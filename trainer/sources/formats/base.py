@@ -3,6 +3,7 @@
 import abc
 import functools
 import importlib
+import re
 from collections.abc import Iterable, Iterator, Sequence
 from typing import cast
 
@@ -44,6 +45,8 @@ class Format(abc.ABC):
         return False
 
 
+# How the name of a class begins that is the negative of two.
+_NEGATIVE = re.compile(r"(no|not|non|none|neg|negative|false|absent|off|without)\b")
 # The module and the class of each format; a module is imported when a file of its format comes.
 _CLASSES = {
     "jsonl": ("json_objects", "JsonLines"), "json": ("json_objects", "JsonDocuments"),
@@ -111,7 +114,7 @@ def _list_columns(found: Sequence[str]) -> str:
 def check_classes(name: str, column: str, classes: Sequence[str]) -> None:
     """Checks the classes of one of several 0/1 columns: two, and class 1 is the positive."""
     words = [word.lower() for word in classes]
-    if len(words) != 2 or words in (["yes", "no"], ["true", "false"], ["1", "0"]):
+    if len(words) != 2 or words[1] == "0" or _NEGATIVE.match(words[1]):
         raise UserError(
             f"{name}: column {column!r} has the classes {', '.join(classes[:9])}, expected two, "
             "the second for documents that have the label; write it as 0 and 1"

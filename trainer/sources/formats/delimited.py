@@ -140,7 +140,8 @@ def _records(name: str) -> Iterator[Record]:
                 line = lines.give_up_record()
                 if line.count('"') % 2:
                     lines.num_doubtful = max(lines.num_doubtful, others)
-                yield f"not a table's row: {error}", line
+                hint = "; a quote within quotes is doubled, not escaped" * ('\\"' in line)
+                yield f"not a table's row: {error}{hint}", line
                 continue
             except _TooLong:
                 yield from _too_long(lines)

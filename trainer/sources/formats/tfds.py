@@ -154,10 +154,13 @@ class TensorFlowDatasets(Format):
         classes = {column: _class_of(features[column]) for column in wanted}
         if len(columns.labels) > 1:  # Their classes are 0 and 1.
             classes |= dict.fromkeys(columns.labels)
+        named = {column for column in columns.labels if classes[column] is not None}
         position = row_range.start
         try:
             for position, example in enumerate(_library().as_numpy(dataset), row_range.start):
                 values = {column: _plain(example[column], classes[column]) for column in wanted}
+                # A list: a name alone would be taken apart at its delimiters.
+                values |= {name: [values[name]] for name in named if isinstance(values[name], str)}
                 yield row_of_values(row_range, position, values, columns)
         except tf.errors.OpError as error:
             raise UserError(
