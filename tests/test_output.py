@@ -118,7 +118,7 @@ def test_half_a_character_in_a_path_is_one_line(tmp_path, flag):
 
 def test_a_command_that_only_prints_ends_with_its_reader(monkeypatch, capsys):
     program = (
-        "from trainer.errors import protect_streams\nprotect_streams(end_with_reader=True)\n"
+        "from trainer.streams import protect_streams\nprotect_streams(end_with_reader=True)\n"
         "try:\n    while True:\n        print('a line of a log', flush=True)\n"
         "except BrokenPipeError:\n    raise SystemExit(7)\n"
     )

@@ -28,18 +28,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 from trainer import config
-from trainer.errors import (
-    INTERRUPTED,
-    USER_FAULT,
-    DoesNotFit,
-    RunAgain,
-    UserError,
-    end_process,
-    protect_streams,
-)
+from trainer.errors import INTERRUPTED, USER_FAULT, DoesNotFit, RunAgain, UserError
 from trainer.flags import describe_flags, parse_flags
 from trainer.run_config import TrainConfig
 from trainer.storage import filesystem
+from trainer.streams import end_process, protect_streams
 
 # The commands of `launch`: where each one's config and function are. They are strings because
 # `launch` imports `trainer`, and because a command's module is imported only when it runs.

@@ -17,7 +17,7 @@ from trainer.config import absolute
 from trainer.data import input_pipeline
 from trainer.data.input_pipeline import Stream, open_stream, read_micro_batches
 from trainer.data.metadata import Metadata, load_metadata, naming_damaged_shards
-from trainer.errors import RUN_AGAIN, RunAgain, UserError, end_process
+from trainer.errors import RUN_AGAIN, RunAgain, UserError
 from trainer.model.predictor import StoppedError
 from trainer.run_config import TrainConfig
 from trainer.runtime import devices
@@ -26,6 +26,7 @@ from trainer.runtime.devices import is_chief
 from trainer.runtime.interruption import Interruption
 from trainer.runtime.owner import OWNER_FILE, owned
 from trainer.storage.filesystem import write_atomically
+from trainer.streams import end_process
 from trainer.training import setup
 from trainer.training.checkpoint import Checkpoints
 from trainer.training.metrics_log import MetricsLog

@@ -19,13 +19,14 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 
-from trainer.errors import USER_FAULT, RunAgain, UserError, end_process
+from trainer.errors import USER_FAULT, RunAgain, UserError
 from trainer.runtime.workers import background_thread
 from trainer.storage import gcs
 from trainer.storage.filesystem import disk_errors, is_remote, read_bytes
 from trainer.storage.gcs import Taken
 from trainer.storage.gcs_client import SCHEME
 from trainer.storage.temporary import lock_file
+from trainer.streams import end_process
 
 OWNER_FILE = "owner.txt"
 # A process that is slow, or that the store does not answer for a while, keeps its folder.
