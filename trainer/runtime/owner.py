@@ -28,7 +28,7 @@ from trainer.storage.gcs_client import SCHEME
 from trainer.storage.temporary import lock_file
 from trainer.streams import end_process
 
-OWNER_FILE = "owner.txt"
+OWNER_FILE = "multihot-owner.txt"  # A name that no file of a user's has.
 # A process that is slow, or that the store does not answer for a while, keeps its folder.
 _LEASE_SECONDS = 60.0
 _RENEWAL_SECONDS = 10.0
