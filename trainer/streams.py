@@ -9,23 +9,22 @@ from typing import Any, NoReturn
 
 
 class _Stream(io.FileIO):
-    """Standard output or error. Once its reader is gone, what is written goes nowhere."""
+    """Standard output or error. Once a write has failed, what is written goes nowhere."""
 
     ends_with_reader = False
 
     def write(self, data: Any, /) -> int:
-        """Writes; a BrokenPipeError, once, if the command is to end with the reader."""
+        """Writes; an OSError, once, on a full disk, or if the command is to end with the reader."""
         try:
             return super().write(data)
         except OSError as error:
-            # Of a pipe without a reader, and of a terminal that was closed.
-            if error.errno not in (errno.EPIPE, errno.EIO):
-                raise
             # So that neither libraries nor Python's own flush at the end fail again.
             with open(os.devnull, "wb") as nowhere:
                 os.dup2(nowhere.fileno(), self.fileno())
-            if self.ends_with_reader:
-                raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE)) from None
+            # Of a pipe without a reader, and of a terminal that was closed.
+            has_no_reader = error.errno in (errno.EPIPE, errno.EIO)
+            if self.ends_with_reader if has_no_reader else self.fileno() == 1:
+                raise OSError(error.errno, error.strerror, "standard output") from None
             return super().write(data)
 
 
