@@ -446,3 +446,11 @@ def test_sizes_are_bounded_before_anything_is_allocated(copy, path, keys, value)
         for reader in READERS[path]:
             reader(copy)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 2**20
+
+
+@pytest.mark.parametrize("path", ["data/metadata.json", "exported/multihot.json"])
+def test_two_labels_of_one_name_are_refused(copy, path):
+    labels = json.loads((copy / path).read_text())["labels"]
+    set_value(copy / path, "labels", value=[labels[1], *labels[1:]])
+    with pytest.raises(UserError, match=rf"{path}: damaged \(.*label"):
+        READERS[path][0](copy)
