@@ -17,6 +17,7 @@ from trainer.model_config import ModelConfig
 from trainer.run_config import EvaluateConfig, TrainConfig
 from trainer.training.checkpoint import Checkpoints
 from trainer.training.run_record import RunRecord, start_record
+from trainer.training.setup import data_fingerprint
 
 NUM_LABELS = 128
 HOSTILE_LABELS = (
@@ -69,7 +70,7 @@ def make_run(data_dir, model_dir, seed=4):
         exact_correction=True,
         max_seq_length=metadata.max_seq_length,
         total_documents=2 * split.documents,
-        data_fingerprint="d" * 64,
+        data_fingerprint=data_fingerprint(metadata, "validation"),
         tokenizer_fingerprint=metadata.tokenizer_fingerprint,
         precision="float32",
         micro_batches_per_step=1,

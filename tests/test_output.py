@@ -116,9 +116,21 @@ def test_half_a_character_in_a_path_is_one_line(tmp_path, flag):
     )
 
 
+@pytest.mark.parametrize("arguments", [["--help"], ["--version"], ["jobs", "list", "--help"]])
+def test_help_needs_no_reader_and_says_that_a_disk_is_full(arguments):
+    command = [sys.executable, "-m", "trainer.cli", *arguments]
+    assert without_reader(command, "stdout") == (0, "")
+    with open("/dev/full", "wb") as full:
+        done = subprocess.run(command, stdout=full, stderr=subprocess.PIPE, text=True)
+        assert (done.returncode, done.stderr) == (
+            2, "multihot: error: standard output: no space left on device\n"
+        )  # fmt: skip
+        assert subprocess.run([*command[:3], "prepare", "--no"], stderr=full).returncode == 2
+
+
 def test_a_command_that_only_prints_ends_with_its_reader(monkeypatch, capsys):
     program = (
-        "from trainer.errors import protect_streams\nprotect_streams(end_with_reader=True)\n"
+        "from trainer.streams import protect_streams\nprotect_streams(end_with_reader=True)\n"
         "try:\n    while True:\n        print('a line of a log', flush=True)\n"
         "except BrokenPipeError:\n    raise SystemExit(7)\n"
     )

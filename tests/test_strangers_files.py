@@ -23,7 +23,7 @@ from safetensors.numpy import load_file, save_file
 
 from launch.job import Job
 from launch.machine.node import read_index
-from trainer import export, prepare, report, score
+from trainer import evaluate, export, prepare, report, score, train
 from trainer.config import ScoreConfig
 from trainer.data.metadata import load_metadata
 from trainer.data.tokenizer import load_tokenizer
@@ -31,8 +31,9 @@ from trainer.errors import UserError
 from trainer.model.model_folder import check_saved_model, load_model_folder
 from trainer.model.pretrained import load_pretrained, model_config
 from trainer.preparation.data_folder import open_work_folder
-from trainer.run_config import ExportConfig, ReportConfig
+from trainer.run_config import EvaluateConfig, ExportConfig, ReportConfig, TrainConfig
 from trainer.runtime.cluster import read_cluster
+from trainer.runtime.owner import OWNER_FILE
 from trainer.sources.listing import list_files
 from trainer.storage.filesystem import add_checksum
 from trainer.training.checkpoint import load_best
@@ -360,6 +361,20 @@ def test_no_file_is_written_through_a_link(copy):
     assert read_tree(victim) == {"file": b"somebody's"}
 
 
+@pytest.mark.parametrize("name", ["best", "checkpoints", "tensorboard", "evaluation"])
+def test_a_run_does_not_write_where_a_link_leads(copy, name):
+    victim, data_dir, model_dir = copy.parent / "victim", str(copy / "data"), copy / "model"
+    shutil.rmtree(model_dir / name, ignore_errors=True)
+    (model_dir / name).symlink_to(victim, target_is_directory=True)
+    (victim / "step-9.json").write_text("{}")
+    with pytest.raises(UserError, match=f"^{model_dir / name}: a link, and no folder; remove it$"):
+        if name == "evaluation":
+            evaluate.run(EvaluateConfig(str(model_dir), data_dir, resamples=2))
+        train.run(TrainConfig(data_dir=data_dir, model_dir=str(model_dir)))
+    assert read_tree(victim) == {"file": b"somebody's", "step-9.json": b"{}"}
+    assert not (model_dir / OWNER_FILE).exists()
+
+
 def test_a_link_among_checkpoints_is_not_followed(copy):
     victim = copy.parent / "victim"
     best = CheckpointFolder(str(copy / "model" / "best"))
@@ -431,3 +446,11 @@ def test_sizes_are_bounded_before_anything_is_allocated(copy, path, keys, value)
         for reader in READERS[path]:
             reader(copy)
     assert resource.getrusage(resource.RUSAGE_SELF).ru_maxrss - memory < 2**20
+
+
+@pytest.mark.parametrize("path", ["data/metadata.json", "exported/multihot.json"])
+def test_two_labels_of_one_name_are_refused(copy, path):
+    labels = json.loads((copy / path).read_text())["labels"]
+    set_value(copy / path, "labels", value=[labels[1], *labels[1:]])
+    with pytest.raises(UserError, match=rf"{path}: damaged \(.*label"):
+        READERS[path][0](copy)

@@ -17,6 +17,7 @@ away changes neither the work nor the exit code; `jobs`, which only prints, ends
 
 import contextlib
 import difflib
+import errno
 import importlib
 import os
 import pkgutil
@@ -28,18 +29,11 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 from trainer import config
-from trainer.errors import (
-    INTERRUPTED,
-    USER_FAULT,
-    DoesNotFit,
-    RunAgain,
-    UserError,
-    end_process,
-    protect_streams,
-)
+from trainer.errors import INTERRUPTED, USER_FAULT, DoesNotFit, RunAgain, UserError
 from trainer.flags import describe_flags, parse_flags
 from trainer.run_config import TrainConfig
 from trainer.storage import filesystem
+from trainer.streams import end_process, protect_streams
 
 # The commands of `launch`: where each one's config and function are. They are strings because
 # `launch` imports `trainer`, and because a command's module is imported only when it runs.
@@ -94,7 +88,19 @@ def summarize(command: str) -> str:
 def main(argv: Sequence[str] | None = None) -> None:
     """Runs one command, by default this process's; SystemExit, not 0, unless it succeeds."""
     arguments = list(sys.argv[1:] if argv is None else argv)
-    protect_streams(end_with_reader=" ".join(arguments[:2]) in _PRINTING)
+    only_prints = " ".join(arguments[:2]) in _PRINTING
+    protect_streams(end_with_reader=only_prints)
+    try:
+        try:
+            _answer(arguments)
+        finally:
+            sys.stdout.flush()
+    except OSError as error:
+        if not (only_prints and error.errno in (errno.EPIPE, errno.EIO)):
+            _fail("multihot", *(_explain(error) or (str(error), USER_FAULT)))
+
+
+def _answer(arguments: list[str]) -> None:
     if not arguments or arguments[0] in ("-h", "--help", "-help", "help"):
         print(_overview())
         return
@@ -145,7 +151,7 @@ def _run(command: str, arguments: Sequence[str], submitted: Sequence[str]) -> No
         _fail(name, "interrupted", INTERRUPTED)
     except Exception as error:
         if command in _PRINTING and isinstance(error, BrokenPipeError):
-            return
+            raise
         ending = _explain(error)
         if ending is None:
             raise

@@ -1,11 +1,4 @@
-"""The errors that end a command, the exit codes, and the streams that say so."""
-
-import contextlib
-import errno
-import io
-import os
-import sys
-from typing import Any, NoReturn
+"""The errors that end a command, and their exit codes."""
 
 USER_FAULT = 2
 DOES_NOT_FIT = 3
@@ -43,69 +36,3 @@ def shorten(name: str, length: int = 100) -> str:
     Names of labels and ids of documents come from users and may be of any length.
     """
     return name if len(name) <= length else f"{name[: length - 3]}..."
-
-
-class _Stream(io.FileIO):
-    """Standard output or error. Once its reader is gone, what is written goes nowhere."""
-
-    ends_with_reader = False
-
-    def write(self, data: Any, /) -> int:
-        """Writes; a BrokenPipeError, once, if the command is to end with the reader."""
-        try:
-            return super().write(data)
-        except OSError as error:
-            # Of a pipe without a reader, and of a terminal that was closed.
-            if error.errno not in (errno.EPIPE, errno.EIO):
-                raise
-            # So that neither libraries nor Python's own flush at the end fail again.
-            with open(os.devnull, "wb") as nowhere:
-                os.dup2(nowhere.fileno(), self.fileno())
-            if self.ends_with_reader:
-                raise BrokenPipeError(errno.EPIPE, os.strerror(errno.EPIPE)) from None
-            return super().write(data)
-
-
-def protect_streams(end_with_reader: bool = False) -> None:
-    """Lets standard output and error take any text, and work go on when nobody reads them.
-
-    Characters that a stream's encoding does not have, such as lone surrogates in file names, are
-    written as escapes. With `end_with_reader` a print raises BrokenPipeError when the reader of
-    standard output is gone.
-    """
-    for name in ("stdout", "stderr"):
-        stream = getattr(sys, name)
-        if stream is None:  # The caller closed it. The next file must not get its number.
-            setattr(sys, name, open(os.devnull, "w"))  # noqa: SIM115
-        elif stream is getattr(sys, f"__{name}__"):  # Not what tests and notebooks put there.
-            raw = _Stream(stream.fileno(), "w", closefd=False)
-            raw.ends_with_reader = end_with_reader and name == "stdout"
-            buffer: Any = raw if stream.write_through else io.BufferedWriter(raw)
-            text = io.TextIOWrapper(
-                buffer, stream.encoding, "backslashreplace",
-                line_buffering=stream.line_buffering, write_through=stream.write_through,
-            )  # fmt: skip
-            setattr(sys, name, text)
-
-
-def write_line(text: str, standard_error: int = 2) -> None:
-    """Writes a line to standard error, a file descriptor, from any thread; nobody has to read it.
-
-    The locks of `sys.stderr` may be held by a thread that does not return.
-    """
-    encoding = getattr(sys.stderr, "encoding", None) or "utf-8"
-    with contextlib.suppress(OSError):
-        os.write(standard_error, f"{text}\n".encode(encoding, "backslashreplace"))
-
-
-def end_process(
-    message: str, code: int, standard_error: int = 2, command: str = "train"
-) -> NoReturn:
-    """Prints `message` as an error line of a command and ends this process, from any thread.
-
-    It is for threads that watch a main thread which may never return from TensorFlow. Nothing is
-    cleaned up. That is as safe as a SIGKILL, because unfinished files have no final name.
-    `standard_error` is a file descriptor.
-    """
-    write_line(f"multihot {command}: error: {' '.join(message.split())}", standard_error)
-    os._exit(code)

@@ -76,6 +76,7 @@ def run(config: EvaluateConfig) -> None:
         results.CURVES_FILE: _curves(metadata, evaluated),
     }
     folder = os.path.join(config.model_dir, results.EVALUATION_FOLDER)
+    filesystem.refuse_link(folder)
     filesystem.make_folder(folder)
     for name, values in files.items():
         results.write_json(folder, name, settings | values)

@@ -17,7 +17,7 @@ from trainer.config import absolute
 from trainer.data import input_pipeline
 from trainer.data.input_pipeline import Stream, open_stream, read_micro_batches
 from trainer.data.metadata import Metadata, load_metadata, naming_damaged_shards
-from trainer.errors import RUN_AGAIN, RunAgain, UserError, end_process
+from trainer.errors import RUN_AGAIN, RunAgain, UserError
 from trainer.model.predictor import StoppedError
 from trainer.run_config import TrainConfig
 from trainer.runtime import devices
@@ -25,10 +25,12 @@ from trainer.runtime.cluster import read_cluster
 from trainer.runtime.devices import is_chief
 from trainer.runtime.interruption import Interruption
 from trainer.runtime.owner import OWNER_FILE, owned
-from trainer.storage.filesystem import write_atomically
+from trainer.storage.filesystem import refuse_link, write_atomically
+from trainer.streams import end_process
 from trainer.training import setup
 from trainer.training.checkpoint import Checkpoints
-from trainer.training.metrics_log import MetricsLog
+from trainer.training.checkpoint_folder import BEST_FOLDER, CHECKPOINT_FOLDER
+from trainer.training.metrics_log import TENSORBOARD_FOLDER, MetricsLog
 from trainer.training.run_record import RunRecord, start_record
 from trainer.training.selection import BestCheckpoint, Evaluation, next_checkpoint, next_evaluation
 from trainer.training.step import TrainStep, read_position
@@ -78,6 +80,8 @@ def run(config: TrainConfig, interruption: Interruption | None = None) -> None:
     """
     metadata = load_metadata(config.data_dir)
     with _owning(config):
+        for name in (BEST_FOLDER, CHECKPOINT_FOLDER, TENSORBOARD_FOLDER):
+            refuse_link(os.path.join(config.model_dir, name))
         _run(config, metadata, interruption)
 
 

@@ -26,8 +26,9 @@ from pathlib import Path
 
 from launch.job import SHARED, Job
 from launch.machine.reports import Reporter
-from trainer.errors import RUN_AGAIN, protect_streams
+from trainer.errors import RUN_AGAIN
 from trainer.runtime.cluster import Cluster
+from trainer.streams import protect_streams
 
 RUNTIME_PORT = 8470
 _PAUSE_SECONDS = 30.0

@@ -98,8 +98,9 @@ def test_texts_without_blanks_have_the_windows_of_whole_ones(name, longest_word,
         "#q" + "a" * 90 + ".", "[SEP" + "a" * 90 + "]", "a" * 90 + "#q",
         "a" + "\x01" * 90 + "\u302e\ufe0f\U0001d165.",  # Marks whose order a third one keeps.
         "a" + "\x01" * 90 + "\u302e\u0301\U0001d165.",
+        "a\u302e" + "\u0301" * 90 + "\ufe0f\U0001d165.", "a\U0001d15f" + "\ufe0f" * 90 + "\u302e",
     ],
-    ids=range(10),
+    ids=range(12),
 )  # fmt: skip
 @pytest.mark.parametrize("longest_word", [40, 41])
 def test_what_vanishes_from_a_long_word_changes_nothing(text, longest_word, monkeypatch):
@@ -137,6 +138,7 @@ HUGE = {
     "a": ("a", False), "controls": ("\x01", False), "accents": ("\u0301", False),
     "marks": ("\x01\u0301\u0591", False), "digits": ("0123456789", False), "blanks": (" ", False),
     "CJK": ("中", True), "stops": ("。", True), "commas": (",", True), "[": ("[", True),
+    "Thai": ("ที่สุด", False), "Hindi": ("कुमा", False), "hearts": ("\u2764\ufe0f", False),
     "base64": ("aGVs+bG8/", True), "words": ("no ", True),
 }  # fmt: skip
 

@@ -150,7 +150,7 @@ def _check_sums(metadata: Metadata) -> None:
     calls = metadata.source.get("calls", [])
     made = [name for call in calls for name in call["splits"]]
     facts = {
-        "labels": count > 0,
+        "labels": len(set(metadata.labels)) == count > 0,
         "window_stride": metadata.window_stride <= longest - 2,
         "max_windows": longest * most <= MAX_DOCUMENT_TOKENS,
         "source.calls": not calls or sorted(made) == sorted(metadata.splits),

@@ -176,12 +176,14 @@ class _Characters(dict[int, str]):
     """What characters are to BERT's tokenizer, by code point: found out when one is met.
 
     b: the text before it does not depend on it, as before a blank, punctuation, CJK. w: a letter.
-    v: vanishes, as controls and accents do. p: any other, as the bracket within "[SEP]".
+    v: vanishes, as controls and accents do. m: a mark that stays where accents are stripped, and
+    may change its place among them. p: any other, as the bracket within "[SEP]".
     """
 
     def __init__(self, backend: Backend, added_tokens: Sequence[str]) -> None:
         super().__init__()
         self._normalizer, self._pre_tokenizer = backend.normalizer, backend.pre_tokenizer
+        self._strips_accents = self._normalizer.normalize_str("e\u0301") == "e"
         self._within_tokens = "".join(token[1:] for token in added_tokens)
         self._longest_token = max(map(len, added_tokens), default=0)
         self._longest_word = getattr(backend.model, "max_input_chars_per_word", 0)
@@ -192,9 +194,9 @@ class _Characters(dict[int, str]):
         text = self._normalizer.normalize_str(f"a{character}a")
         pieces = [piece for piece, _ in self._pre_tokenizer.pre_tokenize_str(text)]
         if pieces == ["aa"]:
-            # In NFD, a mark of class 0 keeps those around it in their order before it vanishes.
-            is_mark = unicodedata.category(character) == "Mn"
-            kind = "p" if is_mark and not unicodedata.combining(character) else "v"
+            kind = "v"
+        elif self._strips_accents and any(map(unicodedata.combining, text)):
+            kind = "m"
         elif len(pieces) == 1:
             kind = "w"
         elif pieces[0] == "a" and character not in self._within_tokens:
@@ -211,7 +213,9 @@ class _Characters(dict[int, str]):
             end = kinds.find("b", 1)
         text = text[start : start + end] if end > 0 else text[start:]
         pieces, done = [], 0
-        for run in self._long_run.finditer(kinds, 0, len(text)):
+        # Marks that vanish may keep those that stay in their order.
+        runs = () if "m" in kinds else self._long_run.finditer(kinds, 0, len(text))
+        for run in runs:
             # An added token may reach into the run's beginning. A longer word is [UNK] as well.
             head = run.start() + self._longest_token
             letters = (text[i] for i in range(head, run.end()) if kinds[i] == "w")

@@ -165,6 +165,8 @@ def _check_sizes(found: _Description) -> None:
     """Raises a ValueError unless the sizes in multihot.json fit together."""
     if len(found.thresholds) != len(found.labels):
         raise ValueError(f"{len(found.thresholds)} thresholds of {len(found.labels)} labels")
+    if len(set(found.labels)) < len(found.labels):
+        raise ValueError("two labels have the same name")
     if not found.packing.holds(found.max_seq_length, found.max_windows):
         raise ValueError(
             f"packing has no room for max_windows={found.max_windows} of max_seq_length="

@@ -27,7 +27,7 @@ from trainer.errors import UserError
 from trainer.runtime.owner import OWNER_FILE, busy, owned
 from trainer.sources.rows import REJECTED_FOLDER
 from trainer.storage import gcs
-from trainer.storage.filesystem import checksum, disk_errors, write_atomically
+from trainer.storage.filesystem import checksum, disk_errors, refuse_link, write_atomically
 from trainer.storage.gcs import Taken
 from trainer.storage.own_files import PlainName, fields, load, many
 from trainer.storage.temporary import lock_folder, temporary_folder
@@ -57,8 +57,7 @@ def open_work_folder(data_dir: str) -> Iterator[str]:
     try:
         with disk_errors(f"--data_dir={data_dir}"):
             for name in (WORK_FOLDER, REJECTED_FOLDER):
-                if os.path.islink(path := os.path.join(data_dir, name)):
-                    raise UserError(f"{path}: a link, and no folder; remove it")
+                refuse_link(os.path.join(data_dir, name))
             os.makedirs(work_dir, exist_ok=True)
             lock = lock_folder(work_dir)
             if lock is None:

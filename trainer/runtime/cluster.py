@@ -21,9 +21,10 @@ from typing import Any
 
 import tensorflow as tf
 
-from trainer.errors import RUN_AGAIN, RunAgain, UserError, end_process
+from trainer.errors import RUN_AGAIN, RunAgain, UserError
 from trainer.runtime.workers import background_thread
 from trainer.storage.own_files import parse
+from trainer.streams import end_process
 
 _CONNECT_SECONDS = 2.0
 _EXPECTED = (

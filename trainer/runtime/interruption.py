@@ -26,8 +26,9 @@ from contextlib import AbstractContextManager
 from pathlib import Path
 from typing import Any
 
-from trainer.errors import INTERRUPTED, RUN_AGAIN, USER_FAULT, end_process, write_line
+from trainer.errors import INTERRUPTED, RUN_AGAIN, USER_FAULT
 from trainer.runtime.workers import background_thread
+from trainer.streams import end_process, write_line
 
 
 class Interruption:

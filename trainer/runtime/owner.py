@@ -19,15 +19,16 @@ import time
 from collections.abc import Iterator
 from contextlib import AbstractContextManager
 
-from trainer.errors import USER_FAULT, RunAgain, UserError, end_process
+from trainer.errors import USER_FAULT, RunAgain, UserError
 from trainer.runtime.workers import background_thread
 from trainer.storage import gcs
 from trainer.storage.filesystem import disk_errors, is_remote, read_bytes
 from trainer.storage.gcs import Taken
 from trainer.storage.gcs_client import SCHEME
 from trainer.storage.temporary import lock_file
+from trainer.streams import end_process
 
-OWNER_FILE = "owner.txt"
+OWNER_FILE = "multihot-owner.txt"  # A name that no file of a user's has.
 # A process that is slow, or that the store does not answer for a while, keeps its folder.
 _LEASE_SECONDS = 60.0
 _RENEWAL_SECONDS = 10.0

@@ -13,7 +13,8 @@ from concurrent.futures import Future, ProcessPoolExecutor
 from concurrent.futures.process import BrokenProcessPool
 from typing import Any, Protocol, TypeVar
 
-from trainer.errors import UserError, protect_streams
+from trainer.errors import UserError
+from trainer.streams import protect_streams
 
 _TASKS_A_PROCESS = 4
 _LOOK_SECONDS = 5.0

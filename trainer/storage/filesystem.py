@@ -123,6 +123,12 @@ def open_no_link(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
 
 
+def refuse_link(folder: str) -> None:
+    """Raises a UserError for a link in the place of a folder of ours: it may lead anywhere."""
+    if not is_remote(folder) and os.path.islink(folder):
+        raise UserError(f"{folder}: a link, and no folder; remove it")
+
+
 def read_bytes(path: str, max_bytes: int | None = None) -> bytes:
     """All of a file; `FileNotFoundError` if it is not there, UserError if it is longer."""
     with open_binary(path) as file:

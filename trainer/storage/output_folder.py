@@ -14,7 +14,7 @@ from typing import BinaryIO, NamedTuple, Protocol, cast
 
 from trainer.errors import UserError
 from trainer.storage import filesystem, gcs
-from trainer.storage.filesystem import checksum, open_no_link, write_atomically
+from trainer.storage.filesystem import checksum, open_no_link, refuse_link, write_atomically
 from trainer.storage.gcs import StoredObject, Taken
 from trainer.storage.gcs_client import SCHEME
 from trainer.storage.temporary import lock_file
@@ -109,8 +109,8 @@ class LocalFolder:
 
     def make(self, folders: Sequence[str]) -> None:
         for folder in ("", *folders):
-            if folder and os.path.islink(self._path(folder)):
-                raise UserError(f"{self._path(folder)}: a link, and no folder; remove it")
+            if folder:
+                refuse_link(self._path(folder))
             os.makedirs(self._path(folder), exist_ok=True)
 
     def find(self, folder: str) -> dict[str, FileInfo]:

@@ -16,7 +16,7 @@ from trainer.storage.filesystem import open_no_link, write_atomically
 from trainer.storage.own_files import Count, fields, parse
 
 METRICS_FILE = "metrics.jsonl"
-_TENSORBOARD_FOLDER = "tensorboard"
+TENSORBOARD_FOLDER = "tensorboard"
 
 # Scalars that TensorBoard's writer holds before it flushes. On a store each flush uploads the whole
 # file again, so there only its timer (two minutes) and our own flushes cause one.
@@ -50,7 +50,7 @@ class MetricsLog:
         is_remote = filesystem.is_remote(model_dir)
         self._rows = _RemoteRows(path, step) if is_remote else _LocalRows(path, step)
         self._board = tf.summary.create_file_writer(
-            os.path.join(model_dir, _TENSORBOARD_FOLDER),
+            os.path.join(model_dir, TENSORBOARD_FOLDER),
             max_queue=_REMOTE_QUEUE if is_remote else _QUEUE,
         )
         self._bar = show_progress(
