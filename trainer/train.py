@@ -193,7 +193,6 @@ def _train(this: Run, metadata: Metadata, interruption: Interruption | None) -> 
     began = this.steps
     if interruption is not None:
         interruption.on_request(lambda: _heed(this, evaluation, metrics_log, began))
-    evaluation.changing.acquire()
     try:
         while not this.is_finished:
             save_due = False

@@ -159,6 +159,8 @@ def _check_sums(metadata: Metadata) -> None:
     for name, split in metadata.splits.items():
         at, documents = f"splits.{name}", split.documents
         facts[f"{at}.label_counts"] = len(split.label_counts) == count
+        if not documents:  # Nothing reads it.
+            continue
         facts[f"{at}.documents"] = documents >= max(split.truncated, *split.label_counts, 0)
         for kind, histogram, number, width in (
             ("length", split.length_histogram, split.windows, longest + 1),

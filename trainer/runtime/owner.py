@@ -33,6 +33,7 @@ OWNER_FILE = "multihot-owner.txt"  # A name that no file of a user's has.
 _LEASE_SECONDS = 60.0
 _RENEWAL_SECONDS = 10.0
 _LOOK_SECONDS = 1.0
+_READS = 5
 _WITHOUT_LOCKS = (errno.ENOLCK, errno.ENOTSUP, errno.ENOSYS, errno.EINVAL, errno.EBADF)
 
 
@@ -64,11 +65,12 @@ def _describe() -> bytes:
 
 def _read(path: str) -> bytes:
     """What an owner's file says; nothing if it is missing."""
-    while True:
+    for _ in range(_READS):
         with contextlib.suppress(UserError):  # An object was renewed while it was read.
             with contextlib.suppress(FileNotFoundError):
                 return (gcs.read_object(path) or b"") if is_remote(path) else read_bytes(path)
-            return b""
+            break
+    return b""
 
 
 def busy(path: str, place: str, command: str) -> UserError:
@@ -83,7 +85,7 @@ def busy(path: str, place: str, command: str) -> UserError:
 @contextlib.contextmanager
 def _locked(path: str, place: str, command: str) -> Iterator[None]:
     folder = os.path.dirname(os.path.abspath(path))
-    is_new = not os.path.isdir(folder)
+    before = os.stat(folder) if os.path.isdir(folder) else None
     try:
         with disk_errors(place):
             os.makedirs(folder, exist_ok=True)
@@ -101,15 +103,19 @@ def _locked(path: str, place: str, command: str) -> Iterator[None]:
             file=sys.stderr,
         )
         file = None
+    locked = os.stat(folder)
     try:
         yield
     finally:
-        if file is not None:
-            with contextlib.suppress(OSError), file:
-                os.remove(path)
-        with contextlib.suppress(OSError):  # Of a command that failed at once.
-            if is_new:
+        with contextlib.suppress(OSError):
+            is_changed = os.stat(folder).st_mtime_ns != locked.st_mtime_ns
+            if file is not None:
+                with file:
+                    os.remove(path)
+            if before is None:  # Of a command that failed at once.
                 os.rmdir(folder)
+            elif not is_changed:  # A command that had nothing to do leaves the folder as it was.
+                os.utime(folder, ns=(before.st_atime_ns, before.st_mtime_ns))
 
 
 @contextlib.contextmanager

@@ -122,7 +122,8 @@ def load(kind: Any, path: str, remedy: str, **how: Any) -> Any:
 
 def _explain(error: ValidationError) -> str:
     """The first thing that is wrong: what, where, and what was found there."""
-    first, *_ = error.errors(include_url=False, include_context=False)
+    found_wrong = error.errors(include_url=False, include_context=False)
+    first = min(found_wrong, key=lambda wrong: wrong["type"] != "missing")
     where = ".".join(map(str, first["loc"]))[:120]
     if first["type"] == "missing":
         return f"(fields are missing): {where}"

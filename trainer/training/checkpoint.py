@@ -222,7 +222,7 @@ def load_best(model_dir: str) -> LoadedRun:
         if size != num_parameters(record.model):
             raise UserError(
                 f"{folder.path}: step {steps[-1]} has {size} weights, expected "
-                f"{num_parameters(record.model)} by {CONFIG_FILE}; it belongs to another model"
+                f"{num_parameters(record.model)} by {CONFIG_FILE}; it is of a model of other sizes"
             )
         model = build_model(record.model)
         variables = model.named_variables()

@@ -81,6 +81,7 @@ class Evaluation:
 
     def __post_init__(self) -> None:
         self.changing = threading.Lock()
+        self.changing.acquire()
         self.own_weights: dict[str, tf.Tensor] | None = None
         self._predictor = Predictor(
             self.step.model, self.record.packing, self.strategy,
