@@ -222,7 +222,17 @@ def test_mistakes_are_one_clear_line(folders, options, message):
 )
 def test_data_of_another_model_is_refused(folders, tmp_path, changes, message):
     data_dir, model_dir = folders
-    dataclasses.replace(load_metadata(data_dir), **changes).save(str(tmp_path))
+    metadata = dataclasses.replace(load_metadata(data_dir), **changes)
+    count = len(metadata.labels)
+    splits = {
+        name: dataclasses.replace(
+            split,
+            label_counts=split.label_counts[:count],
+            max_labels_per_document=min(split.max_labels_per_document, count),
+        )
+        for name, split in metadata.splits.items()
+    }
+    dataclasses.replace(metadata, splits=splits).save(str(tmp_path))
     with pytest.raises(UserError) as error:
         run(EvaluateConfig(model_dir=model_dir, data_dir=str(tmp_path)))
     assert message in str(error.value) and "\n" not in str(error.value)

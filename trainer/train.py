@@ -25,13 +25,13 @@ from trainer.runtime.cluster import read_cluster
 from trainer.runtime.devices import is_chief
 from trainer.runtime.interruption import Interruption
 from trainer.runtime.owner import OWNER_FILE, owned
-from trainer.storage.filesystem import refuse_link, write_atomically
+from trainer.storage.filesystem import exists, refuse_link, write_atomically
 from trainer.streams import end_process
 from trainer.training import setup
 from trainer.training.checkpoint import Checkpoints
 from trainer.training.checkpoint_folder import BEST_FOLDER, CHECKPOINT_FOLDER
 from trainer.training.metrics_log import TENSORBOARD_FOLDER, MetricsLog
-from trainer.training.run_record import RunRecord, start_record
+from trainer.training.run_record import CONFIG_FILE, RunRecord, start_record
 from trainer.training.selection import BestCheckpoint, Evaluation, next_checkpoint, next_evaluation
 from trainer.training.step import TrainStep, read_position
 
@@ -90,6 +90,8 @@ def _owning(config: TrainConfig) -> AbstractContextManager[None]:
     cluster = read_cluster(os.environ)
     if cluster is not None and cluster.index:
         return contextlib.nullcontext()
+    # A store that refuses says so of the run's own file, after the repeats that a user can set.
+    exists(os.path.join(config.model_dir, CONFIG_FILE))
     path = os.path.join(config.model_dir, OWNER_FILE)
     return owned(path, f"--model_dir={config.model_dir}", "train")
 
