@@ -265,7 +265,7 @@ def test_what_a_store_refuses_is_said_in_one_line(data_dir, tmp_path):
         (2, "gs://missing/data: no metadata.json"),
         (2, "gs://forbidden/data/metadata.json: access denied (http 403)"),
         (2, "gs://forbidden/run/config.json: access denied (http 403)"),
-        (2, "gs://missing/run/multihot-owner.txt: no such file or directory"),
+        (2, "gs://missing/run/multihot-owner.txt: not found; check bucket "),
         (2, f"gs://b/damaged/{shard}: its CRC-32C differs"),
         (75, "gs://down/data/metadata.json: the store did not answer (HTTP 503)"),
         (75, "gs://busy/run/config.json: the store did not answer (HTTP 429)"),
