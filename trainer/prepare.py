@@ -117,6 +117,7 @@ def _prepare(
         call = {**inputs.describe(corpus.fingerprints), "rejected": corpus.num_rejected}
         unknown = corpus.dropped if previous or config.labels else {}
         call |= {"unknown_labels": unknown} if unknown else {}
+        call |= {"label_list": True} if config.labels else {}
         call |= {"seed": config.seed, "splits": list(splits), "flags": flags}
         metadata = _describe(previous, corpus, tokenizer, plan, splits, call)
         checks = check_splits(

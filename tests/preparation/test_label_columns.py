@@ -122,6 +122,19 @@ def test_strings_are_ids_only_if_all_of_the_column_are_numbers(tmp_path, run, nu
     assert len(labels) == 1999 and labels["r3"] == ["black"]
 
 
+def test_a_later_split_has_ids_where_the_first_one_had_a_list(tmp_path, run):
+    listed = write_labels(tmp_path, WORDS)
+    rows = [{"id": f"r{i}", "text": f"text number {i}", "labels": str(i % 4)} for i in range(8)]
+    path = write_rows(tmp_path / "ids.jsonl", rows)
+    run(path, labels=listed)
+    labels, _ = run(path, split="test")
+    assert [labels[f"r{i}"] for i in range(4)] == [[word] for word in WORDS]
+    named = [row | {"labels": WORDS[i % 4]} for i, row in enumerate(rows)]
+    run(write_rows(tmp_path / "names.jsonl", named), "names")
+    with pytest.raises(UserError, match="unknown label '0'; digits are an id only with --labels"):
+        run(path, "names", split="test")
+
+
 def spellings():
     """20 spellings of 7 names."""
     names = ["Billing", "caf\u00e9", "Stra\u00dfe", "r\u00e9sum\u00e9", "Ada", "\u00c5ngstr\u00f6m"]

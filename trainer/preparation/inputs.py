@@ -126,6 +126,11 @@ def choose_token_limits(
     return TokenLimits.of(tokenizer, config.max_seq_length, config.max_windows)
 
 
+def has_label_list(metadata: Metadata) -> bool:
+    """Whether the labels of a data folder are those of --labels, in its order."""
+    return bool(metadata.source.get("calls") and metadata.source["calls"][0].get("label_list"))
+
+
 def make_reader(config: PrepareConfig, previous: Metadata | None) -> LabelReader:
     """The reader of the labels of a row, by the flags or the folder's earlier splits.
 
@@ -162,8 +167,8 @@ def make_reader(config: PrepareConfig, previous: Metadata | None) -> LabelReader
         config.label_kind,
         config.normalize_labels,
         keeps_unknown=config.unknown_labels == "ignore",
-        # The names of earlier splits may be all that the folder has: no list that ids refer to.
-        has_names=previous is not None and config.labels is None,
+        # Names that earlier splits' rows had are no list that ids could refer to.
+        has_names=config.labels is None and not (previous and has_label_list(previous)),
     )
 
 
