@@ -20,6 +20,8 @@ LOCAL_RUNNER = "local"
 NAMED_FORMATS = (
     "jsonl", "json", "csv", "tsv", "text", "parquet", "tfrecord", "arrow", "libmultilabel",
 )  # fmt: skip
+# What --normalize_labels may do to the name of a label, in this order.
+NORMAL_FORMS = ("strip", "casefold", "nfc")
 # Any text but the empty one.
 _NOT_EMPTY = r"[\s\S]+"
 
@@ -241,7 +243,7 @@ class PrepareConfig(InputConfig):
         valid = "" not in columns and len(set(columns)) == len(columns)
         self.expect(valid, "keep_columns", "names of columns, each once")
         steps = set(self.normalize_labels)
-        valid = steps == {"none"} or steps <= {"strip", "casefold", "nfc"}
+        valid = steps == {"none"} or steps <= set(NORMAL_FORMS)
         self.expect(valid, "normalize_labels", "none, or some of strip, casefold and nfc")
         fits = self.label_kind == "auto" or len(self.label_field) == 1
         self.expect(fits, "label_kind", "auto, where --label_field names several 0/1 columns")

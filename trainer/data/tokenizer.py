@@ -116,13 +116,14 @@ class Tokenizer:
         It has at most `size` characters where the text can be cut so early; else overlong words are
         shortened. The library takes up to 500 bytes a character, so very long ones are refused.
         """
-        piece, end = text[start:], len(text)
-        if len(piece) > size and self.splits_at_blanks:
+        if len(text) - start > size and self.splits_at_blanks:
             cut = max(text.rfind(blank, start + 1, start + size) for blank in " \n\t")
-            if cut > 0:
+            if cut > 0:  # Before the rest is copied: there may be thousands of pieces.
                 return text[start:cut], cut
-            if self._characters is not None:
-                piece, end = self._characters.cut(text, start, size)
+        if len(text) - start > size and self.splits_at_blanks and self._characters is not None:
+            piece, end = self._characters.cut(text, start, size)
+        else:
+            piece, end = text[start:], len(text)
         if len(piece) > max(size, _MAX_WHOLE_CHARACTERS):
             raise UserError(
                 f"a text of {len(text):,} characters ({text[:40]!a}...) that this tokenizer cannot "

@@ -30,6 +30,7 @@ from typing import Any
 
 import numpy as np
 
+from trainer.config import NORMAL_FORMS
 from trainer.data.metadata import METADATA_FILE, Metadata, Split
 from trainer.data.records import document_id, read_frame
 from trainer.errors import UserError, shorten
@@ -38,7 +39,7 @@ from trainer.preparation.shards import find_record
 from trainer.preparation.statistics import SplitStatistics
 from trainer.sources.input_files import open_file
 from trainer.sources.label_text import is_doubtful, quoted
-from trainer.sources.labels import NORMAL_FORMS, TRUTH_WORDS, normalize_name
+from trainer.sources.labels import TRUTH_WORDS, normalize_name
 from trainer.storage.filesystem import checksum
 
 NEARLY_ALWAYS = 0.99

@@ -12,13 +12,13 @@ from collections.abc import Iterable, Sequence
 from dataclasses import dataclass, field
 from typing import Any
 
+from trainer.config import NORMAL_FORMS
 from trainer.errors import UserError
 from trainer.flags import is_unicode
 from trainer.sources.label_text import LabelError, quoted, split_labels
 from trainer.sources.rows import FeatureValues, LabelIds
 
 MAX_NAME_CHARACTERS = 1024  # A longer one is, as a rule, a file that is read wrongly.
-NORMAL_FORMS = ("strip", "casefold", "nfc")
 _TRUE = frozenset(("1", "1.0", "true", "yes", "y", "t"))
 _FALSE = frozenset(("0", "0.0", "false", "no", "n", "f", ""))
 TRUTH_WORDS = (_TRUE | _FALSE) - {""}
