@@ -16,7 +16,7 @@ from corpus import find_checkpoint, load_documents, load_texts, make_corpus
 from trainer.evaluation.calibration import sigmoid
 from trainer.evaluation.metrics import compute_metrics
 from trainer.evaluation.thresholds import fit_thresholds
-from trainer.reporting.baseline import count_features, fit_logits
+from trainer.linear.baseline import count_features, fit_logits
 
 INVERSE_STRENGTHS = (1.0, 10.0, 100.0)
 

@@ -1,12 +1,13 @@
 """The settings of a model and its training step, without heavy imports: `--help` reads them."""
 
 import functools
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 
 from trainer.errors import UserError
 from trainer.flags import CheckedConfig, check_flag, option
 
 HEADS = ("cls", "mean", "label_attention")
+WIDE_PARTS = ("wordpieces", "none")
 WINDOW_POOLINGS = ("max", "mean", "attention")
 LOSSES = (
     "weighted_bce", "focal", "asymmetric", "class_balanced", "distribution_balanced",
@@ -17,6 +18,8 @@ LOSSES = (
 # rows of the embeddings.
 MAX_WINDOW_TOKENS, MAX_DOCUMENT_TOKENS, MAX_BATCH_TOKENS = 2**16, 2**24, 2**25
 MAX_VOCABULARY = 2**20
+# A larger wide part, 0.5 GB with its gradient and two slots each, has two tables of this rank.
+MAX_WIDE_PARAMETERS, WIDE_RANK = 2**27, 512
 
 _DROPOUT_RATE = {"at_least": 0, "below": 1, "expected": "a rate in [0, 1)"}
 _BELOW_1 = {"at_least": 0, "below": 1, "expected": "a number in [0, 1)"}
@@ -57,10 +60,16 @@ class EncoderConfig(CheckedConfig):
         0.1, "Dropout rate of attention probabilities.", **_DROPOUT_RATE
     )
     head: str = option(
-        "cls",
-        "What stands for a document: BERT's pooler over [CLS], the mean of "
-        "its tokens, or one attention a label.",
-        choices=HEADS,
+        "auto",
+        "What stands for a document: BERT's pooler over [CLS], the mean of its tokens, or one "
+        "attention a label. auto: what the checkpoint's own pooling configuration says, else mean.",
+        choices=("auto", *HEADS),
+    )
+    wide: str = option(
+        "auto",
+        "A linear model over the document's WordPieces, whose logits are added to the head's. "
+        "auto: wordpieces.",
+        choices=("auto", *WIDE_PARTS),
     )
     window_pooling: str = option(
         "max",
@@ -83,6 +92,8 @@ class ModelConfig(EncoderConfig):
 
     vocab_size: int
     num_labels: int
+    head: str = field(default="cls", kw_only=True)
+    wide: str = field(default="none", kw_only=True)
     max_position_embeddings: int = 512
     type_vocab_size: int = 2
     hidden_act: str = "gelu"
@@ -96,9 +107,14 @@ class ModelConfig(EncoderConfig):
         for name in ("layer_norm_eps", "initializer_range"):
             self.expect(0 <= getattr(self, name) < 1e6, name, "a number from 0 on, and small")
 
+    @property
+    def wide_rank(self) -> int:
+        """Columns between the wide part's two tables; 0 where it has one, [vocab_size, labels]."""
+        return 0 if self.vocab_size * self.num_labels <= MAX_WIDE_PARAMETERS else WIDE_RANK
+
 
 def num_parameters(model: ModelConfig) -> int:
-    """Trainable parameters of a model."""
+    """Parameters of a model, those that are not trained included."""
     size, inner, labels = model.hidden_size, model.intermediate_size, model.num_labels
     embeddings = model.vocab_size + model.max_position_embeddings + model.type_vocab_size + 2
     layer = 4 * (size * size + size) + 2 * size * inner + inner + size + 4 * size
@@ -109,7 +125,15 @@ def num_parameters(model: ModelConfig) -> int:
         head += size * labels
     elif model.window_pooling == "attention":
         head += size
-    return size * embeddings + model.num_layers * layer + head
+    return size * embeddings + model.num_layers * layer + head + num_wide_parameters(model)
+
+
+def num_wide_parameters(model: ModelConfig) -> int:
+    """Parameters of a model's wide part: its tables, and the idf of each term."""
+    if model.wide == "none":
+        return 0
+    terms, rank, labels = model.vocab_size, model.wide_rank, model.num_labels
+    return terms + (rank * (terms + labels) if rank else terms * labels)
 
 
 @dataclass(frozen=True)
@@ -182,6 +206,9 @@ class OptimizerConfig(CheckedConfig):
     )
     head_lr_multiplier: float = option(
         1.0, "Factor on the rate of the head.", above=0, expected="a positive factor"
+    )
+    wide_lr_multiplier: float = option(
+        1.0, "Factor on the rate of the wide part.", above=0, expected="a positive factor"
     )
     ema_decay: float = option(
         0.0,

@@ -27,7 +27,7 @@ from trainer.data.tokenizer import load_tokenizer
 from trainer.errors import UserError
 from trainer.evaluation.results import CURVES_FILE, EVALUATION_FOLDER, METRICS_FILE, write_json
 from trainer.evaluation.thresholds import ThresholdRule
-from trainer.reporting.baseline import measure_baseline
+from trainer.linear.baseline import measure_baseline
 from trainer.reporting.page import MAX_CHARACTERS, Material, render
 from trainer.run_config import EvaluateConfig, ReportConfig
 from trainer.storage import filesystem

@@ -32,6 +32,17 @@ class TrainStepConfig(EncoderConfig):
     init_checkpoint: str | None = option(
         None, "Folder or hub id of a pretrained BERT; default: from scratch."
     )
+    head_start: str = option(
+        "fit",
+        "How head and wide part start. fit: at logistic regressions, solved for all labels, on the "
+        "documents' vectors as the checkpoint gives them and on their WordPieces (from scratch on "
+        "these alone); random: at random, and at zero.",
+        choices=("fit", "random"),
+    )
+    head_start_documents: int = option(
+        50_000, "Most training documents that the head start is fitted to.", at_least=1,
+        unit="document",
+    )  # fmt: skip
     tokens_per_replica: int = option(
         4096,
         "Tokens of a micro-batch, padding included.",

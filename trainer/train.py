@@ -30,6 +30,7 @@ from trainer.streams import end_process
 from trainer.training import setup
 from trainer.training.checkpoint import Checkpoints
 from trainer.training.checkpoint_folder import BEST_FOLDER, CHECKPOINT_FOLDER
+from trainer.training.head_start import find_head_start
 from trainer.training.metrics_log import TENSORBOARD_FOLDER, MetricsLog
 from trainer.training.run_record import CONFIG_FILE, RunRecord, start_record
 from trainer.training.selection import BestCheckpoint, Evaluation, next_checkpoint, next_evaluation
@@ -42,9 +43,9 @@ _STEPS_PER_LOOP = 20
 _SECONDS_TO_STOP = 3.0
 
 
-@dataclass(frozen=True)
+@dataclass
 class Run:
-    """All that a run consists of, once it is built."""
+    """All that a run consists of, once it is built; `resumed` once a checkpoint is restored."""
 
     config: TrainConfig
     record: RunRecord
@@ -53,6 +54,7 @@ class Run:
     step: TrainStep
     selection: BestCheckpoint
     checkpoints: Checkpoints
+    resumed: bool = False
 
     @property
     def steps(self) -> int:
@@ -119,14 +121,14 @@ def _run(config: TrainConfig, metadata: Metadata, interruption: Interruption | N
             config.model_dir, _state(step, selection), config.keep_checkpoints, is_chief(strategy)
         )
         this = Run(config, record, stream, strategy, step, selection, checkpoints)
-        resumed = _restore(this)
+        this.resumed = _restore(this)
         if this.is_finished:
             print(
                 f"{config.model_dir}: this run is finished; nothing to do. "
                 f"The best {config.best_metric} is {selection.shown_best()}."
             )
             return
-        _describe(this, resumed)
+        _describe(this)
         with naming_damaged_shards(config.data_dir, metadata, "train", config.eval_split):
             _train(this, metadata, interruption)
     print(
@@ -168,13 +170,13 @@ def _restore(this: Run) -> bool:
     return resumed
 
 
-def _describe(this: Run, resumed: bool) -> None:
+def _describe(this: Run) -> None:
     record, packing = this.record, this.record.packing
     sizes, replicas = record.model, this.strategy.num_replicas_in_sync
     groups = ", ".join(f"{rows} x {length}" for rows, length in packing.row_groups)
     print(
         f"{absolute(record.train.model_dir)}: "
-        f"{f'resuming at step {this.steps}' if resumed else 'starting'}\n"
+        f"{f'resuming at step {this.steps}' if this.resumed else 'starting'}\n"
         f"  data: {this.stream.num_documents} documents, {len(record.labels)} labels\n"
         f"  model: {sizes.num_layers} layers of {sizes.hidden_size}, head {sizes.head}, "
         f"{record.precision} on {replicas} x {this.strategy.extended.worker_devices[0]}\n"
@@ -196,6 +198,8 @@ def _train(this: Run, metadata: Metadata, interruption: Interruption | None) -> 
     if interruption is not None:
         interruption.on_request(lambda: _heed(this, evaluation, metrics_log, began))
     try:
+        if not this.resumed:
+            _start(this, metadata, evaluation, metrics_log)
         while not this.is_finished:
             save_due = False
             if not int(this.selection.pending):
@@ -262,14 +266,33 @@ def _take_steps(this: Run, steps: tf.data.Iterator, metrics_log: MetricsLog) -> 
     return this.steps >= checkpoint.steps or this.documents >= checkpoint.documents
 
 
-def _evaluate(this: Run, evaluation: Evaluation, metrics_log: MetricsLog) -> None:
-    """Measures, logs the metrics, and keeps the weights if they are the best."""
+def _start(this: Run, metadata: Metadata, evaluation: Evaluation, metrics_log: MetricsLog) -> None:
+    """Gives head and wide part their start, measures it, and saves it as a checkpoint of step 0."""
+    model, config = this.step.model, this.config
+    if config.head_start == "random" and model.wide is None:
+        return
+    start = find_head_start(this.record, metadata, model, this.strategy)
+    setup.assign_values(model, start.values)
+    this.step.optimizer.restart_average()
+    if config.head_start == "random":
+        return
+    metrics_log.log_head_start(start.documents, start.fit.chosen, start.fit.held_out)
+    _evaluate(this, evaluation, metrics_log, counts=0)
+    _save(this, metrics_log)
+    metrics_log.restart_clock()
+
+
+def _evaluate(this: Run, evaluation: Evaluation, metrics_log: MetricsLog, counts: int = 1) -> None:
+    """Measures, logs the metrics, and keeps the weights if they are the best.
+
+    The evaluation of a start, before the first step, `counts` 0.
+    """
     try:
         metrics = evaluation.run()
     except StoppedError:
         _stop(this, metrics_log)
     metrics_log.log_evaluation(this.steps, this.documents, this.config.eval_split, metrics)
-    if this.selection.update(this.config, metrics):
+    if this.selection.update(this.config, metrics, counts):
         with evaluation.averaged_weights():
             this.checkpoints.save_best(this.steps)
 

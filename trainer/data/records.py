@@ -242,16 +242,23 @@ def leading_places(split: Split, max_documents: int) -> np.ndarray:
 
 
 def read_documents(
-    data_dir: str, metadata: Metadata, split_name: str, places: np.ndarray
+    data_dir: str,
+    metadata: Metadata,
+    split_name: str,
+    places: np.ndarray,
+    repeat_shared: bool = False,
 ) -> Documents:
-    """The documents at `places` (int64, ascending) of a split; UserError for a damaged shard."""
+    """The documents at `places` (int64, ascending) of a split; UserError for a damaged shard.
+
+    With `repeat_shared` the tokens that two windows share come twice, as the model sees them.
+    """
     split = metadata.split(split_name)
     _check_sizes(data_dir, split)
     ids: list[str] = []
     tokens: list[np.ndarray] = []
     labels = np.zeros((len(places), len(metadata.labels)), bool)
     text_tokens = metadata.max_seq_length - 2
-    shared = text_tokens - (metadata.window_stride or text_tokens)
+    shared = 0 if repeat_shared else text_tokens - (metadata.window_stride or text_tokens)
     with naming_damaged_shards(data_dir, metadata, split_name):
         for records in _read(data_dir, split, places):
             rows = len(ids) + records.labels.value_rowids().numpy()

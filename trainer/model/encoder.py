@@ -32,6 +32,13 @@ def mean_by_segment(values: tf.Tensor, segment: tf.Tensor, num_segments: int) ->
     return sum_by_segment(values, segment, num_segments) / tf.maximum(counts, 1.0)[:, None]
 
 
+def token_documents(batch: dict[str, tf.Tensor]) -> tf.Tensor:
+    """The document of each token of a micro-batch, int32 [T]; -1 for padding."""
+    segment = batch["segment_ids"]
+    document = tf.gather(batch["window_document"], tf.maximum(segment - 1, 0))
+    return tf.where(segment > 0, document, -1)
+
+
 def softmax_by_segment(scores: tf.Tensor, segment: tf.Tensor, num_segments: int) -> tf.Tensor:
     """The softmax's numerators, float32 [N, K], of `scores` [N, K]; 0 for segment -1.
 

@@ -10,7 +10,13 @@ import keras
 import tensorflow as tf
 
 from trainer.model.dropout import Dropout
-from trainer.model.encoder import Dense, mean_by_segment, softmax_by_segment, sum_by_segment
+from trainer.model.encoder import (
+    Dense,
+    mean_by_segment,
+    softmax_by_segment,
+    sum_by_segment,
+    token_documents,
+)
 from trainer.model_config import ModelConfig
 
 Batch = dict[str, tf.Tensor]
@@ -73,12 +79,16 @@ class _PooledHead(keras.layers.Layer):
         """[W, hidden]."""
         raise NotImplementedError
 
+    def document_vectors(self, hidden: tf.Tensor, batch: Batch, num_documents: int) -> tf.Tensor:
+        """Hidden states to float32 [D, hidden], what the classifier takes."""
+        windows, of_window = self._window_vectors(hidden, batch), batch["window_document"]
+        return self.window_pooling(windows, of_window, num_documents=num_documents)
+
     def call(
         self, hidden: tf.Tensor, batch: Batch, num_documents: int, dropout: Dropout | None = None
     ) -> tf.Tensor:
         """Hidden states to float32 logits [D, L]."""
-        windows, of_window = self._window_vectors(hidden, batch), batch["window_document"]
-        document = self.window_pooling(windows, of_window, num_documents=num_documents)
+        document = self.document_vectors(hidden, batch, num_documents)
         if dropout is not None:
             document = dropout(document, self._rate)
         return self.classifier(document)
@@ -148,13 +158,18 @@ class LabelAttentionHead(keras.layers.Layer):
         self.query.build()
         self.classifier.build()
 
+    def document_vectors(self, hidden: tf.Tensor, batch: Batch, num_documents: int) -> tf.Tensor:
+        """[T, hidden] to float32 [D, hidden]: the means of the documents' tokens.
+
+        Without a query all tokens weigh the same, and these are what the classifier takes.
+        """
+        return mean_by_segment(hidden, token_documents(batch), num_documents)
+
     def call(
         self, hidden: tf.Tensor, batch: Batch, num_documents: int, dropout: Dropout | None = None
     ) -> tf.Tensor:
         """[T, hidden] to float32 logits [D, L]."""
-        segment = batch["segment_ids"]
-        token_document = tf.gather(batch["window_document"], tf.maximum(segment - 1, 0))
-        token_document = tf.where(segment > 0, token_document, -1)  # Of padding: none.
+        token_document = token_documents(batch)
         if dropout is not None:
             hidden = dropout(hidden, self._rate)
         weights = softmax_by_segment(self.query(hidden), token_document, num_documents)

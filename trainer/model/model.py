@@ -1,4 +1,4 @@
-"""The model: an encoder and a head, which turn packed tokens into one logit for each label."""
+"""The model: encoder, head and wide part, which turn packed tokens into one logit for each label."""
 
 from typing import Any
 
@@ -8,6 +8,7 @@ import tensorflow as tf
 from trainer.model.dropout import Dropout
 from trainer.model.encoder import Encoder, RowGroups, seeded_weights
 from trainer.model.heads import HEADS
+from trainer.model.wide import Wide
 from trainer.model_config import ModelConfig
 
 # The tensors of a micro-batch that a model takes.
@@ -22,10 +23,13 @@ class Model(keras.layers.Layer):
         self.config = config
         self.encoder = Encoder(config, name="encoder", dtype=self.dtype_policy)
         self.head = HEADS[config.head](config, name="head", dtype=self.dtype_policy)
+        self.wide = None if config.wide == "none" else Wide(config, name="wide", dtype="float32")
 
     def build(self, _: Any = None) -> None:
         self.encoder.build()
         self.head.build()
+        if self.wide is not None:
+            self.wide.build()
 
     def call(
         self,
@@ -39,7 +43,27 @@ class Model(keras.layers.Layer):
         `batch` has `input_ids`, `position_ids`, `segment_ids` (int32 [T]), `window_starts`,
         `window_document` (int32 [W]), and `token_type_ids` (int32 [T]) if not all are 0.
         """
-        hidden = self.encoder(
+        hidden = self._encode(batch, row_groups, dropout)
+        logits = self.head(hidden, batch, num_documents=num_documents, dropout=dropout)
+        return (
+            logits if self.wide is None else logits + self.wide(batch, num_documents=num_documents)
+        )
+
+    def document_vectors(
+        self, batch: dict[str, tf.Tensor], row_groups: RowGroups, num_documents: int
+    ) -> tf.Tensor:
+        """What the head's last layer takes, float32 [D, hidden], of the same micro-batch."""
+        return self.head.document_vectors(
+            self._encode(batch, row_groups), batch, num_documents=num_documents
+        )
+
+    def _encode(
+        self,
+        batch: dict[str, tf.Tensor],
+        row_groups: RowGroups,
+        dropout: Dropout | None = None,
+    ) -> tf.Tensor:
+        return self.encoder(
             batch["input_ids"],
             batch["position_ids"],
             batch["segment_ids"],
@@ -48,14 +72,18 @@ class Model(keras.layers.Layer):
             wanted=batch["window_starts"] if self.head.takes_first_tokens else None,
             dropout=dropout,
         )
-        return self.head(hidden, batch, num_documents=num_documents, dropout=dropout)
 
     def named_variables(self) -> dict[str, tf.Variable]:
         """Every parameter by its path, such as `encoder/layer_0/attention/qkv/kernel`."""
-        return {
-            variable.path.removeprefix("model/"): variable.value
-            for variable in self.trainable_variables
-        }
+        return _by_path(self.weights)
+
+    def named_trainable_variables(self) -> dict[str, tf.Variable]:
+        """Those of `named_variables` that training changes."""
+        return _by_path(self.trainable_variables)
+
+
+def _by_path(variables: list[keras.Variable]) -> dict[str, tf.Variable]:
+    return {variable.path.removeprefix("model/"): variable.value for variable in variables}
 
 
 def build_model(config: ModelConfig, precision: str = "float32", seed: int = 0) -> Model:

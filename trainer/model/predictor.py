@@ -33,7 +33,7 @@ class Predictor:
 
     def __init__(
         self,
-        model: Model,
+        model: Model | Callable[..., tf.Tensor],
         packing: PackingConfig,
         strategy: tf.distribute.Strategy | None = None,
         jit_compile: bool = False,
@@ -118,16 +118,19 @@ class Predictor:
         return logits.numpy().reshape([self.num_replicas, -1, logits.shape[-1]])
 
     def predict_blocks(
-        self, data_dir: str, metadata: Metadata, split_name: str
+        self, data_dir: str, metadata: Metadata, split_name: str, max_documents: int | None = None
     ) -> Iterator[Predictions]:
         """Predicts every document of a split exactly once, in blocks in the order of the packing.
+
+        With `max_documents` only so many, the first ones in the order of the shards.
 
         A block has about 2^24 logits or 2^16 documents at most, so memory does not grow with the
         split. UserError for a split that is missing or damaged; StoppedError as `_stacked_logits`.
         """
         stream = input_pipeline.open_stream(data_dir, metadata, split_name, self.packing)
         room = min(_BLOCK_DOCUMENTS, max(1, _BLOCK_LOGITS // stream.num_labels))
-        micro_batches = input_pipeline.read_micro_batches(stream, seed=None)
+        epochs = min(1.0, (max_documents or stream.num_documents) / stream.num_documents)
+        micro_batches = input_pipeline.read_micro_batches(stream, seed=None, num_epochs=epochs)
         held: list[Predictions] = []
         num_held = 0
         for batches in input_pipeline.stack_micro_batches(micro_batches, stream, self.num_replicas):

@@ -17,6 +17,7 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 _INDEX_FILE = "model.safetensors.index.json"
 _TORCH_FILE = "pytorch_model.bin"
+_POOLING_FILE = os.path.join("1_Pooling", "config.json")
 
 # Names that are no parameters of the encoder or pooler: buffers that older versions saved, the
 # heads of pretraining, and classifiers, which belong to other labels.
@@ -117,6 +118,23 @@ def model_config(
         )
     except UserError as error:
         raise UserError(f"{os.path.join(folder, CONFIG_FILE)}: {error}") from None
+
+
+def read_pooling(folder: str) -> str | None:
+    """The head that suits a checkpoint by its own pooling configuration: `mean`, `cls` or None.
+
+    Sentence encoders carry one (sentence-transformers' `1_Pooling/config.json`).
+    """
+    path, remedy = os.path.join(folder, _POOLING_FILE), "download it again"
+    try:
+        kind = own_files.load(dict[str, Any], path, remedy)
+    except FileNotFoundError:
+        return None
+    if kind.get("pooling_mode_mean_tokens") or kind.get("pooling_mode") == "mean":
+        return "mean"
+    return (
+        "cls" if kind.get("pooling_mode_cls_token") or kind.get("pooling_mode") == "cls" else None
+    )
 
 
 def _weight_files(folder: str) -> list[str]:

@@ -7,6 +7,7 @@ import socket
 from collections.abc import Iterator
 from importlib import metadata
 
+import numpy as np
 import tensorflow as tf
 from tensorflow.python.client.device_lib import list_local_devices
 
@@ -292,6 +293,25 @@ def is_same_everywhere(strategy: tf.distribute.Strategy, value: int) -> bool:
     # Only equal values have both the sum and the sum of squares of that many copies of `value`.
     count = strategy.num_replicas_in_sync
     return bool(sums[0] == count * value and sums[1] == count * value**2)
+
+
+def from_chief(strategy: tf.distribute.Strategy, value: np.ndarray) -> np.ndarray:
+    """The chief's array, on all workers; waits until all have called it with the same shape."""
+    mine = value if is_chief(strategy) else np.zeros_like(value)
+    replicas = strategy.num_replicas_in_sync // num_workers(strategy)
+
+    @tf.function
+    def sum_over_replicas() -> tf.Tensor:
+        def of_replica() -> tf.Tensor:
+            context = tf.distribute.get_replica_context()
+            # One replica of each worker counts; the sum adds zeros to the chief's.
+            is_first = context.replica_id_in_sync_group % replicas == 0
+            part = tf.where(is_first, tf.constant(mine), tf.zeros(mine.shape, mine.dtype))
+            return context.all_reduce(tf.distribute.ReduceOp.SUM, part)
+
+        return strategy.run(of_replica)
+
+    return strategy.experimental_local_results(sum_over_replicas())[0].numpy()
 
 
 def is_on_cpu(strategy: tf.distribute.Strategy) -> bool:

@@ -103,6 +103,18 @@ class MetricsLog:
                 if row[name] is not None:
                     tf.summary.scalar(f"train/{name}", row[name])
 
+    def log_head_start(
+        self, documents: int, chosen: dict[str, float], held_out: dict[str, float]
+    ) -> None:
+        """Reports what the head start was fitted to, and its precision on held-out documents."""
+        if not self._is_chief:
+            return
+        self._add({"step": 0, "documents": 0, "head_start": {
+            "documents": documents, **chosen, "held_out_mean_average_precision": held_out,
+        }})  # fmt: skip
+        shown = ", ".join(f"{name} {value:.4f}" for name, value in held_out.items())
+        self._bar.write(f"head start: {documents:,} documents; held-out precision of {shown}")
+
     def log_evaluation(self, step: int, documents: int, split: str, metrics: dict) -> None:
         """Reports an evaluation: numbers to file and board, a line to the screen."""
         if not self._is_chief:

@@ -39,12 +39,20 @@ class BestCheckpoint:
             tf.Variable(0, dtype=tf.int64, trainable=False) for _ in range(3)
         )
 
-    def update(self, config: TrainConfig, metrics: dict[str, float]) -> bool:
-        """Counts an evaluation; True if it is the first, or the best so far."""
+    @property
+    def has_begun(self) -> bool:
+        """Whether anything has been evaluated."""
+        return int(self.evaluations) > 0 or float(self.best) > -math.inf
+
+    def update(self, config: TrainConfig, metrics: dict[str, float], counts: int = 1) -> bool:
+        """Counts an evaluation; True if it is the first, or the best so far.
+
+        That of the start, before the first step, counts 0.
+        """
         value = metrics[config.best_metric]
         value = -value if config.best_metric == "loss" else value
-        better = int(self.evaluations) == 0 or value > float(self.best)
-        self.evaluations.assign_add(1)
+        better = not self.has_begun or value > float(self.best)
+        self.evaluations.assign_add(counts)
         self.pending.assign(0)
         self.without_gain.assign(0 if better else self.without_gain + 1)
         if better:
@@ -108,7 +116,8 @@ class Evaluation:
     def _only_reading(self) -> Iterator[None]:
         """Lets another thread read all variables meanwhile."""
         with self.averaged_weights() as before:
-            self.own_weights = dict(zip(self.step.model.named_variables(), before, strict=False))
+            names = self.step.model.named_trainable_variables()
+            self.own_weights = dict(zip(names, before, strict=False))
             self.changing.release()
             try:
                 yield

@@ -27,7 +27,12 @@ from trainer.data.tokenizer import load_tokenizer
 from trainer.data.vocabulary import find_difference, load_own_tokenizer
 from trainer.errors import UserError
 from trainer.model.model import Model, build_model
-from trainer.model.pretrained import load_pretrained, model_config, resolve_checkpoint
+from trainer.model.pretrained import (
+    load_pretrained,
+    model_config,
+    read_pooling,
+    resolve_checkpoint,
+)
 from trainer.model_config import EncoderConfig, ModelConfig, PackingConfig
 from trainer.run_config import TrainConfig
 from trainer.runtime.devices import choose_precision
@@ -132,15 +137,20 @@ def choose_model_config(
 
     `asked_by` and `remedy` are for messages: what asks for larger sizes, and what to do.
     """
+    head = choose_head(config, folder)
+    wide = "wordpieces" if config.wide == "auto" else config.wide
     if folder is None:
+        asked = {
+            item.name: getattr(config, item.name) for item in dataclasses.fields(EncoderConfig)
+        }
         return ModelConfig(
             vocab_size=metadata.vocab_size,
             num_labels=len(metadata.labels),
             max_position_embeddings=metadata.max_seq_length,
-            **{item.name: getattr(config, item.name) for item in dataclasses.fields(EncoderConfig)},
+            **asked | {"head": head, "wide": wide},
         )
     rates = config.hidden_dropout, config.attention_dropout
-    sizes = model_config(folder, len(metadata.labels), config.head, *rates)
+    sizes = model_config(folder, len(metadata.labels), head, *rates)
     for name, found, needed in (
         ("vocab_size", sizes.vocab_size, metadata.vocab_size),
         ("max_position_embeddings", sizes.max_position_embeddings, metadata.max_seq_length),
@@ -150,7 +160,14 @@ def choose_model_config(
                 f"--init_checkpoint={config.init_checkpoint}: its {name} is {found}, but "
                 f"{asked_by} needs {needed}; {remedy}"
             )
-    return dataclasses.replace(sizes, window_pooling=config.window_pooling)
+    return dataclasses.replace(sizes, window_pooling=config.window_pooling, wide=wide)
+
+
+def choose_head(config: TrainConfig, folder: str | None) -> str:
+    """--head, or for `auto` what the checkpoint's pooling configuration says, else `mean`."""
+    if config.head != "auto":
+        return config.head
+    return (read_pooling(folder) if folder else None) or "mean"
 
 
 def data_fingerprint(metadata: Metadata, eval_split: str) -> str:
@@ -217,12 +234,12 @@ def build_step(
     loss = losses.make_loss(objective, pos_weights, np.asarray(record.label_weights), *counts)
     with strategy.scope():
         model = build_model(record.model, record.precision, config.seed)
-        _assign(model, values)
+        assign_values(model, values)
         model.head.classifier.bias.assign(
             losses.initial_bias(*counts, pos_weights) - losses.logit_offset(objective, *counts)
         )
         optimizer = AdamW(
-            config.optimizer, model.named_variables(), record.model.num_layers,
+            config.optimizer, model.named_trainable_variables(), record.model.num_layers,
             record.total_documents,
         )  # fmt: skip
         loss_scale = LossScale() if record.precision == "mixed_float16" else None
@@ -232,10 +249,8 @@ def build_step(
     )  # fmt: skip
 
 
-def _assign(model: Model, values: dict[str, np.ndarray]) -> None:
+def assign_values(model: Model, values: dict[str, np.ndarray]) -> None:
+    """Gives variables their values, by name."""
     variables = model.named_variables()
     for name, value in values.items():
         variables[name].assign(value)
-    if values:
-        fresh = ", ".join(sorted(set(variables) - set(values)))
-        _logger.info("not in the checkpoint, so initialised afresh: %s", fresh)

@@ -104,7 +104,7 @@ class TrainStep:
     max_bad_steps: int = 20
 
     def __post_init__(self) -> None:
-        self._variables = list(self.model.named_variables().values())
+        self._variables = list(self.model.named_trainable_variables().values())
         config, jit_compile = self.model.config, self.jit_compile
         self._has_dropout = any((config.hidden_dropout, config.attention_dropout))
         self.compute = tf.function(self._accumulate, jit_compile=jit_compile, autograph=False)

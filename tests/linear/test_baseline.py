@@ -14,7 +14,7 @@ from trainer.data.records import leading_places, read_documents
 from trainer.data.tokenizer import load_tokenizer
 from trainer.errors import UserError
 from trainer.evaluation.thresholds import ThresholdRule
-from trainer.reporting.baseline import count_features, fit_logits, measure_baseline
+from trainer.linear.baseline import count_features, fit_logits, measure_baseline
 
 
 @pytest.fixture(scope="module")
