@@ -18,8 +18,8 @@ LOSSES = (
 # rows of the embeddings.
 MAX_WINDOW_TOKENS, MAX_DOCUMENT_TOKENS, MAX_BATCH_TOKENS = 2**16, 2**24, 2**25
 MAX_VOCABULARY = 2**20
-# A larger wide part, 0.5 GB with its gradient and two slots each, has two tables of this rank.
-MAX_WIDE_PARAMETERS, WIDE_RANK = 2**27, 512
+# A wide part of more, 0.25 GB, has two tables of this rank.
+MAX_WIDE_PARAMETERS, WIDE_RANK = 2**26, 512
 
 _DROPOUT_RATE = {"at_least": 0, "below": 1, "expected": "a rate in [0, 1)"}
 _BELOW_1 = {"at_least": 0, "below": 1, "expected": "a number in [0, 1)"}
@@ -67,7 +67,7 @@ class EncoderConfig(CheckedConfig):
     )
     wide: str = option(
         "auto",
-        "A linear model over the document's WordPieces, whose logits are added to the head's. "
+        "A linear model over the document's WordPieces, whose logits are mixed with the head's. "
         "auto: wordpieces.",
         choices=("auto", *WIDE_PARTS),
     )
@@ -129,11 +129,12 @@ def num_parameters(model: ModelConfig) -> int:
 
 
 def num_wide_parameters(model: ModelConfig) -> int:
-    """Parameters of a model's wide part: its tables, and the idf of each term."""
+    """Parameters of a model's wide part: its tables, idf and bias, and the mixture."""
     if model.wide == "none":
         return 0
     terms, rank, labels = model.vocab_size, model.wide_rank, model.num_labels
-    return terms + (rank * (terms + labels) if rank else terms * labels)
+    tables = rank * (terms + labels) if rank else terms * labels
+    return tables + terms + labels + 2
 
 
 @dataclass(frozen=True)
@@ -206,9 +207,6 @@ class OptimizerConfig(CheckedConfig):
     )
     head_lr_multiplier: float = option(
         1.0, "Factor on the rate of the head.", above=0, expected="a positive factor"
-    )
-    wide_lr_multiplier: float = option(
-        1.0, "Factor on the rate of the wide part.", above=0, expected="a positive factor"
     )
     ema_decay: float = option(
         0.0,

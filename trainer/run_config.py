@@ -34,15 +34,16 @@ class TrainStepConfig(EncoderConfig):
     )
     head_start: str = option(
         "fit",
-        "How head and wide part start. fit: at logistic regressions, solved for all labels, on the "
-        "documents' vectors as the checkpoint gives them and on their WordPieces (from scratch on "
-        "these alone); random: at random, and at zero.",
+        "How the head starts. fit: at a logistic regression on the training documents' vectors as "
+        "the checkpoint gives them; random: at random, as always from scratch.",
         choices=("fit", "random"),
     )
     head_start_documents: int = option(
-        50_000, "Most training documents that the head start is fitted to.", at_least=1,
+        50_000,
+        "Most training documents that head and wide part are fitted to before the first step.",
+        at_least=1,
         unit="document",
-    )  # fmt: skip
+    )
     tokens_per_replica: int = option(
         4096,
         "Tokens of a micro-batch, padding included.",

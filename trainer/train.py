@@ -268,15 +268,13 @@ def _take_steps(this: Run, steps: tf.data.Iterator, metrics_log: MetricsLog) -> 
 
 def _start(this: Run, metadata: Metadata, evaluation: Evaluation, metrics_log: MetricsLog) -> None:
     """Gives head and wide part their start, measures it, and saves it as a checkpoint of step 0."""
-    model, config = this.step.model, this.config
-    if config.head_start == "random" and model.wide is None:
-        return
+    model = this.step.model
     start = find_head_start(this.record, metadata, model, this.strategy)
+    if not start.fits:
+        return
     setup.assign_values(model, start.values)
     this.step.optimizer.restart_average()
-    if config.head_start == "random":
-        return
-    metrics_log.log_head_start(start.documents, start.fit.chosen, start.fit.held_out)
+    metrics_log.log_head_start(start.documents, start.fits)
     _evaluate(this, evaluation, metrics_log, counts=0)
     _save(this, metrics_log)
     metrics_log.restart_clock()

@@ -8,16 +8,16 @@ halved instead) solves each step by conjugate gradients, preconditioned with the
 """
 
 import os
-from collections.abc import Callable
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TypeAlias
 
 import numpy as np
 from scipy.sparse import csr_matrix
 
 from trainer.evaluation.calibration import sigmoid
 
-Features = np.ndarray | csr_matrix
+Features: TypeAlias = np.ndarray | csr_matrix
 # Half a document on both sides keeps the log-odds of what never or always occurs finite.
 _SMOOTHING = 0.5
 # Labels that a thread solves together: their N x labels arrays stay within the processor's cache
@@ -64,14 +64,12 @@ def fit_logistic(
     labels: np.ndarray,
     inverse_strength: float,
     start: LinearModel | None = None,
-    progress: Callable[[int], object] = lambda count: None,
 ) -> LinearModel:
     """Fits features, float32 [N, F] or a CSR matrix, to labels, bool [N, L].
 
     `inverse_strength` is scikit-learn's C. `start` is a solution for another C, from which this one
-    is near. `progress` hears of the labels that are done. A label of one class gets its log-odds,
-    half a document added to both sides, as its bias, and no weights. The result is the same for any
-    number of threads.
+    is near. A label of one class gets its log-odds, half a document added to both sides, as its
+    bias, and no weights. The result is the same for any number of threads.
     """
     problem = _Problem.of(features)
     num_labels, num_features = labels.shape[1], features.shape[1]
@@ -88,7 +86,6 @@ def fit_logistic(
             targets = labels[:, block].astype(np.float32)
             solved = _solve(problem, targets, weights[:, block], bias[block], inverse_strength)
             weights[:, block], bias[block] = solved
-            progress(len(block))
 
     # NumPy's own products take all cores; SciPy's take one, and leave Python's lock to the others.
     threads = 1 if isinstance(features, np.ndarray) else len(os.sched_getaffinity(0))
@@ -105,16 +102,16 @@ def _solve(
     All labels take each step together; those that are solved drop out.
     """
     weights, bias = weights.copy(), bias.copy()
-    active = np.arange(len(bias))
+    active: np.ndarray = np.arange(len(bias))
     w, b, y = weights, bias, targets
-    z = problem.features @ w + b
-    loss = _losses(z, y, w, c)
+    z: np.ndarray = problem.features @ w + b
+    loss: np.ndarray = _losses(z, y, w, c)
     # Of no weights and the log-odds as bias, so that a good start is not asked for more digits.
-    base = np.linalg.norm(problem.transposed @ (y.mean(axis=0) - y), axis=0)
+    base: np.ndarray = np.linalg.norm(problem.transposed @ (y.mean(axis=0) - y), axis=0)
     for _ in range(_MAX_NEWTON_STEPS):
-        p = sigmoid(z).astype(np.float32)
+        p: np.ndarray = sigmoid(z).astype(np.float32)
         gradient, bias_gradient = problem.transposed @ (p - y) + w / c, (p - y).sum(axis=0)
-        norm = np.sqrt((gradient**2).sum(axis=0) + bias_gradient**2)
+        norm: np.ndarray = np.sqrt((gradient**2).sum(axis=0) + bias_gradient**2)
         left = norm > _TOLERANCE * np.maximum(base, 1e-3)
         if not left.all():
             weights[:, active], bias[active] = w, b

@@ -1,4 +1,4 @@
-"""The model: encoder, head and wide part, which turn packed tokens into one logit for each label."""
+"""The model: encoder, head and wide part turn packed tokens into one logit for each label."""
 
 from typing import Any
 
@@ -40,14 +40,36 @@ class Model(keras.layers.Layer):
     ) -> tf.Tensor:
         """Logits float32 [D, L] of one micro-batch; those of empty slots are meaningless.
 
+        They are the head's, or a mixture of these and those of the wide part.
+
         `batch` has `input_ids`, `position_ids`, `segment_ids` (int32 [T]), `window_starts`,
         `window_document` (int32 [W]), and `token_type_ids` (int32 [T]) if not all are 0.
         """
+        logits = self.head_logits(batch, row_groups, num_documents, dropout)
+        if self.wide is None:
+            return logits
+        of_head, of_wide = tf.unstack(self.wide.mix.value)
+        return of_head * logits + of_wide * self.wide(batch, num_documents=num_documents)
+
+    def head_logits(
+        self,
+        batch: dict[str, tf.Tensor],
+        row_groups: RowGroups,
+        num_documents: int,
+        dropout: Dropout | None = None,
+    ) -> tf.Tensor:
+        """The head's logits alone, which training fits: float32 [D, L]."""
         hidden = self._encode(batch, row_groups, dropout)
-        logits = self.head(hidden, batch, num_documents=num_documents, dropout=dropout)
-        return (
-            logits if self.wide is None else logits + self.wide(batch, num_documents=num_documents)
-        )
+        return self.head(hidden, batch, num_documents=num_documents, dropout=dropout)
+
+    def logits_of_parts(
+        self, batch: dict[str, tf.Tensor], row_groups: RowGroups, num_documents: int
+    ) -> tf.Tensor:
+        """Logits of head and wide part side by side, float32 [D, 2 L]; of a head alone [D, L]."""
+        logits = self.head_logits(batch, row_groups, num_documents)
+        if self.wide is None:
+            return logits
+        return tf.concat([logits, self.wide(batch, num_documents=num_documents)], axis=1)
 
     def document_vectors(
         self, batch: dict[str, tf.Tensor], row_groups: RowGroups, num_documents: int

@@ -1,8 +1,12 @@
 """The wide part: a linear model over a document's WordPieces, beside the encoder and its head.
 
-Cheng et al. 2016, "Wide & Deep Learning for Recommender Systems" (arXiv:1606.07792). A document is
-the sublinear TF-IDF of its tokens, as `trainer.linear.term_features` has it, computed here from the
-micro-batch's ids: all windows of a document count as one.
+Cheng et al. 2016, "Wide & Deep Learning for Recommender Systems" (arXiv:1606.07792), but not
+trained jointly. Each part is fitted to the labels by itself, and their logits are mixed: the
+encoder learns less of the rare labels where it is trained on what the wide part leaves
+(docs/quality.md).
+
+A document is the sublinear TF-IDF of its tokens, as `trainer.linear.term_features` has it, computed
+here from the micro-batch's ids: all windows of a document count as one.
 """
 
 from typing import Any
@@ -17,10 +21,11 @@ _MAX_INT32 = 2**31 - 1
 
 
 class Wide(keras.layers.Layer):
-    """Token ids to logits without bias, through one table [V, L] or two [V, rank] and [rank, L].
+    """Token ids to logits, by one table [V, L] or two, [V, rank] and [rank, L], and a bias [L].
 
-    `idf` [V] is what each term weighs; it is 0 for terms that do not count, such as [CLS], and is
-    not trained.
+    `idf` [V] is what each term weighs, 0 for terms that do not count, such as [CLS]. `mix` [2] is
+    what the head's logits and these weigh in the model's. The start of a run fits tables and bias,
+    evaluations choose the mixture, and the steps of training leave both alone.
     """
 
     def __init__(self, config: ModelConfig, **kwargs: Any) -> None:
@@ -28,27 +33,31 @@ class Wide(keras.layers.Layer):
         self._config = config
 
     def build(self, _: Any = None) -> None:
-        """Makes the tables (zeros, so that all logits start at 0) and `idf` (ones)."""
+        """Makes tables and bias (zeros), `idf` and `mix` (ones): all logits are 0."""
         config = self._config
 
-        def add(name: str, *shape: int, **options: Any) -> keras.Variable:
-            return self.add_weight(name=name, shape=shape, dtype="float32", **options)
+        def add(name: str, *shape: int, value: str = "zeros") -> keras.Variable:
+            return self.add_weight(
+                name=name, shape=shape, initializer=value, dtype="float32", trainable=False
+            )
 
-        self.idf = add("idf", config.vocab_size, initializer="ones", trainable=False)
+        self.idf = add("idf", config.vocab_size, value="ones")
         if config.wide_rank:
-            self.terms = add("terms", config.vocab_size, config.wide_rank, initializer="zeros")
-            self.kernel = add("kernel", config.wide_rank, config.num_labels, initializer="zeros")
-        else:
-            self.kernel = add("kernel", config.vocab_size, config.num_labels, initializer="zeros")
+            self.terms = add("terms", config.vocab_size, config.wide_rank)
+        self.kernel = add("kernel", config.wide_rank or config.vocab_size, config.num_labels)
+        self.bias = add("bias", config.num_labels)
+        self.mix = add("mix", 2, value="ones")
 
     def call(self, batch: dict[str, tf.Tensor], num_documents: int) -> tf.Tensor:
-        """A micro-batch to float32 [D, L]; 0 for empty slots."""
+        """A micro-batch to float32 [D, L]; those of empty slots are the bias."""
         ids, document, weight = self._weigh(batch, num_documents)
         table = self.terms if self._config.wide_rank else self.kernel
         rows = weight[:, None] * tf.gather(table.value, ids)
         # Padding has weight 0; segment -1 is left out.
         summed = sum_by_segment(rows, document, num_documents)
-        return tf.matmul(summed, self.kernel.value) if self._config.wide_rank else summed
+        if self._config.wide_rank:
+            summed = tf.matmul(summed, self.kernel.value)
+        return summed + self.bias.value
 
     def _weigh(
         self, batch: dict[str, tf.Tensor], num_documents: int

@@ -1,13 +1,12 @@
 """Head and wide part start at a convex fit, before the first step of fine-tuning.
 
-Kumar et al. 2022, "Fine-Tuning can Distort Pretrained Features and Underperform Out-of-Distribution"
-(arXiv:2202.10054): with a head that starts at random, the first steps distort the encoder to suit
-it, and rare labels have few steps to recover in. Here the training documents pass the encoder once,
-as it stands, and all labels' logistic regressions are solved.
+Kumar et al. 2022, "Fine-Tuning can Distort Pretrained Features and Underperform
+Out-of-Distribution" (arXiv:2202.10054): with a head that starts at random, the first steps distort
+the encoder to suit it, and rare labels have few steps to recover in. Here the training documents
+pass the encoder once, as it stands, and all labels' logistic regressions are solved.
 """
 
-import dataclasses
-from collections.abc import Callable
+from dataclasses import dataclass
 
 import numpy as np
 import tensorflow as tf
@@ -15,8 +14,8 @@ from sklearn.utils.extmath import randomized_svd
 
 from trainer.data.metadata import TRAIN_SPLIT, Metadata
 from trainer.data.records import Documents, read_documents
-from trainer.linear.joint_fit import JointFit, fit_jointly
-from trainer.linear.logistic import Features, LinearModel
+from trainer.linear.logistic import Features
+from trainer.linear.selected_fit import TERM_STRENGTHS, SelectedFit, fit_selected, fit_vectors
 from trainer.linear.term_features import count_terms, inverse_frequencies, weigh_terms
 from trainer.model.model import Model
 from trainer.model.predictor import Predictor
@@ -26,12 +25,15 @@ from trainer.training import losses
 from trainer.training.run_record import RunRecord
 
 
-@dataclasses.dataclass(frozen=True)
+@dataclass(frozen=True)
 class HeadStart:
-    """What the start gives: values by the names of variables, and the fit that they come from."""
+    """What a run starts with: values by the names of variables, and the fits they come from.
+
+    `fits` are those to the documents' `vectors` and `terms`, where they were made.
+    """
 
     values: dict[str, np.ndarray]
-    fit: JointFit
+    fits: dict[str, SelectedFit]
     documents: int
 
 
@@ -47,21 +49,23 @@ def find_head_start(
     documents = read_documents(
         config.data_dir, metadata, TRAIN_SPLIT, np.arange(count), repeat_shared=True
     )
+    fits: dict[str, SelectedFit] = {}
     values: dict[str, np.ndarray] = {}
-    features: Features | None = None
+    if config.head_start == "fit" and config.init_checkpoint is not None:
+        vectors = _document_vectors(record, metadata, model, strategy, count)
+        _say(f"fitting {len(metadata.labels)} labels to {count:,} documents' vectors")
+        fits["vectors"] = fit_vectors(vectors, documents.labels)
+        values |= _head_values(fits["vectors"], record, metadata)
     if model.wide is not None:
-        features = _term_features(documents, record, values)
-    fit = JointFit(None, None)
-    if config.head_start == "fit":
-        vectors = None
-        if config.init_checkpoint is not None:
-            vectors = _document_vectors(record, metadata, model, strategy, count)
-        if vectors is not None or features is not None:
-            fit = fit_jointly(vectors, features, documents.labels, _say)
-    _add_head(values, fit, record, metadata)
-    if fit.terms is not None:
-        values["wide/kernel"] = fit.terms.weights
-    return HeadStart(_from_chief(values, strategy), fit, count)
+        _say(f"fitting {len(metadata.labels)} labels to {count:,} documents' WordPieces")
+        features, tables = _term_features(documents, record)
+        fits["terms"] = fit_selected(features, documents.labels, TERM_STRENGTHS)
+        bias = fits["terms"].model.bias + _bias_shift(record, metadata)
+        values |= tables | {
+            "wide/kernel": fits["terms"].model.weights,
+            "wide/bias": bias.astype(np.float32),
+        }
+    return HeadStart(_from_chief(values, strategy), fits, count)
 
 
 def _say(line: str) -> None:
@@ -75,7 +79,7 @@ def _document_vectors(
     strategy: tf.distribute.Strategy,
     count: int,
 ) -> np.ndarray:
-    """What the head's classifier takes, float32 [count, hidden], of the first training documents."""
+    """What the classifier takes, float32 [count, hidden], of the first training documents."""
     predictor = Predictor(model.document_vectors, record.packing, strategy)
     vectors = np.zeros((count, record.model.hidden_size), np.float32)
     config = record.train
@@ -88,42 +92,39 @@ def _document_vectors(
 
 
 def _term_features(
-    documents: Documents, record: RunRecord, values: dict[str, np.ndarray]
-) -> Features:
-    """The wide part's features of the documents; adds its `idf`, and `terms` of a low rank."""
+    documents: Documents, record: RunRecord
+) -> tuple[Features, dict[str, np.ndarray]]:
+    """The wide part's features of the documents, and the values of its `idf` and `terms`."""
     counts = count_terms(documents.tokens, record.model.vocab_size)
-    values["wide/idf"] = inverse_frequencies(counts)
-    features = weigh_terms(counts, values["wide/idf"])
-    rank = record.model.wide_rank
+    idf = inverse_frequencies(counts)
+    features, rank = weigh_terms(counts, idf), record.model.wide_rank
     if not rank:
-        return features
+        return features, {"wide/idf": idf}
     # Latent semantic analysis (Deerwester et al. 1990): the regressions take its axes.
-    _, _, axes = randomized_svd(
-        features, min(rank, *features.shape), random_state=record.train.seed
-    )
+    num_axes = min(rank, *features.shape)
+    _, _, axes = randomized_svd(features, num_axes, random_state=record.train.seed)
     terms = np.zeros((record.model.vocab_size, rank), np.float32)
-    terms[:, : len(axes)] = axes.T
-    values["wide/terms"] = terms
-    return np.asarray(features @ terms, np.float32)
+    terms[:, :num_axes] = axes.T
+    return np.asarray(features @ terms, np.float32), {"wide/idf": idf, "wide/terms": terms}
 
 
-def _add_head(
-    values: dict[str, np.ndarray], fit: JointFit, record: RunRecord, metadata: Metadata
-) -> None:
-    """Adds kernel and bias of the head, the bias as loss and positive weights move it."""
-    split, objective = metadata.split(TRAIN_SPLIT), record.train.objective
-    counts = split.label_counts, split.documents
-    if fit.vectors is None and fit.terms is None:
-        return
-    bias = np.log(np.asarray(record.pos_weights)) - losses.logit_offset(objective, *counts)
-    for part in (fit.vectors, fit.terms):
-        bias = bias + (0 if part is None else part.bias)
-    values["head/classifier/bias"] = bias.astype(np.float32)
-    if fit.vectors is not None:
-        values["head/classifier/kernel"] = fit.vectors.weights
-        if record.model.head == "label_attention":
-            # Without queries all tokens weigh the same, as in the fit.
-            values["head/query/kernel"] = np.zeros_like(fit.vectors.weights)
+def _head_values(fit: SelectedFit, record: RunRecord, metadata: Metadata) -> dict[str, np.ndarray]:
+    """Kernel and bias of the head, and the queries of label attention."""
+    values = {
+        "head/classifier/kernel": fit.model.weights,
+        "head/classifier/bias": (fit.model.bias + _bias_shift(record, metadata)).astype(np.float32),
+    }
+    if record.model.head == "label_attention":
+        # Without queries all tokens weigh the same, as in the fit.
+        values["head/query/kernel"] = np.zeros_like(fit.model.weights)
+    return values
+
+
+def _bias_shift(record: RunRecord, metadata: Metadata) -> np.ndarray:
+    """What positive weights and the loss add to log-odds, float64 [L]."""
+    split = metadata.split(TRAIN_SPLIT)
+    offset = losses.logit_offset(record.train.objective, split.label_counts, split.documents)
+    return np.log(np.asarray(record.pos_weights)) - offset
 
 
 def _from_chief(

@@ -10,6 +10,7 @@ from typing import Any
 import tensorflow as tf
 
 from trainer.errors import UserError
+from trainer.linear.selected_fit import SelectedFit
 from trainer.runtime.progress import show_progress
 from trainer.storage import filesystem
 from trainer.storage.filesystem import open_no_link, write_atomically
@@ -103,17 +104,17 @@ class MetricsLog:
                 if row[name] is not None:
                     tf.summary.scalar(f"train/{name}", row[name])
 
-    def log_head_start(
-        self, documents: int, chosen: dict[str, float], held_out: dict[str, float]
-    ) -> None:
-        """Reports what the head start was fitted to, and its precision on held-out documents."""
+    def log_head_start(self, documents: int, fits: dict[str, SelectedFit]) -> None:
+        """Reports the fits of a start to so many documents, by what they were fitted to."""
         if not self._is_chief:
             return
-        self._add({"step": 0, "documents": 0, "head_start": {
-            "documents": documents, **chosen, "held_out_mean_average_precision": held_out,
-        }})  # fmt: skip
-        shown = ", ".join(f"{name} {value:.4f}" for name, value in held_out.items())
-        self._bar.write(f"head start: {documents:,} documents; held-out precision of {shown}")
+        fitted = {
+            name: {"inverse_strength": fit.inverse_strength, "held_out": fit.held_out_precision}
+            for name, fit in fits.items()
+        }
+        self._add({"step": 0, "documents": 0, "head_start": {"documents": documents} | fitted})
+        shown = ", ".join(f"{name} {fit.held_out_precision:.4f}" for name, fit in fits.items())
+        self._bar.write(f"head start: mean average precision on held-out documents: {shown}")
 
     def log_evaluation(self, step: int, documents: int, split: str, metrics: dict) -> None:
         """Reports an evaluation: numbers to file and board, a line to the screen."""

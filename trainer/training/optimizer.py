@@ -199,8 +199,8 @@ def _is_undecayed(name: str) -> bool:
 
 
 def _rate_factor(name: str, num_layers: int, config: OptimizerConfig) -> float:
-    """A weight's factor on the rate: 1 for the pooler, multipliers for the rest of the head and for
-    the wide part, one decay for the top layer, and one more for each below, embeddings last."""
+    """A weight's factor on the rate: 1 for the pooler, the multiplier for the rest of the head,
+    one decay for the top layer, and one more for each below, embeddings last."""
     layer = re.search(r"(?:^|/)layer_(\d+)/", name)
     if layer:
         return config.layerwise_lr_decay ** (num_layers - int(layer.group(1)))
@@ -208,7 +208,5 @@ def _rate_factor(name: str, num_layers: int, config: OptimizerConfig) -> float:
         return config.layerwise_lr_decay ** (num_layers + 1)
     if re.search(r"(?:^|/)pooler/", name):
         return 1.0
-    if name.startswith("wide/"):
-        return config.wide_lr_multiplier
     assert name.startswith("head/"), name
     return config.head_lr_multiplier

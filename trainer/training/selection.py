@@ -1,5 +1,6 @@
 """Evaluations while training, the best of them, early stopping, and when a checkpoint is due."""
 
+import dataclasses
 import math
 import threading
 from collections.abc import Iterator
@@ -13,7 +14,9 @@ import tensorflow as tf
 from trainer.data.metadata import Metadata
 from trainer.evaluation import measurement
 from trainer.evaluation.calibration import exact_correction
+from trainer.evaluation.measurement import Predictions
 from trainer.evaluation.metrics import warn_if_constant
+from trainer.linear.selected_fit import choose_share
 from trainer.model.predictor import Predictor
 from trainer.run_config import TrainConfig
 from trainer.training.run_record import RunRecord
@@ -92,7 +95,7 @@ class Evaluation:
         self.changing.acquire()
         self.own_weights: dict[str, tf.Tensor] | None = None
         self._predictor = Predictor(
-            self.step.model, self.record.packing, self.strategy,
+            self.step.model.logits_of_parts, self.record.packing, self.strategy,
             stop_requested=self.step.stop_requested,
         )  # fmt: skip
 
@@ -126,7 +129,10 @@ class Evaluation:
                 self.own_weights = None
 
     def run(self) -> dict[str, float]:
-        """Metrics of --eval_split and the loss; a StoppedError if a host requested a stop."""
+        """Metrics of --eval_split and the loss; a StoppedError if a host requested a stop.
+
+        Head and wide part are mixed as its first block of documents has the best precision.
+        """
         config, num_labels = self.record.train, len(self.metadata.labels)
         correction = exact_correction(self.record.pos_weights, self.record.exact_correction)
         thresholds = np.full(num_labels, _THRESHOLD)
@@ -136,12 +142,16 @@ class Evaluation:
             measuring = measurement.StreamedMeasurement(
                 num_documents, -correction.shift, correction, thresholds
             )
-        loss, count = 0.0, 0.0
+        loss, count, wide_share, wide = 0.0, 0.0, None, self.step.model.wide
         with self._only_reading():
             blocks = self._predictor.predict_blocks(
                 config.data_dir, self.metadata, config.eval_split
             )
-            for block in blocks:
+            for parts in blocks:
+                if wide is not None and wide_share is None:
+                    of_head, of_wide = np.split(parts.logits, 2, axis=1)
+                    wide_share = choose_share(of_head, of_wide, parts.labels)
+                block = _mix(parts, wide_share)
                 added, documents = self.step.loss(
                     tf.constant(block.logits), tf.constant(block.labels), tf.ones(len(block.ids))
                 )
@@ -149,7 +159,21 @@ class Evaluation:
                 measuring.add(block)
             measured = measuring.result()
         warn_if_constant(np.std(measured.documents.logits, axis=0), num_documents)
-        return {"loss": loss / count} | {name: measured.metrics[name] for name in _SHOWN_METRICS}
+        metrics = {"loss": loss / count}
+        metrics |= {name: measured.metrics[name] for name in _SHOWN_METRICS}
+        if wide is not None and wide_share is not None:
+            wide.mix.assign([1 - wide_share, wide_share])
+            metrics["wide_share"] = wide_share
+        return metrics
+
+
+def _mix(parts: Predictions, wide_share: float | None) -> Predictions:
+    """The mixture of the logits of head and wide part, [N, 2 L], or those of the head alone."""
+    if wide_share is None:
+        return parts
+    of_head, of_wide = np.split(parts.logits, 2, axis=1)
+    logits = np.float32(1 - wide_share) * of_head + np.float32(wide_share) * of_wide
+    return dataclasses.replace(parts, logits=logits)
 
 
 _CHECKPOINTS_A_RUN = 10

@@ -118,7 +118,7 @@ class TrainStep:
         """(loss sum, documents, gradients of the scaled sum) of one micro-batch."""
         dropout = Dropout(step_key(self.seed, step, index)) if self._has_dropout else None
         with tf.GradientTape() as tape:
-            logits = self.model(
+            logits = self.model.head_logits(
                 {name: batch[name] for name in INPUTS},
                 row_groups=self.packing.row_groups,
                 num_documents=self.packing.max_documents,
