@@ -1,5 +1,6 @@
 """The settings of a model and its training step, without heavy imports: `--help` reads them."""
 
+import dataclasses
 import functools
 from dataclasses import dataclass, field
 
@@ -180,7 +181,13 @@ class PackingConfig:
 class OptimizerConfig(CheckedConfig):
     """AdamW, its schedule and its moving average. Durations are counted in documents."""
 
-    learning_rate: float = option(1e-4, "Peak learning rate.", above=0, expected="a positive rate")
+    learning_rate: float | None = option(
+        None,
+        "Peak learning rate; default: 0.0768 / hidden size (1e-4 for BERT-base) from a checkpoint, "
+        "0.128 / hidden size from scratch.",
+        above=0,
+        expected="a positive rate",
+    )
     warmup: float = option(
         0.1, "Share of all documents over which the rate rises linearly.", **_BELOW_1
     )
@@ -198,21 +205,35 @@ class OptimizerConfig(CheckedConfig):
     clip_norm: float = option(
         1.0, "Largest global gradient norm, after aggregation; 0 = none.", **_NOT_NEGATIVE
     )
-    layerwise_lr_decay: float = option(
-        1.0,
-        "Factor on the rate from each layer to the one below it; 1 = the same for all.",
+    layerwise_lr_decay: float | None = option(
+        None,
+        "Factor on the rate from each layer to the one below it; default: 0.9 from a checkpoint, "
+        "1, the same for all, from scratch.",
         above=0,
         at_most=1,
         expected="a factor in (0, 1]",
     )
-    head_lr_multiplier: float = option(
-        1.0, "Factor on the rate of the head.", above=0, expected="a positive factor"
+    head_lr_multiplier: float | None = option(
+        None,
+        "Factor on the rate of the head; default: 30 from a checkpoint, 1 from scratch.",
+        above=0,
+        expected="a positive factor",
     )
     ema_decay: float = option(
         0.0,
         "Decay a step of the weights' moving average, used for evaluation; 0 = off.",
         **_BELOW_1,
     )
+
+    def resolve(self, hidden_size: int, is_pretrained: bool) -> "OptimizerConfig":
+        """These settings with numbers for the rates that were left to the model's kind and size."""
+        per_width, decay, head = (0.0768, 0.9, 30.0) if is_pretrained else (0.128, 1.0, 1.0)
+        return dataclasses.replace(
+            self,
+            learning_rate=self.learning_rate or per_width / hidden_size,
+            layerwise_lr_decay=self.layerwise_lr_decay or decay,
+            head_lr_multiplier=self.head_lr_multiplier or head,
+        )
 
 
 @dataclass(frozen=True)

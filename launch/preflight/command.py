@@ -28,7 +28,7 @@ from launch.preflight.roofline import StepCost, StepReport, extend, measure
 from launch.preflight_config import PreflightConfig
 from trainer.data.packing import min_tokens
 from trainer.errors import DoesNotFit
-from trainer.model_config import num_parameters
+from trainer.model_config import num_parameters, num_wide_parameters
 from trainer.storage.filesystem import write_atomically
 
 # Layers of the programs that stand in for deeper ones. A single layer would be the last one, which
@@ -95,10 +95,12 @@ def _cost_of(this: Preflight, name: str) -> tuple[StepCost, tuple[int, ...]]:
         programs, target, name, python=_compiler_of(config), least_effort=config.least_effort
     )
     costs = [measure(program, target.rates) for program in compiled.values()]
-    if len(depths) == 1:
-        return costs[0], depths
-    shallow, deep = costs
-    return extend(shallow, deep, layers - _DEEP), depths
+    cost = costs[0] if len(depths) == 1 else extend(costs[0], costs[1], layers - _DEEP)
+    if name == "train":
+        # The step does not read the wide part, which stays in memory for the evaluations.
+        resident = cost.memory["arguments"] + 4.0 * num_wide_parameters(this.shape.model)
+        cost = dataclasses.replace(cost, memory=cost.memory | {"arguments": resident})
+    return cost, depths
 
 
 def _compiler_of(config: PreflightConfig) -> Path:
@@ -122,8 +124,9 @@ def find_batch(this: Preflight, reports: dict[str, StepReport]) -> Largest:
                 known[tokens] = float("inf")
         return known[tokens]
 
-    # Weights, two slots and gradients, float32.
-    fixed = 4 * 4 * num_parameters(this.shape.model)
+    # Weights, two slots and gradients, float32; of the wide part weights alone.
+    model = this.shape.model
+    fixed = 4 * (4 * num_parameters(model) - 3 * num_wide_parameters(model))
     smallest = min_tokens(this.metadata.max_seq_length, this.metadata.max_windows)
     smallest = -(-smallest // QUANTUM) * QUANTUM
     return job_shape.find_largest(memory_of, this.target.hbm_bytes, start, fixed, smallest)
@@ -254,7 +257,8 @@ def split_memory(shape: JobShape, name: str, cost: StepCost, has_average: bool) 
     `has_average` says whether the optimizer keeps an average of the weights.
     """
     weights = 4.0 * num_parameters(shape.model)
-    slots = weights * (2 + has_average) if name == "train" else 0.0
+    trained = weights - 4.0 * num_wide_parameters(shape.model)
+    slots = trained * (2 + has_average) if name == "train" else 0.0
     kinds = {"weights": weights}
     if slots:
         kinds["optimizer's slots"] = slots

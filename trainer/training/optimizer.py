@@ -48,9 +48,13 @@ class AdamW:
     ) -> None:
         """Makes the slots of the weights, float32 and named as `Model.named_variables` does.
 
+        The config's rates are those of `OptimizerConfig.resolve`; a factor of None counts as 1.
+
         The schedule ends at `total_documents`, those that the whole run consumes.
         """
         assert total_documents > 0, total_documents
+        assert config.learning_rate is not None
+        self._peak_rate = config.learning_rate
         self.config = config
         self.names, self.variables = list(variables), list(variables.values())
         self.total_documents = total_documents
@@ -99,7 +103,7 @@ class AdamW:
         if warmup_documents > 0:
             rising = consumed / warmup_documents
             factor = tf.where(rising < 1, rising, factor)
-        return config.learning_rate * factor
+        return self._peak_rate * factor
 
     def apply(
         self,
@@ -201,12 +205,13 @@ def _is_undecayed(name: str) -> bool:
 def _rate_factor(name: str, num_layers: int, config: OptimizerConfig) -> float:
     """A weight's factor on the rate: 1 for the pooler, the multiplier for the rest of the head,
     one decay for the top layer, and one more for each below, embeddings last."""
+    decay = config.layerwise_lr_decay or 1.0
     layer = re.search(r"(?:^|/)layer_(\d+)/", name)
     if layer:
-        return config.layerwise_lr_decay ** (num_layers - int(layer.group(1)))
+        return decay ** (num_layers - int(layer.group(1)))
     if re.search(r"(?:^|/)embeddings/", name):
-        return config.layerwise_lr_decay ** (num_layers + 1)
+        return decay ** (num_layers + 1)
     if re.search(r"(?:^|/)pooler/", name):
         return 1.0
     assert name.startswith("head/"), name
-    return config.head_lr_multiplier
+    return config.head_lr_multiplier or 1.0

@@ -238,8 +238,11 @@ def build_step(
         model.head.classifier.bias.assign(
             losses.initial_bias(*counts, pos_weights) - losses.logit_offset(objective, *counts)
         )
+        rates = config.optimizer.resolve(
+            record.model.hidden_size, config.init_checkpoint is not None
+        )
         optimizer = AdamW(
-            config.optimizer, model.named_trainable_variables(), record.model.num_layers,
+            rates, model.named_trainable_variables(), record.model.num_layers,
             record.total_documents,
         )  # fmt: skip
         loss_scale = LossScale() if record.precision == "mixed_float16" else None
