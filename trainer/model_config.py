@@ -21,6 +21,10 @@ MAX_WINDOW_TOKENS, MAX_DOCUMENT_TOKENS, MAX_BATCH_TOKENS = 2**16, 2**24, 2**25
 MAX_VOCABULARY = 2**20
 # A wide part of more, 0.25 GB, has two tables of this rank.
 MAX_WIDE_PARAMETERS, WIDE_RANK = 2**26, 512
+# Buckets that pairs of tokens are hashed to, by the size of the corpus, and the tokens for each.
+_MIN_PAIRS, _MAX_PAIRS, _TOKENS_A_BUCKET = 2**13, 2**18, 8
+# Odd numbers whose products spread over 32 bits.
+HASH_FACTORS = (0x9E3779B1, 0x85EBCA77, 0x2C1B3C6D)
 
 _DROPOUT_RATE = {"at_least": 0, "below": 1, "expected": "a rate in [0, 1)"}
 _BELOW_1 = {"at_least": 0, "below": 1, "expected": "a number in [0, 1)"}
@@ -95,6 +99,7 @@ class ModelConfig(EncoderConfig):
     num_labels: int
     head: str = field(default="cls", kw_only=True)
     wide: str = field(default="none", kw_only=True)
+    wide_pairs: int = field(default=0, kw_only=True)
     max_position_embeddings: int = 512
     type_vocab_size: int = 2
     hidden_act: str = "gelu"
@@ -109,9 +114,29 @@ class ModelConfig(EncoderConfig):
             self.expect(0 <= getattr(self, name) < 1e6, name, "a number from 0 on, and small")
 
     @property
+    def num_wide_terms(self) -> int:
+        """Terms of the wide part: tokens, and buckets of pairs."""
+        return self.vocab_size + self.wide_pairs
+
+    @property
     def wide_rank(self) -> int:
-        """Columns between the wide part's two tables; 0 where it has one, [vocab_size, labels]."""
-        return 0 if self.vocab_size * self.num_labels <= MAX_WIDE_PARAMETERS else WIDE_RANK
+        """Columns between the wide part's two tables; 0 where it has one, [terms, labels]."""
+        return 0 if self.num_wide_terms * self.num_labels <= MAX_WIDE_PARAMETERS else WIDE_RANK
+
+
+def choose_wide_pairs(vocab_size: int, num_labels: int, num_tokens: int) -> int:
+    """Buckets of the wide part's pairs, a power of two, for a corpus of so many tokens."""
+
+    def size(buckets: int, width: int) -> int:
+        return (vocab_size + buckets) * width
+
+    fits = size(_MIN_PAIRS, num_labels) <= MAX_WIDE_PARAMETERS
+    width, buckets = num_labels if fits else WIDE_RANK, _MIN_PAIRS
+    while buckets < min(_MAX_PAIRS, num_tokens / _TOKENS_A_BUCKET):
+        if size(2 * buckets, width) > MAX_WIDE_PARAMETERS:
+            break
+        buckets *= 2
+    return buckets
 
 
 def num_parameters(model: ModelConfig) -> int:
@@ -133,7 +158,7 @@ def num_wide_parameters(model: ModelConfig) -> int:
     """Parameters of a model's wide part: its tables, idf and bias, and the mixture."""
     if model.wide == "none":
         return 0
-    terms, rank, labels = model.vocab_size, model.wide_rank, model.num_labels
+    terms, rank, labels = model.num_wide_terms, model.wide_rank, model.num_labels
     tables = rank * (terms + labels) if rank else terms * labels
     return tables + terms + labels + 2
 

@@ -22,7 +22,7 @@ import itertools
 import os
 import struct
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Any, BinaryIO, NamedTuple
 
 import numpy as np
@@ -218,12 +218,13 @@ class Documents:
     """N documents with their labels, bool [N, L].
 
     `tokens` are arrays of int32 ids: the document's windows joined, without [CLS], [SEP] and the
-    tokens that two windows share.
+    tokens that two windows share. `windows` are the same as the model sees them, with all of these.
     """
 
     ids: list[str]
     tokens: list[np.ndarray]
     labels: np.ndarray
+    windows: list[list[np.ndarray]] = field(default_factory=list)
 
 
 def leading_places(split: Split, max_documents: int) -> np.ndarray:
@@ -246,26 +247,26 @@ def read_documents(
     metadata: Metadata,
     split_name: str,
     places: np.ndarray,
-    repeat_shared: bool = False,
 ) -> Documents:
-    """The documents at `places` (int64, ascending) of a split; UserError for a damaged shard.
-
-    With `repeat_shared` the tokens that two windows share come twice, as the model sees them.
-    """
+    """The documents at `places` (int64, ascending) of a split; UserError for a damaged shard."""
     split = metadata.split(split_name)
     _check_sizes(data_dir, split)
     ids: list[str] = []
     tokens: list[np.ndarray] = []
+    windows: list[list[np.ndarray]] = []
     labels = np.zeros((len(places), len(metadata.labels)), bool)
     text_tokens = metadata.max_seq_length - 2
-    shared = 0 if repeat_shared else text_tokens - (metadata.window_stride or text_tokens)
+    shared = text_tokens - (metadata.window_stride or text_tokens)
     with naming_damaged_shards(data_dir, metadata, split_name):
         for records in _read(data_dir, split, places):
             rows = len(ids) + records.labels.value_rowids().numpy()
             labels[rows, records.labels.values.numpy()] = True
             ids += [document_id.decode("utf-8", "replace") for document_id in records.ids.numpy()]
-            tokens += _join_windows(records.windows, shared)
-    return Documents(ids, tokens, labels)
+            for document in _split_windows(records.windows):
+                rest = [window[1 + shared : -1] for window in document[1:]]
+                tokens.append(np.concatenate([document[0][1:-1], *rest]))
+                windows.append(document)
+    return Documents(ids, tokens, labels, windows)
 
 
 def _read(data_dir: str, split: Split, places: np.ndarray) -> Iterator[Records]:
@@ -290,14 +291,10 @@ def _rows(ragged: Any) -> list[np.ndarray]:
     return np.split(ragged.values.numpy(), ragged.row_splits.numpy()[1:-1])
 
 
-def _join_windows(windows: Any, shared: int) -> list[np.ndarray]:
-    """Each document's tokens, of ragged windows [N, None, None]."""
+def _split_windows(windows: Any) -> list[list[np.ndarray]]:
+    """Each document's windows of ids, of ragged windows [N, None, None]."""
     pieces, splits = _rows(windows.values), windows.row_splits.numpy()
-    documents = []
-    for start, end in zip(splits[:-1], splits[1:], strict=True):
-        rest = [piece[1 + shared : -1] for piece in pieces[start + 1 : end]]
-        documents.append(np.concatenate([pieces[start][1:-1], *rest]))
-    return documents
+    return [pieces[start:end] for start, end in zip(splits[:-1], splits[1:], strict=True)]
 
 
 def _check_sizes(data_dir: str, split: Split) -> None:

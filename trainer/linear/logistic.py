@@ -10,7 +10,7 @@ halved instead) solves each step by conjugate gradients, preconditioned with the
 import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
-from typing import TypeAlias
+from typing import Any, TypeAlias
 
 import numpy as np
 from scipy.sparse import csr_matrix
@@ -27,7 +27,7 @@ _MAX_NEWTON_STEPS = 30
 _MAX_CG_STEPS = 50
 _MAX_HALVINGS = 12
 # Of the gradient's norm, beside that of the start: float32 gets no further than about 1e-5.
-_TOLERANCE = 1e-3
+TOLERANCE = 1e-3
 
 
 @dataclass(frozen=True)
@@ -64,38 +64,54 @@ def fit_logistic(
     labels: np.ndarray,
     inverse_strength: float,
     start: LinearModel | None = None,
+    tolerance: float = TOLERANCE,
 ) -> LinearModel:
     """Fits features, float32 [N, F] or a CSR matrix, to labels, bool [N, L].
 
     `inverse_strength` is scikit-learn's C. `start` is a solution for another C, from which this one
-    is near. A label of one class gets its log-odds, half a document added to both sides, as its
-    bias, and no weights. The result is the same for any number of threads.
+    is near. `tolerance` is the share of the gradient's norm at no weights that may be left. A label
+    of one class gets its log-odds, half a document added to both sides, as its bias, and no
+    weights. The result is the same for any number of threads.
     """
+    num_features = features.shape[1]
+    # Hashed terms leave most columns of a sparse matrix empty.
+    used: Any = slice(None)
+    if isinstance(features, csr_matrix):
+        used = np.flatnonzero(np.bincount(features.indices, minlength=num_features))
+        features = features[:, used]
     problem = _Problem.of(features)
-    num_labels, num_features = labels.shape[1], features.shape[1]
-    weights = np.zeros((num_features, num_labels), np.float32)
+    weights = np.zeros((features.shape[1], labels.shape[1]), np.float32)
     counts = labels.sum(axis=0)
     bias = np.log((counts + _SMOOTHING) / (len(labels) - counts + _SMOOTHING)).astype(np.float32)
     if start is not None:
-        weights[:], bias[:] = start.weights, start.bias
+        weights[:], bias[:] = start.weights[used], start.bias
     both = np.flatnonzero((counts > 0) & (counts < len(labels)))
     blocks = np.array_split(both, max(1, -(-len(both) // _BLOCK_LABELS)))
 
     def solve(block: np.ndarray) -> None:
         if len(block):
             targets = labels[:, block].astype(np.float32)
-            solved = _solve(problem, targets, weights[:, block], bias[block], inverse_strength)
+            solved = _solve(
+                problem, targets, weights[:, block], bias[block], inverse_strength, tolerance
+            )
             weights[:, block], bias[block] = solved
 
     # NumPy's own products take all cores; SciPy's take one, and leave Python's lock to the others.
     threads = 1 if isinstance(features, np.ndarray) else len(os.sched_getaffinity(0))
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(solve, blocks))
-    return LinearModel(weights, bias)
+    all_weights = np.zeros((num_features, labels.shape[1]), np.float32)
+    all_weights[used] = weights
+    return LinearModel(all_weights, bias)
 
 
 def _solve(
-    problem: _Problem, targets: np.ndarray, weights: np.ndarray, bias: np.ndarray, c: float
+    problem: _Problem,
+    targets: np.ndarray,
+    weights: np.ndarray,
+    bias: np.ndarray,
+    c: float,
+    tolerance: float,
 ) -> tuple[np.ndarray, np.ndarray]:
     """The solution of a block of labels, targets float32 [N, K], from weights [F, K] and bias [K].
 
@@ -112,7 +128,7 @@ def _solve(
         p: np.ndarray = sigmoid(z).astype(np.float32)
         gradient, bias_gradient = problem.transposed @ (p - y) + w / c, (p - y).sum(axis=0)
         norm: np.ndarray = np.sqrt((gradient**2).sum(axis=0) + bias_gradient**2)
-        left = norm > _TOLERANCE * np.maximum(base, 1e-3)
+        left = norm > tolerance * np.maximum(base, 1e-3)
         if not left.all():
             weights[:, active], bias[active] = w, b
             active, w, b, y, z, p, loss, base, norm = (
@@ -149,27 +165,36 @@ def _newton_step(
     s, bias_s = np.zeros_like(gradient), np.zeros_like(bias_gradient)
     r, bias_r = -gradient, -bias_gradient
     d, bias_d = r / diagonal, bias_r / bias_diagonal
-    rho = (r * d).sum(axis=0) + bias_r * bias_d
-    target = forcing**2 * ((r**2).sum(axis=0) + bias_r**2)
+    rho = _dot(r, d) + bias_r * bias_d
+    target = forcing**2 * (_dot(r, r) + bias_r**2)
     running = np.ones(len(rho), bool)
     for _ in range(_MAX_CG_STEPS):
         weighted = curvature * (problem.features @ d + bias_d)
-        h, bias_h = problem.transposed @ weighted + d / c, weighted.sum(axis=0)
-        bend = (d * h).sum(axis=0) + bias_d * bias_h
+        h, bias_h = problem.transposed @ weighted, weighted.sum(axis=0)
+        h += d * np.float32(1 / c)
+        bend = _dot(d, h) + bias_d * bias_h
         alpha = np.where(running & (bend > 0), rho / np.where(bend > 0, bend, 1), 0)
         s += alpha * d
         bias_s += alpha * bias_d
-        r -= alpha * h
+        h *= alpha
+        r -= h
         bias_r -= alpha * bias_h
-        running &= (r**2).sum(axis=0) + bias_r**2 > target
+        running &= _dot(r, r) + bias_r**2 > target
         if not running.any():
             break
-        e, bias_e = r / diagonal, bias_r / bias_diagonal
-        following = (r * e).sum(axis=0) + bias_r * bias_e
+        e, bias_e = np.divide(r, diagonal, out=h), bias_r / bias_diagonal
+        following = _dot(r, e) + bias_r * bias_e
         beta = following / np.maximum(rho, 1e-30)
-        d, bias_d = e + beta * d, bias_e + beta * bias_d
+        d *= beta
+        d += e
+        bias_d = bias_e + beta * bias_d
         rho = following
     return s, bias_s
+
+
+def _dot(first: np.ndarray, second: np.ndarray) -> np.ndarray:
+    """The products of the columns of two arrays [F, K], [K]."""
+    return np.einsum("fk,fk->k", first, second)
 
 
 def _search(

@@ -5,8 +5,9 @@ trained jointly. Each part is fitted to the labels by itself, and their logits a
 encoder learns less of the rare labels where it is trained on what the wide part leaves
 (docs/quality.md).
 
-A document is the sublinear TF-IDF of its tokens, as `trainer.linear.term_features` has it, computed
-here from the micro-batch's ids: all windows of a document count as one.
+A document is the sublinear TF-IDF of its tokens and of pairs of neighbours, as
+`trainer.linear.term_features` has it, computed here from the micro-batch's ids: all windows of a
+document count as one.
 """
 
 from typing import Any
@@ -15,15 +16,16 @@ import keras
 import tensorflow as tf
 
 from trainer.model.encoder import sum_by_segment, token_documents
-from trainer.model_config import ModelConfig
+from trainer.model_config import HASH_FACTORS, ModelConfig
 
 _MAX_INT32 = 2**31 - 1
 
 
 class Wide(keras.layers.Layer):
-    """Token ids to logits, by one table [V, L] or two, [V, rank] and [rank, L], and a bias [L].
+    """Terms to logits, by one table [S, L] or two, [S, rank] and [rank, L], and a bias [L].
 
-    `idf` [V] is what each term weighs, 0 for terms that do not count, such as [CLS]. `mix` [2] is
+    The S terms are the tokens of the vocabulary, then the buckets of pairs. `idf` [S] is what each
+    weighs, 0 for those that do not count, such as [CLS]. `mix` [2] is
     what the head's logits and these weigh in the model's. The start of a run fits tables and bias,
     evaluations choose the mixture, and the steps of training leave both alone.
     """
@@ -41,18 +43,18 @@ class Wide(keras.layers.Layer):
                 name=name, shape=shape, initializer=value, dtype="float32", trainable=False
             )
 
-        self.idf = add("idf", config.vocab_size, value="ones")
+        self.idf = add("idf", config.num_wide_terms, value="ones")
         if config.wide_rank:
-            self.terms = add("terms", config.vocab_size, config.wide_rank)
-        self.kernel = add("kernel", config.wide_rank or config.vocab_size, config.num_labels)
+            self.terms = add("terms", config.num_wide_terms, config.wide_rank)
+        self.kernel = add("kernel", config.wide_rank or config.num_wide_terms, config.num_labels)
         self.bias = add("bias", config.num_labels)
         self.mix = add("mix", 2, value="ones")
 
     def call(self, batch: dict[str, tf.Tensor], num_documents: int) -> tf.Tensor:
         """A micro-batch to float32 [D, L]; those of empty slots are the bias."""
-        ids, document, weight = self._weigh(batch, num_documents)
+        term, document, weight = self._weigh(batch, num_documents)
         table = self.terms if self._config.wide_rank else self.kernel
-        rows = weight[:, None] * tf.gather(table.value, ids)
+        rows = weight[:, None] * tf.gather(table.value, term)
         # Padding has weight 0; segment -1 is left out.
         summed = sum_by_segment(rows, document, num_documents)
         if self._config.wide_rank:
@@ -62,24 +64,47 @@ class Wide(keras.layers.Layer):
     def _weigh(
         self, batch: dict[str, tf.Tensor], num_documents: int
     ) -> tuple[tf.Tensor, tf.Tensor, tf.Tensor]:
-        """Each token's id, document and weight, [T], in some order.
+        """Term, document and weight of every token and every pair, in some order.
 
-        The first of a document's equal tokens has the weight of all of them, the others 0.
+        The first of a document's equal terms has the weight of all of them, the others 0.
         """
-        size = self._config.vocab_size
+        size = self._config.num_wide_terms
         is_small = isinstance(num_documents, int) and (num_documents + 1) * size <= _MAX_INT32
         kind = tf.int32 if is_small else tf.int64
-        document = tf.cast(token_documents(batch), kind)
-        # Equal tokens of a document become neighbours. Padding, of document -1, comes first.
-        keys = tf.sort(document * size + tf.cast(batch["input_ids"], kind))
+        term, document = self._list_terms(batch)
+        # Equal terms of a document become neighbours. Padding, of document -1, comes first.
+        keys = tf.sort(tf.cast(document, kind) * size + tf.cast(term, kind))
         begins = tf.concat([[True], keys[1:] != keys[:-1]], axis=0)
         run = tf.cumsum(tf.cast(begins, tf.int32)) - 1
-        num_tokens = tf.shape(keys)[0] if keys.shape[0] is None else keys.shape[0]
-        counts = sum_by_segment(tf.ones_like(run, tf.float32), run, num_tokens)
-        ids = tf.cast(tf.math.floormod(keys, size), tf.int32)
+        num_terms = tf.shape(keys)[0] if keys.shape[0] is None else keys.shape[0]
+        counts = sum_by_segment(tf.ones_like(run, tf.float32), run, num_terms)
+        term = tf.cast(tf.math.floormod(keys, size), tf.int32)
         document = tf.cast(tf.math.floordiv(keys, size), tf.int32)
-        weight = (1 + tf.math.log(tf.gather(counts, run))) * tf.gather(self.idf.value, ids)
+        weight = (1 + tf.math.log(tf.gather(counts, run))) * tf.gather(self.idf.value, term)
         weight = tf.where(begins & (document >= 0), weight, 0.0)
         squares = sum_by_segment(weight**2, document, num_documents)
         inverse = tf.math.rsqrt(tf.maximum(squares, 1e-30))
-        return ids, document, weight * tf.gather(inverse, tf.maximum(document, 0))
+        return term, document, weight * tf.gather(inverse, tf.maximum(document, 0))
+
+    def _list_terms(self, batch: dict[str, tf.Tensor]) -> tuple[tf.Tensor, tf.Tensor]:
+        """The term and the document, int32, of each token, and of each pair in a window."""
+        ids, segment, document = batch["input_ids"], batch["segment_ids"], token_documents(batch)
+        if not self._config.wide_pairs:
+            return ids, document
+        bucket = _hash_pairs(ids[:-1], ids[1:], self._config.wide_pairs)
+        of_pair = tf.where(segment[1:] == segment[:-1], document[1:], -1)
+        terms = tf.concat([ids, self._config.vocab_size + bucket], axis=0)
+        return terms, tf.concat([document, of_pair], axis=0)
+
+
+def _hash_pairs(left: tf.Tensor, right: tf.Tensor, num_buckets: int) -> tf.Tensor:
+    """`trainer.linear.term_features.hash_pairs`, int32."""
+    first, second, third = (tf.constant(factor, tf.uint32) for factor in HASH_FACTORS)
+    mixed = tf.cast(left, tf.uint32) * first + tf.cast(right, tf.uint32) * second
+    mixed = tf.bitwise.bitwise_xor(mixed, tf.bitwise.right_shift(mixed, _word(15))) * third
+    mixed = tf.bitwise.bitwise_xor(mixed, tf.bitwise.right_shift(mixed, _word(13)))
+    return tf.cast(tf.bitwise.bitwise_and(mixed, _word(num_buckets - 1)), tf.int32)
+
+
+def _word(value: int) -> tf.Tensor:
+    return tf.constant(value, tf.uint32)

@@ -6,14 +6,16 @@ the encoder to suit it, and rare labels have few steps to recover in. Here the t
 pass the encoder once, as it stands, and all labels' logistic regressions are solved.
 """
 
+import os
 from dataclasses import dataclass
 
 import numpy as np
 import tensorflow as tf
 from sklearn.utils.extmath import randomized_svd
 
-from trainer.data.metadata import TRAIN_SPLIT, Metadata
+from trainer.data.metadata import TOKENIZER_FOLDER, TRAIN_SPLIT, Metadata
 from trainer.data.records import Documents, read_documents
+from trainer.data.tokenizer import load_tokenizer
 from trainer.linear.logistic import Features
 from trainer.linear.selected_fit import TERM_STRENGTHS, SelectedFit, fit_selected, fit_vectors
 from trainer.linear.term_features import count_terms, inverse_frequencies, weigh_terms
@@ -46,9 +48,7 @@ def find_head_start(
     """
     config = record.train
     count = min(metadata.split(TRAIN_SPLIT).documents, config.head_start_documents)
-    documents = read_documents(
-        config.data_dir, metadata, TRAIN_SPLIT, np.arange(count), repeat_shared=True
-    )
+    documents = read_documents(config.data_dir, metadata, TRAIN_SPLIT, np.arange(count))
     fits: dict[str, SelectedFit] = {}
     values: dict[str, np.ndarray] = {}
     if config.head_start == "fit" and config.init_checkpoint is not None:
@@ -95,15 +95,16 @@ def _term_features(
     documents: Documents, record: RunRecord
 ) -> tuple[Features, dict[str, np.ndarray]]:
     """The wide part's features of the documents, and the values of its `idf` and `terms`."""
-    counts = count_terms(documents.tokens, record.model.vocab_size)
-    idf = inverse_frequencies(counts)
+    counts = count_terms(documents.windows, record.model.vocab_size, record.model.wide_pairs)
+    tokenizer = load_tokenizer(os.path.join(record.train.data_dir, TOKENIZER_FOLDER))
+    idf = inverse_frequencies(counts, (tokenizer.cls_id, tokenizer.sep_id, tokenizer.pad_id))
     features, rank = weigh_terms(counts, idf), record.model.wide_rank
     if not rank:
         return features, {"wide/idf": idf}
     # Latent semantic analysis (Deerwester et al. 1990): the regressions take its axes.
     num_axes = min(rank, *features.shape)
     _, _, axes = randomized_svd(features, num_axes, random_state=record.train.seed)
-    terms = np.zeros((record.model.vocab_size, rank), np.float32)
+    terms = np.zeros((record.model.num_wide_terms, rank), np.float32)
     terms[:, :num_axes] = axes.T
     return np.asarray(features @ terms, np.float32), {"wide/idf": idf, "wide/terms": terms}
 

@@ -21,7 +21,7 @@ import tensorflow as tf
 
 import trainer
 from trainer.data.input_pipeline import count_documents
-from trainer.data.metadata import TOKENIZER_FOLDER, Metadata
+from trainer.data.metadata import TOKENIZER_FOLDER, TRAIN_SPLIT, Metadata
 from trainer.data.packing import add_histograms, choose_packing
 from trainer.data.tokenizer import load_tokenizer
 from trainer.data.vocabulary import find_difference, load_own_tokenizer
@@ -33,7 +33,7 @@ from trainer.model.pretrained import (
     read_pooling,
     resolve_checkpoint,
 )
-from trainer.model_config import EncoderConfig, ModelConfig, PackingConfig
+from trainer.model_config import EncoderConfig, ModelConfig, PackingConfig, choose_wide_pairs
 from trainer.run_config import TrainConfig
 from trainer.runtime.devices import choose_precision
 from trainer.storage import filesystem
@@ -139,6 +139,8 @@ def choose_model_config(
     """
     head = choose_head(config, folder)
     wide = "wordpieces" if config.wide == "auto" else config.wide
+    num_tokens, num_labels = metadata.split(TRAIN_SPLIT).tokens, len(metadata.labels)
+    pairs = 0 if wide == "none" else choose_wide_pairs(metadata.vocab_size, num_labels, num_tokens)
     if folder is None:
         asked = {
             item.name: getattr(config, item.name) for item in dataclasses.fields(EncoderConfig)
@@ -147,7 +149,7 @@ def choose_model_config(
             vocab_size=metadata.vocab_size,
             num_labels=len(metadata.labels),
             max_position_embeddings=metadata.max_seq_length,
-            **asked | {"head": head, "wide": wide},
+            **asked | {"head": head, "wide": wide, "wide_pairs": pairs},
         )
     rates = config.hidden_dropout, config.attention_dropout
     sizes = model_config(folder, len(metadata.labels), head, *rates)
@@ -160,7 +162,9 @@ def choose_model_config(
                 f"--init_checkpoint={config.init_checkpoint}: its {name} is {found}, but "
                 f"{asked_by} needs {needed}; {remedy}"
             )
-    return dataclasses.replace(sizes, window_pooling=config.window_pooling, wide=wide)
+    return dataclasses.replace(
+        sizes, window_pooling=config.window_pooling, wide=wide, wide_pairs=pairs
+    )
 
 
 def choose_head(config: TrainConfig, folder: str | None) -> str:
