@@ -37,8 +37,8 @@ def fit_selected(features: Features, labels: np.ndarray, strengths: Sequence[flo
     to be in random order.
     """
     held = np.arange(len(labels)) % _HELD_OUT == 0
-    judged = _choose_labels(labels[~held], labels[held])
-    fit_labels, held_labels = labels[~held][:, judged], labels[held][:, judged]
+    judged = _choose_labels(labels, held)
+    fit_labels, held_labels = (labels[np.ix_(rows, judged)] for rows in (~held, held))
     model, best, chosen = None, -1.0, strengths[0]
     for strength in strengths:
         model = fit_logistic(features[~held], fit_labels, strength, model, _ROUGH)
@@ -49,10 +49,12 @@ def fit_selected(features: Features, labels: np.ndarray, strengths: Sequence[flo
     return SelectedFit(fit_logistic(features, labels, chosen), chosen, best)
 
 
-def _choose_labels(fit_labels: np.ndarray, held_labels: np.ndarray) -> np.ndarray:
+def _choose_labels(labels: np.ndarray, held: np.ndarray) -> np.ndarray:
     """Labels that can be judged, at most `_MAX_LABELS` of all frequencies, int64 ascending."""
-    judged = np.flatnonzero(fit_labels.any(axis=0) & held_labels.any(axis=0))
-    by_frequency = judged[np.argsort(-fit_labels[:, judged].sum(axis=0), kind="stable")]
+    held_counts = labels[held].sum(axis=0)
+    fit_counts = labels.sum(axis=0) - held_counts
+    judged = np.flatnonzero((fit_counts > 0) & (held_counts > 0))
+    by_frequency = judged[np.argsort(-fit_counts[judged], kind="stable")]
     picks = np.linspace(0, len(judged) - 1, min(len(judged), _MAX_LABELS)).astype(int)
     return np.sort(by_frequency[picks])
 

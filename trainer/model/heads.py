@@ -57,6 +57,16 @@ class WindowPooling(keras.layers.Layer):
         return weighted / tf.maximum(total, 1e-30)
 
 
+def _classifier(config: ModelConfig, **kwargs: Any) -> Dense:
+    """The last layer of every head.
+
+    What it takes has values of about 1, so with this spread logits start within about 1 of the
+    labels' log-odds. BERT's own 0.02 lets little of a label's gradient reach the encoder.
+    """
+    size = config.hidden_size
+    return Dense(size, config.num_labels, size**-0.5, name="classifier", **kwargs)
+
+
 class _PooledHead(keras.layers.Layer):
     """A vector for each window, a document's windows pooled, then one Dense."""
 
@@ -64,12 +74,10 @@ class _PooledHead(keras.layers.Layer):
         super().__init__(autocast=False, **kwargs)
         self._rate = config.hidden_dropout
 
-    def _add_classifier(self, config: ModelConfig, spread: float) -> None:
+    def _add_classifier(self, config: ModelConfig) -> None:
         """Adds the last layers. Checkpoints and gradient norms depend on the order of layers."""
         self.window_pooling = WindowPooling(config, name="window_pooling", dtype="float32")
-        self.classifier = Dense(
-            config.hidden_size, config.num_labels, spread, name="classifier", dtype="float32"
-        )
+        self.classifier = _classifier(config, dtype="float32")
 
     def build(self, _: Any = None) -> None:
         self.window_pooling.build()
@@ -103,9 +111,7 @@ class ClsHead(_PooledHead):
         super().__init__(config, **kwargs)
         size, spread = config.hidden_size, config.initializer_range
         self.pooler = Dense(size, size, spread, name="pooler", dtype=self.dtype_policy)
-        # tanh leaves values of up to 1, so with this spread logits start within about 1 of the
-        # labels' log-odds. BERT's own 0.02 lets little of a label's gradient reach the encoder.
-        self._add_classifier(config, size**-0.5)
+        self._add_classifier(config)
 
     def build(self, _: Any = None) -> None:
         self.pooler.build()
@@ -126,7 +132,7 @@ class MeanHead(_PooledHead):
 
     def __init__(self, config: ModelConfig, **kwargs: Any) -> None:
         super().__init__(config, **kwargs)
-        self._add_classifier(config, config.initializer_range)
+        self._add_classifier(config)
 
     def _window_vectors(self, hidden: tf.Tensor, batch: Batch) -> tf.Tensor:
         num_windows = batch["window_document"].shape[0]
@@ -150,9 +156,10 @@ class LabelAttentionHead(keras.layers.Layer):
     def __init__(self, config: ModelConfig, **kwargs: Any) -> None:
         super().__init__(autocast=False, **kwargs)
         self._rate = config.hidden_dropout
-        arguments = (config.hidden_size, config.num_labels, config.initializer_range)
-        self.query = Dense(*arguments, use_bias=False, name="query", dtype=self.dtype_policy)
-        self.classifier = Dense(*arguments, name="classifier", dtype=self.dtype_policy)
+        sizes = config.hidden_size, config.num_labels
+        spread, policy = config.initializer_range, self.dtype_policy
+        self.query = Dense(*sizes, spread, use_bias=False, name="query", dtype=policy)
+        self.classifier = _classifier(config, dtype=policy)
 
     def build(self, _: Any = None) -> None:
         self.query.build()

@@ -51,6 +51,7 @@ class _LineProgress(tqdm):
 
     def __init__(self, *arguments: Any, **options: Any) -> None:
         self._due = time.monotonic() + _LINE_SECONDS
+        self._written: float | None = None
         super().__init__(*arguments, **options)
 
     def display(self, msg: str | None = None, pos: int | None = None) -> bool:
@@ -64,13 +65,13 @@ class _LineProgress(tqdm):
 
     def close(self) -> None:
         """Writes the last line, once."""
-        if not self.disable and self.leave:
+        if not self.disable and self.leave and self.n != self._written:
             self._write_line()
         self.leave = False  # tqdm would add an empty line.
         super().close()
 
     def _write_line(self) -> None:
-        self._due = time.monotonic() + _LINE_SECONDS
+        self._due, self._written = time.monotonic() + _LINE_SECONDS, self.n
         seconds = self.format_dict["elapsed"]
         speed = (self.n - self.initial) / max(seconds, 1e-9)
         done = self._amount(self.n)

@@ -27,6 +27,10 @@ from trainer.training import losses
 from trainer.training.run_record import RunRecord
 
 
+# Tokens of the documents, which are held in memory together with what is counted of them.
+_MAX_TOKENS = 2**25
+
+
 @dataclass(frozen=True)
 class HeadStart:
     """What a run starts with: values by the names of variables, and the fits they come from.
@@ -47,7 +51,9 @@ def find_head_start(
     Of an encoder from scratch only the wide part is fitted: its vectors mean nothing yet.
     """
     config = record.train
-    count = min(metadata.split(TRAIN_SPLIT).documents, config.head_start_documents)
+    split = metadata.split(TRAIN_SPLIT)
+    mean_length = max(1, split.tokens // split.documents)
+    count = min(split.documents, config.head_start_documents, -(-_MAX_TOKENS // mean_length))
     documents = read_documents(config.data_dir, metadata, TRAIN_SPLIT, np.arange(count))
     fits: dict[str, SelectedFit] = {}
     values: dict[str, np.ndarray] = {}
