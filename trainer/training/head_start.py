@@ -26,7 +26,6 @@ from trainer.runtime.progress import show_progress
 from trainer.training import losses
 from trainer.training.run_record import RunRecord
 
-
 # Tokens of the documents, which are held in memory together with what is counted of them.
 _MAX_TOKENS = 2**25
 
