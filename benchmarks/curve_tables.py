@@ -103,14 +103,17 @@ def draw_curves(results: Sequence[Result], path: str) -> None:
     for row, corpus in enumerate(corpora):
         for column, size in enumerate(sizes):
             axis = axes[row, column]
-            axis.set_title(f"{TITLES.get(corpus, corpus)}\n{size:,} documents".replace("`", ""))
+            if row == 0:
+                axis.set_title(f"{size:,} documents")
+            if column == 0:
+                axis.set_ylabel(TITLES.get(corpus, corpus).replace("`", ""), fontsize="small")
             lines |= _draw(axis, {k[2:]: v for k, v in groups.items() if k[:2] == (corpus, size)})
             axis.set_xscale("log")
             axis.set_xticks(epochs, [f"{number:g}" for number in epochs])
             axis.minorticks_off()
             axis.grid(alpha=0.3)
+    figure.suptitle("Mean average precision on test, by training documents and epochs")
     figure.supxlabel("epochs")
-    figure.supylabel("mean average precision on test")
     names = [name for name in SYSTEMS if name in lines]
     figure.legend([lines[name] for name in names], names, loc="outside right center")
     figure.savefig(path, dpi=120)

@@ -19,9 +19,11 @@ go on where it stopped.
 """
 
 import argparse
+import glob
 import json
 import os
 import shutil
+import tempfile
 import time
 from dataclasses import dataclass
 from typing import Any
@@ -186,10 +188,11 @@ def run_system(
         }
         logits, about = fits[run.system]()
         return logits, about["seconds"]
-    scratch = os.path.join(folder, "scratch")
-    # A run that was interrupted starts again: its seconds are those of a whole one.
-    shutil.rmtree(scratch, ignore_errors=True)
-    os.mkdir(scratch)
+    # A run that was interrupted starts again: its seconds are those of a whole one. The new name is
+    # for a process of the old run that has not quite stopped.
+    for left in glob.glob(os.path.join(glob.escape(folder), "scratch-*")):
+        shutil.rmtree(left, ignore_errors=True)
+    scratch = tempfile.mkdtemp(prefix="scratch-", dir=folder)
     train = train_ours if run.system in OURS else train_peer
     result = train(arguments, run, folder, scratch)
     shutil.rmtree(scratch)
