@@ -45,10 +45,11 @@ EXTRAS = {
     # this new, so it has an environment of its own. It uses parts of jax that only a lock holds
     # still, hence the narrow bounds.
     "preflight": ["jax>=0.10.2,<0.11", "libtpu>=0.0.52,<0.0.60"],
-    # What benchmarks and tests compare against, beside torch itself.
+    # What benchmarks and tests compare against, beside torch itself, and draw with.
     "peers": [
         "torch==2.13.0",
         "accelerate>=1.10,<2",
+        "matplotlib>=3.9,<4",
         "onnx>=1.19,<2",
         "onnxruntime>=1.22,<2",
         "onnxscript>=0.5,<1",

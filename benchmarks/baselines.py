@@ -1,9 +1,11 @@
-"""TF-IDF with one logistic regression a label: what a model without pretraining gets.
+"""Linear baselines: TF-IDF, single WordPieces, and the vectors of an encoder that is not trained.
 
     python benchmarks/baselines.py [--folder=DIR] [--documents=8000] [--max_seq_length=512]
 
-`compare_trainer.py` runs it too. It reads whole texts, not cut ones, and takes of three strengths
-of regularisation the one with the best mean average precision on validation.
+All have one logistic regression a label. TF-IDF of words and pairs, which the command line and
+`compare_trainer.py` run, reads whole texts, not cut ones, and takes of three strengths of
+regularisation the one with the best mean average precision on validation. `learning_curve.py` runs
+all three.
 """
 
 import argparse
@@ -11,19 +13,30 @@ import os
 import time
 
 import numpy as np
-from corpus import find_checkpoint, load_documents, load_texts, make_corpus
+from corpus import (
+    DATA_FOLDER,
+    SPLITS,
+    Documents,
+    find_checkpoint,
+    load_documents,
+    load_texts,
+    make_corpus,
+    measure_logits,
+)
 
 from trainer.evaluation.calibration import sigmoid
 from trainer.evaluation.metrics import compute_metrics
-from trainer.evaluation.thresholds import fit_thresholds
 from trainer.linear.baseline import count_features, fit_logits
+from trainer.linear.logistic import fit_logistic
+from trainer.linear.term_features import count_terms, inverse_frequencies, weigh_terms
 
 INVERSE_STRENGTHS = (1.0, 10.0, 100.0)
+WORDPIECES_STRENGTH = 10.0
 
 
 def run_tfidf(folder: str) -> tuple[dict[str, np.ndarray], dict[str, float]]:
     """Validation and test logits of the best strength, and what the run took."""
-    documents = {name: load_documents(folder, name) for name in ("train", "validation", "test")}
+    documents = {name: load_documents(folder, name) for name in SPLITS}
     began = time.perf_counter()
     vectorizer = count_features(dtype=np.float32)
     features = {}
@@ -45,6 +58,67 @@ def run_tfidf(folder: str) -> tuple[dict[str, np.ndarray], dict[str, float]]:
     return best[2], {"inverse_strength": best[1], "seconds": time.perf_counter() - began}
 
 
+def run_wordpieces(folder: str) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+    """As `run_tfidf`, of the WordPieces that the models read, without pairs and at one strength."""
+    documents = {name: load_documents(folder, name) for name in SPLITS}
+    began = time.perf_counter()
+    vocab_size = 1 + max(int(split.tokens.max()) for split in documents.values())
+    counts = {
+        name: count_terms(_without_special_tokens(split), vocab_size)
+        for name, split in documents.items()
+    }
+    idf = inverse_frequencies(counts["train"])
+    model = fit_logistic(
+        weigh_terms(counts["train"], idf), documents["train"].labels, WORDPIECES_STRENGTH
+    )
+    logits = {name: model.logits(weigh_terms(counts[name], idf)) for name in ("validation", "test")}
+    about = {"inverse_strength": WORDPIECES_STRENGTH, "seconds": time.perf_counter() - began}
+    return logits, about
+
+
+def _without_special_tokens(documents: Documents) -> list[np.ndarray]:
+    ends = zip(documents.offsets[:-1], documents.offsets[1:], strict=True)
+    return [documents.tokens[first + 1 : last - 1] for first, last in ends]
+
+
+def run_frozen(folder: str, checkpoint: str) -> tuple[dict[str, np.ndarray], dict[str, float]]:
+    """As `run_tfidf`, of the mean of each document's hidden states; the encoder is not trained.
+
+    The strength of regularisation is chosen among the training documents. The seconds are those of
+    their forward pass and of the fit.
+    """
+    from trainer.data.metadata import load_metadata
+    from trainer.evaluation.measurement import concatenate
+    from trainer.linear.joint_fit import fit_jointly
+    from trainer.model.model import build_model
+    from trainer.model.predictor import Predictor
+    from trainer.run_config import TrainConfig
+    from trainer.training.setup import assign_values, choose_model, choose_run_packing
+
+    began = time.perf_counter()
+    data_dir = os.path.join(folder, DATA_FOLDER)
+    metadata = load_metadata(data_dir)
+    config = TrainConfig(
+        model_dir=folder, data_dir=data_dir, init_checkpoint=checkpoint, head="mean", wide="none"
+    )
+    sizes, values = choose_model(config, metadata)
+    model = build_model(sizes)
+    assign_values(model, values)
+    predictor = Predictor(model.document_vectors, choose_run_packing(config, metadata))
+
+    def vectors_of(split: str) -> np.ndarray:
+        return concatenate(predictor.predict_blocks(data_dir, metadata, split)).logits
+
+    fit = fit_jointly(vectors_of("train"), None, load_documents(folder, "train").labels)
+    assert fit.vectors is not None
+    about = {
+        "inverse_strength": fit.chosen["inverse_strength_of_vectors"],
+        "seconds": time.perf_counter() - began,
+    }
+    logits = {split: fit.vectors.logits(vectors_of(split)) for split in ("validation", "test")}
+    return logits, about
+
+
 def main() -> None:
     """Fits, and prints the metrics of the test split."""
     parser = argparse.ArgumentParser(description=__doc__.splitlines()[0])
@@ -57,9 +131,7 @@ def main() -> None:
     checkpoint = find_checkpoint(arguments.checkpoint)
     make_corpus(arguments.folder, arguments.documents, arguments.max_seq_length, checkpoint)
     logits, about = run_tfidf(arguments.folder)
-    labels = {name: load_documents(arguments.folder, name).labels for name in logits}
-    thresholds = fit_thresholds(sigmoid(logits["validation"]), labels["validation"])
-    metrics = compute_metrics(sigmoid(logits["test"]), labels["test"], thresholds)
+    metrics = measure_logits(arguments.folder, logits)
     for name in ("mean_average_precision", "micro_f1", "macro_f1"):
         print(f"{name:24} {metrics[name]:.4f}")
     print(f"C = {about['inverse_strength']:g}, {about['seconds']:.0f} s")

@@ -20,25 +20,28 @@ import argparse
 import json
 import os
 import shutil
-import subprocess
 import sys
 from collections.abc import Sequence
 from typing import Any
 
 import numpy as np
-from corpus import find_checkpoint, load_documents, make_corpus, run_multihot, write_json
-
-from trainer.evaluation.calibration import sigmoid
-from trainer.evaluation.metrics import compute_metrics
-from trainer.evaluation.thresholds import fit_thresholds
+from corpus import (
+    find_checkpoint,
+    load_documents,
+    make_corpus,
+    measure_logits,
+    run_multihot,
+    run_trainer,
+    write_json,
+)
 
 OURS = "multihot"
 QUALITY = (OURS, "trainer_log_odds", "trainer", "tfidf")
 SPEED = (OURS, "trainer_log_odds", "trainer_grouped")
 PEER_FLAGS = {
-    "trainer_log_odds": ["--bias=log_odds"],
-    "trainer": ["--bias=zero"],
-    "trainer_grouped": ["--bias=log_odds", "--sampling=group_by_length"],
+    "trainer_log_odds": {"bias": "log_odds"},
+    "trainer": {"bias": "zero"},
+    "trainer_grouped": {"bias": "log_odds", "sampling": "group_by_length"},
 }
 METRICS = ("mean_average_precision", "micro_f1", "macro_f1", "macro_roc_auc")
 FIRST_SEED = 17
@@ -191,26 +194,20 @@ def _read_speed(path: str) -> dict[str, float]:
 
 def run_peer(arguments: argparse.Namespace, kind: str, system: str, number: int) -> None:
     """Trains with transformers, in a process without TensorFlow."""
-    flags = [f"--{name}={getattr(arguments, name)}" for name in (
+    flags = {name: getattr(arguments, name) for name in (
         "checkpoint", "num_train_epochs", "learning_rate", "warmup", "weight_decay", "clip_norm",
         "dropout",
-    )]  # fmt: skip
+    )}  # fmt: skip
     if kind == "speed":
-        flags.append(f"--max_steps={arguments.speed_steps}")
-    script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "hugging_face.py")
-    subprocess.run(
-        [
-            sys.executable,
-            script,
-            f"--folder={arguments.output}",
-            f"--result={result_path(arguments, kind, system, number)}",
-            f"--batch_size={choose_batch_size(arguments, kind)}",
-            f"--seed={number if kind == 'quality' else FIRST_SEED + number}",
-            f"--skip_steps={SKIPPED_STEPS}",
-            *PEER_FLAGS[system],
-            *flags,
-        ],
-        check=True,
+        flags["max_steps"] = arguments.speed_steps
+    run_trainer(
+        arguments.output,
+        result_path(arguments, kind, system, number),
+        batch_size=choose_batch_size(arguments, kind),
+        seed=number if kind == "quality" else FIRST_SEED + number,
+        skip_steps=SKIPPED_STEPS,
+        **PEER_FLAGS[system],
+        **flags,
     )
 
 
@@ -257,14 +254,11 @@ def run_all(arguments: argparse.Namespace) -> None:
 
 def measure(arguments: argparse.Namespace, system: str) -> dict[int, dict[str, float]]:
     """Test metrics of a system by seed; thresholds are fitted to its validation logits."""
-    labels = {s: load_documents(arguments.output, s).labels for s in ("validation", "test")}
     metrics = {}
     for seed in load_results(arguments, "quality", system):
         path = result_path(arguments, "quality", system, seed).removesuffix(".json") + ".npz"
         with np.load(path) as logits:
-            probabilities = {split: sigmoid(logits[split]) for split in labels}
-        thresholds = fit_thresholds(probabilities["validation"], labels["validation"])
-        values = compute_metrics(probabilities["test"], labels["test"], thresholds)
+            values = measure_logits(arguments.output, logits)
         metrics[seed] = {name: values[name] for name in METRICS}
     return metrics
 

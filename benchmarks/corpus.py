@@ -1,4 +1,4 @@
-"""The corpus that the comparisons share: the same tokenised documents for every system.
+"""The corpus that the comparisons share, and the metrics: the same for every system.
 
 Docstrings are sampled, prepared with the checkpoint's own tokenizer, and read back from the shards
 into one NumPy file, so that a peer that cannot read TFRecords sees the very same token ids.
@@ -6,13 +6,20 @@ into one NumPy file, so that a peer that cannot read TFRecords sees the very sam
 
 import json
 import os
+import shutil
 import subprocess
 import sys
-from collections.abc import Sequence
+import tempfile
+from collections.abc import Mapping, Sequence
 from dataclasses import dataclass
 from importlib import util
+from typing import Any
 
 import numpy as np
+
+from trainer.evaluation.calibration import sigmoid
+from trainer.evaluation.metrics import compute_metrics
+from trainer.evaluation.thresholds import fit_thresholds
 
 SPLITS = ("train", "validation", "test")
 CORPUS_FILE = "corpus.jsonl"
@@ -58,6 +65,20 @@ def run_multihot(*arguments: str) -> None:
     subprocess.run([sys.executable, "-m", "trainer.cli", *arguments], check=True)
 
 
+def run_trainer(folder: str, result: str, **flags: object) -> None:
+    """Runs transformers' Trainer on the arrays in `folder`, in a process without TensorFlow.
+
+    `flags` are those of hugging_face.py, which writes the JSON file `result` and logits beside it.
+
+    Raises:
+      subprocess.CalledProcessError: if it fails.
+    """
+    script = os.path.join(os.path.dirname(os.path.abspath(__file__)), "hugging_face.py")
+    flags = {"folder": folder, "result": result} | flags
+    command = [sys.executable, script, *(f"--{name}={value}" for name, value in flags.items())]
+    subprocess.run(command, check=True)
+
+
 def make_corpus(
     folder: str, documents: int, max_seq_length: int, checkpoint: str, held_out: int | None = None
 ) -> None:
@@ -89,6 +110,45 @@ def make_corpus(
         )
     if not os.path.exists(arrays):
         _write_arrays(data_dir, arrays)
+
+
+def prepare_splits(
+    folder: str,
+    splits: Mapping[str, Sequence[dict[str, Any]]],
+    labels: Sequence[str],
+    max_seq_length: int,
+    checkpoint: str,
+) -> None:
+    """As `make_corpus`, of splits that are given: rows (id, text, labels) by the split's name."""
+    corpus, data_dir, arrays = (
+        os.path.join(folder, name) for name in (CORPUS_FILE, DATA_FOLDER, ARRAYS_FILE)
+    )
+    if os.path.exists(arrays):
+        return
+    # One that was interrupted is made again.
+    shutil.rmtree(folder, ignore_errors=True)
+    os.makedirs(folder)
+    with tempfile.TemporaryDirectory(dir=folder) as scratch:
+        names = os.path.join(scratch, "labels.txt")
+        with open(names, "w", encoding="utf-8") as file:
+            file.writelines(f"{label}\n" for label in labels)
+        for split, rows in splits.items():
+            path = os.path.join(scratch, f"{split}.jsonl")
+            lines = [json.dumps(row, ensure_ascii=False) + "\n" for row in rows]
+            for target, mode in ((path, "w"), (corpus, "a")):
+                with open(target, mode, encoding="utf-8") as file:
+                    file.writelines(lines)
+            run_multihot(
+                "prepare",
+                f"--input={path}",
+                f"--data_dir={data_dir}",
+                f"--tokenizer={checkpoint}",
+                f"--max_seq_length={max_seq_length}",
+                f"--labels={names}",
+                "--label_kind=names",
+                f"--split={split}",
+            )
+    _write_arrays(data_dir, arrays)
 
 
 def _write_arrays(data_dir: str, path: str) -> None:
@@ -136,6 +196,17 @@ def load_texts(folder: str, names: Sequence[str]) -> list[str]:
     with open(os.path.join(folder, CORPUS_FILE), encoding="utf-8") as file:
         texts = {row["id"]: row["text"] for row in map(json.loads, file)}
     return [texts[name] for name in names]
+
+
+def measure_logits(folder: str, logits: Mapping[str, np.ndarray]) -> dict[str, Any]:
+    """`compute_metrics` of the test split; thresholds are fitted to validation.
+
+    `logits` are those of both splits, float [N, L].
+    """
+    labels = {split: load_documents(folder, split).labels for split in ("validation", "test")}
+    probabilities = {split: sigmoid(logits[split]) for split in labels}
+    thresholds = fit_thresholds(probabilities["validation"], labels["validation"])
+    return compute_metrics(probabilities["test"], labels["test"], thresholds)
 
 
 def write_json(path: str, values: object) -> None:

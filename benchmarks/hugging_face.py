@@ -1,8 +1,8 @@
 """Fine-tunes and measures the peer: transformers' Trainer on BertForSequenceClassification.
 
 One run in a process of its own, with PyTorch on every core that it may use; `compare_trainer.py`
-calls it. Without --max_steps it trains, predicts validation and test, and writes their logits; with
-it, it only measures speed.
+and `learning_curve.py` call it. Without --max_steps it trains, predicts validation and test, and
+writes their logits; with it, it only measures speed.
 
     python benchmarks/hugging_face.py --folder=DIR --result=FILE.json --batch_size=28 [...]
 """
@@ -164,7 +164,10 @@ def main() -> None:
     model = make_model(arguments, documents["train"].labels.shape[1])
     clock = StepClock()
     counts: list[tuple[int, int]] = []
-    output = make_trainer(arguments, model, clock, counts).train()
+    peer = make_trainer(arguments, model, clock, counts)
+    began = time.perf_counter()
+    output = peer.train()
+    training_seconds = time.perf_counter() - began
     skipped = arguments.skip_steps
     steps = len(clock.times)
     timed = np.array(counts[skipped:steps])
@@ -174,6 +177,7 @@ def main() -> None:
         "documents_per_step": float(np.mean([count for count, _ in counts[:steps]])),
         "documents_per_second": float(timed[:, 0].sum() / seconds),
         "tokens_per_second": float(timed[:, 1].sum() / seconds),
+        "training_seconds": training_seconds,
         "training_loss": output.training_loss,
         "versions": {"torch": torch.__version__, "transformers": transformers.__version__},
     }
