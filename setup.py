@@ -26,6 +26,7 @@ CORE = [
     "pyarrow>=17,<27",
     "safetensors>=0.4.3,<1",
     "scikit-learn>=1.5,<2",
+    "scipy>=1.13,<2",
     "tensorboard>=2.20,<2.22",
     "tensorflow-datasets>=4.9.7,<5",
     "tokenizers>=0.22,<0.24",
@@ -49,7 +50,6 @@ EXTRAS = {
     "peers": [
         "torch==2.13.0",
         "accelerate>=1.10,<2",
-        "matplotlib>=3.9,<4",
         "onnx>=1.19,<2",
         "onnxruntime>=1.22,<2",
         "onnxscript>=0.5,<1",

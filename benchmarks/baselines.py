@@ -64,7 +64,7 @@ def run_wordpieces(folder: str) -> tuple[dict[str, np.ndarray], dict[str, float]
     began = time.perf_counter()
     vocab_size = 1 + max(int(split.tokens.max()) for split in documents.values())
     counts = {
-        name: count_terms(_without_special_tokens(split), vocab_size)
+        name: count_terms(_without_special_tokens(split), vocab_size, num_buckets=0)
         for name, split in documents.items()
     }
     idf = inverse_frequencies(counts["train"])
@@ -76,9 +76,9 @@ def run_wordpieces(folder: str) -> tuple[dict[str, np.ndarray], dict[str, float]
     return logits, about
 
 
-def _without_special_tokens(documents: Documents) -> list[np.ndarray]:
+def _without_special_tokens(documents: Documents) -> list[list[np.ndarray]]:
     ends = zip(documents.offsets[:-1], documents.offsets[1:], strict=True)
-    return [documents.tokens[first + 1 : last - 1] for first, last in ends]
+    return [[documents.tokens[first + 1 : last - 1]] for first, last in ends]
 
 
 def run_frozen(folder: str, checkpoint: str) -> tuple[dict[str, np.ndarray], dict[str, float]]:
@@ -89,7 +89,7 @@ def run_frozen(folder: str, checkpoint: str) -> tuple[dict[str, np.ndarray], dic
     """
     from trainer.data.metadata import load_metadata
     from trainer.evaluation.measurement import concatenate
-    from trainer.linear.joint_fit import fit_jointly
+    from trainer.linear.selected_fit import fit_vectors
     from trainer.model.model import build_model
     from trainer.model.predictor import Predictor
     from trainer.run_config import TrainConfig
@@ -109,13 +109,12 @@ def run_frozen(folder: str, checkpoint: str) -> tuple[dict[str, np.ndarray], dic
     def vectors_of(split: str) -> np.ndarray:
         return concatenate(predictor.predict_blocks(data_dir, metadata, split)).logits
 
-    fit = fit_jointly(vectors_of("train"), None, load_documents(folder, "train").labels)
-    assert fit.vectors is not None
+    fit = fit_vectors(vectors_of("train"), load_documents(folder, "train").labels)
     about = {
-        "inverse_strength": fit.chosen["inverse_strength_of_vectors"],
+        "inverse_strength": fit.inverse_strength,
         "seconds": time.perf_counter() - began,
     }
-    logits = {split: fit.vectors.logits(vectors_of(split)) for split in ("validation", "test")}
+    logits = {split: fit.model.logits(vectors_of(split)) for split in ("validation", "test")}
     return logits, about
 
 
