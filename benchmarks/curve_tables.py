@@ -87,7 +87,7 @@ def draw_curves(results: Sequence[Result], path: str) -> None:
     try:
         import matplotlib
     except ImportError:
-        sys.exit(f"--plot={path}: matplotlib is not installed; run `make install-dev` again")
+        sys.exit(f"--plot={path}: matplotlib is not installed; pip install matplotlib")
     matplotlib.use("Agg")
     from matplotlib import pyplot
 
