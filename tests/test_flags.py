@@ -165,7 +165,7 @@ def test_parsing_twice_keeps_nothing_of_the_first():
         ("train", "--learning_rate=nan", "--learning_rate=nan: expected a finite number"),
         ("train", "--learning_rate=inf", "--learning_rate=inf: expected a finite number"),
         ("train", "--warmup=1.5", "--warmup=1.5"),
-        ("train", "--head=tail", "expected one of cls, mean, label_attention"),
+        ("train", "--head=tail", "expected one of auto, cls, mean, label_attention"),
         ("train", "--precision=float64", "--precision=float64: expected one of auto"),
         ("train", "--row_groups=8by128", "expected ROWSxLENGTH"),
         ("train", "--hidden_dropout=1", "--hidden_dropout=1.0: expected a rate in [0, 1)"),

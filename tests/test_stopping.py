@@ -18,10 +18,18 @@ import ctypes, signal, sys
 mask = signal.pthread_sigmask(signal.SIG_BLOCK, [signal.SIGTERM, signal.SIGINT])
 from trainer.evaluation.measurement import ExactMeasurement
 from trainer.training.step import TrainStep
-kind, name = {"trace": (TrainStep, "replica_step"), "evaluate": (ExactMeasurement, "result")}[
-    sys.argv.pop(1)
-]
+from trainer.training import head_start
+kind, name, calls = {
+    "start": (head_start, "fit_selected", 0),
+    "trace": (TrainStep, "replica_step", 0),
+    "evaluate": (ExactMeasurement, "result", 1),  # That of the start, at step 0, ends well.
+}[sys.argv.pop(1)]
+original = getattr(kind, name)
 def stuck(*arguments, **named):
+    global calls
+    if calls:
+        calls -= 1
+        return original(*arguments, **named)
     print("stuck", flush=True)
     ctypes.CDLL(None).sleep(60)
 setattr(kind, name, stuck)
@@ -50,9 +58,10 @@ def stop_when_stuck(phase, config, number):
     return process.returncode, heard, time.monotonic() - began, line + rest
 
 
-def test_before_the_first_step_training_ends_at_once(corpus, tmp_path):
+@pytest.mark.parametrize("phase", ["start", "trace"])
+def test_before_the_first_step_training_ends_at_once(phase, corpus, tmp_path):
     config = config_of(corpus, tmp_path / "run")
-    code, heard, seconds, lines = stop_when_stuck("trace", config, signal.SIGINT)
+    code, heard, seconds, lines = stop_when_stuck(phase, config, signal.SIGINT)
     assert code == 75 and heard < 2 and seconds < 5
     assert lines == (
         "multihot train: SIGINT: stopping after this step; a second SIGINT (Ctrl-C) quits at "

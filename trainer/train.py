@@ -190,16 +190,17 @@ def _train(this: Run, metadata: Metadata, interruption: Interruption | None) -> 
     """Takes all steps, with checkpoints and evaluations where they are due."""
     evaluation = Evaluation(this.record, metadata, this.step, this.strategy)
     steps = _distribute_steps(this)
+    # A run that was killed during its start left rows of step 0, which are written again.
     metrics_log = MetricsLog(
-        this.config.model_dir, this.steps, this.documents, this.record.total_documents,
-        is_chief(this.strategy), this.config.progress,
+        this.config.model_dir, this.steps if this.resumed else -1, this.documents,
+        this.record.total_documents, is_chief(this.strategy), this.config.progress,
     )  # fmt: skip
     began = this.steps
     if interruption is not None:
         interruption.on_request(lambda: _heed(this, evaluation, metrics_log, began))
     try:
         if not this.resumed:
-            _start(this, metadata, evaluation, metrics_log)
+            _start(this, metadata, metrics_log)
         while not this.is_finished:
             save_due = False
             if not int(this.selection.pending):
@@ -266,8 +267,8 @@ def _take_steps(this: Run, steps: tf.data.Iterator, metrics_log: MetricsLog) -> 
     return this.steps >= checkpoint.steps or this.documents >= checkpoint.documents
 
 
-def _start(this: Run, metadata: Metadata, evaluation: Evaluation, metrics_log: MetricsLog) -> None:
-    """Gives head and wide part their start, measures it, and saves it as a checkpoint of step 0."""
+def _start(this: Run, metadata: Metadata, metrics_log: MetricsLog) -> None:
+    """Gives head and wide part their start; evaluated and saved, it is the checkpoint of step 0."""
     model = this.step.model
     start = find_head_start(this.record, metadata, model, this.strategy)
     if not start.fits:
@@ -275,22 +276,17 @@ def _start(this: Run, metadata: Metadata, evaluation: Evaluation, metrics_log: M
     setup.assign_values(model, start.values)
     this.step.optimizer.restart_average()
     metrics_log.log_head_start(start.documents, start.fits)
-    _evaluate(this, evaluation, metrics_log, counts=0)
-    _save(this, metrics_log)
-    metrics_log.restart_clock()
+    this.selection.pending.assign(1)
 
 
-def _evaluate(this: Run, evaluation: Evaluation, metrics_log: MetricsLog, counts: int = 1) -> None:
-    """Measures, logs the metrics, and keeps the weights if they are the best.
-
-    The evaluation of a start, before the first step, `counts` 0.
-    """
+def _evaluate(this: Run, evaluation: Evaluation, metrics_log: MetricsLog) -> None:
+    """Measures, logs the metrics, and keeps the weights if they are the best."""
     try:
         metrics = evaluation.run()
     except StoppedError:
         _stop(this, metrics_log)
     metrics_log.log_evaluation(this.steps, this.documents, this.config.eval_split, metrics)
-    if this.selection.update(this.config, metrics, counts):
+    if this.selection.update(this.config, metrics, is_of_start=not this.steps):
         with evaluation.averaged_weights():
             this.checkpoints.save_best(this.steps)
 

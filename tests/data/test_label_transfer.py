@@ -72,7 +72,7 @@ def test_a_train_step_is_the_same_whichever_way_labels_travelled():
     for way in ({"label_ids": tf.constant(labels)}, {"labels": tf.constant(hot)}):
         model = build_model(config, seed=1)
         variables = model.named_variables()
-        optimizer = AdamW(OptimizerConfig(), variables, 1, 100)
+        optimizer = AdamW(OptimizerConfig(learning_rate=1e-4), variables, 1, 100)
         ones = np.ones(300)
         loss = make_loss(LossConfig(), ones, ones, [1] * 300, 10)
         step = TrainStep(strategy, model, optimizer, packing, loss, 0, jit_compile=False)

@@ -54,8 +54,8 @@ class Slices:
         self.threads[-1].start()
 
     def take_away(self) -> None:
-        """Takes the machine away once it has written a checkpoint."""
-        while not any("/checkpoint" in name for name in [*self.host.storage.buckets["data"]]):
+        """Takes the machine away once it has written a checkpoint after that of step 0."""
+        while "m/checkpoints/step-20.json" not in self.host.storage.buckets["data"]:
             time.sleep(0.2)
         assert self.host.process is not None
         self.host.process.terminate()

@@ -64,9 +64,10 @@ def reference_rate(config, documents):
 
 def reference_factor(config, name):
     if name.startswith("head/classifier"):
-        return config.head_lr_multiplier
+        return config.head_lr_multiplier or 1.0
     height = {"embeddings": 3, "layer_0": 2, "layer_1": 1, "pooler": 0}
-    return config.layerwise_lr_decay ** next(h for k, h in height.items() if f"/{k}/" in name)
+    decay = config.layerwise_lr_decay or 1.0
+    return decay ** next(h for k, h in height.items() if f"/{k}/" in name)
 
 
 def reference_run(config, weights, gradients):
@@ -245,7 +246,9 @@ def test_schedule_starts_at_zero_peaks_after_warmup_and_ends_at_zero():
 
 
 def test_rates_and_decays_by_name():
-    config = OptimizerConfig(layerwise_lr_decay=0.5, head_lr_multiplier=3.0, weight_decay=0.01)
+    config = OptimizerConfig(
+        learning_rate=0.02, layerwise_lr_decay=0.5, head_lr_multiplier=3.0, weight_decay=0.01
+    )
     optimizer = make_optimizer(config, make_problem()[0])
     assert optimizer.rate_factors == [0.125, 0.125, 0.25, 0.25, 0.5, 1.0, 3.0, 3.0]
     assert optimizer.decays == [0.01, 0, 0.01, 0, 0.01, 0.01, 0.01, 0]
@@ -276,7 +279,7 @@ def test_restored_state_continues_bit_for_bit():
 
 
 def test_without_average_the_state_has_none():
-    optimizer = make_optimizer(OptimizerConfig(), make_problem()[0])
+    optimizer = make_optimizer(OptimizerConfig(learning_rate=0.02), make_problem()[0])
     assert set(optimizer.state()) == {"iterations", "skipped"} | {
         f"{kind}/{name}" for kind in ("m", "v") for name in NAMES
     }

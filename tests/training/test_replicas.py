@@ -178,7 +178,7 @@ def test_float16_rescales_after_an_overflow_and_goes_on(stream):
     strategy = one_device()
     step = make_step(stream, strategy, precision="mixed_float16")
     variables = step.model.named_variables()
-    step.optimizer = AdamW(OptimizerConfig(warmup=0.0), variables, 2, 10**6)
+    step.optimizer = AdamW(OptimizerConfig(learning_rate=1e-4, warmup=0.0), variables, 2, 10**6)
     iterator = distribute(stream, strategy)
     # Far above what float16 holds (65,504), so that the first steps overflow.
     step.loss_scale.scale.assign(2.0**30)

@@ -37,7 +37,7 @@ def evaluation(corpus):
     )
     model = build_model(sizes, seed=1)
     model.head.classifier.kernel.assign(model.head.classifier.kernel * 200.0)
-    optimizer = AdamW(OptimizerConfig(), model.named_variables(), 1, 100)
+    optimizer = AdamW(OptimizerConfig(learning_rate=1e-4), model.named_variables(), 1, 100)
     weights = np.linspace(1, 5, num_labels, dtype=np.float32)
     strategy = tf.distribute.OneDeviceStrategy("/cpu:0")
     loss = make_loss(LossConfig(), weights, np.ones(num_labels), [1] * num_labels, 100)

@@ -17,7 +17,11 @@ CONFIG_FILE = "config.json"
 WEIGHTS_FILE = "model.safetensors"
 _INDEX_FILE = "model.safetensors.index.json"
 _TORCH_FILE = "pytorch_model.bin"
-_POOLING_FILE = os.path.join("1_Pooling", "config.json")
+# Where sentence-transformers says how a checkpoint's tokens become one vector.
+POOLING_FOLDER = "1_Pooling"
+_POOLING_FILE = os.path.join(POOLING_FOLDER, CONFIG_FILE)
+# Files in all other folders: weights in other formats.
+_OTHER_FOLDERS = ["[!1]*/*", "1[!_]*/*", "1_[!P]*/*"]
 
 # Names that are no parameters of the encoder or pooler: buffers that older versions saved, the
 # heads of pretraining, and classifiers, which belong to other labels.
@@ -57,7 +61,9 @@ def resolve_checkpoint(name: str) -> str:
     try:
         # The hub client checks the hashes of downloads. Pickled weights are never downloaded.
         return snapshot_download(
-            name, allow_patterns=["*.json", "*.txt", "*.safetensors"], ignore_patterns=["*/*"]
+            name,
+            allow_patterns=["*.json", "*.txt", "*.safetensors"],
+            ignore_patterns=_OTHER_FOLDERS,
         )
     except (HfHubHTTPError, HFValidationError, LocalEntryNotFoundError, OSError) as error:
         reason = str(error).splitlines()[0]
@@ -123,7 +129,8 @@ def model_config(
 def read_pooling(folder: str) -> str | None:
     """The head that suits a checkpoint by its own pooling configuration: `mean`, `cls` or None.
 
-    Sentence encoders carry one (sentence-transformers' `1_Pooling/config.json`).
+    Sentence encoders carry one (sentence-transformers' `1_Pooling/config.json`). UserError for a
+    damaged one.
     """
     path, remedy = os.path.join(folder, _POOLING_FILE), "download it again"
     try:

@@ -180,21 +180,32 @@ def make_folder(folder: str) -> None:
 
 
 @contextlib.contextmanager
-def local_copy(folder: str) -> Iterator[str]:
-    """A local folder with the files of `folder`: itself, or a copy without folders inside.
+def local_copy(folder: str, inner: Sequence[str] = ()) -> Iterator[str]:
+    """A local folder with the files of `folder`: itself, or a copy.
 
-    For libraries that read local files only. A missing folder is a FileNotFoundError.
+    Of the folders inside, a copy has those named in `inner` alone, if they are there. For libraries
+    that read local files only. A missing folder is a FileNotFoundError.
     """
     if not is_remote(folder):
         yield folder
         return
     with tempfile.TemporaryDirectory() as copy:
-        with _file_systems(folder) as gfile:
-            for name in list_folder(folder):
-                source = os.path.join(folder, name)
-                if not gfile.isdir(source):
-                    gfile.copy(source, os.path.join(copy, name))
+        names = list_folder(folder)
+        _copy_files(folder, names, copy)
+        for part in sorted(set(inner) & set(names)):
+            source, target = os.path.join(folder, part), os.path.join(copy, part)
+            os.mkdir(target)
+            _copy_files(source, list_folder(source), target)
         yield copy
+
+
+def _copy_files(folder: str, names: Sequence[str], target: str) -> None:
+    """Copies what is no folder among so named, from a store to a local folder."""
+    with _file_systems(folder) as gfile:
+        for name in names:
+            source = os.path.join(folder, name)
+            if not gfile.isdir(source):
+                gfile.copy(source, os.path.join(target, name))
 
 
 @contextlib.contextmanager

@@ -32,7 +32,7 @@ class BestCheckpoint:
 
     Attributes:
       best: float64, the best value so far; a loss is negated, so that larger is better.
-      evaluations, without_gain: int64, evaluations made, and those since the best one.
+      evaluations, without_gain: int64, evaluations made after steps, and those since the best one.
       pending: int64, 1 from the step after which an evaluation is due until it is made.
     """
 
@@ -47,17 +47,21 @@ class BestCheckpoint:
         """Whether anything has been evaluated."""
         return int(self.evaluations) > 0 or float(self.best) > -math.inf
 
-    def update(self, config: TrainConfig, metrics: dict[str, float], counts: int = 1) -> bool:
-        """Counts an evaluation; True if it is the first, or the best so far.
+    def update(
+        self, config: TrainConfig, metrics: dict[str, float], is_of_start: bool = False
+    ) -> bool:
+        """Takes note of an evaluation; True if it is the first, or the best so far.
 
-        That of the start, before the first step, counts 0.
+        That of the start, before the first step, is not counted. Patience begins with the first
+        that is, whether or not it is better than the start: steps may lead away from it at first.
         """
         value = metrics[config.best_metric]
         value = -value if config.best_metric == "loss" else value
         better = not self.has_begun or value > float(self.best)
-        self.evaluations.assign_add(counts)
+        is_first = is_of_start or not int(self.evaluations)
+        self.evaluations.assign_add(0 if is_of_start else 1)
         self.pending.assign(0)
-        self.without_gain.assign(0 if better else self.without_gain + 1)
+        self.without_gain.assign(0 if better or is_first else self.without_gain + 1)
         if better:
             self.best.assign(value if math.isfinite(value) else -math.inf)
         return better

@@ -28,6 +28,7 @@ from trainer.data.vocabulary import find_difference, load_own_tokenizer
 from trainer.errors import UserError
 from trainer.model.model import Model, build_model
 from trainer.model.pretrained import (
+    POOLING_FOLDER,
     load_pretrained,
     model_config,
     read_pooling,
@@ -126,7 +127,7 @@ def local_checkpoint(name: str | None) -> Iterator[str | None]:
     if name is None:
         yield None
         return
-    with filesystem.local_copy(name) as local:
+    with filesystem.local_copy(name, (POOLING_FOLDER,)) as local:
         yield resolve_checkpoint(local)
 
 
