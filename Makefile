@@ -23,7 +23,6 @@ DATA ?=##                     folder that is prepared already, instead of INPUT
 BERT ?= bert-base-uncased##   hub id of the BERT that tpu-, gpu- and vertex-train fine-tune
 BERT_EPOCHS ?= 3##            passes over its training split
 BERT_LENGTH ?= 512##          longest document or window in tokens
-LEARNING_RATE ?= 5e-5##       learning rate of that
 MODEL ?=##                    model folder of tpu-score; default: the one that JOB trained
 SCORES ?=##                   folder that tpu-score writes to; default: beside that model
 PREPARE_FLAGS ?=##            further flags of `multihot prepare`, as '--text_field=body --seed=1'
@@ -51,7 +50,7 @@ COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --gen
 	vertex-train preflight tpu-status tpu-clean test test-long lint format benchmark lock clean
 # To examples/cloud.sh as environment variables, which no shell reads as its own text.
 export PROJECT BUCKET ZONE REGION ACCELERATOR MACHINES SLICES JOB INPUT DATA BERT BERT_EPOCHS \
-	BERT_LENGTH LEARNING_RATE MODEL SCORES PREPARE_FLAGS TRAIN_FLAGS SCORE_FLAGS SUBMIT_FLAGS TARGET \
+	BERT_LENGTH MODEL SCORES PREPARE_FLAGS TRAIN_FLAGS SCORE_FLAGS SUBMIT_FLAGS TARGET \
 	PREFLIGHT_FLAGS DRY_RUN BIN
 
 help: ## list the targets and the variables

@@ -45,7 +45,7 @@ plan_training() {
             "--tokenizer=$BERT" "--max_seq_length=$BERT_LENGTH" "${prepare_flags[@]}" --)
     fi
     steps+=(train "--data_dir=$data" "--model_dir=$folder/run" "--init_checkpoint=$BERT"
-        "--learning_rate=$LEARNING_RATE" "--num_train_epochs=$BERT_EPOCHS" "${train_flags[@]}" --
+        "--num_train_epochs=$BERT_EPOCHS" "${train_flags[@]}" --
         evaluate "--data_dir=$data" "--model_dir=$folder/run" --
         export "--model_dir=$folder/run" "--export_dir=$folder/model")
 }

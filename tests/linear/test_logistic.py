@@ -81,7 +81,7 @@ def test_the_gradient_at_the_solution_is_below_the_tolerance(problem):
     for strength in strengths:
         found = fit_logistic(features, labels, strength)
         # float32 adds about 1e-5.
-        limit = logistic._TOLERANCE + 2e-5
+        limit = logistic.TOLERANCE + 2e-5
         assert relative_gradients(features, labels, found, strength).max() < limit
 
 
@@ -139,7 +139,7 @@ def test_separable_labels_end_at_finite_weights():
     features = np.repeat([[1.0, 0.0], [0.0, 1.0]], 50, axis=0).astype(np.float32)
     labels = features[:, :1] > 0
     found = fit_logistic(features, labels, 1e4)
-    assert relative_gradients(features, labels, found, 1e4).max() < logistic._TOLERANCE
+    assert relative_gradients(features, labels, found, 1e4).max() < logistic.TOLERANCE
     logits = found.logits(features)
     assert ((logits > 0) == labels).all() and 6 < np.abs(logits).min() < 12
 
