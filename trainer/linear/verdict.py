@@ -3,7 +3,7 @@
 The advice follows from how the run was made: what it did without, and nothing that it already has.
 """
 
-from collections.abc import Sequence
+from collections.abc import Iterable
 from typing import Any
 
 from trainer.model_config import ModelConfig
@@ -74,7 +74,8 @@ def _explain_sizes(metrics: dict[str, Any], baseline: dict[str, Any]) -> str:
     return f"; TF-IDF {' and '.join(parts)}" if parts else ""
 
 
-def _join(words: Any, last: str = "and") -> str:
-    """Words as a list in a sentence."""
-    words: Sequence[str] = list(words)
-    return f" {last} ".join([", ".join(words[:-1]), words[-1]] if len(words) > 1 else words)
+def _join(parts: Iterable[str], last: str = "and") -> str:
+    """Parts as a list in a sentence."""
+    listed = list(parts)
+    first, end = listed[:-1], listed[-1:]
+    return f" {last} ".join([", ".join(first), *end] if first else end)
