@@ -2,7 +2,9 @@
 
 import dataclasses
 import json
+import logging
 import os
+import shutil
 
 import numpy as np
 import pytest
@@ -14,14 +16,15 @@ from trainer.data.metadata import Metadata, Shard, Split, load_metadata
 from trainer.data.packing import choose_packing
 from trainer.data.records import encode_record
 from trainer.errors import UserError
-from trainer.evaluate import run, trivial_metrics
+from trainer.evaluate import run
 from trainer.evaluation.calibration import Calibration, sigmoid
 from trainer.evaluation.thresholds import ThresholdRule
+from trainer.linear.baseline import find_baseline, trivial_metrics
 from trainer.model.model import build_model
 from trainer.model.predictor import Predictor
 from trainer.model_config import ModelConfig
 from trainer.run_config import EvaluateConfig, TrainConfig
-from trainer.storage.filesystem import checksum
+from trainer.storage.filesystem import add_checksum, checksum
 from trainer.training.checkpoint import Checkpoints, load_best
 from trainer.training.run_record import RunRecord, start_record
 
@@ -96,13 +99,13 @@ def folders(tmp_path_factory):
 
 @pytest.fixture(scope="module")
 def written(folders):
-    """Both files, after one evaluation."""
+    """calibration.json and metrics.json, after one evaluation."""
     data_dir, model_dir = folders
     run(EvaluateConfig(model_dir=model_dir, data_dir=data_dir))
     folder = os.path.join(model_dir, "evaluation")
-    names = ["calibration.json", "curves.json", "metrics.json"]
+    names = ["baseline.json", "calibration.json", "curves.json", "metrics.json"]
     assert sorted(os.listdir(folder)) == names
-    return [json.load(open(os.path.join(folder, name))) for name in (names[0], names[2])]
+    return [json.load(open(os.path.join(folder, name))) for name in (names[1], names[3])]
 
 
 @pytest.fixture(scope="module")
@@ -176,6 +179,146 @@ def test_trivial_baseline_stands_beside(written, folders, predictions):
     assert again["micro_f1"] == pytest.approx(trivial["micro_f1"])
     # Where a constant is cut, all documents get the label: F1 = 2 s / (1 + s).
     assert again["per_label"]["f1"][0] == pytest.approx(2 * share[0] / (1 + share[0]))
+
+
+def test_tfidf_stands_beside_with_the_models_names(written, folders):
+    """A token tells each label, which 400 documents teach a linear model, and not this encoder."""
+    _, metrics = written
+    baseline, labels = metrics["baseline"], metrics["per_label"]
+    names = {name for name, value in metrics.items() if isinstance(value, float)}
+    assert names <= set(baseline) and names <= set(baseline["on_calibration_split"])
+    assert (baseline["documents"], baseline["on_calibration_split"]["documents"]) == (250, 300)
+    assert baseline["train_documents"] == baseline["train_split_documents"] == 400
+    assert baseline["mean_average_precision"] > 0.95 > 0.6 > metrics["mean_average_precision"]
+    precision = [labels[label]["baseline_average_precision"] for label in LABELS]
+    assert np.mean(precision[:3]) == pytest.approx(baseline["mean_average_precision"])
+    assert precision[3] is None
+    f1 = [labels[label]["baseline_f1"] for label in LABELS]
+    assert np.mean(f1) == pytest.approx(baseline["macro_f1"])
+
+
+@pytest.fixture
+def copy(folders, tmp_path):
+    """The data folder, and a copy of the model folder without an evaluation."""
+    model_dir = str(tmp_path / "model")
+    shutil.copytree(folders[1], model_dir, ignore=shutil.ignore_patterns("evaluation"))
+    return folders[0], model_dir
+
+
+def test_the_table_has_tfidf_and_the_line_after_it_says_who_is_ahead(copy, capsys):
+    _, metrics = evaluate_again(copy)
+    lines = capsys.readouterr().out.splitlines()
+    (head,) = [number for number, line in enumerate(lines) if "test, TF-IDF" in line]
+    assert lines[head].split("  ")[-1] == "95 % interval"
+    ends = [lines[head].index(title) + len(title) for title in ("  test", "test, TF-IDF")]
+    row = next(line for line in lines if line.startswith("mean_average_precision"))
+    values = [row[end - 6 : end] for end in ends]
+    sources = metrics, metrics["baseline"]
+    assert values == [f"{source['mean_average_precision']:.4f}" for source in sources]
+    assert lines[-2].startswith(
+        "TF-IDF with logistic regression is ahead of the model on mean_average_precision "
+        f"({values[1]} against {values[0]}), micro_f1 ("
+    )
+    assert lines[-2].endswith(
+        ": train in another --model_dir with --wide=wordpieces, more epochs than "
+        "--num_train_epochs=3 or --init_checkpoint, a pretrained BERT, on data prepared with its "
+        "tokenizer."
+    )
+
+
+def find_again(copy, capsys, **options):
+    """The baseline, what is kept of it, and whether it was fitted."""
+    folder = os.path.join(copy[1], "evaluation")
+    os.makedirs(folder, exist_ok=True)
+    config = EvaluateConfig(model_dir=copy[1], data_dir=copy[0], **options)
+    found = find_baseline(config, load_metadata(copy[0]))
+    with open(os.path.join(folder, "baseline.json"), "rb") as file:
+        return found, file.read(), "Fitting TF-IDF" in capsys.readouterr().out
+
+
+def test_the_baseline_is_fitted_once_for_the_same_settings(copy, capsys):
+    first, content, is_fitted = find_again(copy, capsys)
+    assert is_fitted
+    assert find_again(copy, capsys) == (first, content, False)
+    assert find_again(copy, capsys, resamples=0) == (first, content, False)
+    for options in (
+        dict(baseline_documents=50), dict(calibrate="none"), dict(threshold_for="f1"),
+        dict(min_support=3), dict(thresholds="global"), dict(split="train"),
+    ):  # fmt: skip
+        found, _, is_fitted = find_again(copy, capsys, **options)
+        assert is_fitted, options
+        if "baseline_documents" in options:
+            assert (found["train_documents"], found["train_split_documents"]) == (50, 400)
+            assert found["metrics"]["documents"] == 50
+    assert find_again(copy, capsys)[:2] == (first, content)
+
+
+@pytest.mark.parametrize(
+    "damage",
+    [
+        lambda kept: kept["metrics"].update(mean_average_precision=0.99),
+        lambda kept: kept.update(add_checksum(unsealed(kept) | {"per_label": {}})),
+        lambda kept: kept["per_label"]["f1"].pop() and kept.update(add_checksum(unsealed(kept))),
+        lambda kept: kept.clear(),
+    ],
+)
+def test_a_kept_baseline_that_is_damaged_is_fitted_again(copy, damage, capsys):
+    expected = find_again(copy, capsys)[0]
+    path = os.path.join(copy[1], "evaluation", "baseline.json")
+    with open(path) as file:
+        kept = json.load(file)
+    damage(kept)
+    with open(path, "w") as file:
+        json.dump(kept, file)
+    assert find_again(copy, capsys)[::2] == (expected, True)
+
+
+def unsealed(values):
+    return {name: value for name, value in values.items() if name != "sha256"}
+
+
+def test_no_documents_for_the_baseline_leave_it_out(copy, capsys):
+    _, metrics = evaluate_again(copy, baseline_documents=0, resamples=0)
+    assert metrics["baseline"] is None and "baseline_f1" not in metrics["per_label"]["common"]
+    assert "TF-IDF" not in capsys.readouterr().out
+    assert not os.path.exists(os.path.join(copy[1], "evaluation", "baseline.json"))
+
+
+@pytest.mark.parametrize(
+    "change, message",
+    [
+        (lambda splits: splits.pop("train"), "no split 'train', so no TF-IDF baseline"),
+        (
+            lambda splits: splits.update(train=splits["empty"]),
+            "no token occurs in two of 0 training documents, so there is no TF-IDF baseline",
+        ),
+        (
+            lambda splits: splits.update(
+                train=dataclasses.replace(
+                    splits["train"],
+                    shards=(dataclasses.replace(splits["train"].shards[0], name="gone"),),
+                )
+            ),
+            "gone: missing",
+        ),
+    ],
+)
+def test_without_training_documents_there_is_a_line_and_no_baseline(
+    copy, tmp_path, change, message, caplog, capsys
+):
+    """The model is evaluated all the same."""
+    data_dir = str(tmp_path / "data")
+    shutil.copytree(copy[0], data_dir)
+    metadata = load_metadata(data_dir)
+    splits = dict(metadata.splits)
+    change(splits)
+    dataclasses.replace(metadata, splits=splits).save(data_dir)
+    with caplog.at_level(logging.WARNING):
+        _, metrics = evaluate_again((data_dir, copy[1]), resamples=0)
+    (line,) = [line for line in caplog.messages if "TF-IDF" in line or "gone" in line]
+    assert line.startswith(data_dir) and message in line and "\n" not in line
+    assert metrics["baseline"] is None and metrics["documents"] == 250
+    assert "test, TF-IDF" not in capsys.readouterr().out
 
 
 def test_fitted_on_the_calibration_split_alone(folders, written):

@@ -90,7 +90,8 @@ def shown(value):
 
 
 def test_headlines_stand_beside_both_baselines(folders, written):
-    metrics, tfidf = read_json(folders, "metrics.json"), read_json(folders, "baseline.json")
+    metrics = read_json(folders, "metrics.json")
+    tfidf = metrics["baseline"]
     page = Page(written[1])
     head, *rows = page.tables["headlines"]
     assert head == ["metric", "this model", "TF-IDF", "frequencies"]
@@ -103,12 +104,12 @@ def test_headlines_stand_beside_both_baselines(folders, written):
     }
     assert [row[0] for row in rows] == list(names)
     for title, *values in rows:
-        sources = (metrics, tfidf["metrics"], metrics["trivial"])
+        sources = (metrics, tfidf, metrics["trivial"])
         assert values == [shown(source[names[title]]) for source in sources]
         low, high = metrics["intervals"][names[title]]
         assert f"{low:.3f} to {high:.3f}" in written[1]
     # The words of the corpus tell its labels; the model is untrained.
-    assert tfidf["metrics"]["micro_f1"] > 0.7 > metrics["trivial"]["micro_f1"]
+    assert tfidf["micro_f1"] > 0.7 > metrics["trivial"]["micro_f1"]
 
 
 def test_every_label_stands_in_the_table_with_its_numbers(folders, written):
@@ -172,11 +173,105 @@ def test_128_labels_stay_far_under_five_megabytes(written):
     assert os.path.getsize(written[0]) < 3_000_000
 
 
-def test_a_second_report_takes_the_kept_baseline_and_is_the_same(folders, written, capsys):
-    before = os.stat(os.path.join(folders[1], "evaluation", "baseline.json")).st_mtime_ns
+def test_who_wins_stands_label_by_label(folders, written):
+    """The table begins where TF-IDF is most ahead."""
+    per_label = read_json(folders, "metrics.json")["per_label"]
+    head, *rows = Page(written[1]).tables["against-table"]
+    assert head == ["label", "positives", "AP, model", "AP, TF-IDF", "difference", "F1, model",
+                    "F1, TF-IDF"]  # fmt: skip
+    pairs = {
+        label: (values["average_precision"], values["baseline_average_precision"])
+        for label, values in per_label.items()
+    }
+    differences = {label: ours - theirs for label, (ours, theirs) in pairs.items()}
+    assert [differences[row[0]] for row in rows] == sorted(differences.values())
+    for label, *cells in rows:
+        values, (ours, theirs) = per_label[label], pairs[label]
+        change = f"{ours - theirs:+.3f}".replace("-", "−")
+        change = "0.000" if change[1:] == "0.000" else change
+        shown_f1 = shown(values["f1"]), shown(values["baseline_f1"])
+        assert cells == [str(values["support"]), shown(ours), shown(theirs), change, *shown_f1]
+
+
+def test_the_labels_that_each_wins_are_counted(folders):
+    """30 for the model, 2 level, 3 without positives, the 93 others for TF-IDF."""
+    metrics, curves = read_json(folders, "metrics.json"), read_json(folders, "curves.json")
+    for place, values in enumerate(metrics["per_label"].values()):
+        ours = 0.6 if place < 30 else 0.5 if place < 32 else 0.4
+        values |= {"average_precision": ours, "baseline_average_precision": 0.5}
+        if place >= NUM_LABELS - 3:
+            values |= {"average_precision": None, "baseline_average_precision": None}
+    record = load_record(folders[1])
+    page = Page(render(Material(folders[1], record, metrics, curves, [], None, {})))
+    assert (
+        "By average precision on test, the model is ahead on 30 of 125 labels, TF-IDF on 93 . "
+        "Labels without positives there are left out."
+    ) in " ".join(" ".join(page.texts).split())
+    differences = [row[4] for row in page.tables["against-table"][1:]]
+    assert differences == ["−0.100"] * 93 + ["0.000"] * 2 + ["+0.100"] * 30
+
+
+def plot_of(html, name):
+    """The Bokeh document of a plot, as JSON."""
+    items = json.loads(Page(html).scripts[0])["plots"]
+    (found,) = [item for item in items if item["target_id"] == name]
+    return json.dumps(found)
+
+
+def test_the_baseline_is_a_line_among_the_learning_curves(folders, written):
+    """On the split that both were measured on; a head start is a point at the beginning."""
+    measured = read_json(folders, "metrics.json")["baseline"]["on_calibration_split"]
+    level, text = measured["mean_average_precision"], " ".join(Page(written[1]).texts)
+    assert "TF-IDF, mean average precision" in text
+    drawn = plot_of(written[1], "evaluations")
+    assert f"[{level!r}, {level!r}]" in drawn and "dashed" in drawn
+    assert "[0.1, 0.25, 0.5]" in drawn and "[0.0, 1.0, 2.0]" in drawn
+    assert "dashed" not in plot_of(written[1], "loss")
+
+
+@pytest.mark.parametrize("case", ["other split", "other data", "no data", "no baseline"])
+def test_the_line_is_not_drawn_from_other_documents(folders, case):
+    metadata, record = load_metadata(folders[0]), load_record(folders[1])
+    metrics, curves = read_json(folders, "metrics.json"), read_json(folders, "curves.json")
+    history = report._read_history(folders[1])
+    assert [row["step"] for row in history[:3]] == [0, 0, 1]
+
+    def drawn():
+        return render(Material(folders[1], record, metrics, curves, history, metadata, {}))
+
+    assert "TF-IDF, mean average precision" in drawn()
+    if case == "other split":
+        record = dataclasses.replace(
+            record, train=dataclasses.replace(record.train, eval_split="test")
+        )
+    elif case == "other data":
+        record = dataclasses.replace(record, data_fingerprint="0" * 64)
+    elif case == "no data":
+        metadata = None
+    else:
+        metrics |= {"baseline": None}
+    assert "TF-IDF, mean average precision" not in drawn()
+
+
+def test_other_numbers_of_documents_are_said(folders):
+    metadata, record = load_metadata(folders[0]), load_record(folders[1])
+    metrics, curves = read_json(folders, "metrics.json"), read_json(folders, "curves.json")
+    baseline = metrics["baseline"]
+    metrics["baseline"] |= {"documents": 50, "train_documents": 60, "on_calibration_split": (
+        baseline["on_calibration_split"] | {"documents": 40}
+    )}  # fmt: skip
+    history = report._read_history(folders[1])
+    page = Page(render(Material(folders[1], record, metrics, curves, history, metadata, {})))
+    text = " ".join(" ".join(page.texts).split())
+    test, train, fitted = (metadata.split(s).documents for s in ("test", "train", "validation"))
+    assert f"TF-IDF was measured on 50 documents, the model on {test}." in text
+    assert f"from 60 of {train} training documents, measured on 50 documents." in text
+    assert f"TF-IDF, mean average precision on 40 of {fitted} documents" in text
+
+
+def test_a_second_report_is_the_same_and_fits_nothing(folders, written, capsys):
     report.run(ReportConfig(model_dir=folders[1], data_dir=folders[0]))
     assert "Fitting" not in capsys.readouterr().out
-    assert os.stat(os.path.join(folders[1], "evaluation", "baseline.json")).st_mtime_ns == before
     # Bokeh numbers its models on and on within a process.
     with open(written[0], encoding="utf-8") as file:
         again, first = (re.sub(r'"p\d+"', '"p"', html) for html in (file.read(), written[1]))
@@ -230,18 +325,34 @@ def test_without_its_data_the_report_goes_without_texts(copy, folders, monkeypat
     with open(os.path.join(copy[1], "report.html"), encoding="utf-8") as file:
         page = Page(file.read())
     assert "Without texts: the data folder was not there." in " ".join(page.texts)
-    assert page.tables["headlines"][0] == ["metric", "this model", "frequencies"]
+    assert page.tables["headlines"][0] == ["metric", "this model", "TF-IDF", "frequencies"]
     with pytest.raises(UserError, match="no metadata.json"):
         report.run(ReportConfig(model_dir=copy[1], data_dir=str(copy[1])))
 
 
-def test_no_documents_for_the_baseline_leave_it_out(copy):
-    os.remove(os.path.join(copy[1], "evaluation", "baseline.json"))
-    report.run(ReportConfig(model_dir=copy[1], data_dir=copy[0], baseline_documents=0))
+@pytest.mark.parametrize(
+    "is_older, words",
+    [
+        (True, "There is no TF-IDF baseline: run multihot evaluate again for one."),
+        (False, "There is no TF-IDF baseline: the evaluation was made without one."),
+    ],
+)
+def test_an_evaluation_without_a_baseline_is_said(copy, is_older, words, caplog):
+    """Of an older version, which has to be made again for it, or as its flag said."""
+    path = os.path.join(copy[1], "evaluation", "metrics.json")
+    with open(path, encoding="utf-8") as file:
+        metrics = json.load(file)
+    del metrics["baseline"]
+    with open(path, "w", encoding="utf-8") as file:
+        json.dump(metrics if is_older else metrics | {"baseline": None}, file)
+    with caplog.at_level(logging.WARNING):
+        report.run(ReportConfig(model_dir=copy[1], data_dir=copy[0]))
+    assert ("run `multihot evaluate` again for one" in caplog.text) is is_older
     with open(os.path.join(copy[1], "report.html"), encoding="utf-8") as file:
         page = Page(file.read())
     assert page.tables["headlines"][0] == ["metric", "this model", "frequencies"]
-    assert not os.path.exists(os.path.join(copy[1], "evaluation", "baseline.json"))
+    assert "against-table" not in page.tables
+    assert words in " ".join(" ".join(page.texts).split())
 
 
 def test_4000_labels_are_all_in_the_table_and_the_commonest_have_curves(folders):
@@ -257,9 +368,7 @@ def test_4000_labels_are_all_in_the_table_and_the_commonest_have_curves(folders)
     columns = next(iter(metrics["per_label"].values()))
     metrics |= {"labels": 4000, "per_label": {name: columns for name in names}}
     curves = collect(documents, documents, np.full(4000, 0.99), names)
-    html = render(
-        Material(folders[1], load_record(folders[1]), metrics, curves, [], None, None, {})
-    )
+    html = render(Material(folders[1], load_record(folders[1]), metrics, curves, [], None, {}))
     page = Page(html)
     assert len(page.tables["label-table"]) == 4001
     text = " ".join(" ".join(page.texts).split())
@@ -284,7 +393,7 @@ def test_long_names_and_ids_are_cut_in_the_page_and_whole_in_the_data(folders, w
     for found in metadata.checks["splits"].values():
         found["rare_labels"] = {"count": 20, "labels": names[:20]}
     record = load_record(folders[1])
-    html = render(Material(folders[1], record, metrics, curves, [], metadata, None, {}))
+    html = render(Material(folders[1], record, metrics, curves, [], metadata, {}))
     assert len(html) < len(written[1]) + 500_000
     page = Page(html)
     (_, *rows) = page.tables["label-table"]

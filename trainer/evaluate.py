@@ -2,7 +2,7 @@
 
 Calibration and thresholds are fitted on one split and reported on another: nothing is fitted to the
 reported split. Splits that fit into memory are measured exactly. Larger ones are read block by
-block, the calibration split twice.
+block, the calibration split twice. A linear model stands beside, fitted to the training split.
 """
 
 import os
@@ -32,8 +32,10 @@ from trainer.evaluation.calibration import (
 from trainer.evaluation.curves import collect
 from trainer.evaluation.cuts import Histograms
 from trainer.evaluation.measurement import Predictions, concatenate
-from trainer.evaluation.metrics import CONVENTIONS, compute_metrics, warn_if_constant
+from trainer.evaluation.metrics import CONVENTIONS, warn_if_constant
 from trainer.evaluation.thresholds import ThresholdRule, fit_binned_thresholds, fit_thresholds
+from trainer.linear.baseline import describe, find_baseline, label_frequencies, trivial_metrics
+from trainer.linear.verdict import verdict
 from trainer.model.predictor import Predictor
 from trainer.run_config import EvaluateConfig
 from trainer.storage import filesystem
@@ -70,23 +72,35 @@ def run(config: EvaluateConfig) -> None:
     _warn_if_constant(evaluated)
 
     settings = _settings(config, metadata, best)
-    files = {
-        results.METRICS_FILE: _metrics_values(config, metadata, evaluated),
-        results.CALIBRATION_FILE: _calibration_values(metadata, evaluated),
-        results.CURVES_FILE: _curves(metadata, evaluated),
-    }
     folder = os.path.join(config.model_dir, results.EVALUATION_FOLDER)
     filesystem.refuse_link(folder)
     filesystem.make_folder(folder)
+    metrics = _metrics_values(config, metadata, evaluated, find_baseline(config, metadata))
+    files = {
+        results.METRICS_FILE: metrics,
+        results.CALIBRATION_FILE: _calibration_values(metadata, evaluated),
+        results.CURVES_FILE: _curves(metadata, evaluated),
+    }
     for name, values in files.items():
         results.write_json(folder, name, settings | values)
+    _print_result(config, best.record, evaluated, metrics)
+    print("Wrote {}, {} and {} to {}".format(*files, folder))
+
+
+def _print_result(
+    config: EvaluateConfig, record: RunRecord, evaluated: Evaluated, metrics: dict[str, Any]
+) -> None:
+    """Prints the table, and whether the model or the baseline is ahead."""
+    baseline = metrics["baseline"]
     columns = {
         config.split: evaluated.reported.metrics,
+        **({} if baseline is None else {f"{config.split}, TF-IDF": baseline}),
         f"{config.calibration_split} (fitted)": evaluated.fitted.metrics,
-        f"{config.split}, label frequencies": files[results.METRICS_FILE]["trivial"],
+        f"{config.split}, label frequencies": metrics["trivial"],
     }
-    results.print_table(columns, files[results.METRICS_FILE]["intervals"], metadata.labels)
-    print("Wrote {}, {} and {} to {}".format(*files, folder))
+    results.print_table(columns, metrics["intervals"], record.labels)
+    if baseline is not None:
+        print(verdict(metrics, baseline, record.train, record.model))
 
 
 def _check_splits(config: EvaluateConfig, metadata: Metadata) -> None:
@@ -241,14 +255,17 @@ def _settings(config: EvaluateConfig, metadata: Metadata, best: LoadedRun) -> di
 
 
 def _metrics_values(
-    config: EvaluateConfig, metadata: Metadata, evaluated: Evaluated
+    config: EvaluateConfig,
+    metadata: Metadata,
+    evaluated: Evaluated,
+    baseline: dict[str, Any] | None,
 ) -> dict[str, Any]:
     """What metrics.json says of the reported split, and of others beside it."""
     reported, fitted, thresholds = evaluated.reported, evaluated.fitted, evaluated.thresholds
     documents = reported.documents
     probabilities = evaluated.calibration.probabilities(documents.logits)
     trivial = trivial_metrics(
-        _label_frequencies(metadata, otherwise=config.calibration_split),
+        label_frequencies(metadata, otherwise=config.calibration_split),
         fitted.documents.labels,
         documents.labels,
         ThresholdRule.of(config),
@@ -258,6 +275,9 @@ def _metrics_values(
         columns[f"{name}_on_calibration_split"] = fitted.metrics["per_label"][name]
     if evaluated.shortfalls is not None:
         columns["threshold_shortfall"] = evaluated.shortfalls
+    if baseline is not None:
+        for name, column in baseline["per_label"].items():
+            columns[f"baseline_{name}"] = np.array(column, np.float64)
     never = np.flatnonzero(np.isnan(thresholds))
     return results.without_labels(reported.metrics) | {
         "method": "exact" if evaluated.shortfalls is None else measurement.BINNED,
@@ -265,6 +285,7 @@ def _metrics_values(
         "never_predicted": [metadata.labels[index] for index in never],
         "on_calibration_split": results.without_labels(fitted.metrics),
         "trivial": results.without_labels(trivial),
+        "baseline": None if baseline is None else describe(baseline),
         "slices": results.slice_metrics(
             metadata.slice_columns, documents.slices, probabilities, documents.labels, thresholds
         ),
@@ -305,25 +326,6 @@ def _curves(metadata: Metadata, evaluated: Evaluated) -> dict[str, Any]:
     reported = evaluated.reported.calibrated(evaluated.calibration)
     fitted = evaluated.fitted.calibrated(evaluated.calibration)
     return collect(reported, fitted, evaluated.thresholds, metadata.labels)
-
-
-def _label_frequencies(metadata: Metadata, otherwise: str) -> np.ndarray:
-    """Share of documents with each label, float64 [L], in the training split, or in the split
-    `otherwise` where the data folder has no training split."""
-    split = metadata.split(TRAIN_SPLIT if TRAIN_SPLIT in metadata.splits else otherwise)
-    return np.array(split.label_counts, np.float64) / max(split.documents, 1)
-
-
-def trivial_metrics(
-    frequencies: np.ndarray, fit_labels: np.ndarray, labels: np.ndarray, rule: ThresholdRule
-) -> dict[str, Any]:
-    """Metrics of predicting each label's frequency, float [L], for every document.
-
-    Thresholds are fitted to `fit_labels`, bool [M, L], as the model's are; `labels`, bool [N, L],
-    are reported on.
-    """
-    thresholds = fit_thresholds(np.broadcast_to(frequencies, fit_labels.shape), fit_labels, rule)
-    return compute_metrics(np.broadcast_to(frequencies, labels.shape), labels, thresholds)
 
 
 if __name__ == "__main__":

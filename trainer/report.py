@@ -1,7 +1,6 @@
 """`multihot report`: an evaluation as one page that opens anywhere.
 
-It reads what `train` and `evaluate` wrote. The data folder gives the texts of the mistakes and the
-documents that the TF-IDF baseline is fitted to.
+It reads what `train` and `evaluate` wrote. The data folder gives the texts of the mistakes.
 """
 
 import contextlib
@@ -17,19 +16,16 @@ from jinja2 import UndefinedError
 from trainer.data.metadata import (
     METADATA_FILE,
     TOKENIZER_FOLDER,
-    TRAIN_SPLIT,
     Metadata,
     load_metadata,
     split_fingerprint,
 )
-from trainer.data.records import leading_places, read_documents
+from trainer.data.records import read_documents
 from trainer.data.tokenizer import load_tokenizer
 from trainer.errors import UserError
-from trainer.evaluation.results import CURVES_FILE, EVALUATION_FOLDER, METRICS_FILE, write_json
-from trainer.evaluation.thresholds import ThresholdRule
-from trainer.linear.baseline import measure_baseline
+from trainer.evaluation.results import CURVES_FILE, EVALUATION_FOLDER, METRICS_FILE
 from trainer.reporting.page import MAX_CHARACTERS, Material, render
-from trainer.run_config import EvaluateConfig, ReportConfig
+from trainer.run_config import ReportConfig
 from trainer.storage import filesystem
 from trainer.storage.filesystem import write_atomically
 from trainer.storage.own_files import fields, load, parse
@@ -37,11 +33,7 @@ from trainer.training.checkpoint import load_best
 from trainer.training.run_record import RunRecord, load_record
 
 REPORT_FILE = "report.html"
-BASELINE_FILE = "baseline.json"
 HISTORY_FILE = "metrics.jsonl"
-# Documents x labels of each split that the baseline is measured on; exact metrics take about 100
-# bytes for each.
-MAX_BASELINE_SCORES = 10_000_000
 
 _logger = logging.getLogger(__name__)
 
@@ -66,17 +58,19 @@ def run(config: ReportConfig) -> None:
 def _make_page(
     config: ReportConfig, record: RunRecord, metrics: dict[str, Any], curves: dict[str, Any]
 ) -> str:
-    """The page of an evaluation: data, baseline, texts and history are read on the way."""
+    """The page of an evaluation: data, texts and history are read on the way."""
     data_dir = config.data_dir or record.train.data_dir
     metadata = _open_data(config, data_dir, metrics)
-    baseline, texts = None, {}
+    if "baseline" not in metrics:
+        _logger.warning(
+            "%s: the evaluation has no TF-IDF baseline; run `multihot evaluate` again for one",
+            config.model_dir,
+        )
+    texts = {}
     if metadata is not None:
-        baseline = _find_baseline(config, data_dir, metadata, metrics)
         texts = _read_texts(data_dir, metadata, metrics["split"], curves["mistakes"])
     history = _read_history(config.model_dir)
-    return render(
-        Material(config.model_dir, record, metrics, curves, history, metadata, baseline, texts)
-    )
+    return render(Material(config.model_dir, record, metrics, curves, history, metadata, texts))
 
 
 @contextlib.contextmanager
@@ -96,9 +90,8 @@ def _naming_damaged_files(model_dir: str) -> Iterator[None]:
     else:
         return
     raise UserError(
-        f"{os.path.join(model_dir, EVALUATION_FOLDER)}: {METRICS_FILE}, {CURVES_FILE}, "
-        f"{BASELINE_FILE} or {HISTORY_FILE} beside it is damaged ({reason}); remove "
-        f"{BASELINE_FILE} and run `multihot evaluate` again"
+        f"{os.path.join(model_dir, EVALUATION_FOLDER)}: {METRICS_FILE}, {CURVES_FILE} or "
+        f"{HISTORY_FILE} beside it is damaged ({reason}); run `multihot evaluate` again"
     )
 
 
@@ -128,8 +121,8 @@ def _open_data(config: ReportConfig, data_dir: str, metrics: dict[str, Any]) -> 
     """metadata.json of the data that was evaluated; None, with a warning, if it has gone."""
     if config.data_dir is None and not filesystem.exists(os.path.join(data_dir, METADATA_FILE)):
         _logger.warning(
-            "%s: not there any more; the report goes without the data's page, the texts of "
-            "mistakes and the TF-IDF baseline, unless --data_dir names where it is now",
+            "%s: not there any more; the report goes without the data's page and the texts of "
+            "mistakes, unless --data_dir names where it is now",
             data_dir,
         )
         return None
@@ -143,55 +136,6 @@ def _open_data(config: ReportConfig, data_dir: str, metrics: dict[str, Any]) -> 
                 "evaluate` read with --data_dir, or evaluate again"
             )
     return metadata
-
-
-def _find_baseline(
-    config: ReportConfig, data_dir: str, metadata: Metadata, metrics: dict[str, Any]
-) -> dict[str, Any] | None:
-    """The TF-IDF baseline: one that was kept, if it is of the same data, or one fitted now."""
-    if config.baseline_documents == 0:
-        return None
-    if TRAIN_SPLIT not in metadata.splits:
-        _logger.warning("%s: no split %r, so no TF-IDF baseline", data_dir, TRAIN_SPLIT)
-        return None
-    names = (TRAIN_SPLIT, metrics["calibration_split"], metrics["split"])
-    shared = ("calibration_split", "split", "min_support", "threshold_for", "threshold_scope")
-    settings = {
-        "splits": {name: split_fingerprint(metadata, name) for name in names},
-        **{name: metrics[name] for name in shared},
-        "baseline_documents": config.baseline_documents,
-    }
-    folder = os.path.join(config.model_dir, EVALUATION_FOLDER)
-    kept = _read_kept(os.path.join(folder, BASELINE_FILE))
-    if kept.get("settings") == settings:
-        return kept
-    print("Fitting the TF-IDF baseline ...", flush=True)
-    held_out = min(config.baseline_documents, MAX_BASELINE_SCORES // len(metadata.labels))
-    train, fitted, reported = (
-        read_documents(data_dir, metadata, name, leading_places(metadata.split(name), max_read))
-        for name, max_read in zip(
-            names, (config.baseline_documents, held_out, held_out), strict=True
-        )
-    )
-    evaluated = EvaluateConfig(
-        config.model_dir,
-        data_dir,
-        min_support=metrics["min_support"],
-        threshold_for=metrics["threshold_for"],
-        thresholds=metrics["threshold_scope"],
-    )
-    rule = ThresholdRule.of(evaluated)
-    baseline = {"settings": settings} | measure_baseline(train, fitted, reported, rule)
-    write_json(folder, BASELINE_FILE, baseline)
-    return baseline
-
-
-def _read_kept(path: str) -> dict[str, Any]:
-    """What an earlier report kept; empty if that is missing or cannot be read."""
-    try:
-        return dict(load(dict[str, Any], path, ""))
-    except (FileNotFoundError, UserError):
-        return {}
 
 
 def _read_texts(

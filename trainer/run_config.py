@@ -231,6 +231,13 @@ class EvaluateConfig(RunConfig):
         "Resamples for confidence intervals, fewer for large splits; 0: no intervals.",
         at_least=0,
     )
+    baseline_documents: int = option(
+        10_000,
+        "Most documents of each split that the TF-IDF baseline reads (10,000 with 128 labels take "
+        "up to a minute, once); 0 leaves the baseline out.",
+        at_least=0,
+        unit="documents",
+    )
 
     @property
     def threshold_target(self) -> tuple[str, float]:
@@ -244,13 +251,6 @@ class ReportConfig(RunConfig):
 
     model_dir: str = changed_option(
         RunConfig, "model_dir", help="Folder of a run that `multihot evaluate` measured."
-    )
-    baseline_documents: int = option(
-        10_000,
-        "Most documents of each split that the TF-IDF baseline reads (10,000 with 128 labels take "
-        "a minute, once); 0 leaves the baseline out.",
-        at_least=0,
-        unit="documents",
     )
 
 

@@ -21,7 +21,8 @@ FLAGS = (
 )  # fmt: skip
 PLOTS = (
     "headline", "loss", "evaluations", "learning_rate", "speed", "f1_fitted", "f1_frequency",
-    "precision_recall", "reliability", "histogram", "cooccurrence_true", "cooccurrence_predicted",
+    "ap_tfidf", "precision_recall", "reliability", "histogram", "cooccurrence_true",
+    "cooccurrence_predicted",
     "lengths", "label_counts",
 )  # fmt: skip
 # Pixels of a plot's canvases, hidden in shadow roots, that are coloured and not grey or white.
@@ -185,10 +186,11 @@ def test_choosing_a_label_changes_the_curves(opened, reported_run):
         assert sum(found["positive"]) == pytest.approx(1)
         for plot in ("precision_recall", "reliability", "histogram"):
             assert opened.execute_script(COLOURED, plot) > 30
-    link = opened.find_element(By.CSS_SELECTOR, "#label-table a[data-label]")
-    opened.execute_script("arguments[0].click()", link)
-    picked = chosen.first_selected_option.get_attribute("textContent")
-    assert picked == link.get_attribute("textContent")
+    for table in ("label-table", "against-table"):
+        link = opened.find_elements(By.CSS_SELECTOR, f"#{table} a[data-label]")[7]
+        opened.execute_script("arguments[0].click()", link)
+        picked = chosen.first_selected_option.get_attribute("textContent")
+        assert picked == link.get_attribute("textContent")
 
 
 def test_no_error_no_request_and_no_hostile_name_came_through(opened):

@@ -94,17 +94,18 @@ def _measure(
 
 def write_json(folder: str, name: str, values: dict[str, Any]) -> None:
     """Writes JSON atomically; NaN becomes null."""
-    content = json.dumps(_as_json(values), indent=1, ensure_ascii=False, allow_nan=False)
+    content = json.dumps(as_json(values), indent=1, ensure_ascii=False, allow_nan=False)
     write_atomically(os.path.join(folder, name), content + "\n")
 
 
-def _as_json(value: Any) -> Any:
+def as_json(value: Any) -> Any:
+    """Nested values as JSON has them: arrays as lists, NaN as None."""
     if isinstance(value, dict):
-        return {key: _as_json(item) for key, item in value.items()}
+        return {key: as_json(item) for key, item in value.items()}
     if isinstance(value, np.ndarray):
         value = value.tolist()
     if isinstance(value, list | tuple):
-        return [_as_json(item) for item in value]
+        return [as_json(item) for item in value]
     return None if isinstance(value, float) and math.isnan(value) else value
 
 
@@ -132,10 +133,12 @@ def print_table(
     """
     metrics = next(iter(columns.values()))
     width = max(map(len, HEADLINES))
-    print(" " * width, *columns, "95 % interval" if intervals else "", sep="  ")
+    # A value has six characters.
+    titles = {title: title.rjust(6) for title in columns}
+    print(" " * width, *titles.values(), "95 % interval" if intervals else "", sep="  ")
     for name in HEADLINES:
         cells = [
-            f"{values[name]:.4f}".rjust(len(title)) if name in values else " " * len(title)
+            ("" if values.get(name) is None else f"{values[name]:.4f}").rjust(len(titles[title]))
             for title, values in columns.items()
         ]
         low, high = intervals.get(name, (math.nan, math.nan))

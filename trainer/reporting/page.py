@@ -20,12 +20,13 @@ from jinja2 import Environment, PackageLoader, StrictUndefined
 from markupsafe import Markup
 
 from trainer.config import absolute
-from trainer.data.metadata import Metadata
+from trainer.data.metadata import TRAIN_SPLIT, Metadata
 from trainer.errors import shorten
 from trainer.evaluation.curves import HISTOGRAM_EDGES
-from trainer.reporting import sections
+from trainer.reporting import against, sections
 from trainer.reporting.plots import BLUE, GREY, ORANGE, Plot, draw_headline, draw_label_curves
 from trainer.training.run_record import RunRecord
+from trainer.training.setup import data_fingerprint
 
 LOWER_IS_BETTER = ("expected_calibration_error",)
 MODEL, TFIDF, TRIVIAL = "this model", "TF-IDF", "frequencies"
@@ -39,8 +40,8 @@ class Material:
     """All that a report is made of.
 
     `metrics` and `curves` are what `evaluate` wrote, `history` the rows of metrics.jsonl.
-    `metadata` is None if the data folder has gone. `baseline` is what `measure_baseline` returned,
-    if it was run. `texts` are those of mistaken documents, by place in the split.
+    `metadata` is None if the data folder has gone. `texts` are those of mistaken documents, by
+    place in the split.
     """
 
     model_dir: str
@@ -49,8 +50,12 @@ class Material:
     curves: dict[str, Any]
     history: list[dict[str, Any]]
     metadata: Metadata | None
-    baseline: dict[str, Any] | None
     texts: dict[int, str]
+
+    @property
+    def baseline(self) -> dict[str, Any] | None:
+        """What `evaluate` says of TF-IDF; None if it left it out."""
+        return self.metrics.get("baseline")
 
 
 def render(material: Material) -> str:
@@ -87,6 +92,7 @@ def render(material: Material) -> str:
         data=data,
         headlines=headlines,
         tables=_tables(material, headlines),
+        won=against.count_won(material.metrics) if material.baseline else None,
         mistakes=_mistakes(material),
         shown_mistakes=SHOWN_MISTAKES,
         max_characters=MAX_CHARACTERS,
@@ -120,7 +126,7 @@ def _headlines(material: Material) -> list[dict[str, Any]]:
     metrics, intervals = material.metrics, material.metrics.get("intervals", {})
     systems = {MODEL: metrics, TRIVIAL: metrics["trivial"]}
     if material.baseline:
-        systems[TFIDF] = material.baseline["metrics"]
+        systems[TFIDF] = material.baseline
     return [
         {
             "title": title,
@@ -141,6 +147,7 @@ def _tables(material: Material, headlines: list[dict[str, Any]]) -> dict[str, An
         "decided": decided,
         "others": others,
         "labels": sections.label_table(metrics, material.curves, metadata),
+        "against": against.table(metrics, material.curves) if material.baseline else None,
         "slices": sections.slice_tables(metrics),
         "splits": sections.split_table(metadata) if metadata else None,
         "checks": sections.check_table(metadata.checks) if metadata and metadata.checks else None,
@@ -153,15 +160,36 @@ def _draw(material: Material, headlines: list[dict[str, Any]]) -> dict[str, tupl
     rows = [(row["title"], row["values"]) for row in headlines if not row["lower_is_better"]]
     return {
         "headline": (draw_headline(rows, intervals, _systems(material)),),
-        "history": sections.history_plots(material.history),
+        "history": sections.history_plots(material.history, _history_level(material)),
         "labels": (
             sections.frequency_plot(metrics, curves, metadata),
             sections.overfitting_plot(metrics, curves),
         ),
+        "against": (against.plot(metrics, curves),) if material.baseline else (),
         "curves": draw_label_curves(metrics["split"], metrics["calibration_split"]),
         "cooccurrence": sections.cooccurrence_plots(curves),
         "data": sections.data_plots(metadata),
     }
+
+
+def _history_level(material: Material) -> tuple[str, float] | None:
+    """The line of the baseline among the learning curves: words and a mean average precision.
+
+    None unless it was measured on the split that the run was evaluated on while training.
+    """
+    record, metadata, metrics = material.record, material.metadata, material.metrics
+    split = record.train.eval_split
+    if material.baseline is None or metadata is None or metrics["calibration_split"] != split:
+        return None
+    if not {TRAIN_SPLIT, split} <= set(metadata.splits):
+        return None
+    if data_fingerprint(metadata, split) != record.data_fingerprint:
+        return None
+    measured = material.baseline["on_calibration_split"]
+    level, documents = measured["mean_average_precision"], metadata.split(split).documents
+    some = measured["documents"], documents
+    part = "" if some[0] == some[1] else " on {:,} of {:,} documents".format(*some)
+    return None if level is None else (f"TF-IDF, mean average precision{part}", level)
 
 
 def _curves(material: Material) -> dict[str, Any]:

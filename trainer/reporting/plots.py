@@ -106,8 +106,14 @@ def draw_headline(
     return make_plot(drawn, "At a glance", "Bands are 95 % bootstrap intervals.", systems)
 
 
-def draw_lines(name: str, title: str, y: str, lines: Sequence[Line]) -> Plot:
-    """Lines over epochs, with dots where there are few points."""
+def draw_lines(
+    name: str,
+    title: str,
+    y: str,
+    lines: Sequence[Line],
+    level: tuple[str, float] | None = None,
+) -> Plot:
+    """Lines over epochs, dots where there are few points; `level`, words and height, is dashed."""
     drawn = start_figure(name, "epochs", y)
     keys = []
     for color, (words, xs, ys) in zip(SERIES, lines, strict=False):
@@ -115,6 +121,11 @@ def draw_lines(name: str, title: str, y: str, lines: Sequence[Line]) -> Plot:
         if len(xs) <= 40:
             drawn.scatter(xs, ys, size=6, color=color)
         keys.append((color, words))
+    if level is not None:
+        words, height = level
+        end = max((max(xs) for _, xs, _ in lines), default=0) or 1
+        drawn.line([0, end], [height] * 2, line_color=GREY, line_width=2, line_dash="dashed")
+        keys.append((GREY, words))
     if name == "learning_rate":
         drawn.yaxis.formatter = models.PrintfTickFormatter(format="%.1e")
     elif name == "speed":

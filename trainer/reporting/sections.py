@@ -238,9 +238,15 @@ EVALUATED = {
 }
 
 
-def history_plots(history: Sequence[dict[str, Any]]) -> tuple[plots.Plot, ...]:
-    """Learning curves: loss, evaluations, learning rate and speed; none without a history."""
-    steps = [row for row in history if "evaluation" not in row]
+def history_plots(
+    history: Sequence[dict[str, Any]], level: tuple[str, float] | None = None
+) -> tuple[plots.Plot, ...]:
+    """Learning curves: loss, evaluations, learning rate and speed; none without a history.
+
+    `level` is a line across the evaluations, words and height. What a head start was fitted to is
+    a row too, which is not drawn.
+    """
+    steps = [row for row in history if "epoch" in row]
     evaluations = [row for row in history if "evaluation" in row]
     if not steps:
         return ()
@@ -260,7 +266,8 @@ def history_plots(history: Sequence[dict[str, Any]]) -> tuple[plots.Plot, ...]:
     evaluated = [line for line in evaluated if line[1]]
     drawn = [plots.draw_lines("loss", "Loss", "loss", [line for line in losses if line[1]])]
     if evaluated:
-        drawn.append(plots.draw_lines("evaluations", f"On {split} while training", "", evaluated))
+        title = f"On {split} while training"
+        drawn.append(plots.draw_lines("evaluations", title, "", evaluated, level))
     rate = of_steps("learning_rate", "learning rate")
     drawn.append(plots.draw_lines("learning_rate", "Learning rate", "", [rate]))
     # The first step compiles.

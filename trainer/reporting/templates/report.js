@@ -96,7 +96,7 @@
   find("filter").addEventListener("input", filter);
   filter();
   find("chosen").addEventListener("change", (event) => choose(event.target.value));
-  find("label-table").addEventListener("click", (event) => {
+  document.addEventListener("click", (event) => {
     const link = event.target.closest("a[data-label]");
     if (link !== null) choose(link.dataset.label);
   });
