@@ -26,7 +26,7 @@ from trainer.run_config import EvaluateConfig, ExportConfig, TrainConfig
 from trainer.training.checkpoint import load_best
 
 
-def train_model(corpus, model_dir, head):
+def train_model(corpus, model_dir, head, wide):
     train.run(
         TrainConfig(
             data_dir=corpus,
@@ -36,6 +36,7 @@ def train_model(corpus, model_dir, head):
             num_attention_heads=2,
             intermediate_size=64,
             head=head,
+            wide=wide,
             tokens_per_replica=1024,
             num_train_epochs=1.0,
             pos_weight="sqrt",
@@ -47,13 +48,26 @@ def train_model(corpus, model_dir, head):
     return str(model_dir)
 
 
-@pytest.fixture(scope="module", params=["cls", "mean", "label_attention"])
+@pytest.fixture(
+    scope="module",
+    params=[("cls", "none"), ("mean", "auto"), ("label_attention", "wordpieces")],
+    ids=lambda kind: "-".join(kind),
+)
 def folders(request, corpus, tmp_path_factory):
     """(run's folder, model folder, head)."""
-    folder = tmp_path_factory.mktemp(request.param)
-    model_dir = train_model(corpus, folder / "run", request.param)
+    head, wide = request.param
+    folder = tmp_path_factory.mktemp(head)
+    model_dir = train_model(corpus, folder / "run", head, wide)
     export.run(ExportConfig(model_dir=model_dir, export_dir=str(folder / "model")))
-    return model_dir, str(folder / "model"), request.param
+    return model_dir, str(folder / "model"), head
+
+
+@pytest.fixture(autouse=True)
+def own_code_folder(tmp_path, monkeypatch):
+    """Where transformers keeps the code that it runs."""
+    place = str(tmp_path.parent / f"{tmp_path.name}-modules")
+    monkeypatch.setattr(transformers.dynamic_module_utils, "HF_MODULES_CACHE", place)
+    monkeypatch.syspath_prepend(place)
 
 
 @pytest.fixture(scope="module")
@@ -122,23 +136,21 @@ def test_both_signatures_of_the_saved_model(folders, expected):
 def test_transformers_reads_the_folder(folders, expected):
     _, folder, head = folders
     texts, ids, logits = expected
-    tokenizer = transformers.AutoTokenizer.from_pretrained(folder)
+    options = {} if head == "cls" else {"trust_remote_code": True}
+    tokenizer = transformers.AutoTokenizer.from_pretrained(folder, **options)
     inputs = tokenizer(texts, padding=True, truncation=True, return_tensors="pt")
     padded, _ = pad(ids)
     np.testing.assert_array_equal(inputs["input_ids"].numpy(), padded)
-    if head != "cls":
-        model = transformers.BertModel.from_pretrained(folder)
-        assert model.config.architectures == ["BertModel"]
-        return
-    model, info = transformers.BertForSequenceClassification.from_pretrained(
-        folder, output_loading_info=True
+    model, info = transformers.AutoModelForSequenceClassification.from_pretrained(
+        folder, output_loading_info=True, **options
     )
-    assert not info["missing_keys"] and not info["unexpected_keys"]
+    assert not any(info.values())
+    assert ("Bert" in type(model).__name__) == (head == "cls")
     with torch.no_grad():
         answer = model.eval()(**inputs).logits.numpy()
     np.testing.assert_allclose(answer, logits, atol=1e-4)
 
-    pipeline = transformers.pipeline("text-classification", model=folder, top_k=None)
+    pipeline = transformers.pipeline("text-classification", model=folder, top_k=None, **options)
     labels = load_model_folder(folder).labels
     for found, row in zip(pipeline(texts, truncation=True), logits, strict=True):
         scores = {item["label"]: item["score"] for item in found}
@@ -146,7 +158,6 @@ def test_transformers_reads_the_folder(folders, expected):
         np.testing.assert_allclose([scores[name] for name in labels], expected_scores, atol=1e-4)
 
 
-@pytest.mark.parametrize("folders", ["cls"], indirect=True)  # transformers has a class for it.
 def test_the_documented_pipeline_takes_texts_over_the_limit(
     folders, real_texts, tmp_path, monkeypatch
 ):
@@ -171,6 +182,7 @@ def test_the_description_names_what_a_consumer_needs(folders, corpus):
     with open(os.path.join(folders[1], "multihot.json"), encoding="utf-8") as file:
         description = json.load(file)
     assert tuple(description["labels"]) == load_metadata(corpus).labels
+    assert description["wide"] == ("none" if folders[2] == "cls" else "wordpieces")
     assert len(description["thresholds"]) == len(description["labels"])
     assert description["metrics"]["mean_average_precision"] > 0
     assert description["fingerprints"]["checkpoint"] == load_best(folders[0]).fingerprint
@@ -236,6 +248,15 @@ def test_a_folder_that_is_taken_is_left_alone(folders, tmp_path):
     with pytest.raises(UserError, match="not an empty folder"):
         export.run(ExportConfig(model_dir=folders[0], export_dir=str(tmp_path)))
     assert os.listdir(tmp_path) == ["mine.txt"]
+
+
+def test_the_last_line_says_who_reads_the_folder(folders, tmp_path, capsys):
+    model_dir, _, head = folders
+    target = str(tmp_path / "model")
+    export.run(ExportConfig(model_dir=model_dir, export_dir=target))
+    line = capsys.readouterr().out.splitlines()[-1]
+    needs = "" if head == "cls" else " (trust_remote_code=True)"
+    assert f"for transformers{needs}, saved_model/ and multihot score. Next: " in line
 
 
 def test_the_same_export_again_does_nothing_and_another_one_is_refused(folders, capsys):

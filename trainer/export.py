@@ -1,7 +1,8 @@
 """`multihot export`: the best checkpoint and its calibration to one model folder.
 
-The calibration folds exactly into the head's kernel and bias. So every consumer of the folder
-(transformers, the SavedModel, `multihot score`) gets calibrated probabilities from a plain sigmoid.
+The calibration folds exactly into the kernels of head and wide part and into the head's bias. So
+every consumer of the folder (transformers, the SavedModel, `multihot score`) gets calibrated
+probabilities from a plain sigmoid.
 """
 
 import contextlib
@@ -29,12 +30,13 @@ from trainer.evaluation.results import (
     METRICS_FILE,
 )
 from trainer.evaluation.thresholds import round_thresholds
+from trainer.model.folder_writer import save_model_folder
 from trainer.model.model import Model
 from trainer.model.model_folder import (
+    MODELING_FILE,
     MULTIHOT_FILE,
     SAVED_MODEL_FOLDER,
     list_model_files,
-    save_model_folder,
 )
 from trainer.model_config import PackingConfig
 from trainer.run_config import ExportConfig
@@ -48,7 +50,9 @@ from trainer.training.setup import data_fingerprint
 
 _FORMAT_VERSION = 1
 _CALIBRATION = ("calibrated", "scale", "shift")
-_UPLOADED = re.compile(r"[\w.-]+\.(json|safetensors|txt)|saved_model/.*")
+_UPLOADED = re.compile(
+    rf"[\w.-]+\.(json|safetensors|txt)|{re.escape(MODELING_FILE)}|saved_model/.*"
+)
 
 
 def run(config: ExportConfig) -> None:
@@ -164,11 +168,10 @@ def _export(config: ExportConfig, shown_dir: str) -> None:
         save_model_folder(aside, best.model, tokenizer, packing, description)
     if filesystem.is_remote(shown_dir):
         _upload(config.export_dir, shown_dir)
-    consumers = (
-        "transformers' BertForSequenceClassification, " if best.record.model.head == "cls" else ""
-    )
+    is_ours = MODELING_FILE in list_model_files(config.export_dir)
+    transformers_needs = " (trust_remote_code=True)" if is_ours else ""
     print(
-        f"{shown_dir}: model folder of step {best.step} for {consumers}"
+        f"{shown_dir}: model folder of step {best.step} for transformers{transformers_needs}, "
         f"{SAVED_MODEL_FOLDER}/ and multihot score. Next: multihot score "
         f"--model={shown_dir} --input=FILES --output_dir=DIR"
     )
@@ -219,12 +222,14 @@ def _read_calibration(config: ExportConfig, best: LoadedRun) -> dict[str, Any]:
 
 
 def _fold(model: Model, scale: list[float], shift: list[float]) -> None:
-    """Folds scale x logit + shift into the head, whose logits are linear in kernel and bias."""
+    """Folds scale x logit + shift into head and wide part, both linear in kernel and bias."""
     classifier = model.head.classifier
     factor = np.asarray(scale, np.float64)
-    kernel, bias = classifier.kernel.numpy(), classifier.bias.numpy()
-    classifier.kernel.assign((kernel * factor).astype(np.float32))
-    classifier.bias.assign((bias * factor + np.asarray(shift, np.float64)).astype(np.float32))
+    for part in (classifier, model.wide):
+        if part is not None:
+            part.kernel.assign((part.kernel.numpy() * factor).astype(np.float32))
+    bias = classifier.bias.numpy() * factor + np.asarray(shift, np.float64)
+    classifier.bias.assign(bias.astype(np.float32))
 
 
 def _describe(
@@ -236,6 +241,7 @@ def _describe(
         "format_version": _FORMAT_VERSION,
         "labels": record.labels,
         "head": record.model.head,
+        "wide": record.model.wide,
         "max_seq_length": record.max_seq_length,
         "max_windows": metadata.max_windows,
         "window_stride": metadata.window_stride,

@@ -94,7 +94,7 @@ def _read_config(folder: str) -> _BertConfig:
     path, remedy = os.path.join(folder, CONFIG_FILE), "choose a BERT checkpoint"
     try:
         kind = own_files.load(dict[str, Any], path, remedy)
-        if kind.get("model_type") != "bert":
+        if kind.get("model_type") not in ("bert", "multihot"):
             found = reprlib.repr(kind.get("model_type"))
             raise UserError(f"{path}: model_type={found}, expected 'bert'; {remedy}")
         embedding = kind.get("position_embedding_type") or "absolute"
