@@ -222,14 +222,23 @@ def _read_calibration(config: ExportConfig, best: LoadedRun) -> dict[str, Any]:
 
 
 def _fold(model: Model, scale: list[float], shift: list[float]) -> None:
-    """Folds scale x logit + shift into head and wide part, both linear in kernel and bias."""
-    classifier = model.head.classifier
-    factor = np.asarray(scale, np.float64)
-    for part in (classifier, model.wide):
-        if part is not None:
-            part.kernel.assign((part.kernel.numpy() * factor).astype(np.float32))
-    bias = classifier.bias.numpy() * factor + np.asarray(shift, np.float64)
-    classifier.bias.assign(bias.astype(np.float32))
+    """Folds scale x logit + shift, and the mixture of both parts, into their kernels and one bias.
+
+    The logits are then the plain sum of head and wide part, each linear in kernel and bias.
+    """
+    parts = [model.head.classifier]
+    weights = [np.asarray(scale, np.float64)]
+    if model.wide is not None:
+        mix = model.wide.mix.numpy().astype(np.float64)
+        parts.append(model.wide)
+        weights = [weights[0] * share for share in mix]
+        model.wide.mix.assign(np.ones(2, np.float32))
+    bias = np.asarray(shift, np.float64)
+    for part, factor in zip(parts, weights, strict=True):
+        bias = bias + part.bias.numpy() * factor
+        part.kernel.assign((part.kernel.numpy() * factor).astype(np.float32))
+        part.bias.assign(np.zeros(len(bias), np.float32))
+    model.head.classifier.bias.assign(bias.astype(np.float32))
 
 
 def _describe(
@@ -242,6 +251,7 @@ def _describe(
         "labels": record.labels,
         "head": record.model.head,
         "wide": record.model.wide,
+        "wide_pairs": record.model.wide_pairs,
         "max_seq_length": record.max_seq_length,
         "max_windows": metadata.max_windows,
         "window_stride": metadata.window_stride,

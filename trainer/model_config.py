@@ -22,7 +22,7 @@ MAX_VOCABULARY = 2**20
 # A wide part of more, 0.25 GB, has two tables of this rank.
 MAX_WIDE_PARAMETERS, WIDE_RANK = 2**26, 512
 # Buckets that pairs of tokens are hashed to, by the size of the corpus, and the tokens for each.
-_MIN_PAIRS, _MAX_PAIRS, _TOKENS_A_BUCKET = 2**13, 2**18, 8
+_MIN_WIDE_PAIRS, MAX_WIDE_PAIRS, _TOKENS_A_BUCKET = 2**13, 2**18, 8
 # Odd numbers whose products spread over 32 bits.
 HASH_FACTORS = (0x9E3779B1, 0x85EBCA77, 0x2C1B3C6D)
 
@@ -130,9 +130,9 @@ def choose_wide_pairs(vocab_size: int, num_labels: int, num_tokens: int) -> int:
     def size(buckets: int, width: int) -> int:
         return (vocab_size + buckets) * width
 
-    fits = size(_MIN_PAIRS, num_labels) <= MAX_WIDE_PARAMETERS
-    width, buckets = num_labels if fits else WIDE_RANK, _MIN_PAIRS
-    while buckets < min(_MAX_PAIRS, num_tokens / _TOKENS_A_BUCKET):
+    fits = size(_MIN_WIDE_PAIRS, num_labels) <= MAX_WIDE_PARAMETERS
+    width, buckets = num_labels if fits else WIDE_RANK, _MIN_WIDE_PAIRS
+    while buckets < min(MAX_WIDE_PAIRS, num_tokens / _TOKENS_A_BUCKET):
         if size(2 * buckets, width) > MAX_WIDE_PARAMETERS:
             break
         buckets *= 2

@@ -16,6 +16,7 @@ from trainer import export, model_config
 from trainer.data.packing import pack
 from trainer.data.tokenizer import load_tokenizer
 from trainer.errors import UserError
+from trainer.linear.term_features import hash_pairs
 from trainer.model.folder_writer import save_model_folder
 from trainer.model.model import build_model
 from trainer.model.model_folder import load_model_folder
@@ -35,6 +36,8 @@ KINDS = {
     "label_attention-wide": ("label_attention", "wordpieces", 0, "attention"),
     "label_attention-wide-rank": ("label_attention", "wordpieces", 5, "max"),
 }
+# Kinds whose wide part has pairs of tokens too, in few buckets, so that some are shared.
+WITH_PAIRS, PAIRS = ("mean-wide", "mean-wide-rank", "label_attention-wide"), 64
 SCALE, SHIFT = np.linspace(0.5, 1.5, NUM_LABELS), np.linspace(-1, 1, NUM_LABELS)
 
 
@@ -51,6 +54,7 @@ def sizes_of(kind, vocab_size):
         initializer_range=0.2,
         head=head,
         wide=wide,
+        wide_pairs=PAIRS if kind in WITH_PAIRS else 0,
         window_pooling=pooling,
     )
 
@@ -110,6 +114,7 @@ def folders(corpus, tmp_path_factory):
                 "labels": [f"label {i}" for i in range(NUM_LABELS)],
                 "head": model.config.head,
                 "wide": model.config.wide,
+                "wide_pairs": model.config.wide_pairs,
                 "window_pooling": model.config.window_pooling,
                 "max_seq_length": 32,
                 "max_windows": 3,
@@ -156,11 +161,17 @@ def formula(values, kind, hidden, documents):
                 vector = weights @ vectors / weights.sum()
             logits = vector @ kernel + bias
         if wide != "none":
-            ids, counts = np.unique(np.concatenate(windows), return_counts=True)
+            terms = [np.asarray(window, np.int64) for window in windows]
+            if kind in WITH_PAIRS:
+                # The vocabulary's tokens come before the buckets.
+                before = len(values["wide/idf"]) - PAIRS
+                terms += [before + hash_pairs(w[:-1], w[1:], PAIRS) for w in terms]
+            ids, counts = np.unique(np.concatenate(terms), return_counts=True)
             features = (1 + np.log(counts)) * values["wide/idf"][ids]
             features /= max(np.linalg.norm(features), 1e-15)
             table = values["wide/terms"] @ values["wide/kernel"] if rank else values["wide/kernel"]
-            logits = logits + features @ table[ids]
+            mix = values["wide/mix"]
+            logits = mix[0] * logits + mix[1] * (features @ table[ids] + values["wide/bias"])
         rows.append(logits * SCALE + SHIFT)
     return np.stack(rows)
 

@@ -32,7 +32,7 @@ def _turn(theirs: str, value: np.ndarray) -> np.ndarray:
 
 def _expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     """Shapes of what stands behind encoder and pooler, by their names."""
-    labels, size, terms = config.num_labels, config.hidden_size, config.vocab_size
+    labels, size, terms = config.num_labels, config.hidden_size, config.num_wide_terms
     shapes: dict[str, tuple[int, ...]] = {
         "classifier.weight": (labels, size),
         "classifier.bias": (labels,),
@@ -50,8 +50,21 @@ def _expected_shapes(config: ModelConfig) -> dict[str, tuple[int, ...]]:
     return shapes
 
 
+def _neutral_values(config: ModelConfig) -> dict[str, np.ndarray]:
+    """The variables that folders do not have: their logits are the plain sum of both parts."""
+    if config.wide == "none":
+        return {}
+    bias, mix = np.zeros(config.num_labels, np.float32), np.ones(2, np.float32)
+    return {"wide/bias": bias, "wide/mix": mix}
+
+
 def to_tensors(values: dict[str, np.ndarray], config: ModelConfig) -> dict[str, np.ndarray]:
-    """A model folder's tensors from the values of all variables, by our names."""
+    """A model folder's tensors from the values of all variables, by our names.
+
+    The wide part's bias and mixture have to be folded into the kernels and the head's bias.
+    """
+    for name, neutral in _neutral_values(config).items():
+        assert np.array_equal(values[name], neutral), name
     encoder = pretrained.from_variables(values, config)
     own = {theirs: _turn(theirs, values[_NAMES[theirs]]) for theirs in _expected_shapes(config)}
     return {f"bert.{name}": value for name, value in encoder.items()} | own
@@ -86,4 +99,5 @@ def to_values(
             f"{os.path.join(folder, pretrained.WEIGHTS_FILE)}: not the tensors of a {config.head} "
             f"model{wide} ({found}); export it again"
         )
-    return values | {_NAMES[theirs]: _turn(theirs, value) for theirs, value in own.items()}
+    values |= {_NAMES[theirs]: _turn(theirs, value) for theirs, value in own.items()}
+    return values | _neutral_values(config)

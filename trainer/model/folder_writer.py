@@ -100,7 +100,7 @@ def _write_config(sizes: ModelConfig, labels: Sequence[str], pad_id: int, folder
         config.save_pretrained(folder)
         return
     # With BERT's own type, transformers would load its own class without a word of what it lacks.
-    own = {name: getattr(sizes, name) for name in ("head", "window_pooling", "wide")}
+    own = {name: getattr(sizes, name) for name in ("head", "window_pooling", "wide", "wide_pairs")}
     own |= {"wide_rank": 0 if sizes.wide == "none" else sizes.wide_rank}
     values = json.loads(config.to_json_string()) | own | _OWN_CLASSES
     _write_json(os.path.join(folder, CONFIG_FILE), values)

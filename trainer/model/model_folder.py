@@ -27,7 +27,7 @@ from trainer.errors import UserError
 from trainer.model import folder_tensors, pretrained
 from trainer.model.model import Model, build_model
 from trainer.model.pretrained import WEIGHTS_FILE
-from trainer.model_config import PackingConfig
+from trainer.model_config import MAX_WIDE_PAIRS, PackingConfig
 from trainer.storage import filesystem, own_files
 from trainer.storage.gcs import download_folder
 from trainer.storage.own_files import Count, Number, Several, fields, load
@@ -95,6 +95,7 @@ class _Description:
     max_windows: own_files.Windows = 1
     window_pooling: Literal["max", "mean", "attention"] = "max"
     wide: Literal["wordpieces", "none"] = "none"
+    wide_pairs: Annotated[Count, Field(le=MAX_WIDE_PAIRS)] = 0
 
 
 def load_model_folder(folder: str, precision: str = "float32") -> ModelFolder:
@@ -176,6 +177,7 @@ def _load_model(
         pretrained.model_config(folder, len(description.labels), description.head, 0.0, 0.0),
         window_pooling=description.window_pooling,
         wide=description.wide,
+        wide_pairs=description.wide_pairs,
     )
     path = os.path.join(folder, pretrained.CONFIG_FILE)
     for name, needed in (

@@ -19,7 +19,8 @@ class MultihotConfig(BertConfig):
     """BERT's sizes, and what stands behind the encoder.
 
     `head` is cls, mean or label_attention, `window_pooling` max, mean or attention, `wide` none or
-    wordpieces, and `wide_rank` the columns between the wide part's two tables, 0 for one table.
+    wordpieces, `wide_pairs` the buckets that pairs of tokens are hashed to (a power of two, or 0),
+    and `wide_rank` the columns between the wide part's two tables, 0 for one table.
     """
 
     model_type = "multihot"
@@ -27,34 +28,47 @@ class MultihotConfig(BertConfig):
     head: str = "mean"
     window_pooling: str = "max"
     wide: str = "none"
+    wide_pairs: int = 0
     wide_rank: int = 0
 
 
 class Wide(nn.Module):
-    """A document's sublinear TF-IDF, of norm 1, through one table or two; `idf` is 0 for [CLS]."""
+    """A document's sublinear TF-IDF, of norm 1, through one table or two.
+
+    Terms are the tokens, then the buckets of pairs of neighbours; `idf` is 0 for [CLS].
+    """
 
     def __init__(self, config: MultihotConfig) -> None:
         super().__init__()
-        size, rank, labels = config.vocab_size, config.wide_rank, config.num_labels
+        self.vocab_size, self.pairs = config.vocab_size, config.wide_pairs
+        size, rank, labels = self.vocab_size + self.pairs, config.wide_rank, config.num_labels
         self.idf = nn.Parameter(torch.ones(size), requires_grad=False)
         self.terms = nn.Parameter(torch.zeros(size, rank)) if rank else None
         self.kernel = nn.Parameter(torch.zeros(rank or size, labels))
 
     def forward(self, input_ids: torch.Tensor, mask: torch.Tensor) -> torch.Tensor:
         """Ids and mask, int64 [B, S], to logits without bias [B, L]."""
-        present = mask.float()
-        counts = present.new_zeros(len(input_ids), len(self.idf)).scatter_add(1, input_ids, present)
-        counts = counts.gather(1, input_ids).clamp(min=1)
-        weights = (1 + counts.log()) * self.idf.float()[input_ids]
+        terms, present = input_ids, mask.float()
+        if self.pairs:
+            pairs = self.vocab_size + self._hash_pairs(input_ids[:, :-1], input_ids[:, 1:])
+            terms = torch.cat([terms, pairs], dim=1)
+            present = torch.cat([present, present[:, 1:] * present[:, :-1]], dim=1)
+        counts = present.new_zeros(len(terms), len(self.idf)).scatter_add(1, terms, present)
+        counts = counts.gather(1, terms).clamp(min=1)
+        weights = (1 + counts.log()) * self.idf.float()[terms]
         # Each of a term's tokens has an equal share of the term's weight, and of its square.
         share = present / counts
         squares = (share * weights**2).sum(dim=1, keepdim=True)
         weights = share * weights * squares.clamp(min=1e-30).rsqrt()
         table = self.kernel if self.terms is None else self.terms
-        summed = embedding_bag(
-            input_ids, table, mode="sum", per_sample_weights=weights.to(table.dtype)
-        )
+        summed = embedding_bag(terms, table, mode="sum", per_sample_weights=weights.to(table.dtype))
         return summed if self.terms is None else summed @ self.kernel
+
+    def _hash_pairs(self, left: torch.Tensor, right: torch.Tensor) -> torch.Tensor:
+        """The bucket of each pair of ids: a hash of 32 bits."""
+        mixed = left * 0x9E3779B1 + right * 0x85EBCA77 & 0xFFFFFFFF
+        mixed = (mixed ^ (mixed >> 15)) * 0x2C1B3C6D & 0xFFFFFFFF
+        return (mixed ^ (mixed >> 13)) & (self.pairs - 1)
 
 
 class OwnParts(nn.Module):
