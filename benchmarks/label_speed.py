@@ -10,6 +10,7 @@ the one that `multihot train` runs: forward, backward, aggregation, clipping, Ad
 import argparse
 import statistics
 import time
+from typing import Any
 
 import numpy as np
 import tensorflow as tf
@@ -56,12 +57,18 @@ def make_batch(
 
 
 def make_step(
-    strategy: tf.distribute.Strategy, packing: PackingConfig, num_labels: int, head: str
+    strategy: tf.distribute.Strategy,
+    packing: PackingConfig,
+    num_labels: int,
+    head: str,
+    **options: Any,
 ) -> TrainStep:
-    """The train step of a model with so many labels."""
+    """The train step of a model with so many labels; `options` are further ones of its config."""
+    config = ModelConfig(num_labels=num_labels, head=head, **BERT_BASE | options)
+    rates = OptimizerConfig().resolve(config.hidden_size, is_pretrained=True)
     with strategy.scope():
-        model = build_model(ModelConfig(num_labels=num_labels, head=head, **BERT_BASE))
-        optimizer = AdamW(OptimizerConfig(), model.named_variables(), 12, 1_000_000)
+        model = build_model(config)
+        optimizer = AdamW(rates, model.named_trainable_variables(), config.num_layers, 1_000_000)
     ones = np.ones(num_labels, np.float32)
     loss = make_loss(LossConfig(), ones, ones, [1] * num_labels, 1000)
     return TrainStep(strategy, model, optimizer, packing, loss, 0, jit_compile=True)
