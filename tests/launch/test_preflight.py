@@ -28,7 +28,13 @@ from trainer.data.packing import choose_packing
 from trainer.errors import DoesNotFit, UserError
 from trainer.flags import parse_flags
 from trainer.model.model import build_model
-from trainer.model_config import ModelConfig, OptimizerConfig, PackingConfig, num_parameters
+from trainer.model_config import (
+    ModelConfig,
+    OptimizerConfig,
+    PackingConfig,
+    num_parameters,
+    num_wide_parameters,
+)
 from trainer.run_config import TrainConfig
 
 needs_compiler = pytest.mark.skipif(
@@ -175,6 +181,21 @@ def test_parameters_are_counted_as_the_model_has_them():
         )  # fmt: skip
         variables = build_model(small).named_variables().values()
         assert num_parameters(small) == sum(math.prod(variable.shape) for variable in variables)
+
+
+@pytest.mark.parametrize("limit", [2**26, 1])
+def test_parameters_of_the_wide_part_are_counted_with_one_table_and_with_two(limit, monkeypatch):
+    monkeypatch.setattr("trainer.model_config.MAX_WIDE_PARAMETERS", limit)
+    small = dataclasses.replace(
+        MODEL, vocab_size=64, hidden_size=8, num_attention_heads=2, intermediate_size=12,
+        num_labels=5, max_position_embeddings=16, wide="wordpieces",
+    )  # fmt: skip
+    model = build_model(small)
+    sizes = {name: math.prod(value.shape) for name, value in model.named_variables().items()}
+    of_wide = sum(size for name, size in sizes.items() if name.startswith("wide/"))
+    assert num_wide_parameters(small) == of_wide > 64 * 5
+    assert num_parameters(small) == sum(sizes.values())
+    assert num_wide_parameters(dataclasses.replace(small, wide="none")) == 0
 
 
 def test_useful_work_is_six_flop_a_parameter_and_token_and_the_attention():

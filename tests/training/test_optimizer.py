@@ -283,3 +283,17 @@ def test_without_average_the_state_has_none():
     assert set(optimizer.state()) == {"iterations", "skipped"} | {
         f"{kind}/{name}" for kind in ("m", "v") for name in NAMES
     }
+
+
+@pytest.mark.parametrize(
+    ("size", "is_pretrained", "expected"),
+    [(768, True, (1e-4, 0.9, 30.0)), (384, True, (2e-4, 0.9, 30.0)), (256, False, (5e-4, 1, 1))],
+)
+def test_rates_that_nobody_chose_follow_from_the_models_kind_and_width(
+    size, is_pretrained, expected
+):
+    found = OptimizerConfig().resolve(size, is_pretrained)
+    rates = found.learning_rate, found.layerwise_lr_decay, found.head_lr_multiplier
+    assert rates == pytest.approx(expected)
+    chosen = OptimizerConfig(learning_rate=0.3, layerwise_lr_decay=0.7, head_lr_multiplier=2.0)
+    assert chosen.resolve(size, is_pretrained) == chosen
