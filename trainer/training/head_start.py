@@ -50,13 +50,16 @@ def find_head_start(
     Of an encoder from scratch only the wide part is fitted: its vectors mean nothing yet.
     """
     config = record.train
+    fits_vectors = config.head_start == "fit" and config.init_checkpoint is not None
+    if not fits_vectors and model.wide is None:
+        return HeadStart({}, {}, 0)
     split = metadata.split(TRAIN_SPLIT)
     mean_length = max(1, split.tokens // split.documents)
     count = min(split.documents, config.head_start_documents, -(-_MAX_TOKENS // mean_length))
     documents = read_documents(config.data_dir, metadata, TRAIN_SPLIT, np.arange(count))
     fits: dict[str, SelectedFit] = {}
     values: dict[str, np.ndarray] = {}
-    if config.head_start == "fit" and config.init_checkpoint is not None:
+    if fits_vectors:
         vectors = _document_vectors(record, metadata, model, strategy, count)
         _say(f"fitting {len(metadata.labels)} labels to {count:,} documents' vectors")
         fits["vectors"] = fit_vectors(vectors, documents.labels)

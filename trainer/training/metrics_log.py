@@ -105,16 +105,24 @@ class MetricsLog:
                     tf.summary.scalar(f"train/{name}", row[name])
 
     def log_head_start(self, documents: int, fits: dict[str, SelectedFit]) -> None:
-        """Reports the fits of a start to so many documents, by what they were fitted to."""
+        """Reports the fits of a start to so many documents, by what they were fitted to.
+
+        The seconds are those since the log was opened.
+        """
         if not self._is_chief:
             return
+        seconds = time.perf_counter() - self._began
         fitted = {
             name: {"inverse_strength": fit.inverse_strength, "held_out": fit.held_out_precision}
             for name, fit in fits.items()
         }
-        self._add({"step": 0, "documents": 0, "head_start": {"documents": documents} | fitted})
+        fitted_to = {"documents": documents, "seconds": seconds}
+        self._add({"step": 0, "documents": 0, "head_start": fitted_to | fitted})
         shown = ", ".join(f"{name} {fit.held_out_precision:.4f}" for name, fit in fits.items())
-        self._bar.write(f"head start: mean average precision on held-out documents: {shown}")
+        self._bar.write(
+            f"head start: {documents:,} documents in {seconds:.0f} s; mean average precision on a "
+            f"fifth of them, held out: {shown}"
+        )
 
     def log_evaluation(self, step: int, documents: int, split: str, metrics: dict) -> None:
         """Reports an evaluation: numbers to file and board, a line to the screen."""
