@@ -67,7 +67,8 @@ class EncoderConfig(CheckedConfig):
     head: str = option(
         "auto",
         "What stands for a document: BERT's pooler over [CLS], the mean of its tokens, or one "
-        "attention a label. auto: what the checkpoint's own pooling configuration says, else mean.",
+        "attention a label. auto: what the checkpoint's own pooling configuration says; without "
+        "one mean or cls, whichever's head start ranks better; from scratch mean.",
         choices=("auto", *HEADS),
     )
     wide: str = option(

@@ -1,6 +1,7 @@
 """`multihot train`: shards to checkpoints, the run as one story from top to bottom."""
 
 import contextlib
+import dataclasses
 import itertools
 import json
 import os
@@ -30,7 +31,7 @@ from trainer.streams import end_process
 from trainer.training import setup
 from trainer.training.checkpoint import Checkpoints
 from trainer.training.checkpoint_folder import BEST_FOLDER, CHECKPOINT_FOLDER
-from trainer.training.head_start import find_head_start
+from trainer.training.head_start import find_head_start, settle_head
 from trainer.training.metrics_log import TENSORBOARD_FOLDER, MetricsLog
 from trainer.training.run_record import CONFIG_FILE, RunRecord, start_record
 from trainer.training.selection import BestCheckpoint, Evaluation, next_checkpoint, next_evaluation
@@ -104,10 +105,11 @@ def _run(config: TrainConfig, metadata: Metadata, interruption: Interruption | N
     stream = open_stream(config.data_dir, metadata, "train", packing)
     # Opened only to find a damaged split now and not after an epoch.
     open_stream(config.data_dir, metadata, config.eval_split, packing)
-    sizes, values = setup.choose_model(config, metadata)
     # Before anything else that TensorFlow executes: several workers have to find each other first.
     strategy = devices.make_strategy(config)
     with devices.watching_workers(strategy):
+        head = settle_head(config, metadata, packing, strategy)
+        sizes, values = setup.choose_model(dataclasses.replace(config, head=head), metadata)
         record = setup.make_record(config, metadata, sizes, packing, strategy)
         record = start_record(config.model_dir, record, is_chief(strategy))
         _check_divisible(record, strategy.num_replicas_in_sync)

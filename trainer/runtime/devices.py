@@ -297,6 +297,8 @@ def is_same_everywhere(strategy: tf.distribute.Strategy, value: int) -> bool:
 
 def from_chief(strategy: tf.distribute.Strategy, value: np.ndarray) -> np.ndarray:
     """The chief's array, on all workers; waits until all have called it with the same shape."""
+    if num_workers(strategy) == 1:
+        return value
     mine = value if is_chief(strategy) else np.zeros_like(value)
     replicas = strategy.num_replicas_in_sync // num_workers(strategy)
 

@@ -7,7 +7,7 @@ pass the encoder once, as it stands, and all labels' logistic regressions are so
 """
 
 import os
-from dataclasses import dataclass
+from dataclasses import dataclass, replace
 
 import numpy as np
 import tensorflow as tf
@@ -19,15 +19,21 @@ from trainer.data.tokenizer import load_tokenizer
 from trainer.linear.logistic import Features
 from trainer.linear.selected_fit import TERM_STRENGTHS, SelectedFit, fit_selected, fit_vectors
 from trainer.linear.term_features import count_terms, inverse_frequencies, weigh_terms
-from trainer.model.model import Model
+from trainer.model.model import Model, build_model
 from trainer.model.predictor import Predictor
+from trainer.model.pretrained import read_pooling
+from trainer.model_config import PackingConfig
+from trainer.run_config import TrainConfig
 from trainer.runtime import devices
 from trainer.runtime.progress import show_progress
-from trainer.training import losses
-from trainer.training.run_record import RunRecord
+from trainer.storage import filesystem
+from trainer.training import losses, setup
+from trainer.training.run_record import CONFIG_FILE, RunRecord, load_record
 
 # Tokens of the documents, which are held in memory together with what is counted of them.
 _MAX_TOKENS = 2**25
+# Of the documents that --head=auto is settled on.
+_HEAD_DOCUMENTS = 2000
 
 
 @dataclass(frozen=True)
@@ -60,7 +66,7 @@ def find_head_start(
     fits: dict[str, SelectedFit] = {}
     values: dict[str, np.ndarray] = {}
     if fits_vectors:
-        vectors = _document_vectors(record, metadata, model, strategy, count)
+        vectors = _document_vectors(config, metadata, model, record.packing, strategy, count)
         _say(f"fitting {len(metadata.labels)} labels to {count:,} documents' vectors")
         fits["vectors"] = fit_vectors(vectors, documents.labels)
         values |= _head_values(fits["vectors"], record, metadata)
@@ -73,24 +79,65 @@ def find_head_start(
             "wide/kernel": fits["terms"].model.weights,
             "wide/bias": bias.astype(np.float32),
         }
-    return HeadStart(_from_chief(values, strategy), fits, count)
+    # Other hosts' processors may round otherwise.
+    agreed = {name: devices.from_chief(strategy, value) for name, value in values.items()}
+    return HeadStart(agreed, fits, count)
+
+
+def settle_head(
+    config: TrainConfig,
+    metadata: Metadata,
+    packing: PackingConfig,
+    strategy: tf.distribute.Strategy,
+) -> str:
+    """The head of a run: --head, or for `auto` that of the run already there, that of the
+    checkpoint's pooling configuration, or the one of `mean` and `cls` whose fit ranks better.
+
+    All hosts settle on the chief's. A fit cannot tell label attention from the mean, where it
+    starts.
+    """
+    if config.head != "auto":
+        return config.head
+    if filesystem.exists(os.path.join(config.model_dir, CONFIG_FILE)):
+        return load_record(config.model_dir).model.head
+    with setup.local_checkpoint(config.init_checkpoint) as folder:
+        head = setup.choose_head(config, folder)
+        if folder is None or read_pooling(folder) or config.head_start == "random":
+            return head
+    _say("comparing the heads mean and cls, as the checkpoint says nothing of its pooling")
+    count = min(metadata.split(TRAIN_SPLIT).documents, _HEAD_DOCUMENTS)
+    places = np.arange(count)
+    labels = read_documents(config.data_dir, metadata, TRAIN_SPLIT, places).labels
+    heads, precisions = ("mean", "cls"), []
+    for head in heads:
+        asked = replace(config, head=head, wide="none")
+        sizes, values = setup.choose_model(asked, metadata, compares_words=False)
+        with strategy.scope():
+            model = build_model(sizes, devices.choose_precision(config.precision, strategy))
+            setup.assign_values(model, values)
+        vectors = _document_vectors(config, metadata, model, packing, strategy, count)
+        precisions.append(fit_vectors(vectors, labels).held_out_precision)
+    chief = devices.from_chief(strategy, np.asarray(precisions, np.float32))
+    shown = ", ".join(f"{head} {value:.4f}" for head, value in zip(heads, chief, strict=True))
+    _say(f"mean average precision on held-out documents: {shown}")
+    return heads[int(np.argmax(chief))]
 
 
 def _say(line: str) -> None:
-    print(f"head start: {line} ...", flush=True)
+    print(f"head start: {line}", flush=True)
 
 
 def _document_vectors(
-    record: RunRecord,
+    config: TrainConfig,
     metadata: Metadata,
     model: Model,
+    packing: PackingConfig,
     strategy: tf.distribute.Strategy,
     count: int,
 ) -> np.ndarray:
     """What the classifier takes, float32 [count, hidden], of the first training documents."""
-    predictor = Predictor(model.document_vectors, record.packing, strategy)
-    vectors = np.zeros((count, record.model.hidden_size), np.float32)
-    config = record.train
+    predictor = Predictor(model.document_vectors, packing, strategy)
+    vectors = np.zeros((count, model.config.hidden_size), np.float32)
     with show_progress(config.progress, "head start", count, "documents") as bar:
         blocks = predictor.predict_blocks(config.data_dir, metadata, TRAIN_SPLIT, count)
         for block in blocks:
@@ -134,12 +181,3 @@ def _bias_shift(record: RunRecord, metadata: Metadata) -> np.ndarray:
     split = metadata.split(TRAIN_SPLIT)
     offset = losses.logit_offset(record.train.objective, split.label_counts, split.documents)
     return np.log(np.asarray(record.pos_weights)) - offset
-
-
-def _from_chief(
-    values: dict[str, np.ndarray], strategy: tf.distribute.Strategy
-) -> dict[str, np.ndarray]:
-    """The chief's values on all hosts, whose processors may round otherwise."""
-    if devices.num_workers(strategy) == 1:
-        return values
-    return {name: devices.from_chief(strategy, value) for name, value in values.items()}

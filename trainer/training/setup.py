@@ -106,9 +106,12 @@ def choose_run_packing(config: TrainConfig, metadata: Metadata) -> PackingConfig
 
 
 def choose_model(
-    config: TrainConfig, metadata: Metadata
+    config: TrainConfig, metadata: Metadata, compares_words: bool = True
 ) -> tuple[ModelConfig, dict[str, np.ndarray]]:
-    """The model's sizes, and the pretrained values by name (none from scratch)."""
+    """The model's sizes, and the pretrained values by name (none from scratch).
+
+    `compares_words` is whether `check_vocabulary` has its say.
+    """
     remedy = (
         "prepare the data with this checkpoint's tokenizer and a --max_seq_length that it allows"
     )
@@ -117,7 +120,8 @@ def choose_model(
         sizes = choose_model_config(config, metadata, folder, asked_by, remedy)
         if folder is None:
             return sizes, {}
-        check_vocabulary(config, metadata, sizes, folder)
+        if compares_words:
+            check_vocabulary(config, metadata, sizes, folder)
         return sizes, load_pretrained(folder, sizes)
 
 
