@@ -18,6 +18,8 @@ _MAX_LABELS = 256
 _ROUGH = 1e-2
 # A dimension of less deviation says nothing.
 _MIN_DEVIATION = 1e-6
+# Of those that a mixture is judged by, which takes some seconds at most.
+_SHARE_DOCUMENTS = 8192
 _SHARES = tuple(round(0.05 * step, 2) for step in range(21))
 
 
@@ -53,8 +55,13 @@ def _choose_labels(labels: np.ndarray, held: np.ndarray) -> np.ndarray:
     """Labels that can be judged, at most `_MAX_LABELS` of all frequencies, int64 ascending."""
     held_counts = labels[held].sum(axis=0)
     fit_counts = labels.sum(axis=0) - held_counts
-    judged = np.flatnonzero((fit_counts > 0) & (held_counts > 0))
-    by_frequency = judged[np.argsort(-fit_counts[judged], kind="stable")]
+    return _spread(np.where(held_counts > 0, fit_counts, 0))
+
+
+def _spread(counts: np.ndarray) -> np.ndarray:
+    """At most `_MAX_LABELS` of the labels with positives, of all counts [L]; int64 ascending."""
+    judged = np.flatnonzero(counts)
+    by_frequency = judged[np.argsort(-counts[judged], kind="stable")]
     picks = np.linspace(0, len(judged) - 1, min(len(judged), _MAX_LABELS)).astype(int)
     return np.sort(by_frequency[picks])
 
@@ -87,7 +94,11 @@ def fit_vectors(vectors: np.ndarray, labels: np.ndarray) -> SelectedFit:
 def choose_share(first: np.ndarray, second: np.ndarray, labels: np.ndarray) -> float:
     """The share of `second` in a mixture of two models' logits [N, L] with the best precision.
 
-    From 0 to 1 in steps of 0.05; of equal ones the smallest.
+    From 0 to 1 in steps of 0.05; of equal ones the smallest. Of many documents and labels some are
+    enough to judge.
     """
+    rows = slice(_SHARE_DOCUMENTS)
+    judged = _spread(labels[rows].sum(axis=0))
+    first, second, labels = (item[rows][:, judged] for item in (first, second, labels))
     precisions = [mean_precision((1 - share) * first + share * second, labels) for share in _SHARES]
     return _SHARES[int(np.argmax(precisions))]
