@@ -224,9 +224,9 @@ def test_the_baseline_is_a_line_among_the_learning_curves(folders, written):
     level, text = measured["mean_average_precision"], " ".join(Page(written[1]).texts)
     assert "TF-IDF, mean average precision" in text
     drawn = plot_of(written[1], "evaluations")
-    assert f"[{level!r}, {level!r}]" in drawn and "dashed" in drawn
+    assert f"[{level!r}, {level!r}]" in drawn and '"line_dash": [6]' in drawn
     assert "[0.1, 0.25, 0.5]" in drawn and "[0.0, 1.0, 2.0]" in drawn
-    assert "dashed" not in plot_of(written[1], "loss")
+    assert "line_dash" not in plot_of(written[1], "loss")
 
 
 @pytest.mark.parametrize("case", ["other split", "other data", "no data", "no baseline"])
