@@ -48,8 +48,7 @@ class Model(keras.layers.Layer):
         logits = self.head_logits(batch, row_groups, num_documents, dropout)
         if self.wide is None:
             return logits
-        of_head, of_wide = tf.unstack(self.wide.mix.value)
-        return of_head * logits + of_wide * self.wide(batch, num_documents=num_documents)
+        return self.wide(batch, num_documents=num_documents, head_logits=logits)
 
     def head_logits(
         self,

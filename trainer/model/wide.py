@@ -50,8 +50,16 @@ class Wide(keras.layers.Layer):
         self.bias = add("bias", config.num_labels)
         self.mix = add("mix", 2, value="ones")
 
-    def call(self, batch: dict[str, tf.Tensor], num_documents: int) -> tf.Tensor:
-        """A micro-batch to float32 [D, L]; those of empty slots are the bias."""
+    def call(
+        self,
+        batch: dict[str, tf.Tensor],
+        num_documents: int,
+        head_logits: tf.Tensor | None = None,
+    ) -> tf.Tensor:
+        """A micro-batch to float32 [D, L]; those of empty slots are the bias.
+
+        With the head's logits, float32 [D, L], their mixture.
+        """
         term, document, weight = self._weigh(batch, num_documents)
         table = self.terms if self._config.wide_rank else self.kernel
         rows = weight[:, None] * tf.gather(table.value, term)
@@ -59,7 +67,11 @@ class Wide(keras.layers.Layer):
         summed = sum_by_segment(rows, document, num_documents)
         if self._config.wide_rank:
             summed = tf.matmul(summed, self.kernel.value)
-        return summed + self.bias.value
+        logits = summed + self.bias.value
+        if head_logits is None:
+            return logits
+        of_head, of_wide = tf.unstack(self.mix.value)
+        return of_head * head_logits + of_wide * logits
 
     def _weigh(
         self, batch: dict[str, tf.Tensor], num_documents: int
