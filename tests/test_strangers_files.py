@@ -18,7 +18,7 @@ from pathlib import Path
 import pytest
 from killing import read_tree
 from preparing import ROWS, config, write_rows
-from reported_run import make_everything
+from reported_run import NUM_LABELS, make_everything
 from safetensors.numpy import load_file, save_file
 
 from launch.job import Job
@@ -28,6 +28,7 @@ from trainer.config import ScoreConfig
 from trainer.data.metadata import load_metadata
 from trainer.data.tokenizer import load_tokenizer
 from trainer.errors import UserError
+from trainer.linear.baseline import read_kept
 from trainer.model.model_folder import check_saved_model, load_model_folder
 from trainer.model.pretrained import load_pretrained, model_config
 from trainer.preparation.data_folder import open_work_folder
@@ -153,7 +154,11 @@ def add_split(root):
 
 def run_report(root):
     data_dir, model_dir = str(root / "data"), str(root / "model")
-    report.run(ReportConfig(model_dir, data_dir, baseline_documents=40))
+    report.run(ReportConfig(model_dir, data_dir))
+
+
+def read_baseline(root):
+    read_kept(str(root / "model" / "evaluation" / "baseline.json"), NUM_LABELS)
 
 
 def read_calibration(root):
@@ -192,7 +197,7 @@ READERS = {
     "model/best/step-7.json": (lambda root: load_best(str(root / "model")),),
     "model/evaluation/metrics.json": (run_report, read_calibration),
     "model/evaluation/curves.json": (run_report,),
-    "model/evaluation/baseline.json": (run_report,),
+    "model/evaluation/baseline.json": (read_baseline,),
     "model/evaluation/calibration.json": (read_calibration,),
     "exported/multihot.json": (load_model, run_score),
     "exported/config.json": (load_model,),
