@@ -27,7 +27,9 @@ for line in sys.stdin:
         os.dup2(null, 0)
         os.dup2(null, 1)
         os.dup2(os.open(sys.argv[2], os.O_WRONLY | os.O_CREAT | os.O_TRUNC), 2)
-        cli.main(json.loads(line))
+        first, arguments = json.loads(line)
+        exec(first)
+        cli.main(arguments)
         sys.exit()
     print(process, flush=True)
     _, status = os.waitpid(process, 0)
@@ -46,11 +48,11 @@ class Stage:
             stdin=subprocess.PIPE, stdout=subprocess.PIPE, text=True,
         )  # fmt: skip
 
-    def start(self, arguments: Sequence[str]) -> None:
-        """Begins a run."""
+    def start(self, arguments: Sequence[str], first: str = "") -> None:
+        """Begins a run, which executes `first`, a program in Python, before the command."""
         if self._process.poll() is None and not hasattr(self, "_child"):
             assert self._read() == "ready"
-        self._process.stdin.write(json.dumps([self._command, *arguments]) + "\n")
+        self._process.stdin.write(json.dumps([first, [self._command, *arguments]]) + "\n")
         self._process.stdin.flush()
         self._child = int(self._read())
 

@@ -138,14 +138,31 @@ def finished(corpus, tmp_path_factory):
     return config.model_dir
 
 
-def test_two_workers_are_two_replicas_of_one_process(corpus, finished, tmp_path):
-    """The same documents, masks and sums: every tensor of the run's end has the same bits."""
-    config = config_of(corpus, tmp_path / "run", strategy="mirrored", cpu_replicas=2)
+def run_alone(config):
+    """The run in one process, to its end."""
     values = dataclasses.asdict(config)
     values |= values.pop("optimizer") | values.pop("objective")
     flags = [f"--{name}={value}" for name, value in values.items() if value is not None]
     subprocess.run([sys.executable, "-m", "trainer.cli", "train", *flags], check=True)
+
+
+def test_two_workers_are_two_replicas_of_one_process(corpus, finished, tmp_path):
+    """The same documents, masks and sums: every tensor of the run's end has the same bits."""
+    config = config_of(corpus, tmp_path / "run", strategy="mirrored", cpu_replicas=2)
+    run_alone(config)
     assert_same_weights(config.model_dir, finished)
+
+
+def test_two_workers_start_with_the_chiefs_fits(corpus, model, tmp_path):
+    """From a checkpoint, the other worker's NumPy adding in another order, by fewer threads."""
+    changes = {"init_checkpoint": model, "num_train_epochs": 0.2}
+    pair = config_of(corpus, tmp_path / "pair", **changes)
+    slow = "OPENBLAS_NUM_THREADS=1", "OMP_NUM_THREADS=1"
+    ends = Pair(pair, prefixes=((), ("env", *slow))).ends(WHOLE_RUN_SECONDS)
+    assert [code for code, _ in ends] == [0, 0], ends
+    alone = config_of(corpus, tmp_path / "run", strategy="mirrored", cpu_replicas=2, **changes)
+    run_alone(alone)
+    assert_same_weights(pair.model_dir, alone.model_dir)
 
 
 def assert_lost(end, name):

@@ -151,6 +151,15 @@ def try_everything(root):
     found += [attempt(filesystem.read_bytes, os.path.join(folder, "missing"))]
     with filesystem.local_copy(folder) as copy:
         found += [{name: os.path.getsize(os.path.join(copy, name)) for name in os.listdir(copy)}]
+    for inner in ("kept", "left"):
+        filesystem.make_folder(os.path.join(folder, inner))
+        write_atomically(os.path.join(folder, inner, "file"), inner)
+    with filesystem.local_copy(folder, ("kept", "missing")) as copy:
+        found += [filesystem.read_text(os.path.join(copy, "kept", "file"))]
+        found += [filesystem.exists(os.path.join(copy, name)) for name in ("text", "missing")]
+        # A copy leaves out what nobody asked for; a local folder is itself.
+        is_left_out = not os.path.exists(os.path.join(copy, "left"))
+        assert is_left_out == filesystem.is_remote(root)
     return json.loads(json.dumps(found))
 
 

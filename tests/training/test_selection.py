@@ -16,7 +16,7 @@ from trainer.run_config import TrainConfig
 from trainer.training.losses import make_loss
 from trainer.training.optimizer import AdamW
 from trainer.training.run_record import RunRecord
-from trainer.training.selection import Evaluation
+from trainer.training.selection import BestCheckpoint, Evaluation
 from trainer.training.step import TrainStep
 
 
@@ -80,3 +80,22 @@ def test_blocks_hold_every_document_once(corpus, evaluation, monkeypatch):
             mine, all_of_them = getattr(block, item.name), getattr(whole, item.name)
             assert len(mine) == len(block.indices)
             np.testing.assert_array_equal(mine, np.array(all_of_them)[block.indices])
+
+
+@pytest.mark.parametrize(
+    ("start", "waits"), [(None, [0, 1, 0, 1, 2]), (0.2, [0, 1, 0, 1, 2]), (0.9, [0, 1, 2, 3, 4])]
+)
+def test_the_evaluation_of_a_start_is_compared_with_and_not_counted(start, waits):
+    """Evaluations without a gain, after each one of five: patience of 2 ends a run at 2 of them."""
+    config = TrainConfig(data_dir="d", model_dir="m", patience=2)
+    selection = BestCheckpoint()
+    if start is not None:
+        assert selection.update(config, {"mean_average_precision": start}, is_of_start=True)
+        assert (int(selection.evaluations), int(selection.without_gain)) == (0, 0)
+    values = (0.5, 0.4, 0.6, 0.6, 0.3)
+    for number, (value, wait) in enumerate(zip(values, waits, strict=True), 1):
+        is_best = selection.update(config, {"mean_average_precision": value})
+        assert is_best == (start != 0.9 and value in (0.5, 0.6) and number < 4)
+        assert (int(selection.evaluations), int(selection.without_gain)) == (number, wait)
+        assert selection.is_finished(config, 10, 100) == (wait >= 2)
+    assert float(selection.best) == (start if start == 0.9 else 0.6)
