@@ -21,6 +21,7 @@ from trainer import model_config, prepare
 from trainer.config import PrepareConfig
 from trainer.data.metadata import load_metadata
 from trainer.data.records import read_documents
+from trainer.data.tokenizer import load_tokenizer
 from trainer.evaluation.measurement import concatenate
 from trainer.linear.selected_fit import TERM_STRENGTHS
 from trainer.linear.term_features import count_terms, inverse_frequencies, weigh_terms
@@ -124,7 +125,17 @@ class Started:
         """The first training documents, as the model sees them."""
         places = np.arange(count or self.metadata.split("train").documents)
         data_dir = self.record.train.data_dir
-        return read_documents(data_dir, self.metadata, "train", places, repeat_shared=True)
+        return read_documents(data_dir, self.metadata, "train", places)
+
+    def terms(self, documents):
+        """The documents' features, and the idf of each term."""
+        sizes = self.record.model
+        counts = count_terms(documents.windows, sizes.vocab_size, sizes.wide_pairs)
+        tokenizer = load_tokenizer(os.path.join(self.record.train.data_dir, "tokenizer"))
+        special = tokenizer.cls_id, tokenizer.sep_id, tokenizer.pad_id
+        idf = inverse_frequencies(counts, special)
+        assert not idf[list(special)].any() and sizes.wide_pairs
+        return weigh_terms(counts, idf), idf
 
 
 def reference_logits(vectors, labels, strength):
@@ -166,8 +177,7 @@ def test_the_heads_first_logits_are_a_regression_on_the_documents_vectors(
 def test_the_wide_parts_first_logits_are_a_regression_on_tf_idf(data, checkpoint, tmp_path):
     started = Started(config_of(data, tmp_path, init_checkpoint=checkpoint))
     documents, fit = started.documents(), started.start.fits["terms"]
-    counts = count_terms(documents.tokens, started.metadata.vocab_size)
-    features = weigh_terms(counts, inverse_frequencies(counts))
+    features, _ = started.terms(documents)
     of_parts = started.predict(started.model.logits_of_parts)
     np.testing.assert_array_equal(of_parts.labels, documents.labels)
     assert fit.inverse_strength in TERM_STRENGTHS
@@ -185,10 +195,9 @@ def test_of_many_parameters_the_wide_part_has_two_tables(data, tmp_path, monkeyp
     monkeypatch.setattr(model_config, "WIDE_RANK", 12)
     started = Started(config_of(data, tmp_path))
     documents, fit = started.documents(), started.start.fits["terms"]
-    counts = count_terms(documents.tokens, started.metadata.vocab_size)
-    features = weigh_terms(counts, inverse_frequencies(counts)).toarray()
+    features = started.terms(documents)[0].toarray()
     terms = started.start.values["wide/terms"]
-    assert terms.shape == (started.metadata.vocab_size, 12)
+    assert terms.shape == (started.record.model.num_wide_terms, 12)
     np.testing.assert_allclose(terms.T @ terms, np.eye(12), atol=1e-4)
     best = np.linalg.svd(features, compute_uv=False)[:12]
     assert np.linalg.norm(features @ terms) > 0.99 * np.linalg.norm(best)
@@ -242,8 +251,7 @@ def test_fewer_documents_than_the_split_has_are_its_first(data, checkpoint, tmp_
     expected = reference_logits(vectors.logits[:90], documents.labels, strength)
     found = started.predict(started.model.head_logits).logits[:90]
     np.testing.assert_allclose(found, expected, atol=0.01)
-    counts = count_terms(documents.tokens, started.metadata.vocab_size)
-    np.testing.assert_array_equal(started.start.values["wide/idf"], inverse_frequencies(counts))
+    np.testing.assert_array_equal(started.start.values["wide/idf"], started.terms(documents)[1])
 
 
 def test_four_replicas_start_as_one(data, checkpoint, tmp_path):
