@@ -1,9 +1,9 @@
 """The wide part: a linear model over a document's WordPieces, beside the encoder and its head.
 
 Cheng et al. 2016, "Wide & Deep Learning for Recommender Systems" (arXiv:1606.07792), but not
-trained jointly. Each part is fitted to the labels by itself, and their logits are mixed: the
-encoder learns less of the rare labels where it is trained on what the wide part leaves
-(docs/quality.md).
+trained jointly. Each part is fitted to the labels by itself, and their logits are mixed. Joint
+training ranked about as well (docs/quality.md), and costs each step the wide part's pass, gradient
+and slots.
 
 A document is the sublinear TF-IDF of its tokens and of pairs of neighbours, as
 `trainer.linear.term_features` has it, computed here from the micro-batch's ids: all windows of a
