@@ -74,7 +74,9 @@ def test_probabilities_are_those_of_transformers_in_the_rows_order(model, docume
     rows, lines = read_rows(documents), read_scores(finished)
     assert [line["id"] for line in lines] == [row["id"] for row in rows]
     tokenizer = transformers.AutoTokenizer.from_pretrained(model)
-    peer = transformers.BertForSequenceClassification.from_pretrained(model).eval()
+    peer = transformers.AutoModelForSequenceClassification.from_pretrained(
+        model, trust_remote_code=True
+    ).eval()
     with open(os.path.join(model, "multihot.json"), encoding="utf-8") as file:
         description = json.load(file)
     names = description["labels"]

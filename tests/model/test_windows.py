@@ -62,6 +62,7 @@ def run_training(source, folder, max_windows):
             num_attention_heads=2,
             intermediate_size=32,
             head="mean",
+            wide="none",
             tokens_per_replica=4096,
             num_train_epochs=4.0,
             evaluate_every=4.0,

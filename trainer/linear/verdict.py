@@ -56,9 +56,10 @@ def advise(train: TrainConfig, model: ModelConfig) -> str:
         missing.append("--init_checkpoint, a pretrained BERT, on data prepared with its tokenizer")
     if missing:
         return f"train in another --model_dir with {_join(missing, 'or')}."
+    rates = train.optimizer.resolve(model.hidden_size, is_pretrained=True)
     return (
         "the run has what usually helps, so train on more documents, or with another "
-        f"--learning_rate than {train.optimizer.learning_rate:g}."
+        f"--learning_rate than {rates.learning_rate:g}."
     )
 
 

@@ -37,54 +37,17 @@ class Model(keras.layers.Layer):
         row_groups: RowGroups,
         num_documents: int,
         dropout: Dropout | None = None,
+        wanted: str = "logits",
     ) -> tf.Tensor:
         """Logits float32 [D, L] of one micro-batch; those of empty slots are meaningless.
 
         They are the head's, or a mixture of these and those of the wide part.
 
         `batch` has `input_ids`, `position_ids`, `segment_ids` (int32 [T]), `window_starts`,
-        `window_document` (int32 [W]), and `token_type_ids` (int32 [T]) if not all are 0.
+        `window_document` (int32 [W]), and `token_type_ids` (int32 [T]) if not all are 0. `wanted`
+        is for the methods below.
         """
-        logits = self.head_logits(batch, row_groups, num_documents, dropout)
-        if self.wide is None:
-            return logits
-        return self.wide(batch, num_documents=num_documents, head_logits=logits)
-
-    def head_logits(
-        self,
-        batch: dict[str, tf.Tensor],
-        row_groups: RowGroups,
-        num_documents: int,
-        dropout: Dropout | None = None,
-    ) -> tf.Tensor:
-        """The head's logits alone, which training fits: float32 [D, L]."""
-        hidden = self._encode(batch, row_groups, dropout)
-        return self.head(hidden, batch, num_documents=num_documents, dropout=dropout)
-
-    def logits_of_parts(
-        self, batch: dict[str, tf.Tensor], row_groups: RowGroups, num_documents: int
-    ) -> tf.Tensor:
-        """Logits of head and wide part side by side, float32 [D, 2 L]; of a head alone [D, L]."""
-        logits = self.head_logits(batch, row_groups, num_documents)
-        if self.wide is None:
-            return logits
-        return tf.concat([logits, self.wide(batch, num_documents=num_documents)], axis=1)
-
-    def document_vectors(
-        self, batch: dict[str, tf.Tensor], row_groups: RowGroups, num_documents: int
-    ) -> tf.Tensor:
-        """What the head's last layer takes, float32 [D, hidden], of the same micro-batch."""
-        return self.head.document_vectors(
-            self._encode(batch, row_groups), batch, num_documents=num_documents
-        )
-
-    def _encode(
-        self,
-        batch: dict[str, tf.Tensor],
-        row_groups: RowGroups,
-        dropout: Dropout | None = None,
-    ) -> tf.Tensor:
-        return self.encoder(
+        hidden = self.encoder(
             batch["input_ids"],
             batch["position_ids"],
             batch["segment_ids"],
@@ -93,6 +56,29 @@ class Model(keras.layers.Layer):
             wanted=batch["window_starts"] if self.head.takes_first_tokens else None,
             dropout=dropout,
         )
+        if wanted == "document_vectors":
+            return self.head.document_vectors(hidden, batch, num_documents=num_documents)
+        logits = self.head(hidden, batch, num_documents=num_documents, dropout=dropout)
+        if wanted == "head_logits" or self.wide is None:
+            return logits
+        if wanted == "logits_of_parts":
+            return tf.concat([logits, self.wide(batch, num_documents=num_documents)], axis=1)
+        return self.wide(batch, num_documents=num_documents, head_logits=logits)
+
+    # All of them go through the layer's own call. Without it the head would be the outermost layer,
+    # whose variables Keras casts to the compute type although it is told not to.
+
+    def head_logits(self, batch: dict[str, tf.Tensor], **arguments: Any) -> tf.Tensor:
+        """The head's logits alone, which training fits: float32 [D, L]."""
+        return self(batch, wanted="head_logits", **arguments)
+
+    def logits_of_parts(self, batch: dict[str, tf.Tensor], **arguments: Any) -> tf.Tensor:
+        """Logits of head and wide part side by side, float32 [D, 2 L]; of a head alone [D, L]."""
+        return self(batch, wanted="logits_of_parts", **arguments)
+
+    def document_vectors(self, batch: dict[str, tf.Tensor], **arguments: Any) -> tf.Tensor:
+        """What the head's last layer takes, float32 [D, hidden]."""
+        return self(batch, wanted="document_vectors", **arguments)
 
     def named_variables(self) -> dict[str, tf.Variable]:
         """Every parameter by its path, such as `encoder/layer_0/attention/qkv/kernel`."""
