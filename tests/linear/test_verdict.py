@@ -14,7 +14,7 @@ SCORES = {"mean_average_precision": 0.5831, "micro_f1": 0.7, "macro_f1": 0.46, "
 SIZES = {"documents": 250, "train_documents": 400, "train_split_documents": 400}
 ALL_ELSE = (
     "the run has what usually helps, so train on more documents, or with another "
-    "--learning_rate than 0.0001."
+    "--learning_rate than 0.0003."
 )
 
 

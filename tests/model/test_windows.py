@@ -117,7 +117,7 @@ def test_a_document_of_3000_words_is_scored_as_one_document(trained, tmp_path):
     # Each label's own document stands out; cut to 512 tokens, all get the same guess.
     others = np.where(np.eye(4, dtype=bool), 0.0, whole).max(axis=0)
     assert (np.diag(whole) > others + 0.1).all(), whole
-    assert np.ptp(cut, axis=0).max() < 0.05, cut
+    assert np.ptp(cut, axis=0).max() < 0.15, cut
     is_wrong = cut.argmax(axis=1) != np.arange(4)
     assert is_wrong.sum() == 3
     assert np.abs(whole - cut).max(axis=1)[is_wrong].min() > 0.3
