@@ -36,6 +36,7 @@ def config_of(corpus, model_dir, **changes):
         "intermediate_size": 64,
         "tokens_per_replica": 512,
         "head": "mean",
+        "wide": "none",
         "jit_compile": "false",
         "strategy": "multi_worker",
         "num_train_epochs": 1.0,
@@ -155,7 +156,7 @@ def test_two_workers_are_two_replicas_of_one_process(corpus, finished, tmp_path)
 
 def test_two_workers_start_with_the_chiefs_fits(corpus, model, tmp_path):
     """From a checkpoint, the other worker's NumPy adding in another order, by fewer threads."""
-    changes = {"init_checkpoint": model, "num_train_epochs": 0.2}
+    changes = {"init_checkpoint": model, "num_train_epochs": 0.2, "wide": "wordpieces"}
     pair = config_of(corpus, tmp_path / "pair", **changes)
     slow = "OPENBLAS_NUM_THREADS=1", "OMP_NUM_THREADS=1"
     ends = Pair(pair, prefixes=((), ("env", *slow))).ends(WHOLE_RUN_SECONDS)

@@ -281,9 +281,7 @@ setattr(kind, name, counted)
 """
 MOMENTS = {
     "in the fit": '(head_start, "fit_vectors", 1)',
-    "in its evaluation": '(selection.Evaluation, "run", 1)',
     "before its checkpoint": '(checkpoint.Checkpoints, "save", 1)',
-    "at the first checkpoint of steps": '(checkpoint.Checkpoints, "save", 2)',
     "in a later evaluation": '(selection.Evaluation, "run", 2)',
 }
 
