@@ -189,7 +189,7 @@ def test_on_another_number_of_replicas_it_goes_on_with_the_same_documents(corpus
     for name, stop in (("whole", False), ("resumed", True)):
         config = config_of(
             corpus, tmp_path / name, num_train_epochs=1.0, strategy="mirrored", cpu_replicas=2,
-            evaluate_every=0.5,
+            evaluate_every=0.5, wide="none",
         )  # fmt: skip
         process = start(config)
         if stop:
@@ -379,7 +379,8 @@ def test_bad_steps_count_when_the_run_goes_on_with_a_lower_limit(corpus, tmp_pat
 
 
 def test_a_step_that_crosses_several_evaluations_is_followed_by_one(corpus, tmp_path):
-    train.run(config_of(corpus, tmp_path / "run", num_train_epochs=0.2, evaluate_every=1e-3))
+    changes = {"num_train_epochs": 0.2, "evaluate_every": 1e-3, "wide": "none"}
+    train.run(config_of(corpus, tmp_path / "run", **changes))
     rows = [row for row in rows_of(tmp_path / "run") if row["step"]]
     assert len(rows) > 4
     for steps, evaluation in zip(rows[::2], rows[1::2], strict=True):
