@@ -243,10 +243,7 @@ def leading_places(split: Split, max_documents: int) -> np.ndarray:
 
 
 def read_documents(
-    data_dir: str,
-    metadata: Metadata,
-    split_name: str,
-    places: np.ndarray,
+    data_dir: str, metadata: Metadata, split_name: str, places: np.ndarray
 ) -> Documents:
     """The documents at `places` (int64, ascending) of a split; UserError for a damaged shard."""
     split = metadata.split(split_name)

@@ -40,6 +40,17 @@ class Calibration:
         return sigmoid(self.scale * np.asarray(logits, np.float64) + self.shift)
 
 
+# Half a document on each side keeps the log-odds of labels that all or none have finite.
+_LOG_ODDS_SMOOTHING = 0.5
+
+
+def log_odds(label_counts: Sequence[int] | np.ndarray, num_documents: int) -> np.ndarray:
+    """log(positives / negatives) of each label, half a document added to both; float64 [L]."""
+    positives = np.asarray(label_counts, np.float64)
+    negatives = num_documents - positives
+    return np.log((positives + _LOG_ODDS_SMOOTHING) / (negatives + _LOG_ODDS_SMOOTHING))
+
+
 def sigmoid(logits: np.ndarray) -> np.ndarray:
     """1 / (1 + exp(-z)) in float64, without overflow and precise for small probabilities."""
     logits = np.asarray(logits, np.float64)

@@ -17,7 +17,7 @@ from sklearn.feature_extraction.text import TfidfVectorizer
 from trainer.data.metadata import TRAIN_SPLIT, Metadata, split_fingerprint
 from trainer.data.records import Documents, leading_places, read_documents
 from trainer.errors import UserError
-from trainer.evaluation.calibration import fit_calibration
+from trainer.evaluation.calibration import fit_calibration, log_odds
 from trainer.evaluation.measurement import ExactMeasurement, Predictions
 from trainer.evaluation.metrics import compute_metrics
 from trainer.evaluation.results import EVALUATION_FOLDER, as_json, without_labels, write_json
@@ -73,7 +73,7 @@ def fit_logits(
     document on both sides. `inverse_strength` is scikit-learn's C.
     """
     counts = labels.sum(axis=0)
-    constant = np.log((counts + 0.5) / (len(labels) - counts + 0.5)).astype(np.float32)
+    constant = log_odds(counts, len(labels)).astype(np.float32)
     logits = {name: np.tile(constant, (rows.shape[0], 1)) for name, rows in others.items()}
     ranked = np.argsort(-counts, kind="stable")[:max_labels]
     for start in range(0, len(ranked), _LABELS_AT_ONCE):

@@ -15,11 +15,9 @@ from typing import Any, TypeAlias
 import numpy as np
 from scipy.sparse import csr_matrix
 
-from trainer.evaluation.calibration import sigmoid
+from trainer.evaluation.calibration import log_odds, sigmoid
 
 Features: TypeAlias = np.ndarray | csr_matrix
-# Half a document on both sides keeps the log-odds of what never or always occurs finite.
-_SMOOTHING = 0.5
 # Labels that a thread solves together: their N x labels arrays stay within the processor's cache
 # for some thousand documents, and within 200 MB for 50,000.
 _BLOCK_LABELS = 32
@@ -82,7 +80,7 @@ def fit_logistic(
     problem = _Problem.of(features)
     weights = np.zeros((features.shape[1], labels.shape[1]), np.float32)
     counts = labels.sum(axis=0)
-    bias = np.log((counts + _SMOOTHING) / (len(labels) - counts + _SMOOTHING)).astype(np.float32)
+    bias = log_odds(counts, len(labels)).astype(np.float32)
     if start is not None:
         weights[:], bias[:] = start.weights[used], start.bias
     both = np.flatnonzero((counts > 0) & (counts < len(labels)))

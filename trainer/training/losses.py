@@ -18,14 +18,13 @@ import numpy as np
 import tensorflow as tf
 
 from trainer.errors import UserError, shorten
+from trainer.evaluation.calibration import log_odds
 from trainer.model_config import LossConfig
 from trainer.storage.own_files import MAX_BYTES, parse
 
 POSITIVE_WEIGHT_KINDS = ("none", "balanced", "balanced_classes", "sqrt", "effective")
 # Cui et al. 2019, section 5: past about 1 / (1 - beta) documents a label counts as well covered.
 EFFECTIVE_NUMBER_BETA = 0.999
-# Half a document on each side keeps the log-odds of labels that all or none have finite.
-LOG_ODDS_SMOOTHING = 0.5
 # Beyond it, float32 is infinite.
 _MAX_WEIGHT = 3e38
 _logger = logging.getLogger(__name__)
@@ -142,13 +141,6 @@ def initial_bias(
     """
     log_weights = np.log(np.asarray(pos_weights, np.float64))
     return (log_odds(label_counts, num_documents) + log_weights).astype(np.float32)
-
-
-def log_odds(label_counts: Sequence[int], num_documents: int) -> np.ndarray:
-    """log(positives / negatives) of each label, half a document added to both; float64 [L]."""
-    positives = np.asarray(label_counts, np.float64)
-    negatives = num_documents - positives
-    return np.log((positives + LOG_ODDS_SMOOTHING) / (negatives + LOG_ODDS_SMOOTHING))
 
 
 # (logits [D, L], labels [D, L], document_mask [D]) to (sum, number of documents).
