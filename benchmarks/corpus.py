@@ -17,9 +17,9 @@ from typing import Any
 
 import numpy as np
 
-from trainer.evaluation.calibration import sigmoid
+from trainer.evaluation.calibration import fit_calibration
 from trainer.evaluation.metrics import compute_metrics
-from trainer.evaluation.thresholds import fit_thresholds
+from trainer.evaluation.thresholds import ThresholdRule, fit_thresholds
 
 SPLITS = ("train", "validation", "test")
 CORPUS_FILE = "corpus.jsonl"
@@ -199,13 +199,17 @@ def load_texts(folder: str, names: Sequence[str]) -> list[str]:
 
 
 def measure_logits(folder: str, logits: Mapping[str, np.ndarray]) -> dict[str, Any]:
-    """`compute_metrics` of the test split; thresholds are fitted to validation.
+    """`compute_metrics` of the test split, as `multihot evaluate` has them by default: calibration
+    and thresholds are fitted to validation.
 
     `logits` are those of both splits, float [N, L].
     """
     labels = {split: load_documents(folder, split).labels for split in ("validation", "test")}
-    probabilities = {split: sigmoid(logits[split]) for split in labels}
-    thresholds = fit_thresholds(probabilities["validation"], labels["validation"])
+    ones = np.ones(labels["test"].shape[1])
+    calibration = fit_calibration(logits["validation"], labels["validation"], ones, "labels")
+    probabilities = {split: calibration.probabilities(logits[split]) for split in labels}
+    rule = ThresholdRule("overall_f1", min_support=1)
+    thresholds = fit_thresholds(probabilities["validation"], labels["validation"], rule)
     return compute_metrics(probabilities["test"], labels["test"], thresholds)
 
 

@@ -33,7 +33,6 @@ from baselines import run_frozen, run_tfidf, run_wordpieces
 from compare_trainer import FIRST_SEED, open_folder, predict
 from corpus import (
     DATA_FOLDER,
-    SPLITS,
     find_checkpoint,
     load_documents,
     measure_logits,
@@ -45,14 +44,14 @@ from corpus import (
 from curve_corpora import CORPORA, choose_splits, read_rows
 from curve_tables import draw_curves, load_results, print_tables
 
-from trainer.evaluation.calibration import fit_calibration
-from trainer.evaluation.metrics import probability_metrics
-
 # Flags beside the defaults.
 OURS = {"multihot": [], "multihot_no_wide": ["--wide=none"]}
 TRAINED = (*OURS, "trainer")
 LINEAR = ("tfidf", "tfidf_wordpieces", "frozen")
-METRICS = ("mean_average_precision", "micro_average_precision", "micro_f1", "macro_f1")
+METRICS = (
+    "mean_average_precision", "micro_average_precision", "micro_f1", "macro_f1",
+    "expected_calibration_error",
+)  # fmt: skip
 # What changes a result, beside what a result itself says: a folder holds those of one set.
 SETTINGS = (
     "input", "sample_documents", "held_out", "max_seq_length", "checkpoint", "learning_rate",
@@ -171,8 +170,7 @@ def measure_run(arguments: argparse.Namespace, run: Run) -> dict[str, Any]:
         "tokens_a_document": float(documents.lengths.mean()),
         "held_out": len(logits["test"]),
         "seconds": seconds,
-        "metrics": {name: metrics[name] for name in METRICS}
-        | {"expected_calibration_error": measure_calibration(folder, logits)},
+        "metrics": {name: metrics[name] for name in METRICS},
     }
 
 
@@ -237,17 +235,6 @@ def train_peer(
         logits = dict(arrays)
     with open(path, encoding="utf-8") as file:
         return logits, json.load(file)["training_seconds"]
-
-
-def measure_calibration(folder: str, logits: dict[str, np.ndarray]) -> float:
-    """The calibration error on test after the calibration of `multihot evaluate`."""
-    labels = {split: load_documents(folder, split).labels for split in SPLITS[1:]}
-    calibration = fit_calibration(
-        logits["validation"], labels["validation"], np.ones(labels["test"].shape[1]), "labels"
-    )
-    probabilities = calibration.probabilities(logits["test"])
-    overall, _ = probability_metrics(probabilities, labels["test"])
-    return overall["expected_calibration_error"]
 
 
 def main() -> None:

@@ -245,7 +245,7 @@ def _settings(config: EvaluateConfig, metadata: Metadata, best: LoadedRun) -> di
         "calibrate": config.calibrate,
         "threshold_for": config.threshold_for,
         "threshold_scope": config.thresholds,
-        "min_support": config.min_support,
+        "min_support": config.own_min_support,
         "fingerprints": {
             "checkpoint": best.fingerprint,
             "tokenizer": metadata.tokenizer_fingerprint,

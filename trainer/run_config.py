@@ -196,8 +196,12 @@ class EvaluateConfig(RunConfig):
     )
     calibration_split: str = option("validation", "Split that fits calibration and thresholds.")
     split: str = option("test", "Split to report on.")
-    min_support: int = option(
-        10, "Positives below which a label takes the global threshold.", at_least=1, unit="document"
+    min_support: int | None = option(
+        None,
+        "Positives below which a label takes the global threshold; default: 1 for "
+        "--threshold_for=overall_f1, which also counts on probabilities, and 10 for the others.",
+        at_least=1,
+        unit="document",
     )
     calibrate: str = option(
         "labels",
@@ -243,6 +247,13 @@ class EvaluateConfig(RunConfig):
     def threshold_target(self) -> tuple[str, float]:
         """`--threshold_for`, parsed: kind and level."""
         return parse_threshold_for(self.threshold_for)
+
+    @property
+    def own_min_support(self) -> int:
+        """Positives that a label needs for a threshold of its own."""
+        if self.min_support is not None:
+            return self.min_support
+        return 1 if self.threshold_target[0] == "overall_f1" else 10
 
 
 @dataclass(frozen=True)

@@ -209,6 +209,69 @@ def test_micro_f1_gains_more_than_macro_f1_loses():
     assert macro_alone - 0.1 < macro_both < macro_alone
 
 
+def blended_value(scores, labels, thresholds):
+    """Macro- plus micro-F1 where a document counts (50 p + n y) / (50 + n), by definition."""
+    counts = labels.sum(axis=0)
+    truth = (50 * scores + counts * labels) / (50 + counts)
+    predicted = scores >= thresholds
+    right, sizes = (truth * predicted).sum(axis=0), predicted.sum(axis=0) + truth.sum(axis=0)
+    return (2 * right / sizes).mean() + 2 * right.sum() / sizes.sum()
+
+
+@pytest.mark.parametrize("seed", range(10))
+def test_overall_f1_blends_labels_with_probabilities(seed):
+    """No cut of any label has a better sum, ties and a cut that predicts nothing among them."""
+    random = np.random.default_rng(seed)
+    scores = np.round(random.beta(0.3, 1.5, (60, 3)), 2)
+    scores[:, 2] = 0.01
+    labels = random.random((60, 3)) < scores
+    labels[0] = True
+    thresholds = fit_thresholds(scores, labels, ThresholdRule("overall_f1", min_support=1))
+    assert np.isnan(thresholds[2])
+    thresholds[2] = np.inf
+    every = itertools.product(*([*np.unique(column), np.inf] for column in scores.T))
+    best = max(blended_value(scores, labels, np.array(choice)) for choice in every)
+    # The sum is raised step by step, to a value that no step from there raises.
+    assert blended_value(scores, labels, thresholds) >= best - 2e-3
+
+
+def test_probabilities_help_rare_labels_on_other_documents():
+    """60 labels with 3 to 12 positives among those that thresholds are fitted to."""
+    random = np.random.default_rng(8)
+    logits = random.normal(0, 2.0, (21_000, 60)) - np.linspace(6, 7.5, 60)
+    probabilities = 1 / (1 + np.exp(-logits))
+    labels = random.random(logits.shape) < probabilities
+    fitted, others = slice(1000), slice(1000, None)
+
+    def macro_f1(thresholds):
+        predicted = probabilities[others] >= thresholds
+        return f1_score(labels[others], predicted, average="macro", zero_division=0)
+
+    blended, own, own_or_global = (
+        macro_f1(fit_thresholds(probabilities[fitted], labels[fitted], rule))
+        for rule in (
+            ThresholdRule("overall_f1", min_support=1),
+            ThresholdRule("f1", min_support=1),
+            ThresholdRule("f1", min_support=10),
+        )
+    )
+    assert blended > own + 0.02
+    assert blended > own_or_global + 0.005
+
+
+def test_labels_with_many_positives_hardly_need_their_probabilities():
+    """Even where these are wrong: three times too small."""
+    random = np.random.default_rng(9)
+    scores = random.beta(1, 3, (20_000, 1))
+    labels = random.random(scores.shape) < scores
+    found, alone = (
+        fit_thresholds(scores / 3, labels, ThresholdRule(kind, min_support=1))
+        for kind in ("overall_f1", "f1")
+    )
+    values = [f1_score(labels, scores / 3 >= thresholds) for thresholds in (found, alone)]
+    assert values[0] == pytest.approx(values[1], abs=2e-3)
+
+
 def test_thresholds_from_histograms_reach_what_exact_ones_do():
     """And labels without enough positives take the one cut of all, here and there."""
     random = np.random.default_rng(4)

@@ -9,6 +9,14 @@ label that the model hardly knows is that of predicting it for very many documen
 positives count in micro-F1: on docstrings, micro-F1 fell from 0.70 at a threshold of 0.5 to 0.61.
 The sum of both F1 gives up almost nothing of the one for the other: there it reached 0.71, at a
 macro-F1 of 0.390 instead of 0.394.
+
+The sum of both F1 is not counted on the labels alone. A rare label has a handful of positives among
+the fitted documents, and its best cut there is mostly chance. A document counts (50 p + n y) /
+(50 + n) in place of y, where p is its calibrated probability and n the label's positives: the
+probabilities stand in for what is not known yet. On six systems, two corpora and 400 to 2,000
+fitted documents, the macro-F1 of other documents rose from 0.532 to 0.548 in the mean, and
+micro-F1 from 0.702 to 0.703, beside labels alone with 10 positives or more for a threshold of one's
+own. Weights of 5, 20 and 100 in place of 50 gave macro-F1 of 0.545, 0.547 and 0.547.
 """
 
 from collections.abc import Iterable, Iterator
@@ -31,6 +39,10 @@ from trainer.evaluation.cuts import (
 from trainer.run_config import EvaluateConfig
 
 _MAX_ROUNDS = 50
+# Of the calibrated probabilities in overall_f1, in positives of a label, see above.
+_PRIOR_WEIGHT = 50.0
+# Of the cuts that a blend of both counts is weighed at, each predicts 1 % more than the one before.
+_SPACING = 1.01
 
 
 @dataclass(frozen=True)
@@ -62,7 +74,7 @@ class ThresholdRule:
     `kind` is f1 (each label's own), overall_f1 (the sum of macro- and micro-F1), precision or
     recall; `level` the minimum precision or recall. Labels with fewer than `min_support` positives
     (1 or more), or all where `is_global`, take the global cut, the best one of all labels' scores
-    together.
+    together. Of overall_f1 a label's own counts are blended with its probabilities.
     """
 
     kind: str = "f1"
@@ -74,7 +86,12 @@ class ThresholdRule:
     def of(cls, config: EvaluateConfig) -> "ThresholdRule":
         """The rule that the flags of `multihot evaluate` name."""
         kind, level = config.threshold_target
-        return cls(kind, level, config.min_support, config.thresholds == "global")
+        return cls(kind, level, config.own_min_support, config.thresholds == "global")
+
+    @property
+    def is_blended(self) -> bool:
+        """Whether true positives are counted on probabilities, too."""
+        return self.kind == "overall_f1"
 
     def values(self, cuts: Cuts, tradeoff: MicroF1Tradeoff = NO_TRADEOFF) -> np.ndarray:
         """What each cut is worth, float64 [...]: F1, or what a level that it reaches leaves free.
@@ -95,23 +112,37 @@ class ThresholdRule:
 
 @dataclass(frozen=True)
 class Candidates(Cuts):
-    """The cuts [M] of some labels that can be best: the strictest for each number of positives.
+    """The cuts [M] of some labels that are weighed.
 
     `labels`, int64 [M], rise, and the cuts of one label go from the strictest down; `positives`,
-    int64 [M], are those of each cut's label.
+    [M], are those of each cut's label.
     """
 
     labels: np.ndarray
 
     @classmethod
     def of_cuts(cls, cuts: Cuts, labels: np.ndarray) -> "Candidates":
-        """The candidates among the cuts [B, C] of the labels int64 [B]."""
-        rises = np.diff(cuts.true_positives, axis=-1, prepend=0) > 0
-        lists = np.nonzero(rises)[0]
+        """Those of the cuts [B, C] of the labels int64 [B] that can be best: the strictest for each
+        number of positives."""
+        return cls._chosen(cuts, labels, np.diff(cuts.true_positives, axis=-1, prepend=0) > 0)
+
+    @classmethod
+    def of_blend(cls, cuts: Cuts, labels: np.ndarray) -> "Candidates":
+        """Of blended cuts any can be best: these are 1 % apart, after one that predicts nothing."""
+        pad = ((0, 0), (1, 0))
+        scores = np.pad(cuts.scores, pad, constant_values=np.inf)
+        predicted, found = (np.pad(part, pad) for part in (cuts.predicted, cuts.true_positives))
+        steps = np.log(np.maximum(predicted, 0.5)) // np.log(_SPACING)
+        is_kept = np.diff(steps, axis=-1, prepend=-np.inf) > 0
+        return cls._chosen(Cuts(scores, predicted, found, cuts.positives), labels, is_kept)
+
+    @classmethod
+    def _chosen(cls, cuts: Cuts, labels: np.ndarray, is_kept: np.ndarray) -> "Candidates":
+        lists = np.nonzero(is_kept)[0]
         return cls(
-            cuts.scores[rises],
-            cuts.predicted[rises],
-            cuts.true_positives[rises],
+            cuts.scores[is_kept],
+            cuts.predicted[is_kept],
+            cuts.true_positives[is_kept],
             cuts.positives[lists],
             labels[lists],
         )
@@ -176,9 +207,10 @@ def fit_binned_thresholds(
     """
     thresholds, chosen, tradeoff = _fit(_BinnedScores(histograms, scale, shift), rule)
     shortfall = np.full(len(scale), np.nan)
-    for block in label_blocks(NUM_BINS, len(chosen.labels)):
-        some = chosen.of_places(block)
-        bound = bound_cuts(histograms.of_labels(some.labels).cuts())
+    blocks = label_blocks(NUM_BINS, len(chosen.labels))
+    scores = _BinnedScores(histograms, scale, shift)
+    for block, (_, cuts) in zip(blocks, scores.blocks(chosen.labels, rule.is_blended), strict=True):
+        some, bound = chosen.of_places(block), bound_cuts(cuts)
         best = rule.values(replace(bound, positives=some.positives[:, None]), tradeoff).max(axis=-1)
         reached = rule.values(some, tradeoff)
         shortfall[some.labels] = np.maximum(best - np.where(reached > -np.inf, reached, 0), 0)
@@ -197,11 +229,14 @@ def _fit(
     if len(others) and support.any():
         pooled = Candidates.of_cuts(scores.pooled(), np.zeros(1, np.int64))
         thresholds[others] = _thresholds(rule, pooled.of_places(pooled.best(rule.values(pooled))))
-    parts = [Candidates.of_cuts(cuts, labels) for labels, cuts in scores.blocks(own)]
+    weigh = Candidates.of_blend if rule.is_blended else Candidates.of_cuts
+    parts = [weigh(cuts, labels) for labels, cuts in scores.blocks(own, rule.is_blended)]
     candidates = Candidates.joined(parts)
-    if rule.kind == "overall_f1" and len(own):
+    if rule.is_blended and len(own):
         counts = scores.count_above(others, thresholds[others])
-        places, tradeoff = choose_overall(candidates, support, *counts)
+        positives = support.astype(np.float64)
+        positives[candidates.labels] = candidates.positives
+        places, tradeoff = choose_overall(candidates, positives, *counts)
     else:
         places, tradeoff = candidates.best(rule.values(candidates)), NO_TRADEOFF
     chosen = candidates.of_places(places)
@@ -224,7 +259,7 @@ def choose_overall(
     label maximises its term over its own cuts. The choice is repeated from there for as long as the
     sum rises (Dinkelbach 1967, "On Nonlinear Fractional Programming").
 
-    `support`, int64 [L], are the positives of every label; `true_positives` and `predicted` are of
+    `support`, [L], are the positives of every label; `true_positives` and `predicted` are of
     those without candidates together, whose cuts are fixed. Returns the place of each label's
     candidate, int64, in label order, and the tradeoff there.
     """
@@ -258,15 +293,32 @@ class _RankedScores:
     def pooled(self) -> Cuts:
         return _midway(rank_labels(self.probabilities.reshape(1, -1), self.labels.reshape(1, -1)))
 
-    def blocks(self, labels: np.ndarray) -> Iterator[tuple[np.ndarray, Cuts]]:
+    def blocks(
+        self, labels: np.ndarray, is_blended: bool = False
+    ) -> Iterator[tuple[np.ndarray, Cuts]]:
         for block in label_blocks(len(self.labels), len(labels)):
             some = labels[block]
-            yield some, _midway(rank_labels(self.probabilities[:, some].T, self.labels[:, some].T))
+            cuts = rank_labels(self.probabilities[:, some].T, self.labels[:, some].T)
+            if is_blended:
+                sums = np.pad(np.cumsum(cuts.scores, axis=-1, dtype=np.float64), ((0, 0), (1, 0)))
+                # At a cut within ties, the sum of those that it predicts.
+                cuts = _blend(cuts, np.take_along_axis(sums, cuts.predicted, axis=-1))
+            yield some, _midway(cuts)
 
     def count_above(self, labels: np.ndarray, thresholds: np.ndarray) -> tuple[int, int]:
         predicted = self.probabilities[:, labels] >= thresholds
         right = np.count_nonzero(predicted & self.labels[:, labels])
         return int(right), int(np.count_nonzero(predicted))
+
+
+def _blend(cuts: Cuts, expected: np.ndarray) -> Cuts:
+    """The cuts [B, C] with true positives, float64, counted on labels and probabilities.
+
+    `expected`, float64 [B, C], are the sums of the probabilities of the documents predicted.
+    """
+    share = (_PRIOR_WEIGHT / (_PRIOR_WEIGHT + cuts.positives))[:, None]
+    found = share * expected + (1 - share) * cuts.true_positives
+    return replace(cuts, true_positives=found, positives=found[:, -1])
 
 
 def _midway(cuts: Cuts) -> Cuts:
@@ -299,12 +351,19 @@ class _BinnedScores:
         cuts = cuts_of_bins(documents, positives)
         return replace(cuts, scores=sigmoid(cuts.scores))
 
-    def blocks(self, labels: np.ndarray) -> Iterator[tuple[np.ndarray, Cuts]]:
+    def blocks(
+        self, labels: np.ndarray, is_blended: bool = False
+    ) -> Iterator[tuple[np.ndarray, Cuts]]:
         for block in label_blocks(NUM_BINS, len(labels)):
             some = labels[block]
-            cuts = self.histograms.of_labels(some).cuts()
-            log_odds = self.scale[some, None] * cuts.scores + self.shift[some, None]
-            yield some, replace(cuts, scores=sigmoid(log_odds))
+            histograms, scale, shift = (
+                self.histograms.of_labels(some), self.scale[some, None], self.shift[some, None],
+            )  # fmt: skip
+            cuts = histograms.cuts()
+            if is_blended:
+                masses = histograms.documents * sigmoid(scale * CENTRES + shift)
+                cuts = _blend(cuts, np.cumsum(masses[:, ::-1], axis=-1))
+            yield some, replace(cuts, scores=sigmoid(scale * cuts.scores + shift))
 
     def count_above(self, labels: np.ndarray, thresholds: np.ndarray) -> tuple[int, int]:
         right = predicted = 0
