@@ -92,7 +92,7 @@ def parse_arguments() -> argparse.Namespace:
     parser.add_argument("--epochs", default="1,3,10", help="of the systems that are trained")
     parser.add_argument("--systems", default=",".join((*LINEAR, *TRAINED)))
     parser.add_argument("--seeds", type=int, default=1, help="runs of each trained system")
-    parser.add_argument("--max_seq_length", type=int, default=128, help="in tokens")
+    parser.add_argument("--max_seq_length", type=int, default=512, help="in tokens")
     parser.add_argument("--checkpoint", help="BERT's folder; default: all-MiniLM-L6-v2")
     parser.add_argument("--learning_rate", type=float, default=2e-4, help="of Trainer")
     parser.add_argument("--batch_size", type=int, default=8, help="of Trainer, its own default")

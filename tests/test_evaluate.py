@@ -480,3 +480,16 @@ def test_threshold_targets_are_checked(value):
         UserError, match="--threshold_for=.*expected overall_f1, f1, precision:P or recall:R"
     ):
         EvaluateConfig(model_dir="m", data_dir="d", threshold_for=value)
+
+
+@pytest.mark.parametrize(
+    ("options", "expected"),
+    [
+        ({}, 1), ({"threshold_for": "f1"}, 10), ({"threshold_for": "recall:0.5"}, 10),
+        ({"min_support": 4}, 4), ({"min_support": 4, "threshold_for": "f1"}, 4),
+    ],
+)  # fmt: skip
+def test_only_the_blend_with_probabilities_cuts_labels_with_one_positive(options, expected):
+    config = EvaluateConfig(model_dir="m", data_dir="d", **options)
+    assert config.own_min_support == expected
+    assert ThresholdRule.of(config).min_support == expected
