@@ -205,10 +205,10 @@ def fit_binned_thresholds(
     Each label's bins are put at their centres there. It is as if every score were moved by at most
     half a bin there and half a bin times the scale before.
     """
-    thresholds, chosen, tradeoff = _fit(_BinnedScores(histograms, scale, shift), rule)
+    scores = _BinnedScores(histograms, scale, shift)
+    thresholds, chosen, tradeoff = _fit(scores, rule)
     shortfall = np.full(len(scale), np.nan)
     blocks = label_blocks(NUM_BINS, len(chosen.labels))
-    scores = _BinnedScores(histograms, scale, shift)
     for block, (_, cuts) in zip(blocks, scores.blocks(chosen.labels, rule.is_blended), strict=True):
         some, bound = chosen.of_places(block), bound_cuts(cuts)
         best = rule.values(replace(bound, positives=some.positives[:, None]), tradeoff).max(axis=-1)
