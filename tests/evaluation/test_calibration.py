@@ -6,6 +6,7 @@ from scipy import optimize
 
 from trainer.evaluation.calibration import (
     MIN_SCALE,
+    RATE_STRENGTH,
     SHRINKAGE_STRENGTH,
     _fit_lines,
     _Sample,
@@ -75,6 +76,31 @@ def test_none_takes_back_exactly_the_weights():
     np.testing.assert_allclose(p, [[0.5, 0.2]])
 
 
+def lines_of_rates(x, truth, scale, shift):
+    """Scale and shift [L, 2] that the labels' log-odds predict, by scipy on the documented sums."""
+    counts = truth.sum(axis=0)
+    rates = np.log((counts + 0.5) / (len(x) - counts + 0.5))
+    rates = (rates - rates.mean()) / rates.std()
+    p = sigmoid(scale * x + shift)
+    centre = np.average(x, weights=p * (1 - p))
+    variance = np.average((x - centre) ** 2, weights=p * (1 - p)) + 1e-3
+
+    def lines(change):
+        slope, height = change[0] + change[1] * rates, change[2] + change[3] * rates
+        return scale + slope, shift + height - slope * centre
+
+    def objective(change):
+        slopes, heights = lines(change)
+        z = slopes * x + heights
+        pull = (change**2 * [variance, variance, 1, 1]).sum()
+        return np.logaddexp(0, np.where(truth, -z, z)).sum() + RATE_STRENGTH / 2 * pull
+
+    best = optimize.minimize(objective, np.zeros(4), method="BFGS", options={"gtol": 1e-7})
+    slopes, heights = lines(best.x)
+    bounded = np.maximum(slopes, MIN_SCALE)
+    return np.stack([bounded, heights + (slopes - bounded) * centre], axis=1)
+
+
 def test_fit_is_the_minimum_of_its_objective():
     """Against scipy on the documented objective, for a common, a rare and a backward label."""
     random = np.random.default_rng(8)
@@ -83,13 +109,13 @@ def test_fit_is_the_minimum_of_its_objective():
     truth = random.random((600, 3)) < sigmoid(slopes * x - np.array([0.0, 7.0, 1.0]))
     calibration = fit_calibration(x, truth, np.ones(3), "labels")
     pooled = fit_calibration(x, truth, np.ones(3), "global")
-    a0, b0 = pooled.scale[0], pooled.shift[0]
-    for k in range(3):
+    predicted = lines_of_rates(x, truth, pooled.scale[0], pooled.shift[0])
+    for k, (a0, b0) in enumerate(predicted):
         p = sigmoid(a0 * x[:, k] + b0)
         centre = np.average(x[:, k], weights=p * (1 - p))
         spread = np.average((x[:, k] - centre) ** 2, weights=p * (1 - p)) + 1e-3
 
-        def objective(line, k=k, centre=centre, spread=spread):
+        def objective(line, k=k, a0=a0, b0=b0, centre=centre, spread=spread):
             z = line[0] * x[:, k] + line[1]
             data = np.logaddexp(0, np.where(truth[:, k], -z, z)).sum()
             height = (line[0] - a0) * centre + line[1] - b0
@@ -113,7 +139,7 @@ def test_shrinkage_moves_labels_by_their_information():
     off = np.resize([np.log(2), -np.log(2)], len(base))
     log_odds = base + random.normal(0, 1, (40_000, len(base)))
     truth = random.random(log_odds.shape) < sigmoid(log_odds)
-    scale, shift = _fit_lines(_Sample(log_odds - off, truth, 1.0), 1.0, 0.0)
+    scale, shift = _fit_lines(_Sample(log_odds - off, truth, 1.0), np.ones(30), np.zeros(30))
     # Where the positives of a rare label are: one variance above its mean.
     centre = base - off + 1
     moved = scale * centre + shift - centre
@@ -126,6 +152,27 @@ def test_shrinkage_moves_labels_by_their_information():
     ):
         group = (base == mean) & (np.sign(off) == sign)
         assert moved[group].mean() == pytest.approx(expected, abs=0.1), (mean, sign)
+
+
+def test_rare_labels_learn_from_their_frequency():
+    """Logits that keep less of the log-odds' spread the rarer the label, 400 documents to fit: the
+    rarest have two positives or so, and still most of the error of one line for all goes."""
+    random = np.random.default_rng(11)
+    base = np.linspace(-7.0, -1.0, 60)
+    log_odds = base + random.normal(0, 3.0, (20_400, 60))
+    truth = random.random(log_odds.shape) < sigmoid(log_odds)
+    kept = np.linspace(0.3, 1.0, 60)
+    logits = base + kept * (log_odds - base)
+    fit, test = slice(0, 400), slice(400, None)
+    best = cross_entropy(sigmoid(log_odds[test, :20]), truth[test, :20])
+
+    def excess(mode):
+        calibration = fit_calibration(logits[fit], truth[fit], np.ones(60), mode)
+        probabilities = calibration.probabilities(logits[test])[:, :20]
+        return cross_entropy(probabilities, truth[test, :20]) / best - 1
+
+    assert 0.4 < excess("global")
+    assert excess("labels") < 0.10
 
 
 @pytest.mark.parametrize(

