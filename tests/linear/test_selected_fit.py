@@ -136,13 +136,16 @@ def test_the_share_is_the_best_of_a_grid():
     first = labels + random.normal(0, 1.0, labels.shape)
     second = labels + random.normal(0, 1.5, labels.shape)
     shares = np.arange(21) / 20
-    expected = [
-        average_precision_score(labels, (1 - s) * first + s * second, average="macro")
-        for s in shares
-    ]
+    means, micros = (
+        np.array([
+            average_precision_score(labels, (1 - s) * first + s * second, average=average)
+            for s in shares
+        ])
+        for average in ("macro", "micro")
+    )  # fmt: skip
     found = choose_share(first, second, labels)
-    assert found == pytest.approx(shares[int(np.argmax(expected))]) and 0 < found < 0.5
-    assert mean_precision(first, labels) == pytest.approx(expected[0], abs=1e-9)
+    assert found == pytest.approx(shares[int(np.argmax(means + micros))]) and 0 < found < 0.5
+    assert mean_precision(first, labels) == pytest.approx(means[0], abs=1e-9)
     # Of equally good ones the smallest; of worthless ones 0 and 1.
     assert choose_share(first, first, labels) == 0
     assert choose_share(first, np.zeros_like(first), labels) == 0

@@ -94,11 +94,19 @@ def fit_vectors(vectors: np.ndarray, labels: np.ndarray) -> SelectedFit:
 def choose_share(first: np.ndarray, second: np.ndarray, labels: np.ndarray) -> float:
     """The share of `second` in a mixture of two models' logits [N, L] with the best precision.
 
-    From 0 to 1 in steps of 0.05; of equal ones the smallest. Of many documents and labels some are
-    enough to judge.
+    That is the largest sum of mean and micro average precision. On a few hundred documents the mean
+    alone is mostly chance, which rare labels decide: of five small corpora it gave three a share of
+    a quarter to a half, where a share of 1 had more of both on other documents.
+
+    Shares go from 0 to 1 in steps of 0.05; of equal ones the smallest. Of many documents and labels
+    some are enough to judge.
     """
     rows = slice(_SHARE_DOCUMENTS)
     judged = _spread(labels[rows].sum(axis=0))
     first, second, labels = (item[rows][:, judged] for item in (first, second, labels))
-    precisions = [mean_precision((1 - share) * first + share * second, labels) for share in _SHARES]
-    return _SHARES[int(np.argmax(precisions))]
+    sums = []
+    for share in _SHARES:
+        logits = (1 - share) * first + share * second
+        micro = mean_precision(logits.reshape(-1, 1), labels.reshape(-1, 1))
+        sums.append(mean_precision(logits, labels) + micro)
+    return _SHARES[int(np.argmax(sums))]

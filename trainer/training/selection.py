@@ -154,7 +154,8 @@ class Evaluation:
             for parts in blocks:
                 if wide is not None and wide_share is None:
                     of_head, of_wide = np.split(parts.logits, 2, axis=1)
-                    wide_share = choose_share(of_head, of_wide, parts.labels)
+                    shift = correction.shift.astype(np.float32)
+                    wide_share = choose_share(of_head + shift, of_wide + shift, parts.labels)
                 block = _mix(parts, wide_share)
                 added, documents = self.step.loss(
                     tf.constant(block.logits), tf.constant(block.labels), tf.ones(len(block.ids))
