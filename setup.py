@@ -40,6 +40,8 @@ EXTRAS = {
     "tpu": ["tensorflow-tpu>=2.20,<2.21", "libtpu>=0.0.14,<0.0.32"],
     # `--runner`: the same commands as Apache Beam pipelines.
     "beam": ["apache-beam[gcp]>=2.70,<3"],
+    # `export --formats=onnx`.
+    "onnx": ["onnx>=1.19,<2"],
     # `submit tpu`, `submit vertex` and `jobs`.
     "cloud": ["google-cloud-aiplatform>=1.148,<2", "google-cloud-tpu>=1.24,<2"],
     # The compiler for TPUs that launch/tpu_compiler.py runs. tensorflow-tpu aborts next to a libtpu

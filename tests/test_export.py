@@ -1,5 +1,6 @@
 """The model folder: transformers, the SavedModel and our own loader say the same."""
 
+import dataclasses
 import json
 import os
 import re
@@ -262,6 +263,22 @@ def test_the_last_line_says_who_reads_the_folder(folders, tmp_path, capsys):
     line = capsys.readouterr().out.splitlines()[-1]
     needs = "" if head == "cls" else " (trust_remote_code=True)"
     assert f"for transformers{needs}, saved_model/ and multihot score. Next: " in line
+
+
+def test_onnx_is_written_where_it_is_asked_for(folders, tmp_path, capsys):
+    model_dir, folder, _ = folders
+    target = str(tmp_path / "model")
+    config = ExportConfig(model_dir=model_dir, export_dir=target, formats=("saved_model", "onnx"))
+    export.run(config)
+    assert "saved_model/, onnx/model.onnx and multihot score. " in capsys.readouterr().out
+    export.run(config)
+    assert "nothing to do" in capsys.readouterr().out
+    # A folder without it is not what is asked for.
+    with pytest.raises(UserError, match="not an empty folder"):
+        export.run(dataclasses.replace(config, export_dir=folder))
+    assert load_model_folder(target).fingerprint == load_model_folder(folder).fingerprint
+    with pytest.raises(UserError, match="--formats=torch: expected saved_model"):
+        ExportConfig(model_dir=model_dir, export_dir=target, formats=("torch",))
 
 
 def test_the_same_export_again_does_nothing_and_another_one_is_refused(folders, capsys):

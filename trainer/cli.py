@@ -60,6 +60,8 @@ _EXTRAS = {
     "multihot[tpu] with pip",
     "apache_beam": "Apache Beam is not installed, and --runner names one of its runners; install "
     "multihot[beam] with pip, or leave --runner out",
+    "onnx": "the package onnx is not installed, and --formats asks for ONNX; install "
+    "multihot[onnx] with pip, or leave --formats out",
     "google.cloud.tpu_v2": "Google's client for Cloud TPU is not installed; install "
     "multihot[cloud] with pip",
     "google.cloud.aiplatform_v1": "Google's client for Vertex AI is not installed; install "

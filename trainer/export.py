@@ -35,6 +35,7 @@ from trainer.model.model import Model
 from trainer.model.model_folder import (
     MODELING_FILE,
     MULTIHOT_FILE,
+    ONNX_FILE,
     SAVED_MODEL_FOLDER,
     list_model_files,
 )
@@ -51,7 +52,8 @@ from trainer.training.setup import data_fingerprint
 _FORMAT_VERSION = 1
 _CALIBRATION = ("calibrated", "scale", "shift")
 _UPLOADED = re.compile(
-    rf"[\w.-]+\.(json|safetensors|txt)|{re.escape(MODELING_FILE)}|saved_model/.*"
+    rf"[\w.-]+\.(json|safetensors|txt)|{re.escape(MODELING_FILE)}|{re.escape(ONNX_FILE)}"
+    r"|saved_model/.*"
 )
 
 
@@ -60,6 +62,8 @@ def run(config: ExportConfig) -> None:
 
     A UserError names what is missing or does not fit, or says that the folder is taken.
     """
+    if config.has_onnx:
+        import trainer.model.onnx_graph  # noqa: F401  Says at once if its package is missing.
     if _is_up_to_date(config):
         print(f"{config.export_dir}: exported from this checkpoint already; nothing to do")
         return
@@ -85,7 +89,7 @@ def _is_up_to_date(config: ExportConfig) -> bool:
         text = filesystem.read_bytes(path, MAX_BYTES)
     else:
         text = None
-    if text is None:
+    if text is None or (config.has_onnx and not filesystem.exists(f"{place}/{ONNX_FILE}")):
         return False
     best = load_best(config.model_dir)
     calibration = _read_calibration(config, best)
@@ -165,14 +169,15 @@ def _export(config: ExportConfig, shown_dir: str) -> None:
     )  # fmt: skip
     with _written_aside(absolute(config.export_dir)) as aside:
         description = _describe(best, metadata, packing, calibration)
-        save_model_folder(aside, best.model, tokenizer, packing, description)
+        save_model_folder(aside, best.model, tokenizer, packing, description, config.has_onnx)
     if filesystem.is_remote(shown_dir):
         _upload(config.export_dir, shown_dir)
     is_ours = MODELING_FILE in list_model_files(config.export_dir)
     transformers_needs = " (trust_remote_code=True)" if is_ours else ""
+    readers = f"{SAVED_MODEL_FOLDER}/" + (f", {ONNX_FILE}" if config.has_onnx else "")
     print(
         f"{shown_dir}: model folder of step {best.step} for transformers{transformers_needs}, "
-        f"{SAVED_MODEL_FOLDER}/ and multihot score. Next: multihot score "
+        f"{readers} and multihot score. Next: multihot score "
         f"--model={shown_dir} --input=FILES --output_dir=DIR"
     )
 

@@ -275,3 +275,18 @@ class ExportConfig(RunConfig):
         required=True,
     )
     uncalibrated: bool = option(False, "Export without a calibration of this checkpoint.")
+    formats: tuple[str, ...] = option(
+        ("saved_model",),
+        "Formats beside that of transformers, comma-separated: saved_model, which is always "
+        "written, and onnx.",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        known = set(self.formats) <= {"saved_model", "onnx"}
+        self.expect(known, "formats", "saved_model, or saved_model,onnx")
+
+    @property
+    def has_onnx(self) -> bool:
+        """Whether the folder gets an ONNX graph."""
+        return "onnx" in self.formats

@@ -3,8 +3,12 @@
 import json
 import os
 import shutil
+import subprocess
+import sys
+from pathlib import Path
 
 import numpy as np
+import onnx
 import pytest
 import tensorflow as tf
 import torch
@@ -123,7 +127,7 @@ def folders(corpus, tmp_path_factory):
                 "thresholds": [0.5] * NUM_LABELS,
                 "fingerprints": {"tokenizer": tokenizer.fingerprint},
             }
-            save_model_folder(folder, model, tokenizer, PACKING, description)
+            save_model_folder(folder, model, tokenizer, PACKING, description, has_onnx=True)
         made[kind] = folder, before
     return made
 
@@ -278,6 +282,22 @@ def test_transformers_gives_the_formulas_numbers(kind, folders, texts, monkeypat
         with torch.no_grad():  # Without a mask.
             alone = model(torch.tensor(windows[:1])).logits.numpy()
         np.testing.assert_allclose(alone, expected[:1], atol=1e-4)
+
+
+@pytest.mark.parametrize("kind", KINDS)
+def test_onnx_runtime_alone_gives_the_formulas_numbers(kind, folders, texts, tmp_path, monkeypatch):
+    """In a process without TensorFlow, PyTorch and our code; padded on either side."""
+    folder, values = folders[kind]
+    set_rank(monkeypatch, kind)
+    onnx.checker.check_model(os.path.join(folder, "onnx", "model.onnx"), full_check=True)
+    documents = [[windows[0]] for windows in cut(folder, [*texts[0], *texts[1]])]
+    expected = expected_logits(folder, values, kind, documents)
+    given, scores = str(tmp_path / "texts.json"), str(tmp_path / "scores.npy")
+    (tmp_path / "texts.json").write_text(json.dumps([*texts[0], *texts[1]]))
+    script = Path(__file__).parents[1] / "read_onnx.py"
+    for side in ([], ["left"]):
+        subprocess.run([sys.executable, script, folder, given, scores, *side], check=True)
+        np.testing.assert_allclose(np.load(scores), expected, atol=1e-4)
 
 
 @pytest.mark.parametrize("kind", KINDS)

@@ -20,6 +20,7 @@ from trainer.model.model_folder import (
     DIGEST_FILE,
     MODELING_FILE,
     MULTIHOT_FILE,
+    ONNX_FILE,
     SAVED_MODEL_FOLDER,
     digest_file,
     digest_files,
@@ -49,8 +50,9 @@ def save_model_folder(
     tokenizer: Tokenizer,
     packing: PackingConfig,
     description: dict[str, Any],
+    has_onnx: bool = False,
 ) -> None:
-    """Writes a model folder to an empty local folder.
+    """Writes a model folder to an empty local folder, with or without ONNX.
 
     The model is in float32, with the calibration folded into it. `description` is what
     multihot.json says, but for the digest of the code for transformers, which is added here.
@@ -63,6 +65,8 @@ def save_model_folder(
     # differ in the names of their functions.
     digest = digest_files(folder, list_model_files(folder, SAVED_MODEL_FOLDER))
     _write_json(os.path.join(folder, DIGEST_FILE), {"sha256": digest})
+    if has_onnx:
+        _write_onnx(model, os.path.join(folder, ONNX_FILE))
     if not _is_standard(model.config):
         path = os.path.join(folder, MODELING_FILE)
         shutil.copyfile(Path(__file__).with_name(MODELING_FILE), path)
@@ -104,6 +108,15 @@ def _write_config(sizes: ModelConfig, labels: Sequence[str], pad_id: int, folder
     own |= {"wide_rank": 0 if sizes.wide == "none" else sizes.wide_rank}
     values = json.loads(config.to_json_string()) | own | _OWN_CLASSES
     _write_json(os.path.join(folder, CONFIG_FILE), values)
+
+
+def _write_onnx(model: Model, path: str) -> None:
+    from trainer.model.onnx_graph import make_onnx  # Its package is an extra.
+
+    values = {name: variable.numpy() for name, variable in model.named_variables().items()}
+    os.makedirs(os.path.dirname(path))
+    with open(path, "wb") as file:
+        file.write(make_onnx(model.config, values).SerializeToString())
 
 
 def _write_saved_model(model: Model, packing: PackingConfig, folder: str) -> None:

@@ -6,6 +6,7 @@
     tokenizer.json, …      the tokenizer
     saved_model/           the signatures `serving_default` and `packed`
     saved_model.json       the SavedModel's digest
+    onnx/model.onnx        the same model for ONNX Runtime, if it was asked for
     multihot.json          labels, thresholds, lengths, packing, fingerprints
 
 `folder_writer.py` writes it.
@@ -37,6 +38,7 @@ MULTIHOT_FILE = "multihot.json"
 SAVED_MODEL_FOLDER = "saved_model"
 DIGEST_FILE = "saved_model.json"
 MODELING_FILE = "modeling_multihot.py"
+ONNX_FILE = "onnx/model.onnx"
 
 
 @dataclass(frozen=True)
