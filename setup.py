@@ -37,7 +37,9 @@ EXTRAS = {
     # Three distributions of the same import, tensorflow: install one of them.
     "cpu": ["tensorflow-cpu>=2.20,<2.22"],
     "gpu": ["tensorflow[and-cuda]>=2.20,<2.22"],
-    "tpu": ["tensorflow-tpu>=2.20,<2.21", "libtpu>=0.0.14,<0.0.32"],
+    # TensorFlow 2.20 speaks version 0.72 of PJRT, and this libtpu 0.73, the nearest one; 0.0.31
+    # speaks 0.82, and TensorFlow aborts next to 0.0.34 and newer ones.
+    "tpu": ["tensorflow-tpu>=2.20,<2.21", "libtpu>=0.0.20,<0.0.21"],
     # `--runner`: the same commands as Apache Beam pipelines.
     "beam": ["apache-beam[gcp]>=2.70,<3"],
     # `export --formats=onnx`.

@@ -32,6 +32,7 @@ from trainer import config
 from trainer.errors import INTERRUPTED, USER_FAULT, DoesNotFit, RunAgain, UserError
 from trainer.flags import describe_flags, parse_flags
 from trainer.run_config import TrainConfig
+from trainer.runtime import tpu_environment
 from trainer.storage import filesystem
 from trainer.streams import end_process, protect_streams
 
@@ -136,6 +137,7 @@ def _run(command: str, arguments: Sequence[str], submitted: Sequence[str]) -> No
     name = f"multihot {command}"
     # TensorFlow reads this when it is imported; a user who wants its log lines sets it.
     os.environ.setdefault("TF_CPP_MIN_LOG_LEVEL", "2")
+    tpu_environment.prepare()
     try:
         parsed: Any = parse_flags(config_of(command), arguments)
         if command == "train":

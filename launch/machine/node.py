@@ -133,7 +133,7 @@ class Node:
         }
         if len(self.addresses) > 1:
             # Only one process can open the chips: the server, through which commands use them.
-            variables["TPU_LOAD_LIBRARY"] = "1" if command == runtime_command() else "0"
+            variables["TPU_LOAD_LIBRARY"] = "0"
         with subprocess.Popen(
             command,
             cwd=self.work,

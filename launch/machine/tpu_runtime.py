@@ -8,6 +8,8 @@ sets the remaining variables only.
 import os
 import urllib.request
 
+from trainer.runtime import tpu_environment
+
 METADATA = "computeMetadata/v1/instance"
 MESH_PORT = 8476
 
@@ -39,7 +41,9 @@ def slice_variables() -> dict[str, str]:
 
 def main() -> None:
     """Serves until the process is killed."""
-    os.environ.update(slice_variables())
+    # The commands on this host leave the chips to this process.
+    os.environ.update(slice_variables(), TPU_LOAD_LIBRARY="1")
+    tpu_environment.prepare()
     # Part of TensorFlow for TPUs only; reads the variables when it is imported.
     from tensorflow.python.tools import grpc_tpu_worker
 

@@ -2,11 +2,13 @@
 
 import dataclasses
 import json
+import os
 import signal
 import subprocess
 import sys
 import threading
 import time
+import types
 from pathlib import Path
 
 import pytest
@@ -278,6 +280,22 @@ def test_the_runtime_of_a_pods_host_knows_its_place(monkeypatch):
     assert variables["CLOUD_TPU_TASK_ID"] == "1"
     assert variables["TPU_MESH_CONTROLLER_ADDRESS"] == "10.0.0.2:8476"
     assert variables["TPU_HOSTNAME_OVERRIDE"] == "10.0.0.3"
+
+
+def test_the_server_of_chips_opens_them(monkeypatch):
+    """On the first host too, whose commands leave the chips to it."""
+    from launch.machine import tpu_runtime
+
+    seen = {}
+    worker = types.SimpleNamespace(main=lambda _: seen.update(os.environ))
+    tools = types.SimpleNamespace(grpc_tpu_worker=worker)
+    monkeypatch.setitem(sys.modules, "tensorflow.python.tools", tools)
+    monkeypatch.setattr(tpu_runtime, "slice_variables", lambda: {"CLOUD_TPU_TASK_ID": "0"})
+    monkeypatch.setattr(tpu_runtime.tpu_environment, "prepare", lambda: seen.update(prepared="1"))
+    monkeypatch.setenv("TPU_LOAD_LIBRARY", "0")
+    monkeypatch.setenv("CLOUD_TPU_TASK_ID", "7")
+    tpu_runtime.main()
+    assert seen["TPU_LOAD_LIBRARY"] == "1" and seen["CLOUD_TPU_TASK_ID"] == "0" and seen["prepared"]
 
 
 def test_job_records_need_no_installed_package():

@@ -5,7 +5,6 @@ import glob
 import os
 import socket
 from collections.abc import Iterator
-from importlib import metadata
 
 import numpy as np
 import tensorflow as tf
@@ -23,21 +22,13 @@ from trainer.runtime.cluster import (
     rendezvous,
 )
 from trainer.runtime.interruption import exit_timer
+from trainer.runtime.tpu_environment import has_tpu_support
 
 _LOCAL_TPU = "local"
 # Joining takes a second or two, and for ever if one of the workers that just met is lost then.
 _JOIN_SECONDS = 45.0
 # bfloat16 runs at full speed from this compute capability on.
 _BFLOAT16_CAPABILITY = (8, 0)
-
-
-def has_tpu_support() -> bool:
-    """Whether this TensorFlow is the distribution for TPUs."""
-    try:
-        metadata.version("tensorflow-tpu")
-    except metadata.PackageNotFoundError:
-        return False
-    return True
 
 
 def local_chips() -> list[str]:
