@@ -82,6 +82,7 @@ class VertexMachine:
     accelerators: int = 0
     tpu_topology: str | None = None
     spot_only: bool = False
+    flex_start: bool = False
     warning: str | None = None
 
 
@@ -162,6 +163,7 @@ def vertex_machines() -> tuple[VertexMachine, ...]:
             accelerator_type=row["vertex_type"],
             accelerators=int(count),
             spot_only=int(count) in row["spot_only"],
+            flex_start=row["flex_start"],
             warning=row["warning"],
         )
         for kind, row in table["gpu"].items()

@@ -4,7 +4,7 @@ import sys
 from collections.abc import Sequence
 from typing import Any
 
-from launch.accelerators import VertexMachine, find_vertex_machine
+from launch.accelerators import VertexMachine, find_vertex_machine, vertex_machines
 from launch.cloud import calls, vertex_jobs
 from launch.cloud import package as packages
 from launch.cloud.calls import Place, explained, shorten
@@ -15,6 +15,9 @@ from launch.launch_config import SubmitVertexConfig
 from launch.machine.reports import Ending
 from launch.submit import Commands, Submission, make_job, parse_commands, submit, write_record
 from trainer.errors import USER_FAULT, RunAgain, UserError
+
+# Of cloud.google.com/vertex-ai/docs/training/schedule-jobs-dws.
+_FLEX_START_HOURS = 168.0
 
 
 def run(config: SubmitVertexConfig, arguments: Sequence[str]) -> None:
@@ -41,6 +44,8 @@ def find_machine(config: SubmitVertexConfig, commands: Commands) -> VertexMachin
             f"--accelerator={machine.name}: Vertex AI has {machine.machine_type} as spot machines "
             "or by queue only; expected --provisioning=spot or --provisioning=flex_start beside it"
         )
+    if config.provisioning == "flex_start":
+        _check_flex_start(config, machine)
     if config.num_machines > 1 and machine.environment == "tpu":
         raise UserError(
             f"--num_machines={config.num_machines}: expected 1 with TPUs; slices of several hosts "
@@ -52,6 +57,21 @@ def find_machine(config: SubmitVertexConfig, commands: Commands) -> VertexMachin
             f"shares its work among machines; {' and '.join(SHARED)} do"
         )
     return machine
+
+
+def _check_flex_start(config: SubmitVertexConfig, machine: VertexMachine) -> None:
+    """Refuses machines and times that Vertex AI has no flex-start for."""
+    if not machine.flex_start:
+        names = (item.name.partition(":")[0] for item in vertex_machines() if item.flex_start)
+        raise UserError(
+            f"--accelerator={machine.name}: Vertex AI has no flex_start for it; expected one of "
+            f"{', '.join(dict.fromkeys(names))}, or another --provisioning"
+        )
+    if config.max_hours > _FLEX_START_HOURS:
+        raise UserError(
+            f"--max_hours={config.max_hours:g}: expected at most {_FLEX_START_HOURS:g} with "
+            "--provisioning=flex_start, whose machines are taken back after seven days"
+        )
 
 
 def console_url(name: str) -> str:
