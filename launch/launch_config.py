@@ -130,6 +130,15 @@ class SubmitTpuConfig(WaitingSubmitConfig):
         at_most=100,
         unit="slices",
     )
+    # A slice bills while it exists, also one that can neither be seen nor delete itself.
+    max_hours: float = changed_option(WaitingSubmitConfig, "max_hours", 3.0)
+    max_wait_hours: float = option(
+        24.0,
+        "Hours after which a request that no slice is free for is given up.",
+        above=0,
+        at_most=720,
+        expected="above 0 and at most 720",
+    )
     max_restarts: int = changed_option(
         WaitingSubmitConfig,
         "max_restarts",

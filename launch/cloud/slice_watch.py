@@ -8,13 +8,16 @@ from launch.cloud.calls import pauses
 from launch.cloud.follow import JobLog, Outcome, Progress, read_records, say
 from launch.cloud.tpu_slices import Phase, QueuedResources, ResourceState
 from launch.job import Job
-from launch.machine.reports import Ending
+from launch.machine.reports import Ending, State
 from trainer.errors import RUN_AGAIN, USER_FAULT, RunAgain
 
 # How long a slice may take to delete itself after the end of its commands.
 _GRACE_SECONDS = 120.0
 # How long the slice's watchdog may take to delete it after the end of its time.
 _OVERTIME_SECONDS = 600.0
+# How long a slice may be active without a word. Its hosts report as soon as Multihot is installed,
+# and what they print before that when it fails.
+_SILENT_SECONDS = 1200.0
 # Looks in a row that have to find no slice before it counts as deleted.
 _ABSENCES = 3
 _MAX_STATE_CHARACTERS = 100
@@ -43,6 +46,7 @@ class SliceWatch:
         self._seconds_used = 0.0
         self._is_to_create = False
         self._num_absent = 0
+        self._is_heard = False
 
     def create(self) -> None:
         """Requests the slice; raises as `QueuedResources.create`."""
@@ -101,7 +105,28 @@ class SliceWatch:
         if self._used() > self.job.max_seconds + _OVERTIME_SECONDS:
             self._resources.delete(self.job.name)
             return Outcome(_TIMED_OUT, "the time of --max_hours was over")
-        return None
+        is_silent = time.monotonic() - self._active_since > _SILENT_SECONDS and not self._hear()
+        return self._delete_silent() if is_silent else None
+
+    def _hear(self) -> bool:
+        """Whether a host of the slice has ever written to the bucket."""
+        if not self._is_heard:
+            records = read_records(self.job, State)
+            self._is_heard = bool(records or JobLog(self.job).read_startup())
+        return self._is_heard
+
+    def _delete_silent(self) -> Outcome:
+        """Deletes, with the user's own rights, a slice that may not even delete itself."""
+        self._resources.delete(self.job.name)
+        bucket = f"gs://{self.job.bucket}"
+        return Outcome(
+            USER_FAULT,
+            f"active for {_SILENT_SECONDS / 60:.0f} minutes without a word in "
+            f"{self.job.folder}/, so it was deleted. The account of its hosts (--service_account; "
+            "default: Compute Engine's own) may not write there, or they reach no network: gcloud "
+            f"storage buckets add-iam-policy-binding {bucket} --member=serviceAccount:ACCOUNT "
+            "--role=roles/storage.objectAdmin; without external addresses they need Cloud NAT",
+        )
 
     def _miss(self) -> Outcome | None:
         """Counts a look that finds no slice; the service may list a new one late."""

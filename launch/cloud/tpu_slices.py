@@ -7,6 +7,7 @@ names another server, called without encryption and without credentials.
 
 import contextlib
 import dataclasses
+import datetime
 import enum
 import json
 import time
@@ -56,8 +57,10 @@ def make_create_request(
     parent = calls.parent(config.project, config.zone)
     node = _make_node(config, slice_of_chips, job)
     node.metadata = make_metadata(job, attempt, seconds_left)
+    wait = datetime.timedelta(hours=config.max_wait_hours)
     resource = tpu_v2.QueuedResource(
-        tpu={"node_spec": [{"parent": parent, "node_id": job.name, "node": node}]}
+        tpu={"node_spec": [{"parent": parent, "node_id": job.name, "node": node}]},
+        queueing_policy={"valid_until_duration": wait},
     )
     if config.provisioning == "spot":
         resource.spot = tpu_v2.QueuedResource.Spot()

@@ -126,7 +126,7 @@ def test_a_slice_that_is_taken_away_is_created_again(tpu, cloud, capsys, state):
 
 def test_restarts_are_limited_and_share_the_time(tpu, capsys, monkeypatch):
     tpu.states = [("ACTIVE", "SUSPENDED")]
-    clock = iter(range(0, 10**6, 500))
+    clock = iter(range(0, 10**6, 100))
     monkeypatch.setattr(slice_watch.time, "monotonic", lambda: float(next(clock)))
     assert run(with_flags("--max_restarts=2", "--max_hours=10")) == 75
     error = capsys.readouterr().err
@@ -141,6 +141,34 @@ def test_a_slice_whose_machine_never_started_is_deleted_after_its_time(tpu, monk
     monkeypatch.setattr(slice_watch.time, "monotonic", lambda: float(next(clock)))
     assert run(with_flags("--max_hours=1")) == 2
     assert "the time of --max_hours was over" in capsys.readouterr().err
+    assert tpu.resources == {}
+
+
+def test_a_slice_without_a_word_is_deleted_by_the_client(tpu, cloud, monkeypatch, capsys):
+    """One whose account may not write to the bucket could neither tell nor delete itself."""
+    clock = iter(range(0, 10**7, 100))
+    monkeypatch.setattr(slice_watch.time, "monotonic", lambda: float(next(clock)))
+    assert run(with_flags("--max_hours=10")) == 2
+    error = capsys.readouterr().err
+    assert "active for 20 minutes without a word in gs://" in error
+    assert "add-iam-policy-binding gs://" in error and "roles/storage.objectAdmin" in error
+    assert tpu.resources == {}
+
+
+def test_a_slice_that_has_spoken_may_be_silent(tpu, cloud, monkeypatch, capsys):
+    """Its first report, or the log of a start that failed, is enough: the watchdog has it then."""
+    clock = iter(range(0, 10**7, 100))
+    monkeypatch.setattr(slice_watch.time, "monotonic", lambda: float(next(clock)))
+    asked = []
+
+    def read_records(job, kind):
+        asked.append(kind)
+        return {0: "a report"} if kind is slice_watch.State else {}
+
+    monkeypatch.setattr(slice_watch, "read_records", read_records)
+    assert run(with_flags("--max_hours=1")) == 2
+    assert "the time of --max_hours was over" in capsys.readouterr().err
+    assert asked.count(slice_watch.State) == 1
     assert tpu.resources == {}
 
 
