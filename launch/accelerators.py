@@ -34,10 +34,12 @@ class TpuKind:
 
     `hbm_bytes` is what libtpu's compiler lets a program take; None where that is not known.
     `ici_link_bandwidth` is in bytes, for one link in one direction. `dimensions` counts those of
-    the torus that the chips form.
+    the torus that the chips form. `zones` are those that Google's page on TPU regions and zones
+    names for every project.
     """
 
     name: str
+    zones: tuple[str, ...]
     hbm_bytes: int | None
     bf16_flops: float
     hbm_bandwidth: float
@@ -94,9 +96,9 @@ def _read_table() -> dict[str, Any]:
 @functools.cache
 def tpu_kinds() -> Mapping[str, TpuKind]:
     """All generations of TPUs by name."""
-    columns = [field.name for field in dataclasses.fields(TpuKind) if field.name != "name"]
+    columns = [field.name for field in dataclasses.fields(TpuKind)][2:]
     return {
-        name: TpuKind(name, **{column: row[column] for column in columns})
+        name: TpuKind(name, tuple(row["zones"]), **{column: row[column] for column in columns})
         for name, row in _read_table()["tpu"].items()
     }
 

@@ -91,7 +91,9 @@ class TpuSubmission(Submission):
 
     def connect(self) -> None:
         config = self.config
-        self._resources = QueuedResources(config.project, config.zone, config.service_account)
+        self._resources = QueuedResources(
+            config.project, config.zone, config.service_account, self._slice.kind.zones
+        )
         self._watches = []
         for job in self.jobs:
             make_request = partial(make_create_request, config, self._slice, job)

@@ -10,7 +10,7 @@ import math
 import os
 import re
 import time
-from collections.abc import Callable, Iterator
+from collections.abc import Callable, Iterator, Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -99,7 +99,9 @@ class Place:
 
     `api` is the service's host; `location` a zone or region; `what` the user's words for what was
     requested, such as `the custom job NAME`. The caller needs `role`. `find_locations` is a command
-    that lists the locations of the accelerator, `remove` one that removes what has the same name.
+    that lists the locations of the accelerator, `find_images` one that lists runtime images, where
+    there are such, and `remove` one that removes what has the same name. `others` are other
+    locations where the accelerator is known to be.
     """
 
     api: str
@@ -110,6 +112,15 @@ class Place:
     service_account: str | None
     find_locations: str
     remove: str
+    find_images: str = ""
+    others: Sequence[str] = ()
+
+    @property
+    def elsewhere(self) -> str:
+        """Where else to try, and the command that lists all places."""
+        found = [location for location in self.others if location != self.location]
+        known = f"try {', '.join(found)}; " if found else ""
+        return f"{known}list what is offered: {self.find_locations}"
 
 
 @contextlib.contextmanager
@@ -192,6 +203,16 @@ def _explain_refusal(error: Exception, message: str, place: Place) -> str:
             f"it allows it: gcloud iam service-accounts add-iam-policy-binding {account} "
             f"--project={place.project} --member=user:YOU --role=roles/iam.serviceAccountUser"
         )
+    # As Cloud TPU words it, of a zone or type that is not open to a project, for its owners too.
+    if reason == "LOCATION_POLICY_VIOLATED" or re.search(
+        r"submit requests for accelerator type|or it may not exist|LOCATION_POLICY_VIOLATED",
+        message,
+    ):
+        return (
+            f"{place.what}: {place.location} or that type is not open to project {place.project} "
+            f"({message}); no role changes that; {place.elsewhere}; another --provisioning may be "
+            "open to it, too"
+        )
     return (
         f"{place.what}: permission denied ({message}); whoever owns the project grants it: gcloud "
         f"projects add-iam-policy-binding {place.project} --member=user:YOU --role={place.role}"
@@ -199,18 +220,29 @@ def _explain_refusal(error: Exception, message: str, place: Place) -> str:
 
 
 def _explain_quota(message: str, place: Place) -> str:
-    dimension = "zone" if re.search(r"-[a-z]$", place.location) else "region"
+    """A 429: the accelerator is sold out, or the project's quota is used up."""
+    if re.search(r"no more capacity|insufficient (reserved )?capacity", message, re.IGNORECASE):
+        return (
+            f"{place.what}: {place.location} has none free ({message}); that is no quota; run the "
+            f"same command later, or elsewhere: {place.elsewhere}"
+        )
+    named = re.search(r"Quota (?:limit )?'(\w+)'", message)
+    quota_id = named[1] if named else "ID"
+    # Some quotas of a zone's resources are its region's.
+    region = re.search(r"in region ([-a-z0-9]+)", message)
+    is_zone = re.search(r"-[a-z]$", place.location) and not region
+    dimension, where = "zone" if is_zone else "region", region[1] if region else place.location
     return (
         f"{place.what}: the quota of {place.project} in {place.location} does not allow it "
         f"({message}); see what there is: gcloud beta quotas info list --service={place.api} "
         f"--project={place.project}, then ask for more: gcloud beta quotas preferences create "
-        f"--service={place.api} --project={place.project} --quota-id=ID --preferred-value=N "
-        f"--dimensions={dimension}={place.location}"
+        f"--service={place.api} --project={place.project} --quota-id={quota_id} "
+        f"--preferred-value=N --dimensions={dimension}={where}"
     )
 
 
 def _explain_location(message: str, place: Place) -> str:
-    """A 400 or 404, whose usual reason is a location without the accelerator."""
+    """A 400 or 404: often a location without the accelerator, or a name that is not there."""
     lists = {
         "reservation": "reservations: gcloud compute reservations list",
         "network": "networks: gcloud compute networks subnets list",
@@ -219,7 +251,8 @@ def _explain_location(message: str, place: Place) -> str:
     for pattern, command in lists.items():
         if re.search(pattern, message, re.IGNORECASE):
             return f"{place.what}: {message}; list {command} --project={place.project}"
-    return (
-        f"{place.what}: {place.location} does not offer it ({message}); list what is offered: "
-        f"{place.find_locations}"
-    )
+    if place.find_images and re.search(r"runtime|software|version|image", message, re.IGNORECASE):
+        return f"{place.what}: {message}; list the images: {place.find_images}"
+    if not re.search(r"accelerator|machine|type|location|zone|region", message, re.IGNORECASE):
+        return f"{place.what}: {place.api} refused it: {message}"
+    return f"{place.what}: {place.location} does not offer it ({message}); {place.elsewhere}"

@@ -12,7 +12,7 @@ import enum
 import json
 import time
 import uuid
-from collections.abc import Iterator
+from collections.abc import Iterator, Sequence
 from dataclasses import dataclass
 from pathlib import Path
 from typing import Any
@@ -173,12 +173,20 @@ class QueuedResources:
     All methods raise UserError if the service refuses a call, and RunAgain if it does not answer.
     """
 
-    def __init__(self, project: str, zone: str, service_account: str | None = None) -> None:
+    def __init__(
+        self,
+        project: str,
+        zone: str,
+        service_account: str | None = None,
+        others: Sequence[str] = (),
+    ) -> None:
+        """`others` are other zones that have such slices, for error messages."""
         import google.cloud.tpu_v2 as tpu_v2
 
         self._parent = calls.parent(project, zone)
         self._project, self._zone = project, zone
         self._service_account = service_account
+        self._others = others
         with explained(self.place("Cloud TPU")):
             self._client = calls.make_client(tpu_v2.TpuClient, ENDPOINT_VARIABLE)
 
@@ -195,6 +203,8 @@ class QueuedResources:
             find_locations=f"gcloud compute tpus accelerator-types list {of_zone}; other zones: "
             f"gcloud compute tpus locations list --project={self._project}",
             remove=f"gcloud compute tpus queued-resources delete {name} --force {of_zone}",
+            find_images=f"gcloud compute tpus tpu-vm versions list {of_zone}",
+            others=self._others,
         )
 
     def create(self, request: Any) -> None:

@@ -32,8 +32,41 @@ REFUSALS = [
         (CODES.PERMISSION_DENIED, "iam.serviceAccounts.actAs is required", "",
          "--role=roles/iam.serviceAccountUser"),
         (CODES.UNAUTHENTICATED, "no", "", "gcloud auth application-default login"),
-        (CODES.RESOURCE_EXHAUSTED, "Quota limit 'TPUV5sPreemptible' exceeded", "",
-         "gcloud beta quotas preferences create --service=tpu.googleapis.com"),
+        # These as users have got them.
+        (CODES.PERMISSION_DENIED, "User does not have permission to submit requests for "
+         'accelerator type "v5litepod-4" in location us-central1-a', "",
+         "not open to project my-project"),
+        (CODES.PERMISSION_DENIED,
+         "Permission denied on 'locations/us-central2-b' (or it may not exist).",
+         "LOCATION_POLICY_VIOLATED",
+         "no role changes that; try us-west4-a, us-west1-c, us-south1-a, europe-west4-b; list what "
+         "is offered: gcloud compute tpus accelerator-types list --zone=us-central1-a"),
+        (CODES.RESOURCE_EXHAUSTED, 'There is no more capacity in the zone "us-central1-a"; you can '
+         "try in another zone where Cloud TPU Nodes are offered (see "
+         "https://cloud.google.com/tpu/docs/regions) [EID: 0xba393c906974e61]", "",
+         "that is no quota; run the same command later, or elsewhere: try us-west4-a"),
+        (CODES.RESOURCE_EXHAUSTED, "Insufficient reserved capacity. Contact customer support to "
+         "increase your reservation. [EID: 0x7adf6d58c08b0aa4]", "",
+         "us-central1-a has none free (Insufficient reserved capacity."),
+        (CODES.RESOURCE_EXHAUSTED, "Quota limit 'TPUV6EPreemptiblePerProjectPerRegionForTPUAPI' "
+         "has been exceeded. Limit: 0 in region us-central1.", "",
+         "--quota-id=TPUV6EPreemptiblePerProjectPerRegionForTPUAPI --preferred-value=N "
+         "--dimensions=region=us-central1"),
+        (CODES.RESOURCE_EXHAUSTED, "Quota 'TPUV5sPreemptibleLitepodPerProjectPerRegionForTPUAPI' "
+         "exhausted. Limit 10000 in region us-central1", "",
+         "--quota-id=TPUV5sPreemptibleLitepodPerProjectPerRegionForTPUAPI"),
+        (CODES.INVALID_ARGUMENT, "Cloud TPU received a bad request. The requested accelerator "
+         'configuration for accelerator type, "v5litepod-4", could not be found in the zonal '
+         'accelerator configurations for "us-central1-a".; the accelerator v5litepod-4 was not '
+         "found in zone us-central1-a [EID: 0x5be9ca996f9773a4]", "",
+         "us-central1-a does not offer it"),
+        # These by our own guess.
+        (CODES.INVALID_ARGUMENT, "runtime version tpu-vm-tf-9 is not valid", "",
+         "list the images: gcloud compute tpus tpu-vm versions list --zone=us-central1-a"),
+        (CODES.INVALID_ARGUMENT, "labels: too many", "", "refused it: labels: too many"),
+        (CODES.RESOURCE_EXHAUSTED, "Quota exceeded", "",
+         "gcloud beta quotas preferences create --service=tpu.googleapis.com --project=my-project "
+         "--quota-id=ID --preferred-value=N --dimensions=zone=us-central1-a"),
         (CODES.ALREADY_EXISTS, "Resource already exists", "",
          "gcloud compute tpus queued-resources delete first --force --zone=us-central1-a"),
         (CODES.NOT_FOUND, "Location us-central1-a is not found", "",
