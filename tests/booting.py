@@ -122,6 +122,7 @@ def make_host(tmp_path: Path, job: Job, bootstrap: str | None = None) -> Iterato
             "GCE_METADATA_HOST": address,
             "MULTIHOT_TPU_URL": f"http://{address}",
             "MULTIHOT_WORK": str(tmp_path / "work"),
+            "MULTIHOT_CONSOLE": str(tmp_path / "console"),
             "MULTIHOT_PAUSE": "1",
             "MULTIHOT_SITE_PACKAGES": str(installed),
         }

@@ -8,7 +8,8 @@
 # script, with the old deadline.
 #
 # GCE_METADATA_HOST, STORAGE_EMULATOR_HOST and MULTIHOT_TPU_URL name other servers, MULTIHOT_WORK
-# another folder and MULTIHOT_SITE_PACKAGES installed dependencies to use: for tests.
+# another folder, MULTIHOT_CONSOLE another console and MULTIHOT_SITE_PACKAGES installed dependencies
+# to use: for tests.
 set -uo pipefail
 umask 077
 
@@ -16,6 +17,7 @@ metadata="http://${GCE_METADATA_HOST:-metadata.google.internal}/computeMetadata/
 storage="${STORAGE_EMULATOR_HOST:-https://storage.googleapis.com}"
 tpu_api="${MULTIHOT_TPU_URL:-https://tpu.googleapis.com}"
 work="${MULTIHOT_WORK:-/var/lib/multihot}"
+console="${MULTIHOT_CONSOLE:-/dev/console}"
 pause="${MULTIHOT_PAUSE:-30}"
 stopping=""
 child=""
@@ -60,15 +62,30 @@ record_exit_code() {
   upload "$work/exit_code.json" "exit_code/host-$host"
 }
 
+# Says on the serial console, which needs no right to any bucket, what only a person can mend.
+plead() {
+  local project zone name
+  IFS=/ read -r _ project _ zone _ name <<<"$resource"
+  printf 'multihot: this slice was refused its own deletion, and goes on billing; delete it: %s\n' \
+    "gcloud compute tpus queued-resources delete $name --force --zone=$zone --project=$project" \
+    2>/dev/null >>"$console"
+}
+
 # Sleeps until the deadline, and then requests the deletion again and again until this machine is
-# deleted.
+# deleted. The job ends at the deadline in any case.
 watch() {
   trap '' HUP INT TERM
   # The kernel kills this process last when memory runs out.
   { echo -1000 >"/proc/$BASHPID/oom_score_adj"; } 2>/dev/null
   while (($(date +%s) < $(<"$work/deadline"))); do sleep "$((pause > 5 ? 5 : pause))"; done
-  if [[ ! -e $work/ended ]]; then record_exit_code 124 "the time of --max_hours was over"; fi
-  until delete_slice; do sleep "$pause"; done
+  if [[ ! -e $work/ended ]]; then
+    record_exit_code 124 "the time of --max_hours was over"
+    kill -TERM "$$" 2>/dev/null
+  fi
+  until delete_slice; do
+    plead
+    sleep "$pause"
+  done
   while sleep 60; do delete_slice; done
 }
 
@@ -122,6 +139,8 @@ fi
 endpoints="$(attribute worker-network-endpoints '')"
 # Images for slices of several hosts start a runtime of another TensorFlow, which opens the chips.
 if [[ $endpoints == *,* ]]; then systemctl stop tpu-runtime.service; fi
+# Another user's would stop libtpu: /tmp is sticky, and the kernel protects such files from root too.
+rm -f /tmp/libtpu_lockfile
 
 printf '{"submission": "%s", "attempt": %d, "host": %d, "what": "%s", "line": "", "time": %d}\n' \
   "$submission" "$attempt" "$host" "installing" "$(date +%s)" >"$work/state.json"

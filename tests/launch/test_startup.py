@@ -103,14 +103,17 @@ def test_an_account_that_could_not_delete_the_slice_is_told_before_the_job_runs(
 
 
 def test_the_watchdog_deletes_a_slice_whose_time_is_over(tmp_path):
-    """The job hangs; the first two deletions are refused."""
+    """The job hangs; the first two deletions are refused, which the serial console tells."""
     job = dataclasses.replace(JOB, max_seconds=1)
     with make_host(tmp_path, job, "import time; time.sleep(600)") as host:
         host.machine.refused_deletes = 2
         host.start()
         host.wait_for_delete()
         assert host.machine.refusals == 2
-        assert host.process is not None and host.process.poll() is None
+        assert host.wait(20) == 143
+        lines = (tmp_path / "console").read_text().splitlines()
+        command = "delete first --force --zone=us-central1-a --project=p"
+        assert len(lines) == 2 and all(line.endswith(command) for line in lines)
         ending = json.loads(host.read("exit_code/host-0"))
         assert (ending["exit_code"], ending["reason"]) == (124, "the time of --max_hours was over")
 
