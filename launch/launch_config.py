@@ -130,6 +130,11 @@ class SubmitTpuConfig(WaitingSubmitConfig):
         at_most=100,
         unit="slices",
     )
+    allow_experimental: bool = option(
+        False,
+        "Take a slice of several hosts: nobody has shown that TensorFlow runs there, and Google's "
+        "own tests of it leave such slices out.",
+    )
     # A slice bills while it exists, also one that can neither be seen nor delete itself.
     max_hours: float = changed_option(WaitingSubmitConfig, "max_hours", 3.0)
     max_wait_hours: float = option(

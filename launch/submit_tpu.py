@@ -26,6 +26,12 @@ def run(config: SubmitTpuConfig, arguments: Sequence[str]) -> None:
     """
     commands = parse_commands(arguments)
     slice_of_chips = find_slice(config.accelerator)
+    if slice_of_chips.hosts > 1 and not config.allow_experimental:
+        raise UserError(
+            f"--accelerator={config.accelerator}: {slice_of_chips.name} has {slice_of_chips.hosts} "
+            "hosts, and nobody has shown that TensorFlow trains there; take a slice of one host, "
+            "or give --allow_experimental, best with --max_hours=1"
+        )
     if slice_of_chips.warning:
         print(f"warning: {slice_of_chips.warning}", file=sys.stderr)
     package = packages.build("tpu")

@@ -36,7 +36,7 @@ def test_a_job_runs_to_its_end_and_leaves_nothing(tpu, cloud, capsys):
     record = Job.from_json(objects["multihot/first/job.json"].data)
     assert record == Job.from_json(fake_tpu.metadata_of(request)["multihot-job"])
     assert record.commands == (tuple(TRAIN),)
-    assert record.max_seconds == 24 * 3600
+    assert record.max_seconds == 3 * 3600
     # The operation was looked at until it was done: once too early.
     assert tpu.requests.count("GetOperation") == 2
 

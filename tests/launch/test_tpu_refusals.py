@@ -190,3 +190,15 @@ def test_commands_that_are_too_long_for_a_slice_are_refused(tpu, capsys):
     assert run(["submit", "tpu", *FLAGS, "--", *score]) == 2
     check_refusal(capsys, "name folders or globs instead of files")
     assert tpu.created == []
+
+
+def test_a_slice_of_several_hosts_is_asked_for_twice(tpu, cloud, capsys):
+    """Nobody has shown that TensorFlow runs there, so a user says that this is known."""
+    pod = [flag.replace("v5e:2x2", "v5e:4x4") for flag in FLAGS]
+    commands = SUBMIT[len(FLAGS) + 2 :]
+    assert run(["submit", "tpu", *pod, *commands]) == 2
+    check_refusal(capsys, "v5litepod-16 has 4 hosts, and nobody has shown that TensorFlow trains")
+    assert tpu.created == []
+    Slices(tpu, cloud, 0)
+    assert run(["submit", "tpu", *pod, "--allow_experimental", *commands]) == 0
+    assert "warning: TensorFlow on several hosts" in capsys.readouterr().err
