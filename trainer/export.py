@@ -89,7 +89,7 @@ def _is_up_to_date(config: ExportConfig) -> bool:
         text = filesystem.read_bytes(path, MAX_BYTES)
     else:
         text = None
-    if text is None or (config.has_onnx and not filesystem.exists(f"{place}/{ONNX_FILE}")):
+    if text is None or (config.has_onnx and not _has_file(f"{place}/{ONNX_FILE}")):
         return False
     best = load_best(config.model_dir)
     calibration = _read_calibration(config, best)
@@ -103,6 +103,10 @@ def _is_up_to_date(config: ExportConfig) -> bool:
         )
     except (ValueError, TypeError, KeyError):
         return False
+
+
+def _has_file(path: str) -> bool:
+    return any(list_objects(path)) if filesystem.is_remote(path) else os.path.exists(path)
 
 
 def _check_vacant(url: str) -> dict[str, int]:

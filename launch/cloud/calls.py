@@ -205,7 +205,7 @@ def _explain_refusal(error: Exception, message: str, place: Place) -> str:
         )
     # As Cloud TPU words it, of a zone or type that is not open to a project, for its owners too.
     if reason == "LOCATION_POLICY_VIOLATED" or re.search(
-        r"submit requests for accelerator type|or it may not exist|LOCATION_POLICY_VIOLATED",
+        r"submit requests for accelerator type|denied on 'locations/|LOCATION_POLICY_VIOLATED",
         message,
     ):
         return (

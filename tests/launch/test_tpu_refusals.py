@@ -41,6 +41,9 @@ REFUSALS = [
          "LOCATION_POLICY_VIOLATED",
          "no role changes that; try us-west4-a, us-west1-c, us-south1-a, europe-west4-b; list what "
          "is offered: gcloud compute tpus accelerator-types list --zone=us-central1-a"),
+        (CODES.PERMISSION_DENIED, "Permission 'tpu.queuedResources.create' denied on resource "
+         "'//tpu.googleapis.com/projects/my-project/locations/us-central1-a' (or it may not "
+         "exist).", "", "--member=user:YOU --role=roles/tpu.admin"),
         (CODES.RESOURCE_EXHAUSTED, 'There is no more capacity in the zone "us-central1-a"; you can '
          "try in another zone where Cloud TPU Nodes are offered (see "
          "https://cloud.google.com/tpu/docs/regions) [EID: 0xba393c906974e61]", "",

@@ -1,6 +1,7 @@
 """prepare, export and score on gs:// through a fake that fails: the files of local folders."""
 
 import contextlib
+import dataclasses
 import json
 import threading
 from pathlib import Path
@@ -196,6 +197,15 @@ def test_export_and_score_write_the_same_files(cloud, model, documents, temporar
         export.run(ExportConfig(model_dir=run, export_dir="gs://b/model", uncalibrated=True))
     with pytest.raises(UserError, match="gs://b/none: no multihot.json"):
         load_model_folder("gs://b/none")
+    with_onnx = ExportConfig(model_dir=run, export_dir="gs://b/model", formats=("onnx",))
+    with pytest.raises(UserError, match="gs://b/model: holds multihot.json"):
+        export.run(with_onnx)
+    with_onnx = dataclasses.replace(with_onnx, export_dir="gs://b/onnx")
+    export.run(with_onnx)
+    assert {"onnx/model.onnx", "multihot.json"} <= set(read_bucket(cloud, "onnx"))
+    generation = cloud.generation
+    export.run(with_onnx)
+    assert cloud.generation == generation
 
     cloud.put("b", "in/few.jsonl", few.read_bytes())
     for kind in ("jsonl", "parquet"):
