@@ -31,6 +31,7 @@ class FakeVertex:
       error: with which a job ends that fails.
       plan: for each request, by its method, a fault or None.
       jobs: by full name, in the order in which they were made.
+      takes_hyphens: whether a filter may name a label's key with hyphens.
       requests: methods in the order in which they came.
       on_get: called with a job whenever it is read, before its state moves on.
     """
@@ -39,6 +40,7 @@ class FakeVertex:
     error: str = ""
     plan: Callable[[str], Fault | None] = lambda method: None
     jobs: dict[str, types.CustomJob] = field(default_factory=dict)
+    takes_hyphens: bool = True
     requests: list[str] = field(default_factory=list)
     on_get: Callable[[types.CustomJob], None] = lambda job: None
 
@@ -69,16 +71,14 @@ class FakeVertex:
 
     def list(self, request: types.ListCustomJobsRequest) -> types.ListCustomJobsResponse:
         """Lists a page of the jobs whose labels the filter wants."""
-        found = re.fullmatch(r"labels\.([a-z_-]+)(?::\*|=([a-z0-9_-]+))", request.filter)
-        assert found is not None, request.filter
-        key, value = found.groups()
-        jobs = [
-            job
-            for name, job in self.jobs.items()
-            if name.startswith(request.parent + "/")
-            and key in job.labels
-            and value in (None, job.labels[key])
-        ]
+        jobs = [job for name, job in self.jobs.items() if name.startswith(request.parent + "/")]
+        if request.filter:
+            found = re.fullmatch(r"labels\.([a-z_-]+)(?::\*|=([a-z0-9_-]+))", request.filter)
+            assert found is not None, request.filter
+            key, value = found.groups()
+            if "-" in key and not self.takes_hyphens:
+                raise Fault(grpc.StatusCode.INVALID_ARGUMENT, f"Invalid filter: {request.filter}")
+            jobs = [job for job in jobs if key in job.labels and value in (None, job.labels[key])]
         start = int(request.page_token or 0)
         more = str(start + _PAGE) if len(jobs) > start + _PAGE else ""
         return types.ListCustomJobsResponse(

@@ -138,7 +138,7 @@ def create(client: Any, request: Any) -> Any:
 def find_submission(client: Any, request: Any) -> list[Any]:
     """The jobs that a CreateCustomJobRequest has created; more than one if it was repeated."""
     submission = request.custom_job.labels[_SUBMISSION_LABEL]
-    return _list(client, request.parent, f"labels.{_SUBMISSION_LABEL}={submission}")
+    return _list(client, request.parent, _SUBMISSION_LABEL, submission)
 
 
 def _cancel_others(client: Any, request: Any, made: Any = None) -> Any:
@@ -157,16 +157,28 @@ def find(client: Any, project: str, region: str, name: str | None = None) -> lis
 
     Raises GoogleAPICallError if the service refuses the request, RunAgain if it does not answer.
     """
-    condition = f"labels.{JOB_LABEL}={name}" if name else f"labels.{JOB_LABEL}:*"
-    jobs = _list(client, calls.parent(project, region), condition)
+    jobs = _list(client, calls.parent(project, region), JOB_LABEL, name)
     return sorted(jobs, key=lambda job: job.create_time, reverse=True)
 
 
-def _list(client: Any, place: str, condition: str) -> list[Any]:
+def _list(client: Any, place: str, key: str, value: str | None) -> list[Any]:
+    """The custom jobs with a label, of that value or of any.
+
+    Nothing public says whether a filter may name a key with hyphens. Where it is refused, all jobs
+    are listed; those with the label are told apart here in any case.
+    """
+    from google.api_core.exceptions import InvalidArgument
     from google.cloud.aiplatform_v1 import types
 
-    request = types.ListCustomJobsRequest(parent=place, filter=condition)
-    return _call(lambda: list(client.list_custom_jobs(request=request, timeout=calls.CALL_SECONDS)))
+    def ask(condition: str) -> list[Any]:
+        request = types.ListCustomJobsRequest(parent=place, filter=condition)
+        return list(client.list_custom_jobs(request=request, timeout=calls.CALL_SECONDS))
+
+    try:
+        jobs = _call(lambda: ask(f"labels.{key}={value}" if value else f"labels.{key}:*"))
+    except InvalidArgument:
+        jobs = _call(lambda: ask(""))
+    return [job for job in jobs if key in job.labels and value in (None, job.labels[key])]
 
 
 def get(client: Any, name: str) -> Any:

@@ -177,8 +177,12 @@ def test_a_service_that_stays_away_is_given_up(connect, monkeypatch):
     assert not vertex.jobs
 
 
-def test_ours_are_found_by_their_labels_over_several_pages(connect):
-    vertex = FakeVertex(plan=faults("ListCustomJobs", Fault(UNAVAILABLE, "away")))
+@pytest.mark.parametrize("takes_hyphens", [True, False])
+def test_ours_are_found_by_their_labels_over_several_pages(connect, takes_hyphens):
+    """Also where the service refuses filters whose keys have hyphens."""
+    vertex = FakeVertex(
+        plan=faults("ListCustomJobs", Fault(UNAVAILABLE, "away")), takes_hyphens=takes_hyphens
+    )
     with connect(vertex) as client:
         for name in ("one", "two", "two", "two", "three"):
             client.create_custom_job(request=build(make_config(name=name)))
