@@ -210,9 +210,9 @@ def test_micro_f1_gains_more_than_macro_f1_loses():
 
 
 def blended_value(scores, labels, thresholds):
-    """Macro- plus micro-F1 where a document counts (50 p + n y) / (50 + n), by definition."""
+    """Macro- plus micro-F1 where a document counts (100 p + n y) / (100 + n), by definition."""
     counts = labels.sum(axis=0)
-    truth = (50 * scores + counts * labels) / (50 + counts)
+    truth = (100 * scores + counts * labels) / (100 + counts)
     predicted = scores >= thresholds
     right, sizes = (truth * predicted).sum(axis=0), predicted.sum(axis=0) + truth.sum(axis=0)
     return (2 * right / sizes).mean() + 2 * right.sum() / sizes.sum()

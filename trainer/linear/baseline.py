@@ -28,6 +28,8 @@ from trainer.storage.filesystem import add_checksum
 from trainer.storage.own_files import Count, Number, fields, load, many, named
 
 BASELINE_FILE = "baseline.json"
+# Raised when the same documents give other figures, so that none is kept from before.
+_VERSION = 2
 # Labels beyond the most frequent ones are predicted at their frequency.
 MAX_LABELS = 500
 MAX_FEATURES = 1 << 18
@@ -156,6 +158,7 @@ def find_baseline(config: EvaluateConfig, metadata: Metadata) -> dict[str, Any] 
     flags = ("calibration_split", "split", "calibrate", "min_support", "threshold_for",
              "thresholds", "baseline_documents")  # fmt: skip
     settings = {
+        "version": _VERSION,
         "splits": {name: split_fingerprint(metadata, name) for name in names},
         **{name: getattr(config, name) for name in flags},
     }
