@@ -54,8 +54,9 @@ def stop_when_stuck(phase, config, number):
         line = process.stderr.readline()
         assert line, "no answer"
     heard = time.monotonic() - began
-    _, rest = process.communicate()
-    return process.returncode, heard, time.monotonic() - began, line + rest
+    # Not by communicate(), which does not see what readline() has read ahead.
+    rest = process.stderr.read()
+    return process.wait(), heard, time.monotonic() - began, line + rest
 
 
 @pytest.mark.parametrize("phase", ["start", "trace"])
