@@ -96,7 +96,7 @@ def _read_table() -> dict[str, Any]:
 @functools.cache
 def tpu_kinds() -> Mapping[str, TpuKind]:
     """All generations of TPUs by name."""
-    columns = [field.name for field in dataclasses.fields(TpuKind)][2:]
+    columns = {field.name for field in dataclasses.fields(TpuKind)} - {"name", "zones"}
     return {
         name: TpuKind(name, tuple(row["zones"]), **{column: row[column] for column in columns})
         for name, row in _read_table()["tpu"].items()

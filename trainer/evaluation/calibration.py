@@ -76,8 +76,9 @@ def fit_calibration(
     Weight w moves the minimiser of weighted cross-entropy by log w, so x = logit - log w is the
     log-odds that training without weights would aim at. Platt scaling (Platt 1999) is fitted to x
     by penalised Newton steps. First one line for all labels, pulled toward the identity; then lines
-    whose scale and shift are linear in the label's log-odds, pulled toward that one; then one line
-    a label, pulled toward its line of the second fit. Each pull has `SHRINKAGE_STRENGTH`.
+    whose scale and shift are linear in the label's log-odds, pulled toward that one by
+    `RATE_STRENGTH`; then one line a label, pulled toward its line of the second fit. The first and
+    the last pull have `SHRINKAGE_STRENGTH`.
 
     The second fit is for rare labels. A penalty in training, or few steps, keep their logits too
     near the common value, more so the rarer they are, and they have too few positives to show it.

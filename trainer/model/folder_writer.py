@@ -6,10 +6,11 @@ multihot.json comes last: its presence says that the folder is a model folder.
 import json
 import os
 import shutil
-from collections.abc import Sequence
+from collections.abc import Mapping, Sequence
 from pathlib import Path
 from typing import Any
 
+import numpy as np
 import tensorflow as tf
 from safetensors.numpy import save_file
 
@@ -57,7 +58,9 @@ def save_model_folder(
     The model is in float32, with the calibration folded into it. `description` is what
     multihot.json says, but for the digest of the code for transformers, which is added here.
     """
-    _write_weights(model, folder)
+    values = {name: variable.numpy() for name, variable in model.named_variables().items()}
+    tensors = to_tensors(values, model.config)
+    save_file(tensors, os.path.join(folder, WEIGHTS_FILE), metadata={"format": "pt"})
     _write_config(model.config, description["labels"], tokenizer.pad_id, folder)
     tokenizer.save(folder, description["max_seq_length"])
     _write_saved_model(model, packing, os.path.join(folder, SAVED_MODEL_FOLDER))
@@ -66,7 +69,7 @@ def save_model_folder(
     digest = digest_files(folder, list_model_files(folder, SAVED_MODEL_FOLDER))
     _write_json(os.path.join(folder, DIGEST_FILE), {"sha256": digest})
     if has_onnx:
-        _write_onnx(model, os.path.join(folder, ONNX_FILE))
+        _write_onnx(model.config, values, os.path.join(folder, ONNX_FILE))
     if not _is_standard(model.config):
         path = os.path.join(folder, MODELING_FILE)
         shutil.copyfile(Path(__file__).with_name(MODELING_FILE), path)
@@ -78,12 +81,6 @@ def save_model_folder(
 def _is_standard(config: ModelConfig) -> bool:
     """Whether transformers itself has a class for the model."""
     return config.head == "cls" and config.wide == "none"
-
-
-def _write_weights(model: Model, folder: str) -> None:
-    values = {name: variable.numpy() for name, variable in model.named_variables().items()}
-    tensors = to_tensors(values, model.config)
-    save_file(tensors, os.path.join(folder, WEIGHTS_FILE), metadata={"format": "pt"})
 
 
 def _write_config(sizes: ModelConfig, labels: Sequence[str], pad_id: int, folder: str) -> None:
@@ -110,13 +107,12 @@ def _write_config(sizes: ModelConfig, labels: Sequence[str], pad_id: int, folder
     _write_json(os.path.join(folder, CONFIG_FILE), values)
 
 
-def _write_onnx(model: Model, path: str) -> None:
+def _write_onnx(config: ModelConfig, values: Mapping[str, np.ndarray], path: str) -> None:
     from trainer.model.onnx_graph import make_onnx  # Its package is an extra.
 
-    values = {name: variable.numpy() for name, variable in model.named_variables().items()}
     os.makedirs(os.path.dirname(path))
     with open(path, "wb") as file:
-        file.write(make_onnx(model.config, values).SerializeToString())
+        file.write(make_onnx(config, values).SerializeToString())
 
 
 def _write_saved_model(model: Model, packing: PackingConfig, folder: str) -> None:
