@@ -14,7 +14,15 @@ from trainer import run_config
 from trainer.errors import UserError
 from trainer.flags import changed_option, check_flag, is_unicode, option, parse_kind
 from trainer.model_config import MAX_DOCUMENT_TOKENS, MAX_VOCABULARY, MAX_WINDOW_TOKENS
-from trainer.run_config import DEFAULT_SEED, STRATEGIES, DeviceConfig, ProgressConfig
+from trainer.run_config import (
+    DEFAULT_SEED,
+    ENGINES,
+    SCORING_PRECISIONS,
+    STRATEGIES,
+    TENSORFLOW,
+    DeviceConfig,
+    ProgressConfig,
+)
 
 LOCAL_RUNNER = "local"
 NAMED_FORMATS = (
@@ -309,10 +317,22 @@ class ScoreConfig(DeviceConfig, InputConfig):
         help="Devices of this process to run on. auto: a TPU, else all GPUs, else the CPU.",
         choices=tuple(name for name in STRATEGIES if name != "multi_worker"),
     )
+    engine: str = option(
+        "auto",
+        "What runs the encoder on CPUs: tensorflow or openvino (the extra of that name). auto: "
+        "OpenVINO for bfloat16 and int8, TensorFlow for float32.",
+        choices=("auto", *ENGINES),
+    )
     precision: str = option(
         "auto",
-        "auto: bfloat16 where the accelerator has it, else float32.",
-        choices=("auto", "float32", "mixed_bfloat16"),
+        "float32, bfloat16 or int8; for int8 the model has to be measured in it (`evaluate "
+        "--precision=int8`). auto: bfloat16 on TPUs, newer GPUs and CPUs with AMX, else float32.",
+        choices=("auto", *SCORING_PRECISIONS),
+    )
+    force: bool = option(
+        False,
+        "Go on where results may differ in the last digits from those that are there (another "
+        "class of processor), or in a precision that this processor has no fast instructions for.",
     )
     worker_index: int | None = option(
         None,
@@ -336,8 +356,8 @@ class ScoreConfig(DeviceConfig, InputConfig):
         super().__post_init__()
         self._check_worker()
         expected = f"none with --runner={self.runner}, which runs the SavedModel as it was exported"
-        for name in ("precision", "tokens_per_batch"):
-            allowed = (getattr(ScoreConfig, name), "float32")
+        for name in ("engine", "precision", "tokens_per_batch"):
+            allowed = (getattr(ScoreConfig, name), "float32", TENSORFLOW)
             fits = self.runner == LOCAL_RUNNER or getattr(self, name) in allowed
             self.expect(fits, name, expected)
         columns = self.keep_columns

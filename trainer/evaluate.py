@@ -1,14 +1,12 @@
 """`multihot evaluate`: calibrates the best checkpoint, picks thresholds, and reports metrics.
 
 Calibration and thresholds are fitted on one split and reported on another: nothing is fitted to the
-reported split. Splits that fit into memory are measured exactly. Larger ones are read block by
-block, the calibration split twice. A linear model stands beside, fitted to the training split.
+reported split. A linear model stands beside, fitted to the training split. Scoring may be in a
+narrower precision than training: then that is measured too, and gets thresholds of its own.
 """
 
 import os
 import sys
-from collections.abc import Iterator
-from dataclasses import dataclass
 from typing import Any
 
 import numpy as np
@@ -17,44 +15,21 @@ from trainer.data.metadata import (
     TRAIN_SPLIT,
     Metadata,
     load_metadata,
-    naming_damaged_shards,
     split_fingerprint,
 )
-from trainer.data.packing import add_histograms, choose_packing, min_tokens
 from trainer.errors import UserError, shorten
 from trainer.evaluation import intervals, measurement, results
-from trainer.evaluation.calibration import (
-    Calibration,
-    exact_correction,
-    fit_binned_calibration,
-    fit_calibration,
-)
 from trainer.evaluation.curves import collect
-from trainer.evaluation.cuts import Histograms
-from trainer.evaluation.measurement import Predictions, concatenate
 from trainer.evaluation.metrics import CONVENTIONS, warn_if_constant
-from trainer.evaluation.thresholds import ThresholdRule, fit_binned_thresholds, fit_thresholds
+from trainer.evaluation.thresholds import ThresholdRule
 from trainer.linear.baseline import describe, find_baseline, label_frequencies, trivial_metrics
 from trainer.linear.verdict import verdict
-from trainer.model.predictor import Predictor
 from trainer.run_config import EvaluateConfig
 from trainer.storage import filesystem
 from trainer.training.checkpoint import LoadedRun, load_best
+from trainer.training.held_out import Evaluated, Splits, evaluate_splits
+from trainer.training.narrow import evaluate_narrow, narrow_precision, remove_narrow_files
 from trainer.training.run_record import RunRecord
-
-
-@dataclass(frozen=True)
-class Evaluated:
-    """What was fitted to one split, and the metrics of that split and of the reported one.
-
-    Thresholds and shortfalls are those of `BinnedThresholds`; exact ones have no shortfalls.
-    """
-
-    calibration: Calibration
-    thresholds: np.ndarray
-    shortfalls: np.ndarray | None
-    fitted: measurement.Measured
-    reported: measurement.Measured
 
 
 def run(config: EvaluateConfig) -> None:
@@ -67,14 +42,15 @@ def run(config: EvaluateConfig) -> None:
     _check_splits(config, metadata)
     best = load_best(config.model_dir)
     _check_same_data(config, metadata, best.record)
-    splits = Splits(config, metadata, best)
-    evaluated = _evaluate_exactly(splits) if splits.fit_into_memory() else _evaluate_binned(splits)
+    narrow = narrow_precision(config)  # Says at once if it cannot be measured here.
+    evaluated = evaluate_splits(Splits(config, metadata, best))
     _warn_if_constant(evaluated)
 
     settings = _settings(config, metadata, best)
     folder = os.path.join(config.model_dir, results.EVALUATION_FOLDER)
     filesystem.refuse_link(folder)
     filesystem.make_folder(folder)
+    remove_narrow_files(folder)  # Their thresholds are those of the calibration before.
     metrics = _metrics_values(config, metadata, evaluated, find_baseline(config, metadata))
     files = {
         results.METRICS_FILE: metrics,
@@ -84,6 +60,8 @@ def run(config: EvaluateConfig) -> None:
     for name, values in files.items():
         results.write_json(folder, name, settings | values)
     _print_result(config, best.record, evaluated, metrics)
+    if narrow is not None:
+        evaluate_narrow(config, metadata, best, narrow, evaluated, settings)
     print("Wrote {}, {} and {} to {}".format(*files, folder))
 
 
@@ -142,92 +120,6 @@ def _check_same_data(config: EvaluateConfig, metadata: Metadata, record: RunReco
             f"{config.data_dir}: --max_seq_length={metadata.max_seq_length}, but the model in "
             f"{config.model_dir} takes {record.model.max_position_embeddings} tokens; {remedy}"
         )
-
-
-class Splits:
-    """The predictions of both splits, block by block, checked to be finite."""
-
-    def __init__(self, config: EvaluateConfig, metadata: Metadata, best: LoadedRun) -> None:
-        self.config = config
-        self.record = best.record
-        self._metadata = metadata
-        splits = [metadata.split(name) for name in (config.calibration_split, config.split)]
-        # Rows to hold the documents of these splits, which may be longer than those of training.
-        lengths = add_histograms([split.length_histogram for split in splits])
-        windows = add_histograms([split.window_histogram for split in splits])
-        min_num_tokens = min_tokens(len(lengths) - 1, len(windows) - 1)
-        num_tokens = max(best.packing.num_tokens, min_num_tokens)
-        packing = choose_packing(lengths, num_tokens, window_histogram=windows)
-        self._predictor = Predictor(best.model, packing)
-
-    def num_documents(self, name: str) -> int:
-        """Documents of a split."""
-        return self._metadata.split(name).documents
-
-    def fit_into_memory(self) -> bool:
-        """Whether `--exact_memory` holds both splits."""
-        config = self.config
-        num_documents = sum(map(self.num_documents, (config.calibration_split, config.split)))
-        return measurement.fits_exactly(num_documents, len(self.record.labels), config.exact_memory)
-
-    def blocks(self, name: str) -> Iterator[Predictions]:
-        """The predictions of a split; a damaged shard or logits of NaN or inf are a UserError."""
-        config = self.config
-        with naming_damaged_shards(config.data_dir, self._metadata, name):
-            for block in self._predictor.predict_blocks(config.data_dir, self._metadata, name):
-                if not np.isfinite(block.logits).all():
-                    raise UserError(
-                        f"{config.model_dir}: the best checkpoint's logits on {name!r} are not "
-                        "finite; train again with a lower --learning_rate"
-                    )
-                yield block
-
-    def measure(self, name: str, into: measurement.Measurement) -> measurement.Measured:
-        """The metrics of a split, by a measurement that starts empty."""
-        for block in self.blocks(name):
-            into.add(block)
-        return into.result()
-
-
-def _evaluate_exactly(splits: Splits) -> Evaluated:
-    """Fits to all documents of one split, and measures all of both."""
-    config, record = splits.config, splits.record
-    documents = concatenate(splits.blocks(config.calibration_split))
-    pos_weights = np.where(record.exact_correction, record.pos_weights, 1.0)
-    calibration = fit_calibration(documents.logits, documents.labels, pos_weights, config.calibrate)
-    thresholds = fit_thresholds(
-        calibration.probabilities(documents.logits), documents.labels, ThresholdRule.of(config)
-    )
-    fitted = measurement.ExactMeasurement(calibration, thresholds)
-    fitted.add(documents)
-    reported = measurement.ExactMeasurement(calibration, thresholds)
-    return Evaluated(
-        calibration, thresholds, None, fitted.result(), splits.measure(config.split, reported)
-    )
-
-
-def _evaluate_binned(splits: Splits) -> Evaluated:
-    """Fits to histograms of one split's scores, and measures both splits by histograms."""
-    config, record = splits.config, splits.record
-    log_weights = -exact_correction(record.pos_weights, record.exact_correction).shift
-    histograms = Histograms.empty(len(log_weights))
-    for block in splits.blocks(config.calibration_split):
-        histograms.add(block.logits - log_weights, block.labels)
-    calibration = fit_binned_calibration(histograms, log_weights, config.calibrate)
-    shift = calibration.shift + calibration.scale * log_weights
-    fit = fit_binned_thresholds(histograms, calibration.scale, shift, ThresholdRule.of(config))
-    # The measurements hold histograms of the same size.
-    del histograms
-    fitted, reported = (
-        splits.measure(
-            name,
-            measurement.StreamedMeasurement(
-                splits.num_documents(name), log_weights, calibration, fit.probabilities
-            ),
-        )
-        for name in (config.calibration_split, config.split)
-    )
-    return Evaluated(calibration, fit.probabilities, fit.shortfall, fitted, reported)
 
 
 def _warn_if_constant(evaluated: Evaluated) -> None:

@@ -28,6 +28,8 @@ from trainer.evaluation.results import (
     CALIBRATION_FILE,
     EVALUATION_FOLDER,
     METRICS_FILE,
+    NARROW,
+    NARROW_FILES,
 )
 from trainer.evaluation.thresholds import round_thresholds
 from trainer.model.folder_writer import save_model_folder
@@ -39,6 +41,7 @@ from trainer.model.model_folder import (
     SAVED_MODEL_FOLDER,
     list_model_files,
 )
+from trainer.model.quantization import QUANTIZATION_FILE
 from trainer.model_config import PackingConfig
 from trainer.run_config import ExportConfig
 from trainer.runtime.owner import OWNER_FILE, owned
@@ -100,6 +103,7 @@ def _is_up_to_date(config: ExportConfig) -> bool:
             # Older folders have them unrounded.
             and round_thresholds(found["thresholds"]) == calibration["thresholds"]
             and all(found["calibration"][name] == calibration[name] for name in _CALIBRATION)
+            and found.get("precisions", {}) == _read_narrow(config, best)
         )
     except (ValueError, TypeError, KeyError):
         return False
@@ -171,9 +175,14 @@ def _export(config: ExportConfig, shown_dir: str) -> None:
         np.pad(split.length_histogram, (0, padding)), np.asarray(split.window_histogram),
         best.packing.num_tokens, metadata.max_windows,
     )  # fmt: skip
+    narrow, scales = _read_narrow(config, best), None
+    if "int8" in narrow:
+        scales = _read_scales(config)
+    description = _describe(best, metadata, packing, calibration) | {"precisions": narrow}
     with _written_aside(absolute(config.export_dir)) as aside:
-        description = _describe(best, metadata, packing, calibration)
-        save_model_folder(aside, best.model, tokenizer, packing, description, config.has_onnx)
+        save_model_folder(
+            aside, best.model, tokenizer, packing, description, config.has_onnx, scales
+        )
     if filesystem.is_remote(shown_dir):
         _upload(config.export_dir, shown_dir)
     is_ours = MODELING_FILE in list_model_files(config.export_dir)
@@ -228,6 +237,37 @@ def _read_calibration(config: ExportConfig, best: LoadedRun) -> dict[str, Any]:
     shown = {name: value for name, value in metrics.items() if isinstance(value, scalars)}
     rounded = {"thresholds": round_thresholds(calibration["thresholds"])}
     return calibration | rounded | {"calibrated": True, "metrics": shown}
+
+
+def _read_narrow(config: ExportConfig, best: LoadedRun) -> dict[str, Any]:
+    """Thresholds, metrics and differences of the narrower precisions that were measured."""
+    measured: dict[str, Any] = {}
+    if config.uncalibrated:
+        return measured
+    for precision, name in NARROW_FILES.items():
+        path = os.path.join(config.model_dir, EVALUATION_FOLDER, name)
+        remedy = f"run `multihot evaluate --precision={precision}` again"
+        try:
+            found = load(NARROW, path, remedy)
+        except FileNotFoundError:
+            continue
+        if len(found["thresholds"]) != len(best.record.labels):
+            raise UserError(f"{path}: not of {len(best.record.labels)} labels; {remedy}")
+        rounded = round_thresholds(found["thresholds"])
+        kept = {name: found[name] for name in ("metrics", "difference")}
+        measured[precision] = {"thresholds": rounded} | kept
+    return measured
+
+
+def _read_scales(config: ExportConfig) -> bytes:
+    """The file that says how layers' inputs become int8."""
+    path = os.path.join(config.model_dir, EVALUATION_FOLDER, QUANTIZATION_FILE)
+    try:
+        return filesystem.read_bytes(path, MAX_BYTES)
+    except FileNotFoundError:
+        raise UserError(
+            f"{path}: missing; run `multihot evaluate --precision=int8` again"
+        ) from None
 
 
 def _fold(model: Model, scale: list[float], shift: list[float]) -> None:

@@ -8,6 +8,9 @@ from trainer.model_config import EncoderConfig, LossConfig, OptimizerConfig, par
 
 DEFAULT_SEED = 17
 STRATEGIES = ("auto", "tpu", "mirrored", "multi_worker", "one_device", "cpu")
+# What runs the encoder when scoring, and in which precision.
+TENSORFLOW, OPENVINO = ENGINES = ("tensorflow", "openvino")
+SCORING_PRECISIONS = ("float32", "bfloat16", "int8")
 BEST_METRICS = (
     "mean_average_precision", "micro_average_precision", "micro_f1", "macro_f1", "loss",
 )  # fmt: skip
@@ -234,6 +237,16 @@ class EvaluateConfig(RunConfig):
         1000,
         "Resamples for confidence intervals, fewer for large splits; 0: no intervals.",
         at_least=0,
+    )
+    precision: str = option(
+        "float32",
+        "Precision of scoring to measure beside float32, with thresholds of its own: bfloat16 "
+        "(processors with AMX) or int8 (VNNI), both by OpenVINO. `score --precision=int8` needs "
+        "it: the steps of the integers are chosen here, by documents of --calibration_split.",
+        choices=SCORING_PRECISIONS,
+    )
+    force: bool = option(
+        False, "Measure a precision that this processor has no fast instructions for."
     )
     baseline_documents: int = option(
         10_000,

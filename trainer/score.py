@@ -5,6 +5,7 @@ parts.py.
 """
 
 import contextlib
+import dataclasses
 import itertools
 import os
 import sys
@@ -20,8 +21,10 @@ from trainer.config import LOCAL_RUNNER, ScoreConfig, absolute
 from trainer.data.packing import min_tokens
 from trainer.errors import UserError
 from trainer.model.model_folder import ModelFolder, load_model_folder
+from trainer.run_config import OPENVINO, TENSORFLOW
 from trainer.runtime.cluster import read_cluster
-from trainer.runtime.devices import choose_scoring_precision, make_strategy
+from trainer.runtime.devices import choose_scoring, is_on_cpu, make_strategy
+from trainer.runtime.processor import ScoringChoice, read_processor
 from trainer.runtime.progress import show_progress
 from trainer.scoring.batches import TokenBatch, check_finite
 from trainer.scoring.parts import FOLDERS, Manifest, PartWriter, PlanProgress, begin_part
@@ -31,6 +34,7 @@ from trainer.scoring.plan import (
     Input,
     Plan,
     check_plan,
+    check_processor,
     check_version,
     describe_inputs,
     load_plan,
@@ -80,6 +84,7 @@ class ScoringRun:
     columns: Columns
     strategy: tf.distribute.Strategy
     model: ModelFolder
+    choice: ScoringChoice
     layout: ResultLayout
     settings: dict[str, Any]
 
@@ -89,8 +94,9 @@ def run(config: ScoreConfig) -> ScoreSummary:
     """Scores every row of this worker's parts that are not done yet, and says what was done.
 
     A UserError refuses inputs, a model or an output folder that is not usable, a folder that was
-    begun with other settings, too many rows that cannot be used, or a second process that writes
-    the same part. RunAgain says that worker 0 writes no plan, or that a store does not answer.
+    begun with other settings or on another class of processor, too many rows that cannot be used,
+    or a second process that writes the same part. RunAgain says that worker 0 writes no plan, or
+    that a store does not answer.
     """
     runner = open_runner(config.runner, config.beam_options)
     worker_index, num_workers = _find_worker(config)
@@ -142,16 +148,27 @@ def _open_run(config: ScoreConfig, worker_index: int) -> ScoringRun:
         # Before the model takes memory and devices: the wait may be a long one.
         wait_for_plan(folder, config.start_timeout)
     strategy = make_strategy(config)
-    precision = "float32"  # As in the SavedModel, which Beam's workers run.
+    choice = ScoringChoice(TENSORFLOW, "float32")  # As in the SavedModel, which Beam's workers run.
     if config.runner == LOCAL_RUNNER:
-        precision = choose_scoring_precision(config.precision, strategy)
+        choice = choose_scoring(config.engine, config.precision, strategy, config.force)
+        print(f"scoring in {choice}", flush=True)
+    is_mixed = choice == ScoringChoice(TENSORFLOW, "bfloat16")
     with strategy.scope():
-        model = load_model_folder(config.model, precision)
+        model = load_model_folder(config.model, "mixed_bfloat16" if is_mixed else "float32")
+    if choice.precision == "int8" and model.scales is None:
+        raise UserError(
+            f"{config.model}: holds no steps for int8; run `multihot evaluate --precision=int8`, "
+            "export the model again, or leave --precision out"
+        )
+    thresholds = model.thresholds_in(choice.precision)
     layout = ResultLayout(
-        config.format, model.labels, model.thresholds, config.selection(), config.keep_columns
+        config.format, model.labels, thresholds, config.selection(), config.keep_columns
     )
-    settings = _settings(config, precision)
-    return ScoringRun(config, folder, paths, versions, columns, strategy, model, layout, settings)
+    is_on_processor = config.runner == LOCAL_RUNNER and is_on_cpu(strategy)
+    settings = _settings(config, choice, read_processor().kind if is_on_processor else None)
+    return ScoringRun(
+        config, folder, paths, versions, columns, strategy, model, choice, layout, settings
+    )
 
 
 def _find_worker(config: ScoreConfig) -> tuple[int, int]:
@@ -196,9 +213,10 @@ def _check_kept(paths: Sequence[str], columns: Columns) -> None:
     print(f"warning: {line}", file=sys.stderr)
 
 
-def _settings(config: ScoreConfig, precision: str) -> dict[str, Any]:
-    """What plan.json says of the flags: as JSON gives it back."""
-    settings = {name: getattr(config, name) for name in _SETTINGS} | {"precision": precision}
+def _settings(config: ScoreConfig, choice: ScoringChoice, processor: str | None) -> dict[str, Any]:
+    """What plan.json says of the flags and of what runs here: as JSON gives it back."""
+    settings = {name: getattr(config, name) for name in _SETTINGS} | {"processor": processor}
+    settings |= dataclasses.asdict(choice)
     # Micro-batches of other shapes differ in the last digits, so local and Beam's parts never mix.
     kind = LOCAL_RUNNER if config.runner == LOCAL_RUNNER else "beam"
     settings["columns"] = list(config.columns) or None  # None as in older plans.
@@ -226,7 +244,10 @@ def _load_or_make_plan(this: ScoringRun) -> Plan:
 
 
 def _check_plan(this: ScoringRun, plan: Plan, inputs: Sequence[Input]) -> None:
-    check_plan(plan, this.folder.url, this.model.fingerprint, this.settings, inputs)
+    if not this.config.force:
+        check_processor(plan, this.folder.url, this.settings["processor"])
+    settings = {name: value for name, value in this.settings.items() if name != "processor"}
+    check_plan(plan, this.folder.url, this.model.fingerprint, settings, inputs)
     packing, model = plan.packing, this.model
     size = model.max_seq_length, model.max_windows
     is_small = packing.num_tokens <= max(this.config.tokens_per_batch, min_tokens(*size))
@@ -240,7 +261,13 @@ def _check_plan(this: ScoringRun, plan: Plan, inputs: Sequence[Input]) -> None:
 
 def _score_here(this: ScoringRun, progress: PlanProgress) -> tuple[int, Compilations]:
     """Scores this worker's parts that are not done, in order; counts the documents."""
-    pipeline = ScoringPipeline(this.model, this.columns, progress.plan, this.strategy)
+    encoder = None
+    if this.choice.engine == OPENVINO:
+        from trainer.model.packed_encoder import make_encoder  # Its packages are an extra.
+
+        packing, precision = progress.plan.packing, this.choice.precision
+        encoder = make_encoder(this.model.model, packing, precision, this.model.scales)
+    pipeline = ScoringPipeline(this.model, this.columns, progress.plan, this.strategy, encoder)
     waiting = progress.waiting
     rows = {index: progress.plan.parts[index].num_rows for index in progress.mine}
     total = sum(rows.values())

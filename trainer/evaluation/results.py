@@ -17,12 +17,14 @@ from trainer.evaluation.metrics import (
     rank_every_label,
 )
 from trainer.storage.filesystem import write_atomically
-from trainer.storage.own_files import Number, PositiveNumber, fields, many
+from trainer.storage.own_files import Number, PositiveNumber, fields, many, named
 
 EVALUATION_FOLDER = "evaluation"
 METRICS_FILE = "metrics.json"
 CALIBRATION_FILE = "calibration.json"
 CURVES_FILE = "curves.json"
+# Of scoring in a narrower precision: its metrics and thresholds, by precision.
+NARROW_FILES = {"bfloat16": "bfloat16.json", "int8": "int8.json"}
 # What the printed table shows, in its order.
 HEADLINES = (
     *("mean_average_precision", "micro_average_precision", "macro_roc_auc"),
@@ -42,6 +44,12 @@ CALIBRATION = fields(
     scale=many(PositiveNumber),
     shift=many(Number),
     thresholds=many(Number | None),
+)
+# The same of a file of NARROW_FILES.
+NARROW = fields(
+    thresholds=many(Number | None),
+    metrics=named(Number | None),
+    difference=named(Number),
 )
 
 

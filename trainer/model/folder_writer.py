@@ -28,6 +28,7 @@ from trainer.model.model_folder import (
     list_model_files,
 )
 from trainer.model.pretrained import CONFIG_FILE, WEIGHTS_FILE
+from trainer.model.quantization import QUANTIZATION_FILE
 from trainer.model_config import ModelConfig, PackingConfig
 
 # Fields of ModelConfig that transformers' BertConfig has under the same name.
@@ -52,11 +53,12 @@ def save_model_folder(
     packing: PackingConfig,
     description: dict[str, Any],
     has_onnx: bool = False,
+    scales: bytes | None = None,
 ) -> None:
-    """Writes a model folder to an empty local folder, with or without ONNX.
+    """Writes a model folder to an empty local folder, with or without ONNX and scales for int8.
 
     The model is in float32, with the calibration folded into it. `description` is what
-    multihot.json says, but for the digest of the code for transformers, which is added here.
+    multihot.json says, but for the digests of code for transformers and scales, added here.
     """
     values = {name: variable.numpy() for name, variable in model.named_variables().items()}
     tensors = to_tensors(values, model.config)
@@ -70,11 +72,16 @@ def save_model_folder(
     _write_json(os.path.join(folder, DIGEST_FILE), {"sha256": digest})
     if has_onnx:
         _write_onnx(model.config, values, os.path.join(folder, ONNX_FILE))
+    digests = {}
+    if scales is not None:
+        path = os.path.join(folder, QUANTIZATION_FILE)
+        Path(path).write_bytes(scales)
+        digests["int8"] = digest_file(path)
     if not _is_standard(model.config):
         path = os.path.join(folder, MODELING_FILE)
         shutil.copyfile(Path(__file__).with_name(MODELING_FILE), path)
-        code = {"modeling": digest_file(path)}
-        description = description | {"fingerprints": description["fingerprints"] | code}
+        digests["modeling"] = digest_file(path)
+    description = description | {"fingerprints": description["fingerprints"] | digests}
     _write_json(os.path.join(folder, MULTIHOT_FILE), description)
 
 

@@ -44,18 +44,21 @@ class Model(keras.layers.Layer):
         They are the head's, or a mixture of these and those of the wide part.
 
         `batch` has `input_ids`, `position_ids`, `segment_ids` (int32 [T]), `window_starts`,
-        `window_document` (int32 [W]), and `token_type_ids` (int32 [T]) if not all are 0. `wanted`
-        is for the methods below.
+        `window_document` (int32 [W]), and `token_type_ids` (int32 [T]) if not all are 0. With
+        `hidden_states` (float32 [T, hidden], or [W, hidden] for a head that takes first tokens)
+        the encoder has run elsewhere. `wanted` is for the methods below.
         """
-        hidden = self.encoder(
-            batch["input_ids"],
-            batch["position_ids"],
-            batch["segment_ids"],
-            row_groups=row_groups,
-            token_type_ids=batch.get("token_type_ids"),
-            wanted=batch["window_starts"] if self.head.takes_first_tokens else None,
-            dropout=dropout,
-        )
+        hidden = batch.get("hidden_states")
+        if hidden is None:
+            hidden = self.encoder(
+                batch["input_ids"],
+                batch["position_ids"],
+                batch["segment_ids"],
+                row_groups=row_groups,
+                token_type_ids=batch.get("token_type_ids"),
+                wanted=batch["window_starts"] if self.head.takes_first_tokens else None,
+                dropout=dropout,
+            )
         if wanted == "document_vectors":
             return self.head.document_vectors(hidden, batch, num_documents=num_documents)
         logits = self.head(hidden, batch, num_documents=num_documents, dropout=dropout)

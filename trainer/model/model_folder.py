@@ -7,6 +7,7 @@
     saved_model/           the signatures `serving_default` and `packed`
     saved_model.json       the SavedModel's digest
     onnx/model.onnx        the same model for ONNX Runtime, if it was asked for
+    int8.safetensors       how layers' inputs become int8, if that was measured
     multihot.json          labels, thresholds, lengths, packing, fingerprints
 
 `folder_writer.py` writes it.
@@ -17,7 +18,7 @@ import dataclasses
 import hashlib
 import os
 from collections.abc import Iterator, Sequence
-from dataclasses import dataclass
+from dataclasses import dataclass, field
 from typing import Annotated, Any, Literal, cast
 
 import numpy as np
@@ -28,6 +29,7 @@ from trainer.errors import UserError
 from trainer.model import folder_tensors, pretrained
 from trainer.model.model import Model, build_model
 from trainer.model.pretrained import WEIGHTS_FILE
+from trainer.model.quantization import QUANTIZATION_FILE, InputScale, from_bytes
 from trainer.model_config import MAX_WIDE_PAIRS, PackingConfig
 from trainer.storage import filesystem, own_files
 from trainer.storage.gcs import download_folder
@@ -70,10 +72,11 @@ class TextEncoder:
 class ModelFolder(TextEncoder):
     """A model folder, ready to score.
 
-    `thresholds` are float64 [L], NaN for a label that is never predicted. `packing` is the shape of
-    the micro-batches that the SavedModel's `packed` takes. The sigmoids of the model's logits are
-    calibrated probabilities. `fingerprint` is the SHA-256 of weights, labels, thresholds and
-    tokenizer.
+    `thresholds` are float64 [L], NaN for a label that is never predicted; `narrow_thresholds` are
+    those of narrower precisions that were measured. `scales` are those of int8. `packing` is the
+    shape of the micro-batches that the SavedModel's `packed` takes. The sigmoids of the model's
+    logits are calibrated probabilities. `fingerprint` is the SHA-256 of weights, labels, thresholds
+    and tokenizer.
     """
 
     labels: tuple[str, ...]
@@ -81,6 +84,19 @@ class ModelFolder(TextEncoder):
     packing: PackingConfig
     model: Model
     fingerprint: str
+    narrow_thresholds: dict[str, np.ndarray]
+    scales: dict[str, InputScale] | None
+
+    def thresholds_in(self, precision: str) -> np.ndarray:
+        """The thresholds of a precision: its own if they were fitted, else those of float32."""
+        return self.narrow_thresholds.get(precision, self.thresholds)
+
+
+@dataclass(frozen=True)
+class _Narrow:
+    """What multihot.json says of scoring in a narrower precision."""
+
+    thresholds: Several[Number | None]
 
 
 @dataclass(frozen=True)
@@ -98,6 +114,11 @@ class _Description:
     window_pooling: Literal["max", "mean", "attention"] = "max"
     wide: Literal["wordpieces", "none"] = "none"
     wide_pairs: Annotated[Count, Field(le=MAX_WIDE_PAIRS)] = 0
+    precisions: dict[Literal["bfloat16", "int8"], _Narrow] = field(default_factory=dict)
+
+
+def _as_array(thresholds: Sequence[float | None]) -> np.ndarray:
+    return np.asarray([np.nan if cut is None else cut for cut in thresholds], np.float64)
 
 
 def load_model_folder(folder: str, precision: str = "float32") -> ModelFolder:
@@ -106,14 +127,17 @@ def load_model_folder(folder: str, precision: str = "float32") -> ModelFolder:
         description = _read_description(copy)
         _check_modeling_file(copy, description)
         encoder = load_text_encoder(copy)
-        thresholds = [np.nan if cut is None else cut for cut in description.thresholds]
+        model = _load_model(copy, description, encoder, precision)
+        narrow = description.precisions
         return ModelFolder(
             **vars(encoder),
             labels=description.labels,
-            thresholds=np.asarray(thresholds, np.float64),
+            thresholds=_as_array(description.thresholds),
             packing=description.packing,
-            model=_load_model(copy, description, encoder, precision),
+            model=model,
             fingerprint=_fingerprint(copy),
+            narrow_thresholds={name: _as_array(found.thresholds) for name, found in narrow.items()},
+            scales=_load_scales(copy, description, model) if "int8" in narrow else None,
         )
 
 
@@ -159,8 +183,10 @@ def _read_description(folder: str) -> _Description:
 
 def _check_sizes(found: _Description) -> None:
     """Raises a ValueError unless the sizes in multihot.json fit together."""
-    if len(found.thresholds) != len(found.labels):
-        raise ValueError(f"{len(found.thresholds)} thresholds of {len(found.labels)} labels")
+    narrow = [precision.thresholds for precision in found.precisions.values()]
+    for thresholds in (found.thresholds, *narrow):
+        if len(thresholds) != len(found.labels):
+            raise ValueError(f"{len(thresholds)} thresholds of {len(found.labels)} labels")
     if len(set(found.labels)) < len(found.labels):
         raise ValueError("two labels have the same name")
     if not found.packing.holds(found.max_seq_length, found.max_windows):
@@ -197,6 +223,18 @@ def _load_model(
     for name, variable in model.named_variables().items():
         variable.assign(values[name])
     return model
+
+
+def _load_scales(folder: str, description: _Description, model: Model) -> dict[str, InputScale]:
+    path, remedy = os.path.join(folder, QUANTIZATION_FILE), "export the model again"
+    try:
+        content = filesystem.read_bytes(path, own_files.MAX_BYTES)
+    except FileNotFoundError:
+        raise UserError(f"{path}: missing; {remedy}") from None
+    if hashlib.sha256(content).hexdigest() != description.fingerprints.get("int8"):
+        raise UserError(f"{path}: damaged, or not the one that was exported; {remedy}")
+    kernels = model.named_variables()
+    return from_bytes(content, model.config, kernels, path, remedy)
 
 
 def _check_modeling_file(folder: str, description: _Description) -> None:

@@ -1,6 +1,9 @@
 """A model's logits of a split, computed on all replicas of a strategy."""
 
+from __future__ import annotations
+
 from collections.abc import Callable, Iterator, Sequence
+from typing import TYPE_CHECKING
 
 import numpy as np
 import tensorflow as tf
@@ -11,6 +14,9 @@ from trainer.data.packing import empty_micro_batch
 from trainer.evaluation.measurement import Predictions, concatenate
 from trainer.model.model import INPUTS, Model
 from trainer.model_config import PackingConfig
+
+if TYPE_CHECKING:  # Its packages are an extra.
+    from trainer.model.packed_encoder import PackedEncoder
 
 MicroBatches = dict[str, tf.Tensor]
 # A block of predictions ends at about so many documents x labels (float32, 64 MiB) or documents:
@@ -28,7 +34,8 @@ class Predictor:
 
     The pass takes `num_replicas` micro-batches at once. `num_traces` counts how often TensorFlow
     traced (and compiled) it: once for each replica. The strategy is TensorFlow's current one by
-    default; `stop_requested` is this host's request, as in `TrainStep`.
+    default; `stop_requested` is this host's request, as in `TrainStep`. An `encoder` takes a
+    micro-batch to what the model's own encoder makes of it, one replica after the other.
     """
 
     def __init__(
@@ -38,11 +45,13 @@ class Predictor:
         strategy: tf.distribute.Strategy | None = None,
         jit_compile: bool = False,
         stop_requested: tf.Variable | None = None,
+        encoder: PackedEncoder | None = None,
     ) -> None:
         self.model = model
         self.packing = packing
         self._strategy = strategy or tf.distribute.get_strategy()
         self._stop_requested = stop_requested
+        self._encoder = encoder
         self.num_replicas = self._strategy.num_replicas_in_sync
         self.num_traces = 0
 
@@ -79,21 +88,28 @@ class Predictor:
 
     def logits(self, batch: MicroBatches) -> tf.Tensor:
         """Logits float32 [D, L] of one micro-batch."""
-        return self._forward({name: batch[name] for name in INPUTS})
+        return self._forward(self._inputs(batch))
+
+    def _inputs(self, batch: MicroBatches) -> MicroBatches:
+        """What the forward pass takes of one micro-batch."""
+        inputs = {name: batch[name] for name in INPUTS}
+        if self._encoder is None:
+            return inputs
+        return inputs | {"hidden_states": tf.constant(self._encoder(inputs))}
 
     def probabilities(self, batches: Sequence[MicroBatches]) -> list[tf.Tensor]:
         """Probabilities (float32 [D, L]) of R micro-batches, each on its replica's device.
 
         All replicas have to be in this process. Does not wait for the devices.
         """
-        inputs = [{name: batch[name] for name in INPUTS} for batch in batches]
+        inputs = [self._inputs(batch) for batch in batches]
         results = self._each_probabilities(self._distribute(inputs.__getitem__))
         return list(self._strategy.experimental_local_results(results))
 
     def trace(self) -> None:
         """Traces `probabilities`, so that its first call need not."""
-        empty = empty_micro_batch(self.packing)
-        batches = self._distribute(lambda index: {name: empty[name] for name in INPUTS})
+        empty = self._inputs(empty_micro_batch(self.packing))
+        batches = self._distribute(lambda index: empty)
         self._each_probabilities.get_concrete_function(batches)
 
     def _distribute(
@@ -110,7 +126,9 @@ class Predictor:
         Every host gets all of them, so all hosts have the same metrics and make the same decisions.
         StoppedError on all hosts, if one requested a stop.
         """
-        values = self._distribute(lambda index: {name: batches[name][index] for name in INPUTS})
+        values = self._distribute(
+            lambda index: self._inputs({name: batches[name][index] for name in INPUTS})
+        )
         requested = False if self._stop_requested is None else self._stop_requested
         logits, stops = self._on_replicas(values, tf.cast(requested, tf.float32))
         if float(stops) > 0:

@@ -12,7 +12,7 @@ from tensorflow.python.client.device_lib import list_local_devices
 
 from trainer.config import ScoreConfig
 from trainer.errors import RUN_AGAIN, RunAgain, UserError
-from trainer.run_config import TrainConfig
+from trainer.run_config import OPENVINO, TENSORFLOW, TrainConfig
 from trainer.runtime.cluster import (
     Cluster,
     describe_missing,
@@ -22,6 +22,12 @@ from trainer.runtime.cluster import (
     rendezvous,
 )
 from trainer.runtime.interruption import exit_timer
+from trainer.runtime.processor import (
+    ScoringChoice,
+    choose_on_cpu,
+    has_openvino,
+    read_processor,
+)
 from trainer.runtime.tpu_environment import has_tpu_support
 
 _LOCAL_TPU = "local"
@@ -345,10 +351,22 @@ def choose_precision(name: str, strategy: tf.distribute.Strategy) -> str:
     return "mixed_bfloat16" if min(capabilities) >= _BFLOAT16_CAPABILITY else "mixed_float16"
 
 
-def choose_scoring_precision(name: str, strategy: tf.distribute.Strategy) -> str:
-    """Like `choose_precision`, but never float16, whose range ordinary weights can exceed."""
-    precision = choose_precision(name, strategy)
-    return "float32" if precision == "mixed_float16" else precision
+def choose_scoring(
+    engine: str, precision: str, strategy: tf.distribute.Strategy, force: bool = False
+) -> ScoringChoice:
+    """The engine and precision for the flags of `score`; UserError for what devices do not have.
+
+    float16 is never chosen: ordinary weights can exceed its range.
+    """
+    if is_on_cpu(strategy):
+        return choose_on_cpu(engine, precision, read_processor(), has_openvino(), force)
+    if engine == OPENVINO or precision == "int8":
+        flag = "engine=openvino" if engine == OPENVINO else f"precision={precision}"
+        raise UserError(f"--{flag}: runs on CPUs alone; leave it out, or give --strategy=cpu")
+    if precision == "auto":
+        is_narrow = choose_precision("auto", strategy) == "mixed_bfloat16"
+        precision = "bfloat16" if is_narrow else "float32"
+    return ScoringChoice(TENSORFLOW, precision)
 
 
 def _gpu_details() -> list[dict]:

@@ -7,11 +7,14 @@ token batches end where parts end: a part's bytes depend on nothing but its rows
 model.
 """
 
+from __future__ import annotations
+
 import contextlib
 import itertools
 from collections.abc import Callable, Generator, Iterable, Iterator, Sequence
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
+from typing import TYPE_CHECKING
 
 import numpy as np
 import tensorflow as tf
@@ -26,6 +29,9 @@ from trainer.scoring.batches import BatchPacker, TokenBatch, read_raw_batches, t
 from trainer.scoring.plan import Part, Plan
 from trainer.sources.reader import can_enter
 from trainer.sources.rows import Columns
+
+if TYPE_CHECKING:  # Its packages are an extra.
+    from trainer.model.packed_encoder import PackedEncoder
 
 # Rows whose lengths choose the shape of the micro-batches: some from each of a few parts.
 _SAMPLED_PARTS = 16
@@ -168,6 +174,7 @@ class ScoringPipeline:
     """Reads, tokenises, packs and predicts the rows of a plan's parts.
 
     The model is loaded on the replicas of `strategy`, which are all in this process; default: one.
+    An `encoder` is as for `Predictor`.
     """
 
     def __init__(
@@ -176,9 +183,10 @@ class ScoringPipeline:
         columns: Columns,
         plan: Plan,
         strategy: tf.distribute.Strategy | None = None,
+        encoder: PackedEncoder | None = None,
     ) -> None:
         self._model, self._columns, self._plan = model, columns, plan
-        self._predictor = Predictor(model.model, plan.packing, strategy)
+        self._predictor = Predictor(model.model, plan.packing, strategy, encoder=encoder)
         self._packer = BatchPacker(plan.packing)
 
     @property

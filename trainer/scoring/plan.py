@@ -16,6 +16,7 @@ from pydantic import Field
 
 from trainer.errors import RunAgain, UserError
 from trainer.model_config import PackingConfig
+from trainer.run_config import TENSORFLOW
 from trainer.runtime.progress import show_progress
 from trainer.sources.input_files import absolute_name, source_names
 from trainer.sources.listing import for_each_file
@@ -189,6 +190,17 @@ def check_version(plan: Plan, output_dir: str) -> None:
         )
 
 
+def check_processor(plan: Plan, output_dir: str, kind: str | None) -> None:
+    """Refuses, by a UserError, to mix parts of two classes of processors; older plans name none."""
+    begun = plan.settings.get("processor", kind)
+    if begun != kind:
+        raise UserError(
+            f"{output_dir}: begun on {begun or 'an accelerator'}, but this machine's processor is "
+            f"of class {kind}, where scores may differ in the last digits; go on there, choose "
+            "another --output_dir, or give --force to mix them"
+        )
+
+
 def check_plan(
     plan: Plan, output_dir: str, model_fingerprint: str, settings: dict, inputs: Sequence[Input]
 ) -> None:
@@ -199,11 +211,14 @@ def check_plan(
             f"{output_dir}: its parts come from the model {plan.model_fingerprint[:12]}, but "
             f"--model is {model_fingerprint[:12]}; {remedy}"
         )
+    begun = {"engine": TENSORFLOW} | plan.settings  # Older plans do not name it.
+    if begun.get("precision") == "mixed_bfloat16":
+        begun["precision"] = "bfloat16"  # Its name in older plans.
     for name, value in settings.items():
-        if plan.settings.get(name) != value:
+        if begun.get(name) != value:
             raise UserError(
                 f"--{name}={value}: {output_dir} was begun with --{name}="
-                f"{str(plan.settings.get(name))[:200]}; {remedy}"
+                f"{str(begun.get(name))[:200]}; {remedy}"
             )
     before = {item.path: item for item in plan.inputs}
     now = {item.path: item for item in inputs}

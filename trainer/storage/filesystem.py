@@ -123,6 +123,16 @@ def open_no_link(path: str, flags: int) -> int:
     return os.open(path, flags | os.O_NOFOLLOW | os.O_NONBLOCK, 0o666)
 
 
+def remove(path: str) -> None:
+    """Removes a file, or does nothing if there is none."""
+    with contextlib.suppress(FileNotFoundError):
+        if not is_remote(path):
+            os.remove(path)
+            return
+        with _file_systems(path) as gfile:
+            gfile.remove(path)
+
+
 def refuse_link(folder: str) -> None:
     """Raises a UserError for a link in the place of a folder of ours: it may lead anywhere."""
     if not is_remote(folder) and os.path.islink(folder):
