@@ -161,7 +161,7 @@ benchmark: install-dev minilm ## measure beside the peers (hours; benchmarks/REA
 
 lock: install-dev ## resolve setup.py again into requirements/*.txt
 	$(COMPILE) setup.py --extra cpu --extra beam -o requirements/beam.txt
-	$(COMPILE) setup.py --extra cpu -c requirements/beam.txt -o requirements/cpu.txt
+	$(COMPILE) setup.py --extra cpu --extra openvino -c requirements/beam.txt -o requirements/cpu.txt
 	$(COMPILE) setup.py --extra cpu --extra cloud -c requirements/beam.txt -o requirements/cloud.txt
 	$(COMPILE) setup.py --extra gpu -c requirements/beam.txt -o requirements/gpu.txt
 	$(COMPILE) setup.py --extra tpu -o requirements/tpu.txt

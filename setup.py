@@ -44,6 +44,8 @@ EXTRAS = {
     "beam": ["apache-beam[gcp]>=2.70,<3"],
     # `export --formats=onnx`.
     "onnx": ["onnx>=1.19,<2"],
+    # `score` in bfloat16 and int8 on CPUs; onnx describes the encoder to OpenVINO.
+    "openvino": ["openvino>=2025.3,<2027", "onnx>=1.19,<2"],
     # `submit tpu`, `submit vertex` and `jobs`.
     "cloud": ["google-cloud-aiplatform>=1.148,<2", "google-cloud-tpu>=1.24,<2"],
     # The compiler for TPUs that launch/tpu_compiler.py runs. tensorflow-tpu aborts next to a libtpu

@@ -1,20 +1,26 @@
-"""`multihot score` beside the forward pass alone, transformers' pipeline and ONNX Runtime.
+"""`multihot score` in three precisions beside transformers' pipeline, ONNX Runtime and OpenVINO.
 
 All read the same model folder and the same documents on the same cores, each in a process of its
-own, in turn in every round. Loading the model is left out of all four.
+own, in turn in every round. Loading and compiling a peer's model is left out.
 
-    score      reading, planning, tokenising, packing, compiling, forward pass, writing
-    forward    the compiled forward pass over the micro-batches of `score`, packed in memory before
-    pipeline   transformers' text-classification pipeline over texts in memory
-    onnx       ONNX Runtime, float32, the graph fused for BERT, over ids that were tokenised
-               before, in batches sorted by length
+    score             float32: reading, planning, tokenising, packing, compiling, forward pass,
+                      writing; score_bfloat16 and score_int8 the same in these
+    forward           the compiled forward pass over the micro-batches of `score`, packed in memory
+                      before
+    pipeline          transformers' text-classification pipeline over texts in memory
+    onnx              ONNX Runtime, float32, the graph fused for BERT, over ids that were tokenised
+                      before, in batches sorted by length
+    onnx_int8         the same in dynamic int8, one step for each unit of a kernel
+    openvino_int8     OpenVINO, static int8 by NNCF (`pip install nncf`) as sentence-transformers
+                      do it, over the same batches
 
 Printed are documents a second, documents a second of the process's time on the cores (which other
 work on the machine hardly changes), and the largest difference between probabilities.
 
     python benchmarks/score_speed.py [--model=EXPORT_DIR] [--documents=3000] [...]
 
-Without --model it exports what `compare_trainer.py` trained in --folder.
+The peers need a model of BERT's own classes (--head=cls --wide=none), measured in int8. Without
+--model one is trained, on a tenth of an epoch of --folder's documents, and exported.
 """
 
 import argparse
@@ -29,9 +35,19 @@ import time
 from collections.abc import Callable
 
 import numpy as np
-from corpus import CORPUS_FILE, run_multihot, write_json
+from corpus import (
+    CORPUS_FILE,
+    DATA_FOLDER,
+    find_checkpoint,
+    make_corpus,
+    run_multihot,
+    write_json,
+)
 
-PEERS = ("forward", "pipeline", "onnx")
+OURS = ("score", "score_bfloat16", "score_int8")
+PEERS = ("forward", "pipeline", "onnx", "onnx_int8", "openvino_int8")
+# Documents that choose the steps of OpenVINO's int8, as sentence-transformers have it by default.
+_CALIBRATION_DOCUMENTS = 300
 
 
 def parse_arguments() -> argparse.Namespace:
@@ -39,29 +55,35 @@ def parse_arguments() -> argparse.Namespace:
     parser = argparse.ArgumentParser(
         description=__doc__, formatter_class=argparse.RawDescriptionHelpFormatter
     )
-    parser.add_argument("--folder", default="runs/compare", help="that compare_trainer.py wrote")
+    parser.add_argument("--folder", default="runs/compare", help="for everything")
+    parser.add_argument("--max_seq_length", type=int, default=512, help="in tokens")
+    parser.add_argument("--checkpoint", help="BERT's folder; default: all-MiniLM-L6-v2")
     parser.add_argument("--model", help="folder that `multihot export` wrote")
     parser.add_argument("--input", help="JSONL of documents; default: the corpus in --folder")
     parser.add_argument("--documents", type=int, default=3000, help="to score")
     parser.add_argument("--batch_size", type=int, default=32, help="of pipeline and onnx")
-    parser.add_argument("--peers", default=",".join(PEERS), help="beside `score`")
+    parser.add_argument("--peers", default=",".join((*OURS[1:], *PEERS)), help="beside `score`")
     parser.add_argument("--rounds", type=int, default=3)
-    parser.add_argument("--only", choices=("score", *PEERS), help=argparse.SUPPRESS)
+    parser.add_argument("--only", choices=(*OURS, *PEERS), help=argparse.SUPPRESS)
     return parser.parse_args()
 
 
 def find_model(arguments: argparse.Namespace) -> str:
-    """The model folder, exported first if it has to be."""
+    """The model folder, trained and exported first if it has to be."""
     if arguments.model:
         return arguments.model
-    folder, exported = arguments.folder, os.path.join(arguments.folder, "export")
-    trained = sorted(glob.glob(os.path.join(folder, "models", "quality-*")))
+    folder, exported = arguments.folder, os.path.join(arguments.folder, "bert", "export")
     if not os.path.isdir(exported):
-        if not trained:
-            sys.exit(f"{folder}: no trained model; run compare_trainer.py first, or give --model")
-        data = f"--data_dir={os.path.join(folder, 'data')}"
-        run_multihot("evaluate", f"--model_dir={trained[0]}", data)
-        run_multihot("export", f"--model_dir={trained[0]}", data, f"--export_dir={exported}")
+        checkpoint = find_checkpoint(arguments.checkpoint)
+        make_corpus(folder, 8000, arguments.max_seq_length, checkpoint)
+        data = f"--data_dir={os.path.join(folder, DATA_FOLDER)}"
+        run = f"--model_dir={os.path.join(folder, 'bert', 'run')}"
+        run_multihot(
+            "train", data, run, f"--init_checkpoint={checkpoint}", "--head=cls", "--wide=none",
+            "--num_train_epochs=0.1",
+        )  # fmt: skip
+        run_multihot("evaluate", data, run, "--precision=int8", "--force")
+        run_multihot("export", data, run, f"--export_dir={exported}")
     return exported
 
 
@@ -98,14 +120,18 @@ def timed(work: Callable[[], np.ndarray]) -> tuple[np.ndarray, dict[str, float]]
     }
 
 
-def score(model: str, path: str, folder: str) -> tuple[np.ndarray, dict[str, float]]:
+def score(
+    model: str, path: str, folder: str, precision: str
+) -> tuple[np.ndarray, dict[str, float]]:
     """`multihot score`, from its plan to its last part."""
     from trainer.config import ScoreConfig
     from trainer.score import run
 
-    output_dir = os.path.join(folder, "scores")
+    output_dir = os.path.join(folder, "scores" if precision == "float32" else f"scores_{precision}")
     shutil.rmtree(output_dir, ignore_errors=True)
-    config = ScoreConfig(model=model, input=(path,), output_dir=output_dir, precision="float32")
+    config = ScoreConfig(
+        model=model, input=(path,), output_dir=output_dir, precision=precision, force=True
+    )
     used = time.process_time()
     summary = run(config)
     # Loading the model, which the seconds do not hold, is part of these: in favour of the peers.
@@ -204,54 +230,110 @@ def export_onnx(model: str, path: str) -> None:
     fused.save_model_to_file(path)
 
 
-def run_onnx(
-    model: str, path: str, batch_size: int, folder: str
+def run_sorted(
+    model: str,
+    path: str,
+    batch_size: int,
+    predict: Callable[[dict[str, np.ndarray]], np.ndarray],
+    kind: type,
 ) -> tuple[np.ndarray, dict[str, float]]:
-    """ONNX Runtime over ids in memory, the longest documents first, padded to their batch's."""
-    import onnxruntime
+    """A peer over ids in memory, the longest documents first, padded to their batch's.
 
-    from trainer.data.tokenizer import load_tokenizer
-
-    graph = os.path.join(folder, "model.onnx")
-    if not os.path.exists(graph):
-        export_onnx(model, graph)
-    options = onnxruntime.SessionOptions()
-    options.intra_op_num_threads = len(os.sched_getaffinity(0))
-    session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
-    kinds = {"tensor(int32)": np.int32, "tensor(int64)": np.int64}
-    types = {item.name: kinds[item.type] for item in session.get_inputs()}
-    texts = read_texts(path)
-    documents, _ = load_tokenizer(model).encode_windows(texts, max_length_of(model), 0, 1)
-    ids = [window for (window,) in documents]
+    `predict` makes logits [B, L] of inputs [B, S] of the type `kind`.
+    """
+    ids = read_ids(model, path)
     lengths = np.array([len(document) for document in ids])
-    warm = {name: np.ones((1, 8), kind) for name, kind in types.items()}
-    (first,) = session.run(None, warm)
-    logits = np.empty((len(ids), first.shape[1]))
+    logits = np.empty((len(ids), predict(pad(ids[:1], kind)).shape[1]))
 
     def work() -> np.ndarray:
         order = np.argsort(-lengths, kind="stable")
         for start in range(0, len(order), batch_size):
             chosen = order[start : start + batch_size]
-            inputs = np.zeros((len(chosen), lengths[chosen].max()), np.int64)
-            for row, document in enumerate(chosen):
-                inputs[row, : lengths[document]] = ids[document]
-            mask = np.arange(inputs.shape[1]) < lengths[chosen, None]
-            feed = {"input_ids": inputs, "attention_mask": mask, "token_type_ids": inputs * 0}
-            feed = {name: feed[name].astype(kind) for name, kind in types.items()}
-            (logits[chosen],) = session.run(None, feed)
+            logits[chosen] = predict(pad([ids[index] for index in chosen], kind))
         return 1 / (1 + np.exp(-logits))
 
     return timed(work)
+
+
+def read_ids(model: str, path: str) -> list[list[int]]:
+    """The token ids of the documents of a JSONL file."""
+    from trainer.data.tokenizer import load_tokenizer
+
+    tokenizer = load_tokenizer(model)
+    documents, _ = tokenizer.encode_windows(read_texts(path), max_length_of(model), 0, 1)
+    return [window for (window,) in documents]
+
+
+def pad(ids: list[list[int]], kind: type) -> dict[str, np.ndarray]:
+    """A batch of BERT's inputs, [B, S], padded to its longest document."""
+    lengths = np.array([len(document) for document in ids])
+    inputs = np.zeros((len(ids), lengths.max()), kind)
+    for row, document in zip(inputs, ids, strict=True):
+        row[: len(document)] = document
+    mask = (np.arange(inputs.shape[1]) < lengths[:, None]).astype(kind)
+    return {"input_ids": inputs, "attention_mask": mask, "token_type_ids": inputs * 0}
+
+
+def run_onnx(
+    model: str, path: str, batch_size: int, folder: str, precision: str
+) -> tuple[np.ndarray, dict[str, float]]:
+    """ONNX Runtime over sorted ids, in float32 or dynamic int8."""
+    import onnxruntime
+    from onnxruntime.quantization import QuantType, quantize_dynamic
+
+    graph = os.path.join(folder, "model.onnx")
+    if not os.path.exists(graph):
+        export_onnx(model, graph)
+    if precision == "int8":
+        source, graph = graph, os.path.join(folder, "model_int8.onnx")
+        if not os.path.exists(graph):
+            quantize_dynamic(source, graph, per_channel=True, weight_type=QuantType.QInt8)
+    options = onnxruntime.SessionOptions()
+    options.intra_op_num_threads = len(os.sched_getaffinity(0))
+    session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])
+    is_narrow = session.get_inputs()[0].type == "tensor(int32)"
+    kind = np.int32 if is_narrow else np.int64
+    return run_sorted(model, path, batch_size, lambda feed: session.run(None, feed)[0], kind)
+
+
+def run_openvino(
+    model: str, path: str, batch_size: int, folder: str
+) -> tuple[np.ndarray, dict[str, float]]:
+    """OpenVINO over sorted ids, in static int8 by NNCF; what is not int8 is as it chooses."""
+    import nncf
+    import openvino
+
+    plain = os.path.join(folder, "model.onnx.plain")
+    if not os.path.exists(plain):
+        export_onnx(model, os.path.join(folder, "model.onnx"))
+    core = openvino.Core()
+    graph = os.path.join(folder, "openvino_int8.xml")
+    if not os.path.exists(graph):
+        first = read_ids(model, path)[:_CALIBRATION_DOCUMENTS]
+        quantized = nncf.quantize(
+            core.read_model(plain),
+            nncf.Dataset([pad([document], np.int64) for document in first]),
+            model_type=nncf.ModelType.TRANSFORMER,
+            subset_size=len(first),
+        )
+        openvino.save_model(quantized, graph)
+    threads = {"INFERENCE_NUM_THREADS": len(os.sched_getaffinity(0))}
+    compiled = core.compile_model(core.read_model(graph), "CPU", threads)
+    return run_sorted(model, path, batch_size, lambda feed: compiled(feed)[0], np.int64)
 
 
 def run_once(arguments: argparse.Namespace, model: str, path: str) -> None:
     """One system, once; its times and probabilities go to files."""
     folder, size = arguments.folder, arguments.batch_size
     probabilities, times = {
-        "score": lambda: score(model, path, folder),
+        "score": lambda: score(model, path, folder, "float32"),
+        "score_bfloat16": lambda: score(model, path, folder, "bfloat16"),
+        "score_int8": lambda: score(model, path, folder, "int8"),
         "forward": lambda: forward(model, folder, path),
         "pipeline": lambda: run_pipeline(model, path, size),
-        "onnx": lambda: run_onnx(model, path, size, folder),
+        "onnx": lambda: run_onnx(model, path, size, folder, "float32"),
+        "onnx_int8": lambda: run_onnx(model, path, size, folder, "int8"),
+        "openvino_int8": lambda: run_openvino(model, path, size, folder),
     }[arguments.only]()
     np.save(os.path.join(folder, f"{arguments.only}.npy"), probabilities)
     write_json(os.path.join(folder, f"{arguments.only}.json"), times)
@@ -285,7 +367,7 @@ def main() -> None:
             each = ", ".join(f"{value:.2f}" for value in values)
             ratios = [ours / value for ours, value in zip(speeds["score"], values, strict=True)]
             print(
-                f"  {name:9} {np.median(values):8.2f} documents a {kind[:-1].replace('_', ' ')} "
+                f"  {name:14} {np.median(values):8.2f} documents a {kind[:-1].replace('_', ' ')} "
                 f"[{each}]; score has {np.median(ratios):.2f} of it"
             )
     for system in systems[1:]:

@@ -10,7 +10,7 @@ os.environ.setdefault("GRPC_ENABLE_FORK_SUPPORT", "0")
 from collections.abc import Iterator
 from importlib import util
 from pathlib import Path
-from typing import TYPE_CHECKING
+from typing import TYPE_CHECKING, Any
 
 import numpy as np
 import pytest
@@ -68,11 +68,23 @@ def corpus(tmp_path_factory: pytest.TempPathFactory) -> str:
 @pytest.fixture(scope="session")
 def model(corpus: str, tmp_path_factory: pytest.TempPathFactory) -> str:
     """A small model folder, trained on `corpus` and calibrated."""
+    return _train_and_export(corpus, tmp_path_factory.mktemp("model"))
+
+
+@pytest.fixture(scope="session")
+def narrow_model(corpus: str, tmp_path_factory: pytest.TempPathFactory) -> str:
+    """The same, measured in int8 too, and without a wide part, so that the encoder decides."""
+    return _train_and_export(
+        corpus, tmp_path_factory.mktemp("narrow"), precision="int8", wide="none", num_train_epochs=3
+    )
+
+
+def _train_and_export(corpus: str, folder: Path, precision: str = "float32", **flags: Any) -> str:
+    """Trains in `folder`/run, exports to `folder`/model and returns that."""
     from trainer import evaluate, export, train
     from trainer.model_config import OptimizerConfig
     from trainer.run_config import EvaluateConfig, ExportConfig, TrainConfig
 
-    folder = tmp_path_factory.mktemp("model")
     run, exported = str(folder / "run"), str(folder / "model")
     train.run(
         TrainConfig(
@@ -83,12 +95,13 @@ def model(corpus: str, tmp_path_factory: pytest.TempPathFactory) -> str:
             num_attention_heads=2,
             intermediate_size=64,
             tokens_per_replica=1024,
-            num_train_epochs=0.5,
             jit_compile="false",
             optimizer=OptimizerConfig(learning_rate=3e-3),
+            **{"num_train_epochs": 0.5} | flags,
         )
     )
-    evaluate.run(EvaluateConfig(model_dir=run, data_dir=corpus))
+    # On any processor: what is tested is not speed.
+    evaluate.run(EvaluateConfig(model_dir=run, data_dir=corpus, precision=precision, force=True))
     export.run(ExportConfig(model_dir=run, export_dir=exported))
     return exported
 

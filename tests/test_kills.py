@@ -29,7 +29,7 @@ def check_ids(output, shards):
     assert found == expected
 
 
-def kill_score(model, shards, folder, max_workers, num_kills, seed):
+def kill_score(model, shards, folder, max_workers, num_kills, seed, more=("--precision=float32",)):
     """Rounds of runs that are killed, until so many kills; of each round the files are compared.
 
     Returns:
@@ -45,6 +45,7 @@ def kill_score(model, shards, folder, max_workers, num_kills, seed):
             return [
                 f"--model={model}", f"--input={shards}", f"--output_dir={output}",
                 "--rows_per_part=50", f"--worker_index={worker}", f"--num_workers={num_workers}",
+                *more,
             ]  # fmt: skip
 
         whole = folder / "whole"
@@ -90,6 +91,20 @@ def test_five_kills_of_score(model, shards, tmp_path, max_workers):
 @pytest.mark.parametrize("max_workers", [1, 2])
 def test_a_hundred_kills_of_score(model, shards, tmp_path, max_workers):
     kills, moments = kill_score(model, shards, tmp_path, max_workers, num_kills=100, seed=2)
+    assert kills >= 100 and min(moments["before"], moments["during"]) >= 10
+
+
+INT8 = ("--precision=int8", "--force")
+
+
+def test_five_kills_of_score_in_int8(narrow_model, shards, tmp_path):
+    kills, _ = kill_score(narrow_model, shards, tmp_path, 1, num_kills=5, seed=3, more=INT8)
+    assert kills >= 5
+
+
+@pytest.mark.long
+def test_a_hundred_kills_of_score_in_int8(narrow_model, shards, tmp_path):
+    kills, moments = kill_score(narrow_model, shards, tmp_path, 2, num_kills=100, seed=4, more=INT8)
     assert kills >= 100 and min(moments["before"], moments["during"]) >= 10
 
 

@@ -28,6 +28,7 @@ NUM_ROWS = 1000
 
 def make_config(model, source, output, **changes):
     sources = tuple(map(str, source)) if isinstance(source, list) else (str(source),)
+    changes = {"precision": "float32"} | changes  # On every processor.
     return ScoreConfig(model=str(model), input=sources, output_dir=str(output), **changes)
 
 

@@ -244,10 +244,11 @@ def _load_or_make_plan(this: ScoringRun) -> Plan:
 
 
 def _check_plan(this: ScoringRun, plan: Plan, inputs: Sequence[Input]) -> None:
-    if not this.config.force:
-        check_processor(plan, this.folder.url, this.settings["processor"])
-    settings = {name: value for name, value in this.settings.items() if name != "processor"}
+    settings = dict(this.settings)
+    processor = settings.pop("processor")
     check_plan(plan, this.folder.url, this.model.fingerprint, settings, inputs)
+    if not this.config.force:
+        check_processor(plan, this.folder.url, processor)
     packing, model = plan.packing, this.model
     size = model.max_seq_length, model.max_windows
     is_small = packing.num_tokens <= max(this.config.tokens_per_batch, min_tokens(*size))

@@ -38,7 +38,12 @@ def rows(documents, tmp_path_factory) -> str:
 
 
 def score_config(model, rows, output, **changes):
-    flags = {"rows_per_part": 40, "max_rejected": 3.0, "keep_columns": ("rank",)} | changes
+    flags = {
+        "precision": "float32",
+        "rows_per_part": 40,
+        "max_rejected": 3.0,
+        "keep_columns": ("rank",),
+    } | changes
     return ScoreConfig(model=model, input=(rows,), output_dir=str(output), **flags)
 
 

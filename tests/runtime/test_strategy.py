@@ -12,7 +12,7 @@ from trainer.errors import UserError
 from trainer.run_config import TrainConfig
 from trainer.runtime.devices import (
     choose_precision,
-    choose_scoring_precision,
+    choose_scoring,
     cluster_of,
     is_chief,
     is_on_cpu,
@@ -21,6 +21,7 @@ from trainer.runtime.devices import (
     should_jit,
     watching_workers,
 )
+from trainer.runtime.processor import ScoringChoice
 
 MIRRORED = """
 import tensorflow as tf
@@ -88,8 +89,8 @@ def test_auto_takes_all_gpus(monkeypatch, capsys, count, name):
 @pytest.mark.parametrize(
     ("capabilities", "training", "scoring"),
     [
-        ([(9, 0)], "mixed_bfloat16", "mixed_bfloat16"),
-        ([(8, 0), (8, 0)], "mixed_bfloat16", "mixed_bfloat16"),
+        ([(9, 0)], "mixed_bfloat16", "bfloat16"),
+        ([(8, 0), (8, 0)], "mixed_bfloat16", "bfloat16"),
         ([(8, 6), (7, 5)], "mixed_float16", "float32"),
         ([(7, 0)], "mixed_float16", "float32"),
     ],
@@ -97,7 +98,13 @@ def test_auto_takes_all_gpus(monkeypatch, capsys, count, name):
 def test_precision_is_that_of_the_oldest_gpu(monkeypatch, capabilities, training, scoring):
     give_gpus(monkeypatch, *capabilities)
     assert choose_precision("auto", strategy_on("/device:GPU:0")) == training
-    assert choose_scoring_precision("auto", strategy_on("/device:GPU:0")) == scoring
+    on_gpu = strategy_on("/device:GPU:0")
+    assert choose_scoring("auto", "auto", on_gpu) == ScoringChoice("tensorflow", scoring)
+    asked = ScoringChoice("tensorflow", "float32")
+    assert choose_scoring("tensorflow", "float32", on_gpu) == asked
+    for flags, said in ((("openvino", "auto"), "engine=openvino"), (("auto", "int8"), "int8")):
+        with pytest.raises(UserError, match=f"--.*{said}: runs on CPUs alone; leave it out"):
+            choose_scoring(*flags, on_gpu)
 
 
 @pytest.mark.parametrize(

@@ -176,7 +176,7 @@ def test_the_command_writes_parquet_from_two_replicas_with_kept_columns(
         ScoreConfig(
             model=model, input=(source,), output_dir=str(output), format="parquet",
             scores="top:3", keep_columns=("pages",), rows_per_part=200, tokens_per_batch=1024,
-            strategy="mirrored", cpu_replicas=2,
+            strategy="mirrored", cpu_replicas=2, precision="float32",
         )
     )  # fmt: skip
     assert summary.documents == 600
