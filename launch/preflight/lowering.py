@@ -16,6 +16,7 @@ from trainer.model_config import PackingConfig
 from trainer.run_config import TrainConfig
 from trainer.training.run_record import RunRecord
 from trainer.training.setup import build_step
+from trainer.training.step import TrainStep
 
 _TOTAL_DOCUMENTS = 1_000_000
 STEPS = ("train", "evaluate", "score")
@@ -53,6 +54,21 @@ class _SliceExtended(one_device_strategy.OneDeviceExtended):
         return self._replicas
 
 
+def trace(
+    function: Callable[..., Any], *arguments: Any
+) -> tuple[tf.types.experimental.PolymorphicFunction, list[tf.TensorSpec]]:
+    """A function of nested TensorSpecs as one that XLA compiles, and the flat list that it takes.
+
+    TensorFlow lowers functions of a flat list of arguments only.
+    """
+    compiled = tf.function(
+        lambda *values: function(*tf.nest.pack_sequence_as(arguments, values)),
+        jit_compile=True,
+        autograph=False,
+    )
+    return compiled, tf.nest.flatten(arguments)
+
+
 def lower(function: Callable[..., Any], *arguments: Any) -> bytes:
     """A serialized HLO module of a function of nested TensorSpecs of static shapes.
 
@@ -60,13 +76,7 @@ def lower(function: Callable[..., Any], *arguments: Any) -> bytes:
     updates become further outputs too, in the memory of their parameter. Raises
     tf.errors.InvalidArgumentError if XLA has no such operation, on any device.
     """
-    # TensorFlow takes the specs of a flat list of arguments only.
-    flat = tf.nest.flatten(arguments)
-    compiled = tf.function(
-        lambda *values: function(*tf.nest.pack_sequence_as(arguments, values)),
-        jit_compile=True,
-        autograph=False,
-    )
+    compiled, flat = trace(function, *arguments)
     return compiled.experimental_get_compiler_ir(*flat)(stage="hlo_serialized")
 
 
@@ -80,22 +90,31 @@ def lower_steps(
     """
     strategy, lowered = SliceStrategy(replicas), {}
     if "train" in steps:
-        lowered["train"] = _lower_train(config, shape, strategy)
+        step = build_train_step(config, shape, strategy)
+        lowered["train"] = lower(
+            lambda *arguments: strategy.run(step.replica_step, args=arguments),
+            *train_arguments(config, shape),
+        )
     model = build_model(shape.model, config.precision)
     if "evaluate" in steps:
         evaluation = Predictor(model, shape.packing, strategy)
-        inputs = _micro_batch(shape.packing), tf.TensorSpec([])
+        inputs = micro_batch_spec(shape.packing), tf.TensorSpec([])
         lowered["evaluate"] = lower(evaluation.predict, *inputs)
     if "score" in steps:
         scoring = Predictor(model, shape.scoring_packing)
         lowered["score"] = lower(
-            lambda batch: tf.sigmoid(scoring.logits(batch)), _micro_batch(shape.scoring_packing)
+            lambda batch: tf.sigmoid(scoring.logits(batch)), micro_batch_spec(shape.scoring_packing)
         )
     return lowered
 
 
-def _lower_train(config: TrainConfig, shape: JobShape, strategy: SliceStrategy) -> bytes:
-    """The step that `train` builds, lowered as one program, as on a TPU."""
+def build_train_step(
+    config: TrainConfig,
+    shape: JobShape,
+    strategy: tf.distribute.Strategy,
+    jit_compile: bool = False,
+) -> TrainStep:
+    """The step that `train` builds; without `jit_compile` to be lowered as one, as on a TPU."""
     num_labels, packing = shape.model.num_labels, shape.packing
     # Weights, counts and the end of the schedule are constants; any give the same operations.
     ones = (1.0,) * num_labels
@@ -104,21 +123,24 @@ def _lower_train(config: TrainConfig, shape: JobShape, strategy: SliceStrategy) 
         config, shape.model, packing, (), ones, ones, True, packing.max_length, _TOTAL_DOCUMENTS,
         "", "", config.precision, config.gradient_accumulation, {},
     )  # fmt: skip
-    step = build_step(record, counts, {}, strategy, jit_compile=False)
-    labels = no_labels(packing.max_documents, num_labels, shape.max_labels)
+    return build_step(record, counts, {}, strategy, jit_compile)
+
+
+def train_arguments(config: TrainConfig, shape: JobShape) -> tuple[Any, ...]:
+    """The TensorSpecs of `TrainStep.replica_step`'s arguments."""
+    packing = shape.packing
+    labels = no_labels(packing.max_documents, shape.model.num_labels, shape.max_labels)
     batches = {
         name: tf.TensorSpec([config.gradient_accumulation, *spec.shape], spec.dtype)
-        for name, spec in (_micro_batch(packing) | labels).items()
+        for name, spec in (micro_batch_spec(packing) | labels).items()
     }
     batches["position"] = tf.TensorSpec([3], tf.int64)
     count = tf.TensorSpec([], tf.int64)
-    return lower(
-        lambda *arguments: strategy.run(step.replica_step, args=arguments),
-        batches, count, count, tf.TensorSpec([], tf.float32),
-    )  # fmt: skip
+    return batches, count, count, tf.TensorSpec([], tf.float32)
 
 
-def _micro_batch(packing: PackingConfig) -> dict[str, tf.TensorSpec]:
+def micro_batch_spec(packing: PackingConfig) -> dict[str, tf.TensorSpec]:
+    """The TensorSpecs of a micro-batch's tensors that travel to a device, without labels."""
     return {
         name: tf.TensorSpec(value.shape, value.dtype)
         for name, value in empty_micro_batch(packing).items()
