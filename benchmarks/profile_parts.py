@@ -16,10 +16,11 @@ from tensorflow.compiler.xla import xla_data_pb2
 from tensorflow.compiler.xla.service import hlo_pb2
 from tensorflow.tsl.profiler.protobuf import xplane_pb2
 
-PRODUCTS, BIASES, ATTENTION, NORM, GELU, DROPOUT, EMBEDDING, HEAD, OPTIMIZER = PARTS = (
+PRODUCTS, BIASES, SCORES, ATTENTION, NORM, GELU, DROPOUT, EMBEDDING, HEAD, OPTIMIZER = PARTS = (
     "products",
     "biases",
-    "attention",
+    "attention: products",
+    "attention: softmax, masks, order",
     "LayerNorm and residuals",
     "GELU",
     "dropout",
@@ -32,9 +33,22 @@ BETWEEN = "between operations"
 _CONTAINERS = re.compile(
     r"XlaLaunch|_XlaRun|_XlaCompile|PartitionedCall|While|If$|Function|_Send|_Recv|IteratorGetNext"
 )
+# The layer's number, and what Keras and TensorFlow append to names that would repeat.
+_NUMBERS = re.compile(
+    r"(?<=layer)_\d+|(?<=[a-zA-Z])_\d+(?=[/ ]|$)|StatefulPartitionedCall/|_\d+(?=/)"
+)
 _DENSE = re.compile(r"/(qkv|output|intermediate|pooler|classifier)[_0-9]*/")
 # HLO that moves or names values and computes nothing.
 _SILENT = {"parameter", "constant", "broadcast", "bitcast", "tuple", "get-tuple-element", "reshape"}
+
+
+@dataclass(frozen=True)
+class Widths:
+    """Tokens of a micro-batch, width of the encoder, width of its feed-forward layer."""
+
+    tokens: int
+    hidden: int
+    inner: int
 
 
 @dataclass(frozen=True)
@@ -50,8 +64,8 @@ class Operation:
     is_hash: bool = False
 
 
-def part_of(operation: Operation, inner: int) -> str:
-    """The part of the model that an operation belongs to; `inner` is the feed-forward width."""
+def part_of(operation: Operation, widths: Widths) -> str:
+    """The part of the model that an operation belongs to."""
     kind, name, shape = operation.kind, operation.name, operation.shape
     own = name.rpartition("model")[2]
     if operation.is_hash or "Bitwise" in kind or kind == "RightShift":
@@ -62,36 +76,42 @@ def part_of(operation: Operation, inner: int) -> str:
         return OPTIMIZER  # The division of the gradients by the number of documents.
     if kind == "dot" or ("MatMul" in kind and "Batch" not in kind):
         is_attention = kind == "dot" and not _DENSE.search(own)
-        return ATTENTION if is_attention else PRODUCTS
+        return SCORES if is_attention else PRODUCTS
+    if "BatchMatMul" in kind:
+        return SCORES
     if "layer_norm" in own:
         return NORM
     if "BiasAdd" in name or "BiasAdd" in kind:
         return BIASES
     if "embeddings" in own:
         return EMBEDDING
-    if "attention" in own or "BatchMatMul" in kind:
+    if "attention" in own:
         return ATTENTION
-    if shape[-1:] == (inner,) or kind == "Erf":
+    # Operations between layers, and sums of their gradients, have no layer of their own in their
+    # names. Their shapes tell what they are.
+    if shape == (widths.tokens, widths.inner) or kind == "Erf":
         return GELU
-    if re.search(r"/layer_\d", own):
-        return DROPOUT if kind in ("select", "SelectV2") else NORM
-    # Sums of gradients have no layer in their name.
-    if len(shape) == 4:
+    if len(shape) == 4 or shape == (widths.tokens, 3 * widths.hidden):
         return ATTENTION
+    if shape == (widths.tokens, widths.hidden) or re.search(r"/layer_\d", own):
+        return DROPOUT if kind in ("select", "SelectV2") else NORM
     return HEAD
 
 
-def read_parts(folder: str, inner: int) -> tuple[dict[str, float], list[tuple[float, str, str]]]:
+def read_parts(
+    folder: str, widths: Widths
+) -> tuple[dict[str, float], list[tuple[float, str, str]]]:
     """Seconds of each part in the newest profile below a folder, with those between operations.
 
-    Also the operations that take longest: seconds, part, and kind with name.
+    Also the operations that take longest, those of all layers together: seconds, part, and kind
+    with name.
     """
     (path,) = glob.glob(os.path.join(folder, "plugins", "profile", "*", "*.xplane.pb"))
     space = xplane_pb2.XSpace()
     with open(path, "rb") as file:
         space.ParseFromString(file.read())
     planes = {plane.name: plane for plane in space.planes}
-    programs = _read_programs(planes.get("/host:metadata"), inner)
+    programs = _read_programs(planes.get("/host:metadata"), widths)
     events = list(_read_events(planes["/host:CPU"]))
     began, ended = _find_span(planes["/host:CPU"])
     totals: collections.Counter[str] = collections.Counter()
@@ -100,10 +120,11 @@ def read_parts(folder: str, inner: int) -> tuple[dict[str, float], list[tuple[fl
         if key is None:
             totals[BETWEEN] += seconds
             continue
-        weights, text = programs.get(key) or _weigh_tensorflow(key, inner)
+        weights, text = programs.get(key) or _weigh_tensorflow(key, widths)
         for part, weight in weights.items():
             totals[part] += seconds * weight
-        longest[max(weights, key=weights.__getitem__), text] += seconds
+        main = max(weights, key=weights.__getitem__)
+        longest[main, _NUMBERS.sub("", text)] += seconds
     most = [(seconds, part, text) for (part, text), seconds in longest.most_common()]
     return dict(totals), most
 
@@ -113,7 +134,7 @@ SPAN = "profiled steps"
 
 
 def _read_programs(
-    plane: xplane_pb2.XPlane | None, inner: int
+    plane: xplane_pb2.XPlane | None, widths: Widths
 ) -> dict[Key, tuple[dict[str, float], str]]:
     """The parts of each instruction of the compiled programs in a profile, as shares of 1."""
     programs = {}
@@ -127,7 +148,7 @@ def _read_programs(
                 for item in computation.instructions:
                     weights = {OPTIMIZER: 1.0}
                     if "__apply_" not in module.name:
-                        weights = _weigh(_flatten(item, computations), inner)
+                        weights = _weigh(_flatten(item, computations), widths)
                     text = f"{item.opcode} {item.metadata.op_name or item.name}"
                     shape = ",".join(map(str, item.shape.dimensions))
                     programs[module.name, item.name] = weights, f"{text} [{shape}]"
@@ -152,7 +173,7 @@ def _describe(item: hlo_pb2.HloInstructionProto) -> Operation:
     return Operation(item.opcode, item.metadata.op_name, shape, is_hash)
 
 
-def _weigh(operations: list[Operation], inner: int) -> dict[str, float]:
+def _weigh(operations: list[Operation], widths: Widths) -> dict[str, float]:
     """Shares of the parts in a fusion: of its operations on as many values as its largest has.
 
     XLA fuses what follows each other, such as a residual, its dropout and a sum. Operations on the
@@ -163,7 +184,7 @@ def _weigh(operations: list[Operation], inner: int) -> dict[str, float]:
     counts: collections.Counter[str] = collections.Counter()
     for item, size in zip(working, sizes, strict=True):
         if size == max(sizes):
-            counts[part_of(item, inner)] += 1
+            counts[part_of(item, widths)] += 1
     total = sum(counts.values())
     return {part: count / total for part, count in counts.items()}
 
@@ -175,9 +196,9 @@ def _count(shape: tuple[int, ...]) -> int:
     return total
 
 
-def _weigh_tensorflow(key: Key, inner: int) -> tuple[dict[str, float], str]:
+def _weigh_tensorflow(key: Key, widths: Widths) -> tuple[dict[str, float], str]:
     name, _, kind = key[1].rpartition(":")
-    return {part_of(Operation(kind, name), inner): 1.0}, f"{kind} {name}"
+    return {part_of(Operation(kind, name), widths): 1.0}, f"{kind} {name}"
 
 
 def _read_events(plane: xplane_pb2.XPlane) -> Iterator[tuple[int, int, Key]]:
