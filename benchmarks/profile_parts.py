@@ -83,7 +83,8 @@ def part_of(operation: Operation, widths: Widths) -> str:
         return NORM
     if "BiasAdd" in name or "BiasAdd" in kind:
         return BIASES
-    if "embeddings" in own:
+    # The gradient of the table of words has no name of its own.
+    if "embeddings" in own or name.startswith("UnsortedSegmentSum"):
         return EMBEDDING
     if "attention" in own:
         return ATTENTION

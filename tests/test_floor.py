@@ -46,6 +46,7 @@ def parts(monkeypatch):
             "BIASES",
         ),
         ("gather", "model/encoder/embeddings/GatherV2", (64, 32), "EMBEDDING"),
+        ("scatter", "UnsortedSegmentSum", (300, 32), "EMBEDDING"),
         ("RealDiv", "truediv_12", (), "OPTIMIZER"),
         ("ResourceApplyAdam", "ResourceApplyAdam_3", (), "OPTIMIZER"),
         ("log", "loss/Log", (8, 5), "HEAD"),
