@@ -114,6 +114,14 @@ class SubmitTpuConfig(WaitingSubmitConfig):
         "Image of the slice's hosts; default: the one of the table of accelerators.",
         **_RESOURCE,
     )
+    python_url: str | None = option(
+        None,
+        "Archive of Python 3.11 to 3.13 that the slice's hosts use: gs:// or https://, ending in "
+        "#sha256=HEX if it is to be checked; default: the image's own, or one from GitHub.",
+        pattern=r"(gs|https)://[^\s#]+(#sha256=[0-9a-f]{64})?",
+        expected="gs://BUCKET/FILE or https://…, with #sha256= and 64 hexadecimal digits or "
+        "without",
+    )
     network: str | None = option(
         None, "Network of the slice; default: the project's default.", **_RESOURCE
     )

@@ -12,7 +12,14 @@ from launch.cloud import package as packages
 from launch.cloud.follow import Outcome, region_of, say
 from launch.cloud.package import Package
 from launch.cloud.slice_watch import SliceWatch
-from launch.cloud.tpu_slices import API, Phase, QueuedResources, make_create_request, resource_name
+from launch.cloud.tpu_slices import (
+    API,
+    Phase,
+    QueuedResources,
+    make_create_request,
+    resource_name,
+    version_of,
+)
 from launch.job import Job
 from launch.launch_config import SubmitTpuConfig
 from launch.submit import Commands, Submission, make_job, parse_commands, submit, write_record
@@ -81,12 +88,18 @@ class TpuSubmission(Submission):
 
     def request_of(self, job: Job) -> dict[str, Any]:
         request = make_create_request(self.config, self._slice, job)
-        return {"service": API, "method": "CreateQueuedResource", "request": calls.to_dict(request)}
+        return {
+            "service": API,
+            "version": version_of(self.config),
+            "method": "CreateQueuedResource",
+            "request": calls.to_dict(request),
+        }
 
     def list_requests(self) -> list[dict[str, Any]]:
         deletions = [
             {
                 "service": API,
+                "version": "v2",
                 "method": "DeleteQueuedResource",
                 "sent_by": f"the slice, at its end or after {job.max_seconds} seconds",
                 "request": {"name": job.resource, "force": True},

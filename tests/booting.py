@@ -1,13 +1,14 @@
 """Hosts of slices that boot for real in clean folders, against fakes of what is around them."""
 
 import dataclasses
+import json
 import os
 import signal
 import subprocess
 import sys
 import time
 from collections.abc import Iterator
-from contextlib import contextmanager
+from contextlib import contextmanager, suppress
 from importlib import util
 from pathlib import Path
 
@@ -35,8 +36,21 @@ JOB = Job(
     wheel=NOTHING,
     requirements=NOTHING,
     max_restarts=0,
-    max_seconds=600,
+    max_seconds=36000,
 )
+# What `make tpu-train` submits, small.
+TRAINING = (
+    ("sample", "--output=s.jsonl", "--num_documents=400"),
+    ("prepare", "--input=s.jsonl", "--data_dir=gs://data/d", "--vocab_size=512")
+    + ("--max_seq_length=64", "--num_shards=1"),
+    ("train", "--data_dir=gs://data/d", "--model_dir=gs://data/m", "--hidden_size=16")
+    + ("--num_layers=1", "--num_attention_heads=2", "--intermediate_size=32")
+    + ("--tokens_per_replica=512", "--num_train_epochs=0.3", "--jit_compile=false"),
+    ("evaluate", "--model_dir=gs://data/m", "--data_dir=gs://data/d", "--resamples=0"),
+    ("export", "--model_dir=gs://data/m", "--export_dir=gs://data/e"),
+)
+# How often faster than others the hosts' clock runs.
+SPEED = 30
 DELETE = f"/v2/{RESOURCE}?force=true"
 
 
@@ -74,12 +88,15 @@ class Host:
 
     def kill(self) -> None:
         """What the end of the machine does: everything ends."""
-        if self.process is not None:
-            try:
-                os.killpg(self.process.pid, signal.SIGKILL)
-            except ProcessLookupError:
-                pass
-            self.process.wait()
+        if self.process is None:
+            return
+        groups = [self.process.pid]
+        with suppress(OSError):
+            groups.append(int((self.work / "job.pid").read_text()))
+        for group in groups:
+            with suppress(ProcessLookupError):
+                os.killpg(group, signal.SIGKILL)
+        self.process.wait()
 
     def read(self, name: str) -> str:
         """An object of the job's folder."""
@@ -93,6 +110,14 @@ class Host:
         """What the job has printed."""
         names = (name for name in self.names() if name.startswith("logs/host-0/"))
         return "".join(map(self.read, sorted(names)))
+
+    def wait_for_shut_down(self, seconds: float = 60.0) -> str:
+        """Returns the first command that ended the machine, once one has."""
+        path, deadline = self.folder / "shut-down", time.monotonic() + seconds
+        while not (path.exists() and path.read_text().endswith("\n")):
+            assert time.monotonic() < deadline, (self.work / "watchdog.log").read_text()
+            time.sleep(0.05)
+        return path.read_text().splitlines()[0]
 
     def wait_for_delete(self, seconds: float = 20.0) -> None:
         """Returns when a deletion was taken."""
@@ -114,6 +139,9 @@ def make_host(tmp_path: Path, job: Job, bootstrap: str | None = None) -> Iterato
     # Whatever the image calls it.
     (programs / "python3.11").symlink_to(sys._base_executable)  # type: ignore[attr-defined]
     (programs / "python3").symlink_to(sys._base_executable)  # type: ignore[attr-defined]
+    for name in ("shutdown", "poweroff"):
+        (programs / name).write_text(f'#!/bin/sh\necho {name} "$@" >>"{tmp_path}/shut-down"\n')
+        (programs / name).chmod(0o755)
     installed = Path(util.find_spec("tensorflow").origin).parents[1]
     with serve(machine) as address, fake_gcs.serve(storage, str(tmp_path)) as environment:
         # No HOME, as Google's agent starts it.
@@ -123,7 +151,7 @@ def make_host(tmp_path: Path, job: Job, bootstrap: str | None = None) -> Iterato
             "MULTIHOT_TPU_URL": f"http://{address}",
             "MULTIHOT_WORK": str(tmp_path / "work"),
             "MULTIHOT_CONSOLE": str(tmp_path / "console"),
-            "MULTIHOT_PAUSE": "1",
+            "MULTIHOT_SPEED": str(SPEED),
             "MULTIHOT_SITE_PACKAGES": str(installed),
         }
         host = Host(machine, storage, tmp_path, environment)
@@ -144,3 +172,14 @@ def packed(storage: FakeStorage, job: Job) -> Job:
 def set_job(host: Host, job: Job) -> None:
     """Gives a host that has not booted yet its job."""
     host.machine.attributes.update(make_metadata(job, attempt=0))
+
+
+def check_model_folder(host: Host) -> None:
+    """`TRAINING` has run to its end: a model folder is in the bucket, and the exit code is 0."""
+    from safetensors.numpy import load
+
+    data = host.storage.buckets["data"]
+    assert json.loads(data["e/multihot.json"].data)["calibration"]
+    assert load(data["e/model.safetensors"].data)["classifier.weight"].shape[1] == 16
+    assert "e/saved_model/saved_model.pb" in data
+    assert json.loads(host.read("exit_code/host-0"))["exit_code"] == 0

@@ -21,6 +21,7 @@ class FakeMachine:
     Attributes:
       attributes: its metadata.
       ip: its address.
+      has_metadata: whether its metadata server answers; 503 otherwise.
       has_role: whether its account may use Cloud TPU.
       refused_deletes: how many deletions are answered by 503 before one is taken.
       deletes: URLs of the deletions that were taken.
@@ -29,6 +30,7 @@ class FakeMachine:
 
     attributes: dict[str, str]
     ip: str = "127.0.0.1"
+    has_metadata: bool = True
     has_role: bool = True
     refused_deletes: int = 0
     deletes: list[str] = field(default_factory=list)
@@ -43,6 +45,8 @@ class _Handler(BaseHTTPRequestHandler):
         if self.path.startswith("/v2/"):
             return self._answer(200 if self._may_use() else 403, "{}")
         assert self.headers["Metadata-Flavor"] == "Google"
+        if not self.machine.has_metadata:
+            return self._answer(503, "away")
         path = urlsplit(self.path).path.removeprefix("/computeMetadata/v1/instance/")
         if path == "service-accounts/default/token":
             answer = {"access_token": TOKEN, "expires_in": 3000, "token_type": "Bearer"}

@@ -16,6 +16,7 @@ import fake_grpc
 import grpc
 from fake_grpc import Fault
 from google.cloud.tpu_v2 import types
+from google.cloud.tpu_v2alpha1 import types as alpha
 from google.longrunning import operations_pb2
 from google.protobuf import empty_pb2
 from google.rpc import status_pb2
@@ -49,7 +50,7 @@ class FakeTpu:
     on_active: Callable[[types.QueuedResource], None] = lambda resource: None
     node_state: str = "READY"
     requests: list[str] = field(default_factory=list)
-    created: list[types.CreateQueuedResourceRequest] = field(default_factory=list)
+    created: list[Any] = field(default_factory=list)
     resources: dict[str, types.QueuedResource] = field(default_factory=dict)
 
     def __post_init__(self) -> None:
@@ -58,8 +59,12 @@ class FakeTpu:
         self._left: dict[str, list[str]] = {}
         self._by_request_id: dict[str, operations_pb2.Operation] = {}
 
-    def create(self, request: types.CreateQueuedResourceRequest) -> operations_pb2.Operation:
-        """Makes a queued resource; a request that comes twice gets the same operation."""
+    def create(self, request: Any) -> operations_pb2.Operation:
+        """Makes a queued resource; a request that comes twice gets the same operation.
+
+        Requests of both versions of the API make the same resources. What v2 has no field for is
+        not seen by those who read them with v2.
+        """
         if request.request_id in self._by_request_id:
             return self._by_request_id[request.request_id]
         name = f"{request.parent}/queuedResources/{request.queued_resource_id}"
@@ -68,10 +73,15 @@ class FakeTpu:
         states = self.states[min(len(self.created), len(self.states) - 1)]
         self.created.append(request)
         if self.create_error is None:
-            self.resources[name] = types.QueuedResource(request.queued_resource, name=name)
+            asked = type(request.queued_resource).to_json(request.queued_resource)
+            self.resources[name] = types.QueuedResource.from_json(asked, ignore_unknown_fields=True)
+            self.resources[name].name = name
             self._left[name] = list(states)
             self._set_state(name)
-        operation = self._operate(self.create_error, self.resources.get(name))
+        made = self.resources.get(name)
+        if made and isinstance(request, alpha.CreateQueuedResourceRequest):
+            made = alpha.QueuedResource.from_json(types.QueuedResource.to_json(made))
+        operation = self._operate(self.create_error, made)
         self._by_request_id[request.request_id] = operation
         return operation
 
@@ -129,14 +139,14 @@ class FakeTpu:
         return operation if left <= 0 else operations_pb2.Operation(name=request.name)
 
     def _operate(
-        self, error: tuple[grpc.StatusCode, str] | None, result: types.QueuedResource | None
+        self, error: tuple[grpc.StatusCode, str] | None, result: Any
     ) -> operations_pb2.Operation:
         name = f"projects/p/locations/z/operations/{len(self.operations)}"
         done = operations_pb2.Operation(name=name, done=True)
         if error is not None:
             done.error.CopyFrom(status_pb2.Status(code=error[0].value[0], message=error[1]))
         elif result is not None:
-            done.response.Pack(types.QueuedResource.pb(result))
+            done.response.Pack(type(result).pb(result))
         else:
             done.response.Pack(empty_pb2.Empty())
         self.operations[name] = (self.operation_polls, done)
@@ -182,6 +192,9 @@ def serve(fake: FakeTpu) -> Iterator[str]:
     operations = {"GetOperation": ("get_operation", operations_pb2.GetOperationRequest)}
     services = {
         "google.cloud.tpu.v2.Tpu": methods,
+        "google.cloud.tpu.v2alpha1.Tpu": {
+            "CreateQueuedResource": ("create", alpha.CreateQueuedResourceRequest)
+        },
         "google.longrunning.Operations": operations,
     }
     with fake_grpc.serve(fake, services) as address:

@@ -9,6 +9,7 @@ import contextlib
 import dataclasses
 import datetime
 import enum
+import importlib
 import json
 import time
 import uuid
@@ -50,26 +51,28 @@ def make_create_request(
 ) -> Any:
     """The CreateQueuedResourceRequest of a job, whose slice was taken away `attempt` times before.
 
-    `seconds_left` are those of the job's `max_seconds`; default: all of them.
+    `seconds_left` are those of the job's `max_seconds`; default: all of them. The message is of the
+    API's version that `version_of` names.
     """
-    import google.cloud.tpu_v2 as tpu_v2
-
+    messages = _messages(version_of(config))
     parent = calls.parent(config.project, config.zone)
     node = _make_node(config, slice_of_chips, job)
     node.metadata = make_metadata(job, attempt, seconds_left)
+    if config.python_url:
+        node.metadata["multihot-python-url"] = config.python_url
     wait = datetime.timedelta(hours=config.max_wait_hours)
-    resource = tpu_v2.QueuedResource(
+    resource = messages.QueuedResource(
         tpu={"node_spec": [{"parent": parent, "node_id": job.name, "node": node}]},
         queueing_policy={"valid_until_duration": wait},
     )
     if config.provisioning == "spot":
-        resource.spot = tpu_v2.QueuedResource.Spot()
+        resource.spot = messages.QueuedResource.Spot()
     if config.provisioning == "reserved":
-        resource.guaranteed = tpu_v2.QueuedResource.Guaranteed()
+        resource.guaranteed = messages.QueuedResource.Guaranteed(reserved=True)
     if config.reservation:
         prefix = "" if "/" in config.reservation else f"{parent}/reservations/"
         resource.reservation_name = prefix + config.reservation
-    return tpu_v2.CreateQueuedResourceRequest(
+    return messages.CreateQueuedResourceRequest(
         parent=parent,
         queued_resource_id=job.name,
         queued_resource=resource,
@@ -78,23 +81,32 @@ def make_create_request(
     )
 
 
-def _make_node(config: SubmitTpuConfig, slice_of_chips: TpuSlice, job: Job) -> Any:
-    import google.cloud.tpu_v2 as tpu_v2
+def version_of(config: SubmitTpuConfig) -> str:
+    """The version of the API that creates a slice: `v2`, whose messages know no reserved tier."""
+    return "v2alpha1" if config.provisioning == "reserved" else "v2"
 
-    account = tpu_v2.ServiceAccount(scope=list(_SCOPES))
+
+def _messages(version: str) -> Any:
+    """The messages and the client of a version of the API."""
+    return importlib.import_module(f"google.cloud.tpu_{version}")
+
+
+def _make_node(config: SubmitTpuConfig, slice_of_chips: TpuSlice, job: Job) -> Any:
+    messages = _messages(version_of(config))
+    account = messages.ServiceAccount(scope=list(_SCOPES))
     if config.service_account:
         account.email = config.service_account
-    return tpu_v2.Node(
+    return messages.Node(
         description=f"Multihot job {job.name}",
         accelerator_type=slice_of_chips.name,
         runtime_version=config.runtime_version or slice_of_chips.runtime_image,
-        network_config=tpu_v2.NetworkConfig(
+        network_config=messages.NetworkConfig(
             network=config.network or "",
             subnetwork=config.subnetwork or "",
             enable_external_ips=config.external_ips,
         ),
         service_account=account,
-        scheduling_config=tpu_v2.SchedulingConfig(
+        scheduling_config=messages.SchedulingConfig(
             spot=config.provisioning == "spot", reserved=config.provisioning == "reserved"
         ),
         labels=parse_labels(config.labels) | labels_of(job.group),
@@ -181,14 +193,16 @@ class QueuedResources:
         others: Sequence[str] = (),
     ) -> None:
         """`others` are other zones that have such slices, for error messages."""
-        import google.cloud.tpu_v2 as tpu_v2
-
         self._parent = calls.parent(project, zone)
         self._project, self._zone = project, zone
         self._service_account = service_account
         self._others = others
         with explained(self.place("Cloud TPU")):
-            self._client = calls.make_client(tpu_v2.TpuClient, ENDPOINT_VARIABLE)
+            self._client = self._connect("v2")
+
+    @staticmethod
+    def _connect(version: str) -> Any:
+        return calls.make_client(_messages(version).TpuClient, ENDPOINT_VARIABLE)
 
     def place(self, name: str) -> Place:
         """What error messages about the queued resource of a name say."""
@@ -217,7 +231,10 @@ class QueuedResources:
         name = request.queued_resource_id
         with explained(self.place(name)):
             try:
-                operation = self._client.create_queued_resource(request=request, **_options())
+                # A version's client takes its own messages only.
+                version = type(request).__module__.split(".")[2].removeprefix("tpu_")
+                client = self._client if version == "v2" else self._connect(version)
+                operation = client.create_queued_resource(request=request, **_options())
                 _wait_for(operation, _CREATE_SECONDS)
             except AlreadyExists:
                 # This submission's own resource, if the first answer was lost.

@@ -4,13 +4,15 @@
 
 JOB_FILE is a job's record (launch/job.py); `-` stands for the text in $MULTIHOT_JOB. This file uses
 only the standard library of Python 3.8 or newer, because Multihot is not installed yet. A second
-run in the same WORK_DIR uses what the first one installed. GCE_METADATA_HOST and
-STORAGE_EMULATOR_HOST name other servers, and MULTIHOT_SITE_PACKAGES a folder of installed
-dependencies to use.
+run in the same WORK_DIR uses what the first one installed. MULTIHOT_PYTHON_URL names an archive of
+the Python to use (`--python_url`). GCE_METADATA_HOST and STORAGE_EMULATOR_HOST name other servers,
+MULTIHOT_SITE_PACKAGES a folder of installed dependencies to use, and MULTIHOT_SPEED is how much
+shorter the pauses are.
 """
 
 from __future__ import annotations
 
+import glob
 import hashlib
 import json
 import os
@@ -21,14 +23,25 @@ import time
 import urllib.error
 import urllib.parse
 import urllib.request
+import zipfile
 from typing import NoReturn
 
 PYTHONS = ("python3.11", "python3.12", "python3.13", "python3")
 FIELDS = ("name", "sha256")
 ATTEMPTS = 6
 FIRST_PAUSE_SECONDS = 1.0
-# Installs Python where an image has none that is new enough; the hash is that of Linux's wheel.
-UV = "uv==0.13.9 --hash=sha256:d7f459fe4fd247d830351c75686d3996ace3c6f3f728eb0e85a30b7ada0cef19\n"
+SPEED = float(os.environ.get("MULTIHOT_SPEED", "1"))
+# For one command, with its repetitions.
+INSTALL_SECONDS = 900.0
+IS_FIT = "import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))"
+# The wheel of uv 0.13.9 for Linux on x86-64. It needs no pip, which an image may lack.
+UV_URL = (
+    "https://files.pythonhosted.org/packages/3d/aa/"
+    "26d64642d808de4a652579ef950d7cd2d37f080a8babf9c67c6b75fc4c3f/"
+    "uv-0.13.9-py3-none-manylinux_2_17_x86_64.manylinux2014_x86_64.whl"
+)
+UV_SHA256 = "d7f459fe4fd247d830351c75686d3996ace3c6f3f728eb0e85a30b7ada0cef19"
+UV_PROGRAM = "uv-0.13.9.data/scripts/uv"
 
 
 def main(arguments: list[str]) -> None:
@@ -66,14 +79,20 @@ def read_job(path: str) -> dict:
 def fetch(job: dict, item: dict, work: str) -> str:
     """Downloads a file of the job's package and checks its SHA-256; returns its path."""
     path = os.path.join(work, os.path.basename(item["name"]))
-    if not (os.path.exists(path) and digest(path) == item["sha256"]):
-        name = "multihot/{}/package/{}".format(job["name"], item["name"])
-        download(job["bucket"], name, path + ".part")
-        found = digest(path + ".part")
-        if found != item["sha256"]:
-            end(f"gs://{job['bucket']}/{name}: SHA-256 {found}, expected {item['sha256']}")
-        os.replace(path + ".part", path)
+    url = "gs://{}/multihot/{}/package/{}".format(job["bucket"], job["name"], item["name"])
+    fetch_file(url, item["sha256"], path)
     return path
+
+
+def fetch_file(url: str, sha256: str, path: str) -> None:
+    """Downloads a URL to `path`, unless it lies there, and checks its SHA-256, if there is one."""
+    if sha256 and os.path.exists(path) and digest(path) == sha256:
+        return
+    download(url, path + ".part")
+    found = digest(path + ".part")
+    if sha256 not in ("", found):
+        end(f"{url}: SHA-256 {found}, expected {sha256}")
+    os.replace(path + ".part", path)
 
 
 def digest(path: str) -> str:
@@ -82,30 +101,48 @@ def digest(path: str) -> str:
         return hashlib.sha256(file.read()).hexdigest()
 
 
-def download(bucket: str, name: str, path: str) -> None:
-    """Downloads an object to a file; repeats the request while the store is away."""
-    store = os.environ.get("STORAGE_EMULATOR_HOST", "https://storage.googleapis.com")
-    url = "{}/storage/v1/b/{}/o/{}?alt=media".format(
-        store, bucket, urllib.parse.quote(name, safe="")
-    )
+def download(url: str, path: str) -> None:
+    """Downloads a gs:// or https:// URL to a file; repeats the request while a server is away."""
+    remedy = "see that this machine may reach it"
+    if url.startswith("gs://"):
+        bucket, _, _ = url[len("gs://") :].partition("/")
+        remedy = (
+            "give the machine's service account access: "
+            f"gcloud storage buckets add-iam-policy-binding gs://{bucket} "
+            "--member=serviceAccount:ACCOUNT --role=roles/storage.objectAdmin"
+        )
     for attempt in range(ATTEMPTS):
         try:
-            request = urllib.request.Request(url, headers={"Authorization": "Bearer " + token()})
+            request = make_request(url)
             with urllib.request.urlopen(request, timeout=60) as answer, open(path, "wb") as file:
                 shutil.copyfileobj(answer, file)
-                if file.tell() != int(answer.headers["Content-Length"]):
+                length = answer.headers["Content-Length"]
+                if length is not None and file.tell() != int(length):
                     raise ConnectionError(f"{file.tell()} bytes arrived")
             return
         except OSError as error:  # URLError, HTTPError and timeouts are subclasses of it.
             status = getattr(error, "code", None)
             final = status is not None and status < 500 and status not in (408, 429)
             if final or attempt == ATTEMPTS - 1:
-                end(
-                    f"gs://{bucket}/{name}: {error}; give the machine's service account access: "
-                    f"gcloud storage buckets add-iam-policy-binding gs://{bucket} "
-                    "--member=serviceAccount:ACCOUNT --role=roles/storage.objectAdmin"
-                )
-        time.sleep(FIRST_PAUSE_SECONDS * 2**attempt)
+                end(f"{url}: {error}; {remedy}")
+        pause(attempt)
+
+
+def make_request(url: str) -> urllib.request.Request:
+    """The request for a URL; for gs:// as this machine's account."""
+    if not url.startswith("gs://"):
+        return urllib.request.Request(url)
+    store = os.environ.get("STORAGE_EMULATOR_HOST", "https://storage.googleapis.com")
+    bucket, _, name = url[len("gs://") :].partition("/")
+    place = "{}/storage/v1/b/{}/o/{}".format(store, bucket, urllib.parse.quote(name, safe=""))
+    return urllib.request.Request(
+        place + "?alt=media", headers={"Authorization": "Bearer " + token()}
+    )
+
+
+def pause(attempt: int) -> None:
+    """Waits after an attempt that has failed, longer after each."""
+    time.sleep(FIRST_PAUSE_SECONDS * 2**attempt / SPEED)
 
 
 def token() -> str:
@@ -137,7 +174,7 @@ def install(wheel: str, requirements: str, fingerprint: str, work: str) -> str:
         with open(os.path.join(folder, "existing.pth"), "w", encoding="utf-8") as file:
             file.write(existing + "\n")
     else:
-        run([*installer, "--require-hashes", "-r", requirements])
+        run([*installer, "--require-hashes", "-r", requirements], attempts=3)
     offline = ["--no-index", "--ignore-installed"] if existing else []
     run([*installer, "--no-deps", *offline, wheel])
     with open(stamp, "w", encoding="utf-8"):
@@ -152,27 +189,52 @@ def make_environment(environment: str, work: str, with_pip: bool) -> list[str]:
     An image may lack such a Python, its venv module or its pip.
     """
     python = os.path.join(environment, "bin", "python")
-    check = "import sys; sys.exit(not (3, 11) <= sys.version_info[:2] <= (3, 13))"
     options = [] if with_pip else ["--without-pip"]
-    for name in PYTHONS:
-        base = shutil.which(name)
-        if base is None or subprocess.call([base, "-c", check]) != 0:
-            continue
+    bases = find_pythons(work)
+    for base in bases:
         if subprocess.call([base, "-m", "venv", *options, environment]) == 0:
             return [python, "-m", "pip", "install", "--quiet", "--disable-pip-version-check"]
         shutil.rmtree(environment, ignore_errors=True)
-    print("this image has no Python 3.11 to 3.13 with venv: uv brings one", flush=True)
-    pinned = os.path.join(work, "uv.txt")
-    with open(pinned, "w", encoding="utf-8") as file:
-        file.write(UV)
-    place = os.path.join(work, "uv")
+    uv = fetch_uv(work)
+    chosen = ["--python", bases[0]] if bases else ["--python", "3.11", "--managed-python"]
+    if not bases:
+        print("this image has no Python 3.11 to 3.13: uv brings one from GitHub", flush=True)
     run(
-        [sys.executable, "-m", "pip", "install", "--quiet", "--target", place, "--upgrade"]
-        + ["--require-hashes", "-r", pinned]
+        [uv, "venv", "--quiet", "--clear", *chosen, environment],
+        attempts=ATTEMPTS,
+        remedy="" if bases else "; give an archive of Python within reach: --python_url=gs://…",
     )
-    uv = os.path.join(place, "bin", "uv")
-    run([uv, "venv", "--quiet", "--python", "3.11", "--managed-python", environment])
     return [uv, "pip", "install", "--quiet", "--python", python]
+
+
+def find_pythons(work: str) -> list[str]:
+    """Pythons 3.11 to 3.13 of this machine; the one of MULTIHOT_PYTHON_URL alone, if it is set."""
+    url, _, fragment = os.environ.get("MULTIHOT_PYTHON_URL", "").partition("#sha256=")
+    if not url:
+        found = [base for base in map(shutil.which, PYTHONS) if base is not None]
+        return [base for base in found if subprocess.call([base, "-c", IS_FIT]) == 0]
+    archive, place = os.path.join(work, "python.tar"), os.path.join(work, "python")
+    fetch_file(url, fragment, archive)
+    shutil.rmtree(place, ignore_errors=True)
+    os.makedirs(place)
+    run(["tar", "--extract", "--no-same-owner", "--directory", place, "--file", archive])
+    for base in glob.glob(os.path.join(glob.escape(place), "*", "bin", "python3")):
+        if subprocess.call([base, "-c", IS_FIT]) == 0:
+            return [base]
+    end(
+        f"{url}: has no FOLDER/bin/python3 of Python 3.11 to 3.13 that runs here; expected an "
+        "archive such as python-build-standalone's cpython-3.11.…-install_only.tar.gz"
+    )
+
+
+def fetch_uv(work: str) -> str:
+    """The program of uv, which installs packages, and Python too."""
+    wheel, program = os.path.join(work, "uv.whl"), os.path.join(work, "uv")
+    fetch_file(UV_URL, UV_SHA256, wheel)
+    with zipfile.ZipFile(wheel) as archive, open(program, "wb") as file:
+        file.write(archive.read(UV_PROGRAM))
+    os.chmod(program, 0o755)
+    return program
 
 
 def find_packages(python: str) -> list[str]:
@@ -181,11 +243,19 @@ def find_packages(python: str) -> list[str]:
     return subprocess.check_output([python, "-c", script], text=True).splitlines()
 
 
-def run(command: list[str]) -> None:
-    """Runs a command that has to succeed."""
-    code = subprocess.call(command)
-    if code != 0:
-        end(f"{' '.join(command)} ended with exit code {code}")
+def run(command: list[str], attempts: int = 1, remedy: str = "") -> None:
+    """Runs a command that has to succeed within `attempts` and INSTALL_SECONDS."""
+    deadline = time.monotonic() + INSTALL_SECONDS
+    for attempt in range(attempts):
+        try:
+            code = subprocess.call(command, timeout=deadline - time.monotonic())
+        except subprocess.TimeoutExpired:
+            end(f"{' '.join(command)} took more than {INSTALL_SECONDS:g} seconds{remedy}")
+        if code == 0:
+            return
+        if attempt < attempts - 1:
+            pause(attempt)
+    end(f"{' '.join(command)} ended with exit code {code}{remedy}")
 
 
 def end(message: str) -> NoReturn:

@@ -2,14 +2,15 @@
 # Runs a job on a host of a Cloud TPU slice, and deletes the slice when the job has ended.
 #
 # This text is the startup script of every slice. The job is data in the machine's metadata, and no
-# shell ever reads any part of it as code. The watchdog starts first: it deletes the slice when its
-# time is over, whatever happens to the rest. A machine that is taken away (SIGTERM) deletes
-# nothing, so that `submit` sees that it was taken away. If the machine starts again, so does this
-# script, with the old deadline.
+# shell ever reads any part of it as code. The watchdog starts first, before anything is known of
+# the job: it deletes the slice when its time is over, whatever happens to the rest, and shuts the
+# machine down if the deletion is refused. A machine that is taken away (SIGTERM) deletes nothing,
+# so that `submit` sees that it was taken away. If the machine starts again, so does this script,
+# with the old deadline.
 #
 # GCE_METADATA_HOST, STORAGE_EMULATOR_HOST and MULTIHOT_TPU_URL name other servers, MULTIHOT_WORK
 # another folder, MULTIHOT_CONSOLE another console and MULTIHOT_SITE_PACKAGES installed dependencies
-# to use: for tests.
+# to use, and MULTIHOT_SPEED is how often faster than others this machine's clock runs: for tests.
 set -uo pipefail
 umask 077
 
@@ -18,19 +19,57 @@ storage="${STORAGE_EMULATOR_HOST:-https://storage.googleapis.com}"
 tpu_api="${MULTIHOT_TPU_URL:-https://tpu.googleapis.com}"
 work="${MULTIHOT_WORK:-/var/lib/multihot}"
 console="${MULTIHOT_CONSOLE:-/dev/console}"
-pause="${MULTIHOT_PAUSE:-30}"
+speed="${MULTIHOT_SPEED:-1}"
+# How long a machine may take to learn its job, and how long it asks for its deletion before it
+# shuts itself down. A machine that is refused everything bills for no more than their sum.
+boot_seconds=900
+delete_seconds=600
+pause_seconds=30
+retries=3
+resource="" bucket="" folder="" submission="" attempt=0 host=0
 stopping=""
 child=""
 
+# Seconds since 1970.
+now() {
+  echo "$(($(date +%s%3N) * speed / 1000))"
+}
+
+# SECONDS: sleeps
+rest() {
+  local milliseconds=$(($1 * 1000 / speed))
+  sleep "$((milliseconds / 1000)).$(printf %03d "$((milliseconds % 1000))")"
+}
+
+# COMMAND...: runs it until it succeeds, at most six times
+persist() {
+  local seconds
+  for seconds in 1 2 4 8 16; do
+    "$@" && return
+    rest "$seconds"
+  done
+  "$@"
+}
+
 # PATH below instance/
 read_metadata() {
-  curl --silent --fail --noproxy '*' --max-time 10 --retry 5 \
+  curl --silent --fail --noproxy '*' --max-time 10 --retry "$retries" --retry-delay 1 \
     --header 'Metadata-Flavor: Google' "$metadata/$1"
 }
 
 # NAME DEFAULT: an attribute of the machine
 attribute() {
   read_metadata "attributes/$1" 2>/dev/null || printf '%s' "$2"
+}
+
+# Learns which slice this is, and where its job's folder lies.
+read_place() {
+  resource="$(read_metadata attributes/multihot-resource)" || return
+  bucket="$(attribute multihot-bucket '')"
+  folder="$(attribute multihot-folder '')"
+  submission="$(attribute multihot-submission '')"
+  attempt="$(attribute multihot-attempt 0)"
+  host="$(attribute agent-worker-number 0)"
 }
 
 # CURL_ARGUMENT...: a request to Google as this machine's account. The token travels by standard
@@ -62,44 +101,75 @@ record_exit_code() {
   upload "$work/exit_code.json" "exit_code/host-$host"
 }
 
-# Says on the serial console, which needs no right to any bucket, what only a person can mend.
+# TIME: the watchdog acts then. Without the file it acts at once, as where a disk is full.
+set_limit() {
+  { echo "$1" >"$work/limit.new" && mv "$work/limit.new" "$work/limit"; } || rm -f "$work/limit"
+}
+
+# SENTENCE: says on the serial console, which needs no right to any bucket, what only a person can
+# mend
 plead() {
-  local project zone name
-  IFS=/ read -r _ project _ zone _ name <<<"$resource"
-  printf 'multihot: this slice was refused its own deletion, and goes on billing; delete it: %s\n' \
-    "gcloud compute tpus queued-resources delete $name --force --zone=$zone --project=$project" \
-    2>/dev/null >>"$console"
+  local project zone name remedy="gcloud compute tpus queued-resources list"
+  if [[ -n $resource ]]; then
+    IFS=/ read -r _ project _ zone _ name <<<"$resource"
+    remedy="gcloud compute tpus queued-resources delete $name --force --zone=$zone"
+    remedy+=" --project=$project"
+  fi
+  printf 'multihot: %s; delete it: %s\n' "$1" "$remedy" 2>/dev/null >>"$console"
+}
+
+# Ends what this machine does, and the machine.
+shut_down() {
+  local job
+  plead "this slice could not delete itself, so its machine shuts down, and may go on billing"
+  job="$(<"$work/job.pid")" && kill -KILL -- "-$job"
+  kill -KILL "$$"
+  shutdown --poweroff now || poweroff --force
 }
 
 # Sleeps until the deadline, and then requests the deletion again and again until this machine is
-# deleted. The job ends at the deadline in any case.
+# deleted, or shuts it down. The job ends at the deadline in any case.
 watch() {
+  local end why="the time of --max_hours was over"
   trap '' HUP INT TERM
   # The kernel kills this process last when memory runs out.
   { echo -1000 >"/proc/$BASHPID/oom_score_adj"; } 2>/dev/null
-  while (($(date +%s) < $(<"$work/deadline"))); do sleep "$((pause > 5 ? 5 : pause))"; done
+  while (($(now) < $(<"$work/limit"))); do rest 5; done
+  retries=0
+  end=$(($(now) + delete_seconds))
   if [[ ! -e $work/ended ]]; then
-    record_exit_code 124 "the time of --max_hours was over"
+    cmp --silent "$work/limit" "$work/deadline" || why="the machine did not learn its job in time"
+    if read_place; then record_exit_code 124 "$why"; fi
     kill -TERM "$$" 2>/dev/null
   fi
-  until delete_slice; do
-    plead
-    sleep "$pause"
+  while true; do
+    if [[ -n $resource ]] || read_place; then
+      if delete_slice; then
+        rest "$pause_seconds"
+      else
+        plead "this slice was refused its own deletion, and goes on billing"
+      fi
+    else
+      plead "this machine cannot learn which slice it is, and goes on billing"
+    fi
+    if (($(now) >= end)); then shut_down; fi
+    rest "$pause_seconds"
   done
-  while sleep 60; do delete_slice; done
 }
 
 # shellcheck disable=SC2317 # A trap calls it.
 finish() {
   local code=$?
   trap '' TERM
-  upload "$work/startup.log" "logs/host-$host/$submission-$(printf %03d "$attempt")-startup.log"
+  if [[ -n $resource ]]; then
+    upload "$work/startup.log" "logs/host-$host/$submission-$(printf %03d "$attempt")-startup.log"
+  fi
   if [[ -n $stopping ]]; then return; fi
   touch "$work/ended"
   record_exit_code "$code" "the startup script ended"
   delete_slice
   # If that was refused, the watchdog repeats it.
-  date +%s >"$work/deadline"
+  set_limit "$(now)"
 }
 
 # shellcheck disable=SC2317 # A trap calls it.
@@ -108,29 +178,34 @@ stop() {
   if [[ -n $child ]]; then kill -TERM "$child" 2>/dev/null; fi
 }
 
-mkdir -p "$work"
+# A full or broken disk must not keep the watchdog from starting.
+if ! { mkdir -p "$work" && cd "$work" && : >>startup.log; }; then
+  work=/dev/shm/multihot
+  if ! { mkdir -p "$work" && cd "$work"; }; then shutdown --poweroff now; fi
+fi
 # Google's agent may start this script without HOME, which installers of packages need.
 export HOME="${HOME:-$work}"
-cd "$work" || exit 1
 exec >>"$work/startup.log" 2>&1
-until resource="$(read_metadata attributes/multihot-resource)"; do sleep "$pause"; done
-max_seconds="$(attribute multihot-max-seconds 3600)"
-bucket="$(attribute multihot-bucket '')"
-folder="$(attribute multihot-folder '')"
-submission="$(attribute multihot-submission '')"
-attempt="$(attribute multihot-attempt 0)"
-host="$(attribute agent-worker-number 0)"
-[[ -s $work/deadline ]] || echo "$(($(date +%s) + max_seconds))" >"$work/deadline"
+rm -f "$work/exit_code.json" "$work/ended" "$work/job.pid"
+boot_limit="$(($(now) + boot_seconds))"
+deadline="$(cat "$work/deadline" 2>/dev/null)"
+set_limit "$((${deadline:-$boot_limit} < boot_limit ? deadline : boot_limit))"
 watch </dev/null >>"$work/watchdog.log" 2>&1 &
 echo $! >"$work/watchdog.pid"
 trap finish EXIT
 trap stop TERM
+until read_place; do
+  rest "$pause_seconds"
+  if [[ -n $stopping ]]; then exit 143; fi
+done
+[[ -n $deadline ]] ||
+  echo "$(($(now) + $(attribute multihot-max-seconds 3600)))" >"$work/deadline"
+set_limit "$(<"$work/deadline")"
 
 echo "host $host of $resource, attempt $attempt, starts at $(date --utc +%FT%TZ)"
-rm -f "$work/exit_code.json" "$work/ended"
 attribute multihot-job '' >"$work/job.json"
 attribute multihot-bootstrap '' >"$work/bootstrap.py"
-if ! call --retry 5 "$tpu_api/v2/$resource" >/dev/null; then
+if ! persist call "$tpu_api/v2/$resource" >/dev/null; then
   echo "error: the account of this slice cannot use Cloud TPU, so that the slice could not delete" \
     "itself; grant it: gcloud projects add-iam-policy-binding PROJECT" \
     "--member=serviceAccount:ACCOUNT --role=roles/tpu.admin"
@@ -138,7 +213,7 @@ if ! call --retry 5 "$tpu_api/v2/$resource" >/dev/null; then
 fi
 endpoints="$(attribute worker-network-endpoints '')"
 # Images for slices of several hosts start a runtime of another TensorFlow, which opens the chips.
-if [[ $endpoints == *,* ]]; then systemctl stop tpu-runtime.service; fi
+if [[ $endpoints == *,* ]]; then timeout 60 systemctl stop tpu-runtime.service; fi
 # Another user's would stop libtpu: /tmp is sticky, and the kernel protects such files from root too.
 rm -f /tmp/libtpu_lockfile
 
@@ -147,9 +222,13 @@ printf '{"submission": "%s", "attempt": %d, "host": %d, "what": "%s", "line": ""
 upload "$work/state.json" "state/host-$host.json"
 
 if [[ -n $stopping ]]; then exit 143; fi
-python3 "$work/bootstrap.py" "$work/job.json" "$work" \
+MULTIHOT_PYTHON_URL="$(attribute multihot-python-url '')"
+export MULTIHOT_PYTHON_URL
+# A process group of its own, which the watchdog can kill as a whole.
+setsid python3 "$work/bootstrap.py" "$work/job.json" "$work" \
   "--host=$host" "--attempt=$attempt" "--endpoints=$endpoints" &
 child=$!
+echo "$child" >"$work/job.pid"
 wait "$child"
 code=$?
 # A signal to this script ends the wait, not what it waits for.

@@ -1,10 +1,15 @@
 """bootstrap.py: downloads the job's package, checks it, and installs it into a Python that fits."""
 
 import hashlib
+import io
 import json
+import os
 import sys
+import tarfile
+import zipfile
 from collections.abc import Iterator
 from pathlib import Path
+from urllib.parse import quote
 
 import pytest
 from fake_gcs import FakeStorage
@@ -68,25 +73,113 @@ def test_an_account_without_access_is_told_what_it_needs(store, tmp_path, capsys
 
 
 def test_an_image_without_a_new_python_gets_one(monkeypatch, tmp_path):
-    """Ubuntu 22.04 has Python 3.10 only; uv, pinned by its hash, installs 3.11."""
-    commands: list[list[str]] = []
+    """Ubuntu 22.04 has Python 3.10 only; uv installs 3.11, as often as GitHub has to be asked."""
+    commands: list[tuple[list[str], int, str]] = []
     monkeypatch.setattr(bootstrap.shutil, "which", lambda name: None)
-    monkeypatch.setattr(bootstrap, "run", commands.append)
+    monkeypatch.setattr(bootstrap, "fetch_uv", lambda work: "uv")
+    monkeypatch.setattr(bootstrap, "run", lambda *item, **more: commands.append((*item, more)))
     environment = str(tmp_path / "environment")
     installer = bootstrap.make_environment(environment, str(tmp_path), with_pip=True)
-    uv = str(tmp_path / "uv" / "bin" / "uv")
-    assert installer[:3] == [uv, "pip", "install"]
+    assert installer[:3] == ["uv", "pip", "install"]
     assert installer[-1] == f"{environment}/bin/python"
-    get, make = commands
-    assert get[:4] == [sys.executable, "-m", "pip", "install"] and "--require-hashes" in get
-    assert (tmp_path / "uv.txt").read_text().count("--hash=sha256:") == 1
-    assert make[0] == uv and make[1] == "venv" and make[-1] == environment
+    ((command, more),) = commands
+    assert command[:2] == ["uv", "venv"] and command[-1] == environment
+    assert command[-4:-1] == ["--python", "3.11", "--managed-python"]
+    assert more["attempts"] == bootstrap.ATTEMPTS and "--python_url=gs://" in more["remedy"]
+
+
+def test_a_new_python_without_venv_is_used_all_the_same(monkeypatch, tmp_path):
+    """Debian's and Ubuntu's need a package of their own for it."""
+    commands: list[list[str]] = []
+    monkeypatch.setattr(bootstrap, "find_pythons", lambda work: ["/bin/false"])
+    monkeypatch.setattr(bootstrap, "fetch_uv", lambda work: "uv")
+    monkeypatch.setattr(bootstrap, "run", lambda command, **_: commands.append(command))
+    bootstrap.make_environment(str(tmp_path / "environment"), str(tmp_path), with_pip=True)
+    assert commands[0][-3:-1] == ["--python", "/bin/false"]
+
+
+def test_uv_needs_no_pip_and_is_pinned_by_its_hash(store, monkeypatch, tmp_path):
+    stream = io.BytesIO()
+    with zipfile.ZipFile(stream, "w") as archive:
+        archive.writestr(bootstrap.UV_PROGRAM, "#!/bin/sh\nexit 7\n")
+    store.put("b", "uv.whl", stream.getvalue())
+    monkeypatch.setattr(bootstrap, "UV_URL", "gs://b/uv.whl")
+    with pytest.raises(SystemExit):
+        bootstrap.fetch_uv(str(tmp_path))
+    assert not (tmp_path / "uv").exists()
+    found = hashlib.sha256(stream.getvalue()).hexdigest()
+    monkeypatch.setattr(bootstrap, "UV_SHA256", found)
+    assert os.waitstatus_to_exitcode(os.system(bootstrap.fetch_uv(str(tmp_path)))) == 7
+
+
+def put_python(store: FakeStorage, program: str) -> tuple[str, str]:
+    """An archive of a Python whose program is a script; its name and its SHA-256."""
+    stream = io.BytesIO()
+    with tarfile.open(fileobj=stream, mode="w:gz") as archive:
+        item = tarfile.TarInfo("python/bin/python3")
+        item.size, item.mode = len(program), 0o755
+        archive.addfile(item, io.BytesIO(program.encode()))
+    store.put("b", "of/python.tar.gz", stream.getvalue())
+    return "of/python.tar.gz", hashlib.sha256(stream.getvalue()).hexdigest()
+
+
+def use_python(monkeypatch: pytest.MonkeyPatch, url: str, sha256: str = "") -> None:
+    monkeypatch.setenv("MULTIHOT_PYTHON_URL", url + (sha256 and f"#sha256={sha256}"))
+
+
+@pytest.mark.parametrize("way", ["gs, checked", "gs", "http"])
+def test_a_python_of_the_users_own_is_used_instead_of_the_images(store, monkeypatch, tmp_path, way):
+    name, sha256 = put_python(store, f'#!/bin/sh\nexec {sys.executable} "$@"\n')
+    url = f"gs://b/{name}"
+    if way == "http":
+        address = os.environ["STORAGE_EMULATOR_HOST"]
+        url = f"{address}/storage/v1/b/b/o/{quote(name, safe='')}?alt=media"
+    use_python(monkeypatch, url, sha256 if "checked" in way else "")
+    faults = iter(["503", "half"])
+    store.plan = lambda request: next(faults, "")
+    (found,) = bootstrap.find_pythons(str(tmp_path))
+    assert found == str(tmp_path / "python" / "python" / "bin" / "python3")
+
+
+@pytest.mark.parametrize(
+    ("program", "sha256", "expected"),
+    [
+        ("#!/bin/sh\nexit 0\n", "0" * 64, f"expected {'0' * 64}"),
+        ("#!/bin/sh\nexit 1\n", "", "no FOLDER/bin/python3 of Python 3.11 to 3.13 that runs"),
+    ],
+)
+def test_another_python_than_the_one_asked_for_is_not_used(
+    store, monkeypatch, tmp_path, capsys, program, sha256, expected
+):
+    name, _ = put_python(store, program)
+    use_python(monkeypatch, f"gs://b/{name}", sha256)
+    with pytest.raises(SystemExit) as ended:
+        bootstrap.find_pythons(str(tmp_path))
+    error = capsys.readouterr().err
+    assert ended.value.code == 2 and expected in error and error.count("\n") == 1
+
+
+def test_a_command_that_fails_is_repeated_and_one_that_hangs_is_ended(
+    monkeypatch, tmp_path, capsys
+):
+    monkeypatch.setattr(bootstrap, "FIRST_PAUSE_SECONDS", 0.001)
+    marks = tmp_path / "marks"
+    script = f"echo >>{marks}; test $(wc -l <{marks}) -ge 3"
+    bootstrap.run(["sh", "-c", script], attempts=3)
+    assert len(marks.read_text()) == 3
+    with pytest.raises(SystemExit):
+        bootstrap.run(["false"], attempts=2, remedy="; do that")
+    assert "false ended with exit code 1; do that" in capsys.readouterr().err
+    monkeypatch.setattr(bootstrap, "INSTALL_SECONDS", 0.2)
+    with pytest.raises(SystemExit):
+        bootstrap.run(["sleep", "60"], attempts=3)
+    assert "sleep 60 took more than 0.2 seconds" in capsys.readouterr().err
 
 
 def test_what_is_installed_is_pinned_by_hashes(monkeypatch, tmp_path):
     commands: list[list[str]] = []
     monkeypatch.delenv("MULTIHOT_SITE_PACKAGES", raising=False)
-    monkeypatch.setattr(bootstrap, "run", commands.append)
+    monkeypatch.setattr(bootstrap, "run", lambda command, **_: commands.append(command))
 
     def make_environment(environment: str, work: str, with_pip: bool) -> list[str]:
         Path(environment).mkdir()

@@ -8,7 +8,17 @@ import time
 from pathlib import Path
 
 import pytest
-from booting import BUCKET, DELETE, JOB, PLACE, make_host, packed, set_job
+from booting import (
+    BUCKET,
+    DELETE,
+    JOB,
+    PLACE,
+    TRAINING,
+    check_model_folder,
+    make_host,
+    packed,
+    set_job,
+)
 
 from launch.cloud import package
 from launch.cloud.tpu_slices import make_metadata
@@ -104,7 +114,7 @@ def test_an_account_that_could_not_delete_the_slice_is_told_before_the_job_runs(
 
 def test_the_watchdog_deletes_a_slice_whose_time_is_over(tmp_path):
     """The job hangs; the first two deletions are refused, which the serial console tells."""
-    job = dataclasses.replace(JOB, max_seconds=1)
+    job = dataclasses.replace(JOB, max_seconds=30)
     with make_host(tmp_path, job, "import time; time.sleep(600)") as host:
         host.machine.refused_deletes = 2
         host.start()
@@ -120,10 +130,10 @@ def test_the_watchdog_deletes_a_slice_whose_time_is_over(tmp_path):
 
 def test_the_watchdog_outlives_the_script(tmp_path):
     """The script is killed, as when memory runs out; its slice is deleted all the same."""
-    job = dataclasses.replace(JOB, max_seconds=2)
+    job = dataclasses.replace(JOB, max_seconds=60)
     with make_host(tmp_path, job, "import time; time.sleep(600)") as host:
         host.start()
-        while not (host.work / "watchdog.pid").exists():
+        while not (host.work / "job.pid").exists():
             time.sleep(0.02)
         assert host.process is not None
         host.process.kill()
@@ -138,6 +148,76 @@ def test_a_deletion_that_is_refused_at_the_end_is_asked_for_again(tmp_path):
         host.wait_for_delete()
         assert host.machine.refusals == 3
         assert json.loads(host.read("exit_code/host-0"))["exit_code"] == 0
+
+
+def test_a_machine_that_cannot_delete_its_slice_kills_the_job_and_shuts_itself_down(tmp_path):
+    """The job ignores SIGTERM, and so does its child."""
+    script = (
+        "import os, signal, time; signal.signal(15, signal.SIG_IGN); os.fork(); "
+        "open(f'{os.getpid()}.job', 'w'); time.sleep(600)"
+    )
+    job = dataclasses.replace(JOB, max_seconds=600)
+    with make_host(tmp_path, job, script) as host:
+        host.environment["MULTIHOT_SPEED"] = "120"
+        host.machine.refused_deletes = 10**9
+        host.start()
+        assert host.wait_for_shut_down() == "shutdown --poweroff now"
+        running = [int(path.stem) for path in host.work.glob("*.job")]
+        assert len(running) == 2 and not any(map(is_alive, running))
+        assert host.process is not None and host.process.wait(10) == -9
+        said = (tmp_path / "console").read_text()
+        assert "its machine shuts down" in said
+        assert "delete first --force --zone=us-central1-a --project=p" in said.splitlines()[-1]
+        assert json.loads(host.read("exit_code/host-0"))["exit_code"] == 124
+
+
+def is_alive(pid: int) -> bool:
+    """Whether a process is there; one that nobody has waited for is not."""
+    try:
+        return ") Z " not in Path(f"/proc/{pid}/stat").read_text()
+    except FileNotFoundError:
+        return False
+
+
+def test_metadata_that_come_late_are_waited_for(tmp_path):
+    with make_host(tmp_path, JOB, "") as host:
+        host.machine.has_metadata = False
+        host.start()
+        time.sleep(2)
+        assert (host.work / "watchdog.pid").exists() and not (host.work / "deadline").exists()
+        host.machine.has_metadata = True
+        assert host.wait() == 0
+        assert host.machine.deletes == [DELETE]
+        limits = [int((host.work / name).read_text()) for name in ("limit", "deadline")]
+        assert limits[0] < limits[1]
+
+
+def test_a_machine_whose_disk_is_broken_deletes_its_slice(tmp_path):
+    """Nothing can be written where the script keeps its files: it keeps them in memory."""
+    memory = Path("/dev/shm/multihot")
+    if memory.exists():
+        pytest.skip(f"{memory} is in use")
+    with make_host(tmp_path, JOB, "import os; print(os.getcwd())") as host:
+        host.work.write_text("no folder")
+        try:
+            host.start()
+            assert host.wait() == 0
+            assert host.machine.deletes == [DELETE]
+            assert f"{memory}\n" in host.read(f"logs/host-0/{JOB.submission}-000-startup.log")
+        finally:
+            host.kill()
+            shutil.rmtree(memory)
+
+
+def test_the_users_python_is_told_to_the_bootstrap(tmp_path):
+    script = "import os; open('url', 'w').write(os.environ['MULTIHOT_PYTHON_URL'])"
+    odd = "gs://b/$(touch pwned);`touch pwned`"
+    with make_host(tmp_path, JOB, script) as host:
+        host.machine.attributes["multihot-python-url"] = odd
+        host.start()
+        assert host.wait() == 0
+        assert (host.work / "url").read_text() == odd
+        assert not list(tmp_path.rglob("pwned"))
 
 
 def test_a_machine_that_is_taken_away_deletes_nothing_and_may_come_back(tmp_path):
@@ -185,29 +265,12 @@ def test_shellcheck_finds_nothing():
 @pytest.mark.long
 def test_a_model_is_trained_measured_and_exported_on_a_clean_host(tmp_path):
     """What `make tpu-train` submits, small, on CPUs: the model folder lies in the bucket."""
-    from safetensors.numpy import load
-
-    commands = (
-        ("sample", "--output=s.jsonl", "--num_documents=400"),
-        ("prepare", "--input=s.jsonl", "--data_dir=gs://data/d", "--vocab_size=512")
-        + ("--max_seq_length=64", "--num_shards=1"),
-        ("train", "--data_dir=gs://data/d", "--model_dir=gs://data/m", "--hidden_size=16")
-        + ("--num_layers=1", "--num_attention_heads=2", "--intermediate_size=32")
-        + ("--tokens_per_replica=512", "--num_train_epochs=0.3", "--jit_compile=false"),
-        ("evaluate", "--model_dir=gs://data/m", "--data_dir=gs://data/d", "--resamples=0"),
-        ("export", "--model_dir=gs://data/m", "--export_dir=gs://data/e"),
-    )
     with make_host(tmp_path, JOB) as host:
-        set_job(host, packed(host.storage, dataclasses.replace(JOB, commands=commands)))
+        set_job(host, packed(host.storage, dataclasses.replace(JOB, commands=TRAINING)))
         host.start()
         assert host.wait(900) == 0, host.logs()
         assert host.machine.deletes == [DELETE]
-        data = host.storage.buckets["data"]
-        record = json.loads(data["e/multihot.json"].data)
-        assert record["calibration"]
-        assert load(data["e/model.safetensors"].data)["classifier.weight"].shape[1] == 16
-        assert "e/saved_model/saved_model.pb" in data
-        assert json.loads(host.read("exit_code/host-0"))["exit_code"] == 0
+        check_model_folder(host)
 
 
 @pytest.mark.long

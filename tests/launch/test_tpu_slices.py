@@ -100,3 +100,14 @@ def test_several_slices_are_all_made_or_none(tpu, capsys):
 def test_several_slices_do_not_train(tpu, capsys):
     assert run(with_flags("--num_slices=2")) == 2
     check_refusal(capsys, "expected `score` alone")
+
+
+def test_a_reserved_slice_is_created_by_the_version_that_knows_such(tpu, cloud):
+    """The rest of its life is that of any other slice."""
+    Slices(tpu, cloud, 0)
+    assert run(with_flags("--provisioning=reserved", "--reservation=ours")) == 0
+    (request,) = tpu.created
+    assert type(request).__module__.startswith("google.cloud.tpu_v2alpha1.")
+    assert request.queued_resource.guaranteed.reserved
+    assert request.queued_resource.reservation_name.endswith("/reservations/ours")
+    assert tpu.resources == {} and "GetQueuedResource" in tpu.requests
