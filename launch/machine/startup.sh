@@ -21,7 +21,8 @@ work="${MULTIHOT_WORK:-/var/lib/multihot}"
 console="${MULTIHOT_CONSOLE:-/dev/console}"
 speed="${MULTIHOT_SPEED:-1}"
 # How long a machine may take to learn its job, and how long it asks for its deletion before it
-# shuts itself down. A machine that is refused everything bills for no more than their sum.
+# shuts itself down. It does so no earlier than their sum after its start: a machine that is gone
+# looks taken away to `submit`, which deletes one that stays silent for 20 minutes.
 boot_seconds=900
 delete_seconds=600
 pause_seconds=30
@@ -122,8 +123,10 @@ plead() {
 shut_down() {
   local job
   plead "this slice could not delete itself, so its machine shuts down, and may go on billing"
-  job="$(<"$work/job.pid")" && kill -KILL -- "-$job"
-  kill -KILL "$$"
+  if [[ ! -e $work/ended ]]; then
+    job="$(<"$work/job.pid")" && kill -KILL -- "-$job"
+    kill -KILL "$$"
+  fi
   shutdown --poweroff now || poweroff --force
 }
 
@@ -137,6 +140,7 @@ watch() {
   while (($(now) < $(<"$work/limit"))); do rest 5; done
   retries=0
   end=$(($(now) + delete_seconds))
+  if ((end < boot_limit + delete_seconds)); then end=$((boot_limit + delete_seconds)); fi
   if [[ ! -e $work/ended ]]; then
     cmp --silent "$work/limit" "$work/deadline" || why="the machine did not learn its job in time"
     if read_place; then record_exit_code 124 "$why"; fi

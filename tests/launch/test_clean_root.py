@@ -53,7 +53,8 @@ def set_python(host: RootHost) -> None:
 
 def reach_index(root: Path) -> None:
     """Skips the test where the package index is out of reach."""
-    found = clean_root.ask(root, "curl -sSfo /dev/null --cacert /authorities.pem https://pypi.org/simple/uv/")  # fmt: skip
+    command = "curl -sSfo /dev/null --cacert /authorities.pem https://pypi.org/simple/uv/"
+    found = clean_root.ask(root, command)
     if found.returncode != 0:
         pytest.skip(f"the package index is out of reach: {found.stderr.strip()}")
 
