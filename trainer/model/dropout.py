@@ -6,7 +6,7 @@ mask again instead of keeping it. Compiled for a TPU this costs half as much as 
 """
 
 import math
-from collections.abc import Sequence
+from collections.abc import Callable, Sequence
 
 import tensorflow as tf
 
@@ -64,14 +64,7 @@ class Dropout:
 
     def __call__(self, values: tf.Tensor, rate: float) -> tf.Tensor:
         """Drops at `rate` and scales what stays by 1 / (1 - rate). Shapes must be static."""
-        site, self._sites = self._sites, self._sites + 1
-        if rate == 0:
-            return values
-        key, shape = self._key, values.shape.as_list()
-
-        def apply(values: tf.Tensor) -> tf.Tensor:
-            scaled = values * tf.constant(1 / (1 - rate), values.dtype)
-            return tf.where(keep_mask(key, site, shape, rate), scaled, tf.zeros([], values.dtype))
+        apply = self.at_next_site(rate)
 
         # Dropout is linear and symmetric, so its gradient is the same function of the gradient.
         @tf.custom_gradient
@@ -79,3 +72,17 @@ class Dropout:
             return apply(values), apply
 
         return drop(values)
+
+    def at_next_site(self, rate: float) -> Callable[[tf.Tensor], tf.Tensor]:
+        """The next dropout of the pass as a function, which drops the same places at every call."""
+        key, site = self._key, self._sites
+        self._sites += 1
+
+        def apply(values: tf.Tensor) -> tf.Tensor:
+            if rate == 0:
+                return values
+            scaled = values * tf.constant(1 / (1 - rate), values.dtype)
+            stays = keep_mask(key, site, values.shape.as_list(), rate)
+            return tf.where(stays, scaled, tf.zeros([], values.dtype))
+
+        return apply

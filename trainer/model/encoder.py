@@ -16,6 +16,7 @@ import keras
 import tensorflow as tf
 
 from trainer.errors import UserError
+from trainer.model import attention_gradient
 from trainer.model.dropout import Dropout
 from trainer.model_config import ModelConfig
 
@@ -217,7 +218,10 @@ class SelfAttention(keras.layers.Layer):
             contexts.append(self._attend(qkv[start:end], segments, (rows, length), dropout))
             start = end
         context = contexts[0] if len(contexts) == 1 else tf.concat(contexts, axis=0)
-        return self.output_dense(context if wanted is None else tf.gather(context, wanted))
+        if wanted is not None:
+            # With the number of tokens known, the gather's gradient has a shape that XLA knows.
+            context = tf.gather(tf.reshape(context, [x.shape[0] or -1, context.shape[1]]), wanted)
+        return self.output_dense(context)
 
     def _attend_from(
         self, x: tf.Tensor, wanted: tf.Tensor, segment_ids: tf.Tensor, dropout: Dropout | None
@@ -246,6 +250,9 @@ class SelfAttention(keras.layers.Layer):
     ) -> tf.Tensor:
         """Contexts [rows x length, hidden] of one group; `segments` is int32 [rows, 1, length]."""
         (rows, length), heads, size = group, self._heads, self._head_size
+        if dropout is not None and qkv.dtype == tf.float32:
+            drop = dropout.at_next_site(self._rate)
+            return attention_gradient.attend(qkv, segments, heads, drop)
         qkv = tf.reshape(qkv, [rows, length, 3, heads, size])
         query, key, value = tf.unstack(tf.transpose(qkv, [2, 0, 3, 1, 4]))
         visible = segments[:, :, :, None] == segments[:, :, None, :]
