@@ -35,11 +35,13 @@ class TpuKind:
     `hbm_bytes` is what libtpu's compiler lets a program take; None where that is not known.
     `ici_link_bandwidth` is in bytes, for one link in one direction. `dimensions` counts those of
     the torus that the chips form. `zones` are those that Google's page on TPU regions and zones
-    names for every project.
+    names for every project. `quota` and `spot_quota` are how the names of Cloud TPU's quotas begin.
     """
 
     name: str
     zones: tuple[str, ...]
+    quota: str
+    spot_quota: str
     hbm_bytes: int | None
     bf16_flops: float
     hbm_bandwidth: float

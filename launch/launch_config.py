@@ -248,6 +248,31 @@ class SubmitDataflowConfig(SubmitConfig):
 
 
 @dataclass(frozen=True)
+class SubmitCheckConfig(CheckedConfig):
+    """`multihot submit check`: what a project lacks for a job, with the commands that mend it."""
+
+    project: str = changed_option(SubmitConfig, "project")
+    bucket: str = changed_option(
+        SubmitConfig, "bucket", help="Bucket for package, logs and state, and for data and model."
+    )
+    accelerator: str = option(
+        "v5e:2x2", "Slice as of `submit tpu`, or else a machine as of `submit vertex`."
+    )
+    zone: str | None = option(None, "Zone of the slice, such as us-central1-a.", **_ZONE)
+    region: str | None = option(
+        None, "Region of the machines of Vertex AI; default: that of --zone.", **_REGION
+    )
+    provisioning: str = option(
+        "on_demand",
+        "How it would be paid for, which decides the quota: on_demand; or spot, as flex_start.",
+        choices=("on_demand", "spot"),
+    )
+    service_account: str | None = changed_option(SubmitConfig, "service_account")
+    network: str | None = changed_option(SubmitTpuConfig, "network")
+    runtime_version: str | None = changed_option(SubmitTpuConfig, "runtime_version")
+
+
+@dataclass(frozen=True)
 class JobsConfig(CheckedConfig):
     """Where a `jobs` command looks for jobs: at least one of `PLACES` has to be given."""
 

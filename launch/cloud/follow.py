@@ -6,6 +6,8 @@ import time
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
+from launch.cloud.findings import Finding
+from launch.cloud.findings import State as Known
 from launch.job import Job
 from launch.machine.reports import Ending, State
 from trainer.errors import RunAgain, UserError
@@ -38,29 +40,38 @@ def region_of(zone: str) -> str:
     return zone.rpartition("-")[0]
 
 
-def check_bucket(bucket: str, project: str, region: str) -> None:
-    """Raises a UserError unless a bucket exists and lies in a region; RunAgain without an answer.
+def look_at_bucket(bucket: str, project: str, region: str) -> Finding:
+    """Whether a bucket exists and lies in a region; OSError or RunAgain without an answer.
 
-    An account that may use a bucket's objects but not look at the bucket gets a warning.
+    An account that may use a bucket's objects but not look at the bucket cannot know.
     """
+    subject = f"gs://{bucket} in {region}"
     create = f"gcloud storage buckets create gs://{bucket} --project={project} --location={region}"
     try:
         places = gcs.find_regions(bucket)
     except PermissionError as error:
-        print(
-            f"warning: gs://{bucket}: {error.strerror}; whether it lies in {region} is not known",
-            file=sys.stderr,
-        )
-        return
+        detail = f"{error.strerror}; whether it lies in {region} is not known"
+        return Finding(Known.UNKNOWN, subject, detail)
     if places is None:
-        raise UserError(f"--bucket=gs://{bucket}: there is no such bucket; create it: {create}")
+        return Finding(Known.MISSING, subject, "there is no such bucket; create it", create)
     begins = [start for place in places for start in _REGIONS.get(place, (place,))]
-    if not any(region.startswith(start) for start in begins):
-        other = create.replace(f"gs://{bucket}", f"gs://{bucket}-{region}")
-        raise UserError(
-            f"--bucket=gs://{bucket}: lies in {', '.join(places)}, but the job runs in {region}, "
-            f"where every byte would come from far away and cost extra; create one there: {other}"
-        )
+    if any(region.startswith(start) for start in begins):
+        return Finding(Known.OK, subject, f"lies in {', '.join(places)}")
+    other = create.replace(f"gs://{bucket}", f"gs://{bucket}-{region}")
+    detail = (
+        f"lies in {', '.join(places)}, but the job runs in {region}, where every byte would come "
+        "from far away and cost extra; create one there"
+    )
+    return Finding(Known.MISSING, subject, detail, other)
+
+
+def check_bucket(bucket: str, project: str, region: str) -> None:
+    """Raises a UserError unless `look_at_bucket` finds it well, which raises too."""
+    found = look_at_bucket(bucket, project, region)
+    if found.state is Known.MISSING:
+        raise UserError(f"--bucket=gs://{bucket}: {found.line}")
+    if found.state is Known.UNKNOWN:
+        print(f"warning: gs://{bucket}: {found.line}", file=sys.stderr)
 
 
 @dataclass(frozen=True)

@@ -44,7 +44,7 @@ def storage(cloud):
 
 
 @pytest.fixture
-def vertex(monkeypatch):
+def vertex(monkeypatch, project):
     """Vertex AI, whose jobs reach their next state each time that they are read."""
     vertex = FakeVertex()
     for name in ("FIRST_PAUSE_SECONDS", "MAX_PAUSE_SECONDS"):
