@@ -5,7 +5,9 @@ v5p, v6e). `hbm_bytes` was read from the compiler's error for programs that do n
 available HBM (15.75G)"); it is not the data sheet's figure. The clock is the peak divided by what
 the chip's matrix units do in a cycle (v5e: 4 units of 128 x 128); for v6e it assumes 4 units of 256
 x 256, which Google does not document. The peak of a GPU is that of the narrow type that training
-uses. Machines without accelerators prepare data as fast as others and cost less.
+uses. Names of quotas are those in Cloud TPU's errors: slices of v5e with one host use up the one
+"for serving", whatever they do. Machines without accelerators prepare data as fast as others and
+cost less.
 """
 
 import dataclasses
@@ -35,13 +37,11 @@ class TpuKind:
     `hbm_bytes` is what libtpu's compiler lets a program take; None where that is not known.
     `ici_link_bandwidth` is in bytes, for one link in one direction. `dimensions` counts those of
     the torus that the chips form. `zones` are those that Google's page on TPU regions and zones
-    names for every project. `quota` and `spot_quota` are how the names of Cloud TPU's quotas begin.
+    names for every project.
     """
 
     name: str
     zones: tuple[str, ...]
-    quota: str
-    spot_quota: str
     hbm_bytes: int | None
     bf16_flops: float
     hbm_bandwidth: float
@@ -56,8 +56,9 @@ class TpuSlice:
     """A slice as Cloud TPU offers it.
 
     `name` is Cloud TPU's accelerator type, such as `v5litepod-16`. It counts chips for v5e and v6e,
-    and cores, two a chip, for v4 and v5p. `topology` is such as `4x4`. `warning` says why
-    TensorFlow may not work there; None if no reason is known.
+    and cores, two a chip, for v4 and v5p. `topology` is such as `4x4`. `quota` and `spot_quota` are
+    how the names of the quotas begin that it uses up. `warning` says why TensorFlow may not work
+    there; None if no reason is known.
     """
 
     kind: TpuKind
@@ -65,6 +66,8 @@ class TpuSlice:
     topology: str
     chips: int
     hosts: int
+    quota: str
+    spot_quota: str
     runtime_image: str
     warning: str | None
 

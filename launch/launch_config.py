@@ -264,8 +264,9 @@ class SubmitCheckConfig(CheckedConfig):
     )
     provisioning: str = option(
         "on_demand",
-        "How it would be paid for, which decides the quota: on_demand; or spot, as flex_start.",
-        choices=("on_demand", "spot"),
+        "How it would be paid for, which decides the quota: on_demand; spot and flex_start, which "
+        "share one; or reserved.",
+        choices=("on_demand", "spot", "flex_start", "reserved"),
     )
     service_account: str | None = changed_option(SubmitConfig, "service_account")
     network: str | None = changed_option(SubmitTpuConfig, "network")

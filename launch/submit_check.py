@@ -3,14 +3,12 @@
 Nothing is created and nothing is changed. A service that may not be asked gives a line of its own.
 """
 
-from collections.abc import Sequence
-
 from launch import accelerators
 from launch.accelerators import VertexMachine, find_slice, find_vertex_machine
 from launch.cloud import tpu_slices, vertex_jobs
 from launch.cloud.calls import explained
 from launch.cloud.findings import Finding, State, place_of
-from launch.cloud.follow import look_at_bucket, region_of
+from launch.cloud.follow import look_at_bucket, print_table, region_of
 from launch.cloud.permissions import IAM, PROJECTS, STORAGE
 from launch.cloud.project import Project, Zone
 from launch.cloud.rest import Rest
@@ -21,6 +19,7 @@ from trainer.errors import NotChecked, RunAgain, UserError
 
 _COMPUTE = "compute.googleapis.com"
 _NETWORK = "default"
+_SPOT = ("spot", "flex_start")  # They share their quotas.
 
 
 def run(config: SubmitCheckConfig) -> None:
@@ -32,7 +31,8 @@ def run(config: SubmitCheckConfig) -> None:
     place = place_of(PROJECTS, config.project, f"project {config.project}", "roles/browser")
     with explained(place):
         findings = _check_slice(config) if _is_slice(config) else _check_machine(config)
-    _print_table(findings)
+    rows = [(item.state.value, item.subject, item.line) for item in findings]
+    print_table(("STATE", "WHAT", "FOUND"), rows)
     counts = {state: sum(item.state is state for item in findings) for state in State}
     missing, unknown = counts[State.MISSING], counts[State.UNKNOWN]
     if missing:
@@ -59,24 +59,27 @@ def _check_slice(config: SubmitCheckConfig) -> list[Finding]:
     zone = Zone(resources.place(f"zone {config.zone}"))
     rest = Rest()
     project = Project(rest, config.project)
-    quota = found.kind.spot_quota if config.provisioning == "spot" else found.kind.quota
-    # Cloud TPU counts in its quotas what the name of a slice counts: chips of v5e and v6e, and
-    # cores of v4 and v5p.
+    quota = found.spot_quota if config.provisioning in _SPOT else found.quota
+    # Quotas count what the names of slices count: chips of v5e and v6e, cores of v4 and v5p.
     needed = int(found.name.rpartition("-")[2])
-    return [
+    findings = [
         *project.check_services((tpu_slices.API, _COMPUTE, STORAGE, PROJECTS, IAM)),
         *_check_rights(config, rest, OF_SLICES),
         _check_bucket(config, region_of(config.zone)),
         project.check_network(config.network or _NETWORK),
         zone.check_accelerator(found.name),
         zone.check_image(config.runtime_version or found.runtime_image),
-        project.check_quota(
-            tpu_slices.API,
-            config.zone,
-            needed,
-            lambda item: item["quotaId"].startswith(f"{quota}PerProjectPer"),
-        ),
     ]
+    if config.provisioning != "reserved":  # A reservation is paid for, and has its own limit.
+        findings.append(
+            project.check_quota(
+                tpu_slices.API,
+                config.zone,
+                needed,
+                lambda item: item["quotaId"].startswith(f"{quota}PerProjectPer"),
+            )
+        )
+    return findings
 
 
 def _check_machine(config: SubmitCheckConfig) -> list[Finding]:
@@ -104,7 +107,7 @@ def _name_metric(config: SubmitCheckConfig, machine: VertexMachine) -> str:
     """The name of Vertex AI's quota for a machine; flex_start uses up that of spot machines."""
     kind = machine.name.partition(":")[0].replace("-", "_")
     named = {"gpu": f"nvidia_{kind}_gpus", "tpu": f"tpu_{kind}", "cpu": "cpus"}
-    prefix = "" if config.provisioning == "on_demand" else "preemptible_"
+    prefix = "preemptible_" if config.provisioning in _SPOT else ""
     return f"custom_model_training_{prefix}{named[machine.environment]}"
 
 
@@ -122,10 +125,3 @@ def _check_bucket(config: SubmitCheckConfig, region: str) -> Finding:
         return look_at_bucket(bucket_name(config.bucket), config.project, region)
     except (RunAgain, OSError) as error:
         return Finding(State.UNKNOWN, f"gs://{bucket_name(config.bucket)}", str(error))
-
-
-def _print_table(findings: Sequence[Finding]) -> None:
-    rows = [(item.state.value, item.subject, item.line) for item in findings]
-    widths = [max(len(row[column]) for row in rows) for column in range(2)]
-    for state, subject, line in [("STATE", "WHAT", "FOUND"), *rows]:
-        print(f"{state:<{widths[0]}}  {subject:<{widths[1]}}  {line}")

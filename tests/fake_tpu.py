@@ -36,6 +36,7 @@ class FakeTpu:
       failure: with which a resource's state FAILED comes.
       operation_polls: how often an operation is not done yet when it is looked at.
       refused_deletes: how many deletions are refused because the resource is being created.
+      accelerators, images: that the zone offers.
       on_active: called with a resource when it is read in that state.
       requests: methods in the order in which they came.
     """
@@ -48,6 +49,8 @@ class FakeTpu:
     refused_deletes: int = 0
     on_active: Callable[[types.QueuedResource], None] = lambda resource: None
     node_state: str = "READY"
+    accelerators: tuple[str, ...] = ("v5litepod-1", "v5litepod-4")
+    images: tuple[str, ...] = ("tpu-vm-tf-2.18.0-pjrt-v5e-and-v6", "tpu-ubuntu2204-base")
     requests: list[str] = field(default_factory=list)
     created: list[types.CreateQueuedResourceRequest] = field(default_factory=list)
     resources: dict[str, types.QueuedResource] = field(default_factory=dict)
@@ -114,6 +117,26 @@ class FakeTpu:
         self.remove(request.name)
         return self._operate(None, None)
 
+    def list_accelerators(
+        self, request: types.ListAcceleratorTypesRequest
+    ) -> types.ListAcceleratorTypesResponse:
+        """The zone's accelerator types."""
+        found = [
+            types.AcceleratorType(name=f"{request.parent}/acceleratorTypes/{name}", type_=name)
+            for name in self.accelerators
+        ]
+        return types.ListAcceleratorTypesResponse(accelerator_types=found)
+
+    def list_images(
+        self, request: types.ListRuntimeVersionsRequest
+    ) -> types.ListRuntimeVersionsResponse:
+        """The zone's images for hosts."""
+        found = [
+            types.RuntimeVersion(name=f"{request.parent}/runtimeVersions/{name}", version=name)
+            for name in self.images
+        ]
+        return types.ListRuntimeVersionsResponse(runtime_versions=found)
+
     def remove(self, name: str) -> None:
         """What a deletion does, also one over REST."""
         with self.lock:
@@ -178,6 +201,8 @@ def serve(fake: FakeTpu) -> Iterator[str]:
         "ListQueuedResources": ("list", types.ListQueuedResourcesRequest),
         "DeleteQueuedResource": ("delete", types.DeleteQueuedResourceRequest),
         "GetNode": ("get_node", types.GetNodeRequest),
+        "ListAcceleratorTypes": ("list_accelerators", types.ListAcceleratorTypesRequest),
+        "ListRuntimeVersions": ("list_images", types.ListRuntimeVersionsRequest),
     }
     operations = {"GetOperation": ("get_operation", operations_pb2.GetOperationRequest)}
     services = {

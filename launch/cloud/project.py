@@ -109,7 +109,7 @@ class Limit:
 
 
 def find_limit(quota: dict[str, Any], location: str) -> Limit | None:
-    """What a quota, as Cloud Quotas describes it, allows in a zone or region; None if it names neither.
+    """What a quota of Cloud Quotas allows in a zone or region; None if it has none there.
 
     A quota counts by zone or by region. A value for that place goes before one for all places.
     """
