@@ -213,7 +213,11 @@ def find_vertex_machine(text: str) -> VertexMachine:
     offered = [item.name for item in same_kind] or dict.fromkeys(
         item.name.partition(":")[0] for item in machines.values()
     )
-    hint = "; other slices are to be had by `multihot submit tpu`" if kind in tpu_kinds() else ""
+    hint = ""
+    if kind in tpu_kinds():
+        why_not = None if same_kind else _read_table()["tpu"][kind]["vertex_warning"]
+        hint = f"; {why_not}" if why_not else ""
+        hint += "; other slices are to be had by `multihot submit tpu`"
     raise UserError(
         f"--accelerator={text}: no such machine of Vertex AI that Multihot knows; expected one of "
         f"{', '.join(offered)}{hint}"
