@@ -76,6 +76,11 @@ class WaitingSubmitConfig(SubmitConfig):
         at_least=0,
         at_most=1000,
     )
+    check_rights: bool = option(
+        True,
+        "Look for rights that are missing before anything is created, yours and those of the "
+        "account of the machines.",
+    )
     wait: bool = option(True, "Wait for the end.")
     no_wait: bool = option(False, "Return once the job is asked for; the same as --nowait.")
     follow: bool = option(False, "While waiting, print what the job prints.")

@@ -14,7 +14,7 @@ from typing import Any
 
 from launch.cloud import package as packages
 from launch.cloud.calls import explained
-from launch.cloud.findings import State, place_of
+from launch.cloud.findings import Finding, State, place_of
 from launch.cloud.follow import Outcome, ask_to_leave, check_bucket, say
 from launch.cloud.package import Package
 from launch.cloud.permissions import PROJECTS
@@ -31,6 +31,7 @@ Commands = tuple[tuple[str, ...], ...]
 Config = SubmitTpuConfig | SubmitVertexConfig
 
 _POLL_SECONDS = 10.0
+_NOT_LOOKED_AT = Finding(State.UNKNOWN, "rights", "--nocheck_rights")
 # The flag of what each command writes, and the flags of what commands read. (`sample` writes to a
 # local path only.)
 _WRITTEN = {
@@ -221,13 +222,9 @@ def check_rights(config: Config, needs: Needs) -> None:
     Raises a UserError for each that is missing, with the command that grants it. What could not be
     looked at is a warning. It is an error for a slice that nobody waits for and that nobody has
     named an account for: without rights it could not delete itself, and nobody else would.
+    `--nocheck_rights` makes all of it unknown.
     """
-    with explained(place_of(PROJECTS, config.project, config.name, "roles/browser")):
-        rights = Rights(Rest(), config.project, bucket_name(config.bucket), needs)
-        findings = rights.check_caller()
-        # Vertex AI ends its machines itself, and its own account has rights that it came with.
-        if needs is OF_SLICES or config.service_account:
-            findings += rights.check_account(config.service_account)
+    findings = _find_rights(config, needs) if config.check_rights else [_NOT_LOOKED_AT]
     missing = [item.line for item in findings if item.state is State.MISSING]
     if missing:
         raise UserError(f"{config.name}: nothing was created. {'; '.join(missing)}")
@@ -240,6 +237,17 @@ def check_rights(config: Config, needs: Needs) -> None:
         )
     for line in unknown:
         print(f"warning: not all rights could be checked: {line}", file=sys.stderr)
+
+
+def _find_rights(config: Config, needs: Needs) -> list[Finding]:
+    """What is known of the rights of the caller and of the machines' account."""
+    with explained(place_of(PROJECTS, config.project, config.name, "roles/browser")):
+        rights = Rights(Rest(), config.project, bucket_name(config.bucket), needs)
+        findings = rights.check_caller()
+        # Vertex AI ends its machines itself, and its own account has rights that it came with.
+        if needs is OF_SLICES or config.service_account:
+            findings += rights.check_account(config.service_account)
+    return findings
 
 
 def submit(submission: Submission) -> None:

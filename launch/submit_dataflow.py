@@ -25,10 +25,10 @@ from trainer.flags import parse_flags
 
 _RUNNER = "DataflowRunner"
 _ENVIRONMENT = "beam"
-# Dataflow would start a process for each virtual CPU, each with its own copy of the model. One takes
-# 1.7 GB of a BERT-base (measured; 0.7 GB of it are TensorFlow and Beam) and more than twice that of
-# a BERT-large, of which four do not fit into the 15 GB of an n1-standard-4. TensorFlow uses all
-# CPUs from one process.
+# Dataflow would start a process for each virtual CPU, each with its own copy of the model. With a
+# BERT-base a process takes 1.7 GB (measured; TensorFlow and Beam alone 0.7 GB). With a BERT-large,
+# whose weights have 1 GB more in two copies, four do not fit into the 15 GB of an n1-standard-4.
+# TensorFlow uses all CPUs from one process.
 _ONE_PROCESS = "no_use_multiple_sdk_containers"
 ENDPOINT_VARIABLE = "MULTIHOT_DATAFLOW_ENDPOINT"
 

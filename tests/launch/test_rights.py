@@ -156,6 +156,19 @@ def test_without_waiting_a_named_account_without_rights_is_refused_too(tpu, clou
     check_nothing_was_made(tpu, cloud, capsys, f"{OURS} lacks tpu.nodes.delete")
 
 
+def test_the_look_can_be_left_out(tpu, cloud, own, capsys):
+    """As for rights that hold below a folder of the bucket, of which the bucket says nothing."""
+    own.lacking[CALLER] = {"storage.objects.create"}
+    Slices(tpu, cloud, 0)
+    assert run(with_flags("--nocheck_rights")) == 0
+    assert own.requests == []
+    assert "warning: not all rights could be checked: --nocheck" in capsys.readouterr().err
+    made = len(tpu.created)
+    assert run(with_flags("--nocheck_rights", "--no_wait")) == 2
+    check_refusal(capsys, "--no_wait: nothing was created")
+    assert len(tpu.created) == made
+
+
 def test_a_service_that_is_away_ends_nothing(tpu, cloud, project, capsys, monkeypatch):
     from launch.cloud import rest
 
