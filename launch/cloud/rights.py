@@ -110,7 +110,7 @@ class Rights:
         )
         return [
             self._check_existence(name, is_default=account is None),
-            self._compare(f"your right to use {name}", use, self._rest, self._rest.member),
+            self._compare("your right to use that account", use, self._rest, self._rest.member),
             *self._check_rights(name, project),
         ]
 
@@ -183,7 +183,7 @@ class Rights:
             if own is not None
             else self._look_up(subject, item, account, policies, project)
             for item in self._wanted(self._needs.machine)
-            for subject in [f"rights of {account} {item.resource.name}"]
+            for subject in [f"the machines' rights {item.resource.name}"]
         ]
 
     def _impersonate(self, account: str) -> Rest | None:

@@ -193,7 +193,10 @@ def test_a_permission_that_the_service_does_not_know_says_nothing(tpu, cloud, pr
 class TestPolicies:
     """Where the caller may not create tokens of the account, the policies tell."""
 
-    SUBJECTS = (f"rights of {OURS} in project my-project", f"rights of {OURS} in gs://{BUCKET}")
+    SUBJECTS = (
+        "the machines' rights in project my-project",
+        f"the machines' rights in gs://{BUCKET}",
+    )
 
     @pytest.fixture(autouse=True)
     def no_tokens(self, own):
