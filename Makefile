@@ -47,7 +47,7 @@ COMPILE := $(BIN)/uv pip compile --quiet --universal --python-version 3.11 --gen
 .DEFAULT_GOAL := help
 .DELETE_ON_ERROR:
 .PHONY: help install install-cloud install-dev minilm compiler train gpu-train tpu-train tpu-score \
-	vertex-train preflight tpu-status tpu-clean test test-long lint format benchmark lock clean
+	vertex-train preflight cloud-check tpu-status tpu-clean test test-long lint format benchmark lock clean
 # To examples/cloud.sh as environment variables, which no shell reads as its own text.
 export PROJECT BUCKET ZONE REGION ACCELERATOR MACHINES SLICES JOB INPUT DATA BERT BERT_EPOCHS \
 	BERT_LENGTH MODEL SCORES PREPARE_FLAGS TRAIN_FLAGS SCORE_FLAGS SUBMIT_FLAGS TARGET \
@@ -124,6 +124,9 @@ gpu-train: $(VENV)/installed-gpu ## the same on the GPUs of this machine, into r
 	@bash examples/cloud.sh $@
 
 preflight: install compiler ## will training fit TARGET, how fast, at what cost; needs no TPU
+	@bash examples/cloud.sh $@
+
+cloud-check: install-cloud ## what PROJECT and BUCKET lack to run on ACCELERATOR in ZONE, and what mends it
 	@bash examples/cloud.sh $@
 
 tpu-status: install-cloud ## the jobs in ZONE, and in REGION and BUCKET if given

@@ -34,6 +34,15 @@ read -r -a train_flags <<<"$TRAIN_FLAGS"
 read -r -a score_flags <<<"$SCORE_FLAGS"
 read -r -a preflight_flags <<<"$PREFLIGHT_FLAGS"
 read -r -a submit_flags <<<"$SUBMIT_FLAGS"
+# Those that `submit check` has as well: they decide what is looked for.
+check_flags=()
+for flag in "${submit_flags[@]}"; do
+    case "$flag" in
+    --provisioning=* | --service_account=* | --network=* | --runtime_version=*)
+        check_flags+=("$flag")
+        ;;
+    esac
+done
 [ -z "$DRY_RUN" ] || submit_flags+=(--dry_run)
 
 # Sets steps: the commands that make a model folder in $folder, of documents or of $DATA.
@@ -102,6 +111,12 @@ gpu-train)
     ;;
 preflight)
     "${multihot[@]}" preflight "--target=${TARGET:?}" "${preflight_flags[@]}"
+    ;;
+cloud-check)
+    need PROJECT BUCKET
+    find_places
+    "${multihot[@]}" submit check "${where[@]}" "--bucket=$bucket" \
+        "--accelerator=${ACCELERATOR:-v5e:2x2}" "${check_flags[@]}"
     ;;
 tpu-status)
     find_places

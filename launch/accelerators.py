@@ -5,7 +5,9 @@ v5p, v6e). `hbm_bytes` was read from the compiler's error for programs that do n
 available HBM (15.75G)"); it is not the data sheet's figure. The clock is the peak divided by what
 the chip's matrix units do in a cycle (v5e: 4 units of 128 x 128); for v6e it assumes 4 units of 256
 x 256, which Google does not document. The peak of a GPU is that of the narrow type that training
-uses. Machines without accelerators prepare data as fast as others and cost less.
+uses. Names of quotas are those in Cloud TPU's errors: slices of v5e with one host use up the one
+"for serving", whatever they do. Machines without accelerators prepare data as fast as others and
+cost less.
 """
 
 import dataclasses
@@ -54,8 +56,9 @@ class TpuSlice:
     """A slice as Cloud TPU offers it.
 
     `name` is Cloud TPU's accelerator type, such as `v5litepod-16`. It counts chips for v5e and v6e,
-    and cores, two a chip, for v4 and v5p. `topology` is such as `4x4`. `warning` says why
-    TensorFlow may not work there; None if no reason is known.
+    and cores, two a chip, for v4 and v5p. `topology` is such as `4x4`. `quota` and `spot_quota` are
+    how the names of the quotas begin that it uses up. `warning` says why TensorFlow may not work
+    there; None if no reason is known.
     """
 
     kind: TpuKind
@@ -63,6 +66,8 @@ class TpuSlice:
     topology: str
     chips: int
     hosts: int
+    quota: str
+    spot_quota: str
     runtime_image: str
     warning: str | None
 
@@ -208,7 +213,11 @@ def find_vertex_machine(text: str) -> VertexMachine:
     offered = [item.name for item in same_kind] or dict.fromkeys(
         item.name.partition(":")[0] for item in machines.values()
     )
-    hint = "; other slices are to be had by `multihot submit tpu`" if kind in tpu_kinds() else ""
+    hint = ""
+    if kind in tpu_kinds():
+        why_not = None if same_kind else _read_table()["tpu"][kind]["vertex_warning"]
+        hint = f"; {why_not}" if why_not else ""
+        hint += "; other slices are to be had by `multihot submit tpu`"
     raise UserError(
         f"--accelerator={text}: no such machine of Vertex AI that Multihot knows; expected one of "
         f"{', '.join(offered)}{hint}"

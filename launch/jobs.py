@@ -5,7 +5,7 @@ bucket has what its machines printed and how they ended.
 """
 
 import time
-from collections.abc import Callable, Iterator, Sequence
+from collections.abc import Callable, Iterator
 from dataclasses import dataclass
 from datetime import datetime
 from functools import partial
@@ -13,7 +13,7 @@ from typing import Any
 
 from launch.cloud import vertex_jobs
 from launch.cloud.calls import Place, explained
-from launch.cloud.follow import JobLog, describe_state, read_records
+from launch.cloud.follow import JobLog, describe_state, print_table, read_records
 from launch.cloud.tpu_slices import BUCKET, Phase, QueuedResources, describe
 from launch.job import FOLDER, JOB_LABEL, Job, bucket_name
 from launch.launch_config import JobsCancelConfig, JobsListConfig, JobsLogsConfig, JobsStatusConfig
@@ -59,7 +59,7 @@ def list_jobs(config: JobsListConfig) -> None:
     if not rows:
         print("no jobs of Multihot there")
         return
-    _print_table(("NAME", "WHERE", "ACCELERATOR", "STATE", "CREATED"), rows)
+    print_table(("NAME", "WHERE", "ACCELERATOR", "STATE", "CREATED"), rows)
 
 
 def show_status(config: JobsStatusConfig) -> None:
@@ -262,10 +262,3 @@ def _date(moment: datetime | None) -> str:
 
 def _submission_date(job: Job) -> str:
     return _date(datetime.strptime(job.submission.partition("-")[0], "%Y%m%dt%H%M%S"))
-
-
-def _print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
-    widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
-    for row in [head, *rows]:
-        line = "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True))
-        print(line.rstrip())

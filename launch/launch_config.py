@@ -76,6 +76,11 @@ class WaitingSubmitConfig(SubmitConfig):
         at_least=0,
         at_most=1000,
     )
+    check_rights: bool = option(
+        True,
+        "Look for rights that are missing before anything is created, yours and those of the "
+        "account of the machines.",
+    )
     wait: bool = option(True, "Wait for the end.")
     no_wait: bool = option(False, "Return once the job is asked for; the same as --nowait.")
     follow: bool = option(False, "While waiting, print what the job prints.")
@@ -253,6 +258,32 @@ class SubmitDataflowConfig(SubmitConfig):
     external_ips: bool = option(
         True, "Whether workers have external addresses; without, they need Cloud NAT to install."
     )
+
+
+@dataclass(frozen=True)
+class SubmitCheckConfig(CheckedConfig):
+    """`multihot submit check`: what a project lacks for a job, with the commands that mend it."""
+
+    project: str = changed_option(SubmitConfig, "project")
+    bucket: str = changed_option(
+        SubmitConfig, "bucket", help="Bucket for package, logs and state, and for data and model."
+    )
+    accelerator: str = option(
+        "v5e:2x2", "Slice as of `submit tpu`, or else a machine as of `submit vertex`."
+    )
+    zone: str | None = option(None, "Zone of the slice, such as us-central1-a.", **_ZONE)
+    region: str | None = option(
+        None, "Region of the machines of Vertex AI; default: that of --zone.", **_REGION
+    )
+    provisioning: str = option(
+        "on_demand",
+        "How it would be paid for, which decides the quota: on_demand; spot and flex_start, which "
+        "share one; or reserved.",
+        choices=("on_demand", "spot", "flex_start", "reserved"),
+    )
+    service_account: str | None = changed_option(SubmitConfig, "service_account")
+    network: str | None = changed_option(SubmitTpuConfig, "network")
+    runtime_version: str | None = changed_option(SubmitTpuConfig, "runtime_version")
 
 
 @dataclass(frozen=True)

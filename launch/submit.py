@@ -7,13 +7,19 @@ the end of the job; what differs between Cloud TPU and Vertex AI is a `Submissio
 import abc
 import difflib
 import json
+import sys
 import time
 from collections.abc import Sequence
 from typing import Any
 
 from launch.cloud import package as packages
+from launch.cloud.calls import explained
+from launch.cloud.findings import Finding, State, place_of
 from launch.cloud.follow import Outcome, ask_to_leave, check_bucket, say
 from launch.cloud.package import Package
+from launch.cloud.permissions import PROJECTS
+from launch.cloud.rest import Rest
+from launch.cloud.rights import OF_SLICES, Needs, Rights
 from launch.job import Job, bucket_name, new_submission
 from launch.launch_config import SubmitTpuConfig, SubmitVertexConfig
 from trainer.config import COMMANDS
@@ -25,6 +31,7 @@ Commands = tuple[tuple[str, ...], ...]
 Config = SubmitTpuConfig | SubmitVertexConfig
 
 _POLL_SECONDS = 10.0
+_NOT_LOOKED_AT = Finding(State.UNKNOWN, "rights", "--nocheck_rights")
 # The flag of what each command writes, and the flags of what commands read. (`sample` writes to a
 # local path only.)
 _WRITTEN = {
@@ -115,7 +122,12 @@ def _check_places(name: str, config: Any, local: dict[str, str]) -> None:
 
 
 class Submission(abc.ABC):
-    """The steps of a submission that differ between Cloud TPU and Vertex AI."""
+    """The steps of a submission that differ between Cloud TPU and Vertex AI.
+
+    `needs` are the rights without which a job cannot run, or cannot be ended.
+    """
+
+    needs: Needs
 
     def __init__(self, config: Config, region: str, jobs: Sequence[Job], package: Package) -> None:
         """Sends nothing yet. The jobs run in `region`, where their bucket has to lie."""
@@ -204,6 +216,40 @@ def write_record(job: Job) -> None:
     gcs.upload(f"{job.folder}/job.json", job.to_json().encode())
 
 
+def check_rights(config: Config, needs: Needs) -> None:
+    """Looks for rights that the job needs, before anything is created for it.
+
+    Raises a UserError for each that is missing, with the command that grants it. What could not be
+    looked at is a warning. It is an error for a slice that nobody waits for and that nobody has
+    named an account for: without rights it could not delete itself, and nobody else would.
+    `--nocheck_rights` makes all of it unknown.
+    """
+    findings = _find_rights(config, needs) if config.check_rights else [_NOT_LOOKED_AT]
+    missing = [item.line for item in findings if item.state is State.MISSING]
+    if missing:
+        raise UserError(f"{config.name}: nothing was created. {'; '.join(missing)}")
+    unknown = list(dict.fromkeys(item.line for item in findings if item.state is State.UNKNOWN))
+    if unknown and needs is OF_SLICES and not config.waits and not config.service_account:
+        raise UserError(
+            f"--no_wait: nothing was created, because nobody would end a slice that may not delete "
+            f"itself, and whether it may is not known: {'; '.join(unknown)}. Name an account that "
+            "may by --service_account=ACCOUNT, or wait"
+        )
+    for line in unknown:
+        print(f"warning: not all rights could be checked: {line}", file=sys.stderr)
+
+
+def _find_rights(config: Config, needs: Needs) -> list[Finding]:
+    """What is known of the rights of the caller and of the machines' account."""
+    with explained(place_of(PROJECTS, config.project, config.name, "roles/browser")):
+        rights = Rights(Rest(), config.project, bucket_name(config.bucket), needs)
+        findings = rights.check_caller()
+        # Vertex AI ends its machines itself, and its own account has rights that it came with.
+        if needs is OF_SLICES or config.service_account:
+            findings += rights.check_account(config.service_account)
+    return findings
+
+
 def submit(submission: Submission) -> None:
     """Submits jobs, waits for them if that is wanted, and reports how they ended.
 
@@ -217,6 +263,7 @@ def submit(submission: Submission) -> None:
         return
     submission.connect()
     check_bucket(bucket_name(config.bucket), config.project, submission.region)
+    check_rights(config, submission.needs)
     submission.make_room()
     for job in submission.jobs:
         packages.upload(job, submission.package)

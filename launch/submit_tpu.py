@@ -11,6 +11,7 @@ from launch.cloud import calls
 from launch.cloud import package as packages
 from launch.cloud.follow import Outcome, region_of, say
 from launch.cloud.package import Package
+from launch.cloud.rights import OF_SLICES
 from launch.cloud.slice_watch import SliceWatch
 from launch.cloud.tpu_slices import (
     API,
@@ -78,6 +79,7 @@ class TpuSubmission(Submission):
     """Slices that delete themselves, each with a job of its own."""
 
     config: SubmitTpuConfig
+    needs = OF_SLICES
 
     def __init__(
         self, config: SubmitTpuConfig, slice_of_chips: TpuSlice, jobs: list[Job], package: Package

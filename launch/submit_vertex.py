@@ -10,6 +10,7 @@ from launch.cloud import package as packages
 from launch.cloud.calls import Place, explained, shorten
 from launch.cloud.follow import Outcome, Progress, read_records, say
 from launch.cloud.package import Package
+from launch.cloud.rights import OF_CUSTOM_JOBS
 from launch.job import SHARED, Job
 from launch.launch_config import SubmitVertexConfig
 from launch.machine.reports import Ending
@@ -87,6 +88,7 @@ class VertexSubmission(Submission):
     """One custom job; its methods raise what Google's client raises."""
 
     config: SubmitVertexConfig
+    needs = OF_CUSTOM_JOBS
 
     def __init__(
         self, config: SubmitVertexConfig, machine: VertexMachine, job: Job, package: Package

@@ -19,6 +19,7 @@ from fake_gcs import FakeStorage, serve
 from trainer.config import PrepareConfig
 
 if TYPE_CHECKING:
+    from fake_project import FakeProject
     from fake_tpu import FakeTpu
 
 
@@ -133,7 +134,22 @@ def cloud(tmp_path: Path, monkeypatch: pytest.MonkeyPatch) -> Iterator[FakeStora
 
 
 @pytest.fixture
-def tpu(monkeypatch: pytest.MonkeyPatch, cloud: FakeStorage) -> Iterator["FakeTpu"]:
+def project(monkeypatch: pytest.MonkeyPatch) -> Iterator["FakeProject"]:
+    """A project of Google Cloud in which nothing is missing."""
+    import fake_project
+
+    from launch.cloud import rest
+
+    fake = fake_project.FakeProject()
+    with fake_project.serve(fake) as address:
+        monkeypatch.setenv(rest.ENDPOINT_VARIABLE, address)
+        yield fake
+
+
+@pytest.fixture
+def tpu(
+    monkeypatch: pytest.MonkeyPatch, cloud: FakeStorage, project: "FakeProject"
+) -> Iterator["FakeTpu"]:
     """Cloud TPU without faults, a bucket for jobs beside it, and no time lost on waiting."""
     import fake_tpu
     from submitting import BUCKET, use_small_package

@@ -37,6 +37,8 @@ class FakeTpu:
       failure: with which a resource's state FAILED comes.
       operation_polls: how often an operation is not done yet when it is looked at.
       refused_deletes: how many deletions are refused because the resource is being created.
+      node_state: of every node but those in `lost_nodes`, names of whose resources are in there.
+      accelerators, images: that the zone offers.
       on_active: called with a resource when it is read in that state.
       requests: methods in the order in which they came.
     """
@@ -49,6 +51,9 @@ class FakeTpu:
     refused_deletes: int = 0
     on_active: Callable[[types.QueuedResource], None] = lambda resource: None
     node_state: str = "READY"
+    lost_nodes: set[str] = field(default_factory=set)
+    accelerators: tuple[str, ...] = ("v5litepod-1", "v5litepod-4")
+    images: tuple[str, ...] = ("tpu-vm-tf-2.18.0-pjrt-v5e-and-v6", "tpu-ubuntu2204-base")
     requests: list[str] = field(default_factory=list)
     created: list[Any] = field(default_factory=list)
     resources: dict[str, types.QueuedResource] = field(default_factory=dict)
@@ -100,7 +105,8 @@ class FakeTpu:
         """Reads the node of an active resource."""
         name = request.name.replace("/nodes/", "/queuedResources/")
         node = types.Node(self._find(name).tpu.node_spec[0].node)
-        node.state = types.Node.State[self.node_state]
+        state = "PREEMPTED" if name in self.lost_nodes else self.node_state
+        node.state = types.Node.State[state]
         return node
 
     def list(self, request: types.ListQueuedResourcesRequest) -> types.ListQueuedResourcesResponse:
@@ -124,11 +130,37 @@ class FakeTpu:
         self.remove(request.name)
         return self._operate(None, None)
 
+    def list_accelerators(
+        self, request: types.ListAcceleratorTypesRequest
+    ) -> types.ListAcceleratorTypesResponse:
+        """The zone's accelerator types."""
+        found = [
+            types.AcceleratorType(name=f"{request.parent}/acceleratorTypes/{name}", type_=name)
+            for name in self.accelerators
+        ]
+        return types.ListAcceleratorTypesResponse(accelerator_types=found)
+
+    def list_images(
+        self, request: types.ListRuntimeVersionsRequest
+    ) -> types.ListRuntimeVersionsResponse:
+        """The zone's images for hosts."""
+        found = [
+            types.RuntimeVersion(name=f"{request.parent}/runtimeVersions/{name}", version=name)
+            for name in self.images
+        ]
+        return types.ListRuntimeVersionsResponse(runtime_versions=found)
+
     def remove(self, name: str) -> None:
         """What a deletion does, also one over REST."""
         with self.lock:
             self.requests.append("Remove")
             self.resources.pop(name, None)
+            self.lost_nodes.discard(name)
+
+    def set_states(self, name: str, *states: str) -> None:
+        """What a resource is in from now on, one further each time that it is read."""
+        self._left[name] = list(states)
+        self._set_state(name)
 
     def get_operation(
         self, request: operations_pb2.GetOperationRequest
@@ -188,6 +220,8 @@ def serve(fake: FakeTpu) -> Iterator[str]:
         "ListQueuedResources": ("list", types.ListQueuedResourcesRequest),
         "DeleteQueuedResource": ("delete", types.DeleteQueuedResourceRequest),
         "GetNode": ("get_node", types.GetNodeRequest),
+        "ListAcceleratorTypes": ("list_accelerators", types.ListAcceleratorTypesRequest),
+        "ListRuntimeVersions": ("list_images", types.ListRuntimeVersionsRequest),
     }
     operations = {"GetOperation": ("get_operation", operations_pb2.GetOperationRequest)}
     services = {

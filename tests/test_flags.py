@@ -28,6 +28,7 @@ REQUIRED = {
     "submit tpu": SUBMIT | {"zone": "us-central1-a", "accelerator": "v5e:2x2"},
     "submit vertex": SUBMIT | {"region": "us-central1", "accelerator": "l4:2"},
     "submit dataflow": SUBMIT | {"region": "us-central1"},
+    "submit check": {"project": "my-project", "bucket": "jobs-of-mine"},
     "jobs list": {"project": "my-project"},
     "jobs status": {"project": "my-project", "name": "first"},
     "jobs logs": {"name": "first"},

@@ -101,6 +101,34 @@ def test_gpu_train_prints_commands_that_parse():
     assert r"--input=my\ documents.jsonl" in commands[0]
 
 
+def test_cloud_check_looks_for_what_the_job_would_use(tmp_path):
+    """With a program in the place of Python that prints what it is called with."""
+    python = tmp_path / "python"
+    python.write_text("#!/bin/sh\nprintf '%s\\n' \"$@\"\n")
+    python.chmod(0o755)
+    done = make(
+        "cloud-check",
+        "PROJECT=my-project",
+        "BUCKET=gs://my-bucket/",
+        "ZONE=us-west4-a",
+        "SUBMIT_FLAGS=--service_account=a@b --max_hours=2 --provisioning=spot",
+        f"BIN={tmp_path}",
+    )
+    assert done.returncode == 0, done.stderr
+    assert done.stdout.split() == [
+        "-m",
+        "trainer.cli",
+        "submit",
+        "check",
+        "--project=my-project",
+        "--zone=us-west4-a",
+        "--bucket=my-bucket",
+        "--accelerator=v5e:2x2",
+        "--service_account=a@b",
+        "--provisioning=spot",
+    ]
+
+
 @pytest.mark.parametrize(
     ("arguments", "message"),
     [

@@ -4,6 +4,7 @@ A command's name is one word or two (`submit tpu`). `submit` takes the commands 
 `--`. This file imports nothing heavy, so that help answers at once. Exit codes:
 
   0    done
+  1    nothing is known to be missing, but something could not be checked (`submit check`)
   2    something that the user can fix, in one line on standard error
   3    a step needs more memory than its accelerator has (`preflight`)
   75   stopped, nothing lost: run the same command again (EX_TEMPFAIL of sysexits.h). `train` ends
@@ -29,7 +30,14 @@ from collections.abc import Callable, Iterator, Sequence
 from typing import Any, NoReturn
 
 from trainer import config
-from trainer.errors import INTERRUPTED, USER_FAULT, DoesNotFit, RunAgain, UserError
+from trainer.errors import (
+    INTERRUPTED,
+    USER_FAULT,
+    DoesNotFit,
+    NotChecked,
+    RunAgain,
+    UserError,
+)
 from trainer.flags import describe_flags, parse_flags
 from trainer.run_config import TrainConfig
 from trainer.runtime import tpu_environment
@@ -43,6 +51,7 @@ _LAUNCH_COMMANDS = {
     "submit tpu": ("launch.launch_config:SubmitTpuConfig", "launch.submit_tpu:run"),
     "submit vertex": ("launch.launch_config:SubmitVertexConfig", "launch.submit_vertex:run"),
     "submit dataflow": ("launch.launch_config:SubmitDataflowConfig", "launch.submit_dataflow:run"),
+    "submit check": ("launch.launch_config:SubmitCheckConfig", "launch.submit_check:run"),
     "jobs list": ("launch.launch_config:JobsListConfig", "launch.jobs:list_jobs"),
     "jobs status": ("launch.launch_config:JobsStatusConfig", "launch.jobs:show_status"),
     "jobs logs": ("launch.launch_config:JobsLogsConfig", "launch.jobs:print_logs"),
@@ -50,10 +59,10 @@ _LAUNCH_COMMANDS = {
 }
 # In the order in which a user meets them.
 COMMANDS = (*config.COMMANDS, *_LAUNCH_COMMANDS)
-# How the names of commands begin that take others after `--`.
-_SUBMITTING = "submit "
+# The commands that take others after `--`.
+_SUBMITTING = ("submit tpu", "submit vertex", "submit dataflow")
 # The commands that do nothing but print.
-_PRINTING = ("jobs list", "jobs status", "jobs logs")
+_PRINTING = ("submit check", "jobs list", "jobs status", "jobs logs")
 
 # The error line for each package that an extra installs.
 _EXTRAS = {
@@ -127,7 +136,7 @@ def _split(arguments: list[str]) -> tuple[str, list[str], list[str]]:
     if any(name.startswith(f"{arguments[0]} ") for name in COMMANDS):  # A first word of two.
         end += len(arguments) > 1 and not arguments[1].startswith("-")
     name, rest = " ".join(arguments[:end]), arguments[end:]
-    if name.startswith(_SUBMITTING) and "--" in rest:
+    if name in _SUBMITTING and "--" in rest:
         place = rest.index("--")
         return name, rest[:place], rest[place + 1 :]
     return name, rest, []
@@ -142,7 +151,7 @@ def _run(command: str, arguments: Sequence[str], submitted: Sequence[str]) -> No
         parsed: Any = parse_flags(config_of(command), arguments)
         if command == "train":
             _train(parsed, arguments)
-        elif command.startswith(_SUBMITTING):
+        elif command in _SUBMITTING:
             _find(command)(parsed, submitted)
         else:
             # What was started elsewhere may take more time to end.
@@ -241,7 +250,7 @@ def _without_startup_lines() -> Iterator[None]:
 
 def _explain(error: Exception) -> tuple[str, int] | None:
     """The error line and the exit code for what a user can act on; None for a fault of ours."""
-    if isinstance(error, UserError | DoesNotFit | RunAgain):
+    if isinstance(error, UserError | DoesNotFit | NotChecked | RunAgain):
         return str(error), error.exit_code
     if isinstance(error, ModuleNotFoundError) and error.name in _EXTRAS:
         return _EXTRAS[error.name], USER_FAULT
@@ -284,7 +293,7 @@ def _overview() -> str:
 
 
 def _usage(command: str) -> str:
-    behind = " -- COMMAND --flag=value ..." if command.startswith(_SUBMITTING) else ""
+    behind = " -- COMMAND --flag=value ..." if command in _SUBMITTING else ""
     return (
         f"Usage: multihot {command} --flag=value ...{behind}\n\n{summarize(command)}\n\n"
         f"Flags:\n{describe_flags(config_of(command))}"

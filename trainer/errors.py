@@ -1,5 +1,6 @@
 """The errors that end a command, and their exit codes."""
 
+NOT_CHECKED = 1
 USER_FAULT = 2
 DOES_NOT_FIT = 3
 RUN_AGAIN = 75  # EX_TEMPFAIL of sysexits.h: the same command is expected to succeed later.
@@ -13,6 +14,12 @@ class UserError(ValueError):
     """
 
     exit_code = USER_FAULT
+
+
+class NotChecked(Exception):
+    """Nothing is known to be wrong, but something could not be looked at: one line, exit code 1."""
+
+    exit_code = NOT_CHECKED
 
 
 class DoesNotFit(Exception):

@@ -90,6 +90,10 @@ def to_dict(request: Any) -> dict[str, Any]:
     return json.loads(text)
 
 
+# Sold out, by Cloud TPU's words; it is no matter of quotas.
+_NO_CAPACITY = re.compile("no more capacity|insufficient (reserved )?capacity", re.IGNORECASE)
+# Of Compute Engine, whose quotas others use up too.
+_COMPUTE_QUOTA = re.compile("Quota '([A-Z][A-Z0-9_]+)' exceeded")
 SIGN_IN = "gcloud auth application-default login"
 
 
@@ -161,11 +165,19 @@ def explain(error: Exception, place: Place) -> UserError | RunAgain:
         (exceptions.Conflict, taken),
         (not_there, _explain_location(message, place)),
     )
+    if isinstance(error, exceptions.FailedPrecondition) and _NO_CAPACITY.search(message):
+        return UserError(_explain_quota(message, place))
     # Subclasses of Conflict and BadRequest that are about a resource's state.
     of_state = isinstance(error, exceptions.Aborted | exceptions.FailedPrecondition)
     for kind, sentence in kinds:
         if isinstance(error, kind) and not of_state:
             return UserError(sentence)
+    if isinstance(error, exceptions.InternalServerError):
+        # What Cloud TPU also says of spot slices where a zone is sold out.
+        return RunAgain(
+            f"{place.what}: {place.api} had an internal error ({message}); run the same command "
+            f"again, or elsewhere: {place.elsewhere}"
+        )
     if isinstance(error, exceptions.ServerError):
         return RunAgain(
             f"{place.api} did not answer ({message}), however often it was asked; run the same "
@@ -196,6 +208,8 @@ def _explain_refusal(error: Exception, message: str, place: Place) -> str:
             f"{place.api} is not enabled in project {place.project}; enable it: "
             f"gcloud services enable {place.api} --project={place.project}"
         )
+    if _COMPUTE_QUOTA.search(message):
+        return _explain_quota(message, place)
     if re.search(r"actAs|service ?account", message, re.IGNORECASE):
         account = place.service_account or "ACCOUNT"
         return (
@@ -221,22 +235,25 @@ def _explain_refusal(error: Exception, message: str, place: Place) -> str:
 
 def _explain_quota(message: str, place: Place) -> str:
     """A 429: the accelerator is sold out, or the project's quota is used up."""
-    if re.search(r"no more capacity|insufficient (reserved )?capacity", message, re.IGNORECASE):
+    if _NO_CAPACITY.search(message):
         return (
             f"{place.what}: {place.location} has none free ({message}); that is no quota; run the "
             f"same command later, or elsewhere: {place.elsewhere}"
         )
     named = re.search(r"Quota (?:limit )?'(\w+)'", message)
-    quota_id = named[1] if named else "ID"
+    service, quota_id = place.api, named[1] if named else "ID"
+    if of_compute := _COMPUTE_QUOTA.search(message):
+        service = "compute.googleapis.com"
+        quota_id = f"{of_compute[1].replace('_', '-')}-per-project-region"
     # Some quotas of a zone's resources are its region's.
     region = re.search(r"in region ([-a-z0-9]+)", message)
     is_zone = re.search(r"-[a-z]$", place.location) and not region
     dimension, where = "zone" if is_zone else "region", region[1] if region else place.location
     return (
         f"{place.what}: the quota of {place.project} in {place.location} does not allow it "
-        f"({message}); see what there is: gcloud beta quotas info list --service={place.api} "
+        f"({message}); see what there is: gcloud beta quotas info list --service={service} "
         f"--project={place.project}, then ask for more: gcloud beta quotas preferences create "
-        f"--service={place.api} --project={place.project} --quota-id={quota_id} "
+        f"--service={service} --project={place.project} --quota-id={quota_id} "
         f"--preferred-value=N --dimensions={dimension}={where}"
     )
 

@@ -3,9 +3,12 @@
 import math
 import sys
 import time
+from collections.abc import Sequence
 from dataclasses import dataclass, replace
 from typing import TypeVar
 
+from launch.cloud.findings import Finding
+from launch.cloud.findings import State as Known
 from launch.job import Job
 from launch.machine.reports import Ending, State
 from trainer.errors import RunAgain, UserError
@@ -38,29 +41,38 @@ def region_of(zone: str) -> str:
     return zone.rpartition("-")[0]
 
 
-def check_bucket(bucket: str, project: str, region: str) -> None:
-    """Raises a UserError unless a bucket exists and lies in a region; RunAgain without an answer.
+def look_at_bucket(bucket: str, project: str, region: str) -> Finding:
+    """Whether a bucket exists and lies in a region; OSError or RunAgain without an answer.
 
-    An account that may use a bucket's objects but not look at the bucket gets a warning.
+    An account that may use a bucket's objects but not look at the bucket cannot know.
     """
+    subject = f"gs://{bucket} in {region}"
     create = f"gcloud storage buckets create gs://{bucket} --project={project} --location={region}"
     try:
         places = gcs.find_regions(bucket)
     except PermissionError as error:
-        print(
-            f"warning: gs://{bucket}: {error.strerror}; whether it lies in {region} is not known",
-            file=sys.stderr,
-        )
-        return
+        detail = f"{error.strerror}; whether it lies in {region} is not known"
+        return Finding(Known.UNKNOWN, subject, detail)
     if places is None:
-        raise UserError(f"--bucket=gs://{bucket}: there is no such bucket; create it: {create}")
+        return Finding(Known.MISSING, subject, "there is no such bucket; create it", create)
     begins = [start for place in places for start in _REGIONS.get(place, (place,))]
-    if not any(region.startswith(start) for start in begins):
-        other = create.replace(f"gs://{bucket}", f"gs://{bucket}-{region}")
-        raise UserError(
-            f"--bucket=gs://{bucket}: lies in {', '.join(places)}, but the job runs in {region}, "
-            f"where every byte would come from far away and cost extra; create one there: {other}"
-        )
+    if any(region.startswith(start) for start in begins):
+        return Finding(Known.OK, subject, f"lies in {', '.join(places)}")
+    other = create.replace(f"gs://{bucket}", f"gs://{bucket}-{region}")
+    detail = (
+        f"lies in {', '.join(places)}, but the job runs in {region}, where every byte would come "
+        "from far away and cost extra; create one there"
+    )
+    return Finding(Known.MISSING, subject, detail, other)
+
+
+def check_bucket(bucket: str, project: str, region: str) -> None:
+    """Raises a UserError unless `look_at_bucket` finds it well, which raises too."""
+    found = look_at_bucket(bucket, project, region)
+    if found.state is Known.MISSING:
+        raise UserError(f"--bucket=gs://{bucket}: {found.line}")
+    if found.state is Known.UNKNOWN:
+        print(f"warning: gs://{bucket}: {found.line}", file=sys.stderr)
 
 
 @dataclass(frozen=True)
@@ -161,6 +173,14 @@ class Progress:
 def say(line: str) -> None:
     """Prints a line at once, also where the output is a pipe."""
     print(line, flush=True)
+
+
+def print_table(head: Sequence[str], rows: Sequence[Sequence[str]]) -> None:
+    """Prints rows of texts under a head, in columns."""
+    widths = [max(len(row[column]) for row in [head, *rows]) for column in range(len(head))]
+    for row in [head, *rows]:
+        line = "  ".join(text.ljust(width) for text, width in zip(row, widths, strict=True))
+        print(line.rstrip())
 
 
 def ask_to_leave(name: str) -> bool:

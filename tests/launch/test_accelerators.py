@@ -125,7 +125,7 @@ def test_machines_of_vertex(text, machine_type, accelerator_type, accelerators, 
         ("l4:3", "expected one of l4:1, l4:2, l4:4, l4:8"),
         ("h200", "expected one of t4, v100, l4, a100, a100-80gb, h100, v5e, cpu"),
         ("v5litepod-16", "v5e:1x1, v5e:2x2, v5e:2x4; other slices .* `multihot submit tpu`"),
-        ("v6e", "`multihot submit tpu`"),
+        ("v6e", "Vertex AI trains with JAX and PyTorch alone on v6e .*; .*`multihot submit tpu`"),
     ],
 )
 def test_machines_that_vertex_has_not(text, message):

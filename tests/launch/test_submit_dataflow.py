@@ -71,6 +71,9 @@ def test_the_job_brings_our_package_and_the_locks(storage, dataflow):
     (pool,) = environment["workerPools"]
     assert pool["autoscalingSettings"]["maxNumWorkers"] == 7
     assert pool["machineType"] == "n1-standard-4"
+    # One process a machine: each would hold a model of its own.
+    assert "no_use_multiple_sdk_containers" in environment["experiments"]
+    assert "use_multiple_sdk_containers" not in environment["experiments"]
     assert pool["ipConfiguration"] == 2  # WORKER_IP_PRIVATE
     staged = {
         name.rpartition("/")[2]: stored.data

@@ -44,7 +44,7 @@ def storage(cloud):
 
 
 @pytest.fixture
-def vertex(monkeypatch):
+def vertex(monkeypatch, project):
     """Vertex AI, whose jobs reach their next state each time that they are read."""
     vertex = FakeVertex()
     for name in ("FIRST_PAUSE_SECONDS", "MAX_PAUSE_SECONDS"):
@@ -90,6 +90,24 @@ def test_from_the_command_to_the_end_of_the_job(storage, vertex, capsys):
         "my-job: succeeded",
         "my-job: done; nothing is left running",
     ]
+
+
+def test_missing_rights_are_said_before_anything_is_made(storage, vertex, project):
+    """Those of an account are looked at if one is named; Vertex AI's own needs none granted."""
+    account = "job@my-project.iam.gserviceaccount.com"
+    project.accounts = {account: False}
+    project.lacking = {account: {"storage.objects.create", "tpu.nodes.delete"}}
+    with pytest.raises(UserError) as error:
+        submit_vertex.run(make_config(service_account=account, no_wait=True), TRAIN)
+    assert str(error.value) == (
+        f"my-job: nothing was created. {account} lacks storage.objects.create in gs://my-bucket; "
+        "grant it: gcloud storage buckets add-iam-policy-binding gs://my-bucket "
+        f"--member=serviceAccount:{account} --role=roles/storage.objectAdmin"
+    )
+    project.lacking = {"owner@example.com": {"aiplatform.customJobs.create"}}
+    with pytest.raises(UserError, match="--role=roles/aiplatform.user"):
+        submit_vertex.run(make_config(), TRAIN)
+    assert not vertex.created and storage.buckets["my-bucket"] == {}
 
 
 def test_output_is_shown_as_it_comes(storage, vertex, capsys):

@@ -63,6 +63,35 @@ REFUSALS = [
          'accelerator configurations for "us-central1-a".; the accelerator v5litepod-4 was not '
          "found in zone us-central1-a [EID: 0x5be9ca996f9773a4]", "",
          "us-central1-a does not offer it"),
+        (CODES.RESOURCE_EXHAUSTED, 'There is no more capacity in the zone "us-central1-c"; you can '
+         "queue your request to get capacity when available (see https://cloud.google.com/tpu/docs/"
+         "queued-resources#request_a_preemptible_queued_resource) or try in another zone where "
+         "Cloud TPU Nodes are offered (see https://cloud.google.com/tpu/docs/regions) [EID: "
+         "0xc99a6cf1ae827911]", "", "that is no quota; run the same command later"),
+        (CODES.FAILED_PRECONDITION, "Insufficient reserved capacity. Contact customer support to "
+         "increase your reservation. [EID: 0x2f8bc266e74261a]", "",
+         "that is no quota; run the same command later, or elsewhere: try us-west4-a"),
+        (CODES.PERMISSION_DENIED, "User does not have permission to submit requests for "
+         "accelerator type v6e-4", "", "another --provisioning may be open to it"),
+        (CODES.RESOURCE_EXHAUSTED, "Quota 'TPUV5sLitepodServingPerProjectPerZoneForTPUAPI' "
+         "exhausted. Limit 4 in zone us-central1-a", "",
+         "--quota-id=TPUV5sLitepodServingPerProjectPerZoneForTPUAPI --preferred-value=N "
+         "--dimensions=zone=us-central1-a"),
+        (CODES.RESOURCE_EXHAUSTED, "Quota 'IN_USE_ADDRESSES' exceeded.  Limit: 8.0 in region "
+         "us-central1.", "",
+         "--service=compute.googleapis.com --project=my-project "
+         "--quota-id=IN-USE-ADDRESSES-per-project-region --preferred-value=N "
+         "--dimensions=region=us-central1"),
+        (CODES.PERMISSION_DENIED, "Quota 'IN_USE_ADDRESSES' exceeded. Limit: 4.0 in region "
+         "europe-west1.", "", "--quota-id=IN-USE-ADDRESSES-per-project-region"),
+        (CODES.INVALID_ARGUMENT, 'CloudTpu received an invalid AcceleratorType, "v3-8" for zone '
+         '"us-central1-c". Valid values are "v2-8, ".', "", "us-central1-a does not offer it"),
+        (CODES.INVALID_ARGUMENT, "Cloud TPU received a bad request. the accelerator v4-128 was "
+         "not found in zone us-central2-b [EID: 0x945ef875d10e8e13]", "",
+         "does not offer it (Cloud TPU received a bad request"),
+        (CODES.INVALID_ARGUMENT, "Cloud TPU received an invalid argument. The field "
+         '"TensorflowVersion" cannot be "2.4". [EID: 0x90dfdfda32f61e59]', "",
+         "list the images: gcloud compute tpus tpu-vm versions list --zone=us-central1-a"),
         # These by our own guess.
         (CODES.INVALID_ARGUMENT, "runtime version tpu-vm-tf-9 is not valid", "",
          "list the images: gcloud compute tpus tpu-vm versions list --zone=us-central1-a"),
@@ -104,6 +133,16 @@ def test_a_resource_that_fails_is_removed_and_says_why(tpu, capsys):
     tpu.failure = (grpc.StatusCode.RESOURCE_EXHAUSTED, "Quota exceeded for v5e")
     assert run(SUBMIT) == 2
     check_refusal(capsys, "Quota exceeded for v5e")
+    assert tpu.resources == {}
+
+
+def test_an_internal_error_may_be_a_zone_that_is_sold_out(tpu, capsys):
+    tpu.states = [("WAITING_FOR_RESOURCES", "FAILED")]
+    tpu.failure = (grpc.StatusCode.INTERNAL, "an internal error has occurred")
+    assert run(SUBMIT) == 75
+    error = capsys.readouterr().err
+    assert "first: tpu.googleapis.com had an internal error (an internal error has occ" in error
+    assert "or elsewhere: try us-west4-a" in error
     assert tpu.resources == {}
 
 
