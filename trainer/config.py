@@ -17,6 +17,7 @@ from trainer.model_config import MAX_DOCUMENT_TOKENS, MAX_VOCABULARY, MAX_WINDOW
 from trainer.run_config import (
     DEFAULT_SEED,
     ENGINES,
+    JIT_INFERENCE_HELP,
     SCORING_PRECISIONS,
     STRATEGIES,
     TENSORFLOW,
@@ -329,6 +330,7 @@ class ScoreConfig(DeviceConfig, InputConfig):
         "--precision=int8`). auto: bfloat16 on TPUs, newer GPUs and CPUs with AMX, else float32.",
         choices=("auto", *SCORING_PRECISIONS),
     )
+    jit_compile: str = option("auto", JIT_INFERENCE_HELP, choices=("auto", "true", "false"))
     force: bool = option(
         False,
         "Go on where results may differ in the last digits from those that are there (another "
@@ -356,7 +358,7 @@ class ScoreConfig(DeviceConfig, InputConfig):
         super().__post_init__()
         self._check_worker()
         expected = f"none with --runner={self.runner}, which runs the SavedModel as it was exported"
-        for name in ("engine", "precision", "tokens_per_batch"):
+        for name in ("engine", "precision", "jit_compile", "tokens_per_batch"):
             allowed = (getattr(ScoreConfig, name), "float32", TENSORFLOW)
             fits = self.runner == LOCAL_RUNNER or getattr(self, name) in allowed
             self.expect(fits, name, expected)

@@ -11,6 +11,7 @@ STRATEGIES = ("auto", "tpu", "mirrored", "multi_worker", "one_device", "cpu")
 # What runs the encoder when scoring, and in which precision.
 TENSORFLOW, OPENVINO = ENGINES = ("tensorflow", "openvino")
 SCORING_PRECISIONS = ("float32", "bfloat16", "int8")
+JIT_INFERENCE_HELP = "XLA compilation of the forward pass in TensorFlow; auto: on GPUs."
 BEST_METRICS = (
     "mean_average_precision", "micro_average_precision", "micro_f1", "macro_f1", "loss",
 )  # fmt: skip
@@ -135,7 +136,8 @@ class TrainConfig(TrainStepConfig, DeviceConfig, ProgressConfig, RunConfig):
     )
     jit_compile: str = option(
         "auto",
-        "XLA compilation of the step; auto: yes, except on TPU hosts.",
+        "XLA compilation of the step; auto: yes, except on TPU hosts. Validation is compiled on "
+        "GPUs alone then.",
         choices=("auto", "true", "false"),
     )
     pos_weight: str = option(
@@ -245,6 +247,7 @@ class EvaluateConfig(RunConfig):
         "it: the steps of the integers are chosen here, by documents of --calibration_split.",
         choices=SCORING_PRECISIONS,
     )
+    jit_compile: str = option("auto", JIT_INFERENCE_HELP, choices=("auto", "true", "false"))
     force: bool = option(
         False, "Measure a precision that this processor has no fast instructions for."
     )

@@ -23,7 +23,12 @@ from trainer.errors import UserError
 from trainer.model.model_folder import ModelFolder, load_model_folder
 from trainer.run_config import OPENVINO, TENSORFLOW
 from trainer.runtime.cluster import read_cluster
-from trainer.runtime.devices import choose_scoring, is_on_cpu, make_strategy
+from trainer.runtime.devices import (
+    choose_scoring,
+    is_on_cpu,
+    make_strategy,
+    should_jit_inference,
+)
 from trainer.runtime.processor import ScoringChoice, read_processor
 from trainer.runtime.progress import show_progress
 from trainer.scoring.batches import TokenBatch, check_finite
@@ -268,7 +273,10 @@ def _score_here(this: ScoringRun, progress: PlanProgress) -> tuple[int, Compilat
 
         packing, precision = progress.plan.packing, this.choice.precision
         encoder = make_encoder(this.model.model, packing, precision, this.model.scales)
-    pipeline = ScoringPipeline(this.model, this.columns, progress.plan, this.strategy, encoder)
+    pipeline = ScoringPipeline(
+        this.model, this.columns, progress.plan, this.strategy,
+        should_jit_inference(this.config.jit_compile, this.strategy), encoder,
+    )  # fmt: skip
     waiting = progress.waiting
     rows = {index: progress.plan.parts[index].num_rows for index in progress.mine}
     total = sum(rows.values())

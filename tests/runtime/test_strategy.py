@@ -19,6 +19,7 @@ from trainer.runtime.devices import (
     make_strategy,
     num_workers,
     should_jit,
+    should_jit_inference,
     watching_workers,
 )
 from trainer.runtime.processor import ScoringChoice
@@ -69,6 +70,10 @@ def test_auto_takes_the_cpu_where_there_is_nothing_else_and_says_so(capsys):
     assert choose_precision("auto", strategy) == "float32"
     assert choose_precision("mixed_float16", strategy) == "mixed_float16"
     assert should_jit("auto", strategy) is True and should_jit("false", strategy) is False
+    # A forward pass alone is slower with XLA there.
+    for on in (strategy, None):
+        assert should_jit_inference("auto", on) is should_jit_inference("false", on) is False
+        assert should_jit_inference("true", on) is True
     with watching_workers(strategy):
         pass
 
@@ -99,6 +104,8 @@ def test_precision_is_that_of_the_oldest_gpu(monkeypatch, capabilities, training
     give_gpus(monkeypatch, *capabilities)
     assert choose_precision("auto", strategy_on("/device:GPU:0")) == training
     on_gpu = strategy_on("/device:GPU:0")
+    assert should_jit_inference("auto", on_gpu) is should_jit_inference("auto", None) is True
+    assert should_jit_inference("false", on_gpu) is False
     assert choose_scoring("auto", "auto", on_gpu) == ScoringChoice("tensorflow", scoring)
     asked = ScoringChoice("tensorflow", "float32")
     assert choose_scoring("tensorflow", "float32", on_gpu) == asked

@@ -174,7 +174,7 @@ class ScoringPipeline:
     """Reads, tokenises, packs and predicts the rows of a plan's parts.
 
     The model is loaded on the replicas of `strategy`, which are all in this process; default: one.
-    An `encoder` is as for `Predictor`.
+    `jit_compile` and `encoder` are as for `Predictor`.
     """
 
     def __init__(
@@ -183,10 +183,13 @@ class ScoringPipeline:
         columns: Columns,
         plan: Plan,
         strategy: tf.distribute.Strategy | None = None,
+        jit_compile: bool = False,
         encoder: PackedEncoder | None = None,
     ) -> None:
         self._model, self._columns, self._plan = model, columns, plan
-        self._predictor = Predictor(model.model, plan.packing, strategy, encoder=encoder)
+        self._predictor = Predictor(
+            model.model, plan.packing, strategy, jit_compile, encoder=encoder
+        )
         self._packer = BatchPacker(plan.packing)
 
     @property

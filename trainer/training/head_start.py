@@ -136,7 +136,8 @@ def _document_vectors(
     count: int,
 ) -> np.ndarray:
     """What the classifier takes, float32 [count, hidden], of the first training documents."""
-    predictor = Predictor(model.document_vectors, packing, strategy)
+    jit_compile = devices.should_jit_inference(config.jit_compile, strategy)
+    predictor = Predictor(model.document_vectors, packing, strategy, jit_compile)
     vectors = np.zeros((count, model.config.hidden_size), np.float32)
     with show_progress(config.progress, "head start", count, "documents") as bar:
         blocks = predictor.predict_blocks(config.data_dir, metadata, TRAIN_SPLIT, count)

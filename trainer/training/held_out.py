@@ -28,6 +28,7 @@ from trainer.evaluation.thresholds import ThresholdRule, fit_binned_thresholds, 
 from trainer.model.predictor import Predictor
 from trainer.model_config import PackingConfig
 from trainer.run_config import EvaluateConfig
+from trainer.runtime.devices import should_jit_inference
 from trainer.training.checkpoint import LoadedRun
 
 if TYPE_CHECKING:  # Its packages are an extra.
@@ -72,7 +73,8 @@ class Splits:
         num_tokens = max(best.packing.num_tokens, min_num_tokens)
         packing = choose_packing(lengths, num_tokens, window_histogram=windows)
         encoder = None if make_encoder is None else make_encoder(packing)
-        self._predictor = Predictor(best.model, packing, encoder=encoder)
+        jit_compile = should_jit_inference(config.jit_compile, None)
+        self._predictor = Predictor(best.model, packing, jit_compile=jit_compile, encoder=encoder)
 
     def num_documents(self, name: str) -> int:
         """Documents of a split."""

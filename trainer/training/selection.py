@@ -19,6 +19,7 @@ from trainer.evaluation.metrics import warn_if_constant
 from trainer.linear.selected_fit import choose_share
 from trainer.model.predictor import Predictor
 from trainer.run_config import TrainConfig
+from trainer.runtime.devices import should_jit_inference
 from trainer.training.run_record import RunRecord
 from trainer.training.step import TrainStep
 
@@ -100,7 +101,8 @@ class Evaluation:
         self.own_weights: dict[str, tf.Tensor] | None = None
         self._predictor = Predictor(
             self.step.model.logits_of_parts, self.record.packing, self.strategy,
-            stop_requested=self.step.stop_requested,
+            should_jit_inference(self.record.train.jit_compile, self.strategy),
+            self.step.stop_requested,
         )  # fmt: skip
 
     @contextmanager
