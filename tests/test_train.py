@@ -54,7 +54,8 @@ def config_of(corpus, model_dir, **changes):
 def flags_of(config):
     values = dataclasses.asdict(config)
     values |= values.pop("optimizer") | values.pop("objective")
-    return [f"--{name}={value}" for name, value in values.items() if value is not None]
+    shown = {name: ",".join(v) if isinstance(v, tuple) else v for name, v in values.items()}
+    return [f"--{name}={value}" for name, value in shown.items() if value not in (None, "")]
 
 
 def start(config, file_size=resource.RLIM_INFINITY):

@@ -139,8 +139,8 @@ def _compute(
     is_chief = devices.is_chief(strategy)
     sources = [_Source(config.data_dir, metadata, True)]
     names = [shard.name for shard in sources[0].split.shards]
+    unlabelled = os.path.join(folder, _UNLABELLED_FOLDER)
     if config.teacher_input:
-        unlabelled = os.path.join(folder, _UNLABELLED_FOLDER)
         if is_chief:
             write_unlabelled(config, metadata, unlabelled, len(names))
         devices.wait_for_chief(strategy)
@@ -170,6 +170,8 @@ def _compute(
         described = dataclasses.replace(
             metadata, splits=whole, source={}, checks={}, slice_columns=()
         )
+        if config.teacher_input:
+            tf.io.gfile.rmtree(unlabelled)
         described.save(folder)
     devices.wait_for_chief(strategy)
 
