@@ -26,7 +26,7 @@ from trainer.run_config import TrainConfig
 from trainer.train import BAD_STEPS_FILE
 from trainer.training.checkpoint import load_best
 from trainer.training.checkpoint_folder import CheckpointFolder
-from trainer.training.run_record import load_record
+from trainer.training.run_record import _changed_flags, load_record
 
 NUM_KILLS = 5
 SIZES = {
@@ -108,6 +108,18 @@ def assert_same_run(found, expected):
         np.testing.assert_array_equal(tensors[name], value, err_msg=name)
     assert load_best(str(found)).fingerprint == load_best(str(expected)).fingerprint
     assert timeless_rows(found) == timeless_rows(expected)
+
+
+def test_a_run_goes_on_whose_record_has_the_layers_that_were_the_flag_s_default():
+    """Earlier versions noted 4 where nobody had given --num_layers."""
+    now = TrainConfig(data_dir="data", model_dir="run")
+    assert now.num_layers is None
+    before = dataclasses.replace(now, num_layers=4)
+    assert _changed_flags(before, now) == []
+    assert _changed_flags(now, before) == ["--num_layers was None, now 4"]
+    assert _changed_flags(dataclasses.replace(now, num_layers=3), now) == [
+        "--num_layers was 3, now None"
+    ]
 
 
 @pytest.fixture(scope="module")
