@@ -272,7 +272,7 @@ def test_a_student_starts_from_layers_of_its_teacher(corpus, teacher, tmp_path):
     sizes, found = setup.choose_model(config, load_metadata(corpus))
     assert (sizes.num_layers, sizes.head) == (2, "mean")
     whole = dataclasses.replace(
-        sizes, num_layers=4, wide="wordpieces", wide_pairs=load_metadata_pairs(teacher)
+        sizes, num_layers=4, wide="wordpieces", wide_pairs=wide_pairs_of(teacher)
     )
     theirs = to_values(read_weights(teacher), whole, teacher)
     assert choose_layers(4, 2) == (0, 3)
@@ -284,7 +284,18 @@ def test_a_student_starts_from_layers_of_its_teacher(corpus, teacher, tmp_path):
         np.testing.assert_array_equal(found[name], expected, err_msg=name)
 
 
-def load_metadata_pairs(folder):
+def test_a_student_s_head_is_of_its_teacher_s_kind(corpus, teacher, tmp_path):
+    other = shutil.copytree(teacher, tmp_path / "model", ignore=shutil.ignore_patterns("saved_*"))
+    path = other / "multihot.json"
+    path.write_text(json.dumps(json.loads(path.read_text()) | {"head": "label_attention"}))
+    config = student_of(corpus, str(other), tmp_path / "run")
+    sizes, _ = setup.choose_model(config, load_metadata(corpus))
+    assert sizes.head == "label_attention"
+    asked = dataclasses.replace(config, head="cls")
+    assert setup.choose_model(asked, load_metadata(corpus))[0].head == "cls"
+
+
+def wide_pairs_of(folder):
     with open(os.path.join(folder, "multihot.json"), encoding="utf-8") as file:
         return json.load(file)["wide_pairs"]
 

@@ -16,9 +16,10 @@ _HELD_OUT = 5
 _MAX_LABELS = 256
 # Of the fits that only choose; ten times that of the last one changed no choice.
 _ROUGH = 1e-2
-# A dimension of less deviation says nothing: absolutely, and as a share of the median one. MiniLM has
-# three that are constant. Fine-tuned they deviate by a thousandth of the others, got weights of
-# thousands, and the gradients of an encoder that went on from there were a hundred times too large.
+# A dimension of less deviation says nothing: absolutely, and as a share of the median one. MiniLM
+# has three that are constant. In a fine-tuned one they deviate by a thousandth of the others. With
+# weights of thousands on them, an encoder that went on from there had gradients a hundred times as
+# large, and diverged.
 _MIN_DEVIATION, _MIN_SHARE = 1e-6, 0.02
 # Of those that a mixture is judged by, which takes some seconds at most.
 _SHARE_DOCUMENTS = 8192
