@@ -167,7 +167,7 @@ def add_teacher(record: bytes, logits: np.ndarray, is_labelled: bool) -> bytes:
 def parse_teacher(serialized: Any, num_labels: int) -> tuple[Any, Any]:
     """What `add_teacher` added to N records, string [N]: float32 [N, L], and float32 [N], 0 or 1.
 
-    In graph mode. An epoch's block of them is in memory at once.
+    In graph mode.
     """
     import tensorflow as tf
 

@@ -77,7 +77,7 @@ class _Writer:
         self._windows = np.zeros(metadata.max_windows + 1, np.int64)
         self._documents = np.zeros(len(shard_paths), np.int64)
         self._truncated = 0
-        self._rejected: list[tuple[str, BadRow]] = []
+        self._first_rejected: tuple[str, BadRow] | None = None
         self._num_rejected = 0
 
     def write(self, paths: Sequence[str]) -> None:
@@ -108,8 +108,7 @@ class _Writer:
                     yield row
                     continue
                 self._num_rejected += 1
-                if not self._rejected:
-                    self._rejected.append((path, row))
+                self._first_rejected = self._first_rejected or (path, row)
 
     def _encode(self, rows: Sequence[Row]) -> list[bytes]:
         """The records of rows, which are counted."""
@@ -129,8 +128,8 @@ class _Writer:
 
     def _check_rejected(self, num_documents: int) -> None:
         flag = f"--teacher_input={','.join(self._config.teacher_input)}"
-        if self._rejected:
-            path, row = self._rejected[0]
+        if self._first_rejected is not None:
+            path, row = self._first_rejected
             rejected = self._num_rejected
             line = (
                 f"{flag}: {rejected:,} of {rejected + num_documents:,} rows cannot be used, the "
