@@ -495,11 +495,13 @@ def test_fine_tuning_starts_from_the_checkpoints_weights(minilm, tmp_path_factor
         folder / "run",
         num_train_epochs=0.1,
         init_checkpoint=minilm,
+        num_layers=None,
         optimizer=OptimizerConfig(learning_rate=1e-12),
     )
     train.run(config)
     found = load_best(config.model_dir).model
     expected = load_pretrained(minilm, found.config)
+    assert found.config.num_layers == 6
     for name, value in expected.items():
         np.testing.assert_allclose(found.named_variables()[name], value, atol=1e-9)
 
