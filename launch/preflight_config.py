@@ -11,6 +11,8 @@ STEPS = ("train", "score")
 # BERT-base's vocabulary, and what is assumed of documents without --data_dir.
 _VOCAB_SIZE, _NUM_LABELS, _MAX_SEQ_LENGTH, _MEAN_LENGTH = 30522, 100, 512, 128.0
 _NUM_DOCUMENTS = 1_000_000
+# Of an encoder from scratch: BERT-base's.
+SCRATCH_LAYERS = 12
 
 
 @dataclass(frozen=True)
@@ -53,7 +55,11 @@ class PreflightConfig(TrainStepConfig):
         at_least=1,
     )
     hidden_size: int = changed_option(EncoderConfig, "hidden_size", 768)
-    num_layers: int = changed_option(EncoderConfig, "num_layers", 12)
+    num_layers: int | None = changed_option(
+        EncoderConfig,
+        "num_layers",
+        help=f"Layers; default: all of a checkpoint's, {SCRATCH_LAYERS} from scratch.",
+    )
     num_attention_heads: int = changed_option(EncoderConfig, "num_attention_heads", 12)
     intermediate_size: int = changed_option(EncoderConfig, "intermediate_size", 3072)
     precision: str = option(

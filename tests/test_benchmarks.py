@@ -82,3 +82,39 @@ def test_a_folder_keeps_results_of_one_set_of_settings(comparison, tmp_path):
         changed = values | {"learning_rate": 2}
         folder = argparse.Namespace(output=str(tmp_path), **changed)
         comparison.open_folder(folder, comparison.SETTINGS)
+
+
+def test_students_are_compared_with_the_teacher_of_the_same_round(monkeypatch, capsys, tmp_path):
+    monkeypatch.syspath_prepend(BENCHMARKS)
+    students = importlib.import_module("students")
+    arguments = argparse.Namespace(
+        checkpoint="bert", teacher=None, output=str(tmp_path), teacher_epochs=2, epochs=1,
+        layers="3", alone="2", train_flags="--seed=5",
+    )  # fmt: skip
+    models, teacher = students.list_models(arguments), os.path.join(tmp_path, "teacher", "model")
+    further = ["--num_train_epochs=1", "--seed=5"]
+    assert models == {
+        "teacher": ["--init_checkpoint=bert", "--num_train_epochs=2"],
+        "student-3": [f"--teacher={teacher}", "--num_layers=3", *further],
+        "alone-2": [f"--init_checkpoint={teacher}", "--num_layers=2", *further],
+    }
+    quality = dict.fromkeys(students.SHOWN, 0.5)
+    rounds = {
+        "teacher,float32": [
+            quality | {"documents": 100, "seconds": s, "core_seconds": 30} for s in (10, 20, 50)
+        ],
+        "student-3,float32": [
+            quality
+            | {"mean_average_precision": 0.45, "documents": 100, "seconds": s, "core_seconds": 12}
+            for s in (5, 8, 40)
+        ],
+    }
+    students.print_table(rounds)
+    *_, first, second = capsys.readouterr().out.splitlines()
+    assert (
+        first
+        == "| teacher,float32 | 0.5000 | 100.0% | 0.5000 | 0.5000 | 0.5000 | 5.0 | 1.00 | 1.00 |"
+    )
+    # Of ratios 2, 2.5 and 1.25 the median, which is not the ratio of the medians, 12.5 and 5.
+    assert second.startswith("| student-3,float32 | 0.4500 | 90.0% |")
+    assert second.endswith("| 12.5 | 2.00 | 2.50 |")

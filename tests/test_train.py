@@ -26,7 +26,7 @@ from trainer.run_config import TrainConfig
 from trainer.train import BAD_STEPS_FILE
 from trainer.training.checkpoint import load_best
 from trainer.training.checkpoint_folder import CheckpointFolder
-from trainer.training.run_record import load_record
+from trainer.training.run_record import _changed_flags, load_record
 
 NUM_KILLS = 5
 SIZES = {
@@ -54,7 +54,8 @@ def config_of(corpus, model_dir, **changes):
 def flags_of(config):
     values = dataclasses.asdict(config)
     values |= values.pop("optimizer") | values.pop("objective")
-    return [f"--{name}={value}" for name, value in values.items() if value is not None]
+    shown = {name: ",".join(v) if isinstance(v, tuple) else v for name, v in values.items()}
+    return [f"--{name}={value}" for name, value in shown.items() if value not in (None, "")]
 
 
 def start(config, file_size=resource.RLIM_INFINITY):
@@ -107,6 +108,18 @@ def assert_same_run(found, expected):
         np.testing.assert_array_equal(tensors[name], value, err_msg=name)
     assert load_best(str(found)).fingerprint == load_best(str(expected)).fingerprint
     assert timeless_rows(found) == timeless_rows(expected)
+
+
+def test_a_run_goes_on_whose_record_has_the_layers_that_were_the_flag_s_default():
+    """Earlier versions noted 4 where nobody had given --num_layers."""
+    now = TrainConfig(data_dir="data", model_dir="run")
+    assert now.num_layers is None
+    before = dataclasses.replace(now, num_layers=4)
+    assert _changed_flags(before, now) == []
+    assert _changed_flags(now, before) == ["--num_layers was None, now 4"]
+    assert _changed_flags(dataclasses.replace(now, num_layers=3), now) == [
+        "--num_layers was 3, now None"
+    ]
 
 
 @pytest.fixture(scope="module")
@@ -482,11 +495,13 @@ def test_fine_tuning_starts_from_the_checkpoints_weights(minilm, tmp_path_factor
         folder / "run",
         num_train_epochs=0.1,
         init_checkpoint=minilm,
+        num_layers=None,
         optimizer=OptimizerConfig(learning_rate=1e-12),
     )
     train.run(config)
     found = load_best(config.model_dir).model
     expected = load_pretrained(minilm, found.config)
+    assert found.config.num_layers == 6
     for name, value in expected.items():
         np.testing.assert_allclose(found.named_variables()[name], value, atol=1e-9)
 

@@ -23,6 +23,8 @@ MAX_VOCABULARY = 2**20
 MAX_WIDE_PARAMETERS, WIDE_RANK = 2**26, 512
 # Buckets that pairs of tokens are hashed to, by the size of the corpus, and the tokens for each.
 _MIN_WIDE_PAIRS, MAX_WIDE_PAIRS, _TOKENS_A_BUCKET = 2**13, 2**18, 8
+# Layers of an encoder from scratch.
+SCRATCH_LAYERS = 4
 # Odd numbers whose products spread over 32 bits.
 HASH_FACTORS = (0x9E3779B1, 0x85EBCA77, 0x2C1B3C6D)
 
@@ -53,7 +55,13 @@ class EncoderConfig(CheckedConfig):
     """The sizes of an encoder and its head that a user chooses."""
 
     hidden_size: int = option(256, "Width of an encoder from scratch.", at_least=1, at_most=2**16)
-    num_layers: int = option(4, "Layers of an encoder from scratch.", at_least=1, at_most=2**12)
+    num_layers: int | None = option(
+        None,
+        "Layers. Default: all of a checkpoint's, 4 from scratch. A checkpoint of more layers gives "
+        "its first, its last and those evenly between.",
+        at_least=1,
+        at_most=2**12,
+    )
     num_attention_heads: int = option(
         4, "Attention heads of an encoder from scratch.", at_least=1, at_most=2**12
     )
@@ -98,6 +106,11 @@ class ModelConfig(EncoderConfig):
 
     vocab_size: int
     num_labels: int
+    num_layers: int = field(
+        default=SCRATCH_LAYERS,
+        kw_only=True,
+        metadata=EncoderConfig.__dataclass_fields__["num_layers"].metadata,
+    )
     head: str = field(default="cls", kw_only=True)
     wide: str = field(default="none", kw_only=True)
     wide_pairs: int = field(default=0, kw_only=True)

@@ -68,9 +68,53 @@ class TrainStepConfig(EncoderConfig):
     optimizer: OptimizerConfig = OptimizerConfig()
 
     @property
+    def start(self) -> tuple[str, str] | None:
+        """The flag, and its value, that names what the encoder starts from; None from scratch."""
+        return None if self.init_checkpoint is None else ("init_checkpoint", self.init_checkpoint)
+
+    @property
     def chosen_row_groups(self) -> tuple[tuple[int, int], ...] | None:
         """`--row_groups`, parsed; None leaves the choice to the lengths of the data."""
         return parse_row_groups(self.row_groups) if self.row_groups else None
+
+
+@dataclass(frozen=True)
+class TeacherConfig(CheckedConfig):
+    """The flags of a student that learns from the scores of another model."""
+
+    teacher: str | None = option(
+        None,
+        "Model folder that `multihot export` wrote, whose scores of the training documents this "
+        "model learns too. Without --init_checkpoint the model also starts from its layers: "
+        "--num_layers says how many.",
+    )
+    teacher_input: tuple[str, ...] = option(
+        (),
+        "Further documents to learn the teacher's scores of, without their labels, if they have "
+        "any: files, globs or folders, local or gs://, of the formats of `score`, "
+        "comma-separated. Their columns are `text` and `id`.",
+    )
+    distill_alpha: float = option(
+        0.5,
+        "Share of the loss that goes by the teacher's scores; the rest goes by the labels, which "
+        "--teacher_input has none of.",
+        at_least=0,
+        at_most=1,
+        expected="a share from 0 to 1",
+    )
+    distill_temperature: float = option(
+        2.0,
+        "What the logits of both models are divided by before they are compared; above 1, small "
+        "probabilities count more.",
+        above=0,
+        at_most=1000,
+        expected="a number above 0 and at most 1000",
+    )
+
+    def __post_init__(self) -> None:
+        super().__post_init__()
+        fits = self.teacher is not None or not self.teacher_input
+        self.expect(fits, "teacher_input", "none without --teacher")
 
 
 @dataclass(frozen=True)
@@ -105,7 +149,7 @@ class RunConfig(CheckedConfig):
 
 
 @dataclass(frozen=True)
-class TrainConfig(TrainStepConfig, DeviceConfig, ProgressConfig, RunConfig):
+class TrainConfig(TrainStepConfig, TeacherConfig, DeviceConfig, ProgressConfig, RunConfig):
     """`multihot train`: shards to checkpoints."""
 
     model_dir: str = changed_option(
@@ -177,6 +221,11 @@ class TrainConfig(TrainStepConfig, DeviceConfig, ProgressConfig, RunConfig):
         below=2**31,
         expected="a number in [0, 2^31)",
     )
+
+    @property
+    def start(self) -> tuple[str, str] | None:
+        """As of `TrainStepConfig`; without --init_checkpoint the teacher, if there is one."""
+        return super().start or (None if self.teacher is None else ("teacher", self.teacher))
 
 
 @functools.cache

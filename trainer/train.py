@@ -35,7 +35,9 @@ from trainer.training.head_start import find_head_start, settle_head
 from trainer.training.metrics_log import TENSORBOARD_FOLDER, MetricsLog
 from trainer.training.run_record import CONFIG_FILE, RunRecord, start_record
 from trainer.training.selection import BestCheckpoint, Evaluation, next_checkpoint, next_evaluation
+from trainer.training.soft_targets import find_soft_targets
 from trainer.training.step import TrainStep, read_position
+from trainer.training.teacher import find_teacher
 
 BAD_STEPS_FILE = "bad_steps.json"
 # Between two looks of the host at a GPU or TPU.
@@ -101,16 +103,22 @@ def _owning(config: TrainConfig) -> AbstractContextManager[None]:
 
 def _run(config: TrainConfig, metadata: Metadata, interruption: Interruption | None) -> None:
     setup.check_tokenizer(config.data_dir, metadata)
+    teacher = find_teacher(config, metadata)
     packing = setup.choose_run_packing(config, metadata)
     stream = open_stream(config.data_dir, metadata, "train", packing)
     # Opened only to find a damaged split now and not after an epoch.
     open_stream(config.data_dir, metadata, config.eval_split, packing)
     # Before anything else that TensorFlow executes: several workers have to find each other first.
     strategy = devices.make_strategy(config)
-    with devices.watching_workers(strategy):
+    read = [(config.data_dir, metadata, "train"), (config.data_dir, metadata, config.eval_split)]
+    with devices.watching_workers(strategy), contextlib.ExitStack() as stack:
+        if teacher is not None:
+            targets = find_soft_targets(config, metadata, teacher, strategy)
+            stream, packing = targets.open(), targets.packing
+            read[0] = targets.data_dir, targets.metadata, "train"
         head = settle_head(config, metadata, packing, strategy)
         sizes, values = setup.choose_model(dataclasses.replace(config, head=head), metadata)
-        record = setup.make_record(config, metadata, sizes, packing, strategy)
+        record = setup.make_record(config, metadata, sizes, packing, strategy, stream.num_documents)
         record = start_record(config.model_dir, record, is_chief(strategy))
         _check_divisible(record, strategy.num_replicas_in_sync)
         split = metadata.split("train")
@@ -131,8 +139,9 @@ def _run(config: TrainConfig, metadata: Metadata, interruption: Interruption | N
             )
             return
         _describe(this)
-        with naming_damaged_shards(config.data_dir, metadata, "train", config.eval_split):
-            _train(this, metadata, interruption)
+        for item in read:
+            stack.enter_context(naming_damaged_shards(*item))
+        _train(this, metadata, interruption)
     print(
         f"{config.model_dir}: trained on {this.documents} documents in {this.steps} steps; "
         f"best {config.best_metric} {selection.shown_best()}. Next: multihot "

@@ -12,7 +12,7 @@ from dataclasses import dataclass
 import numpy as np
 
 from launch.accelerators import Target, parse_target
-from launch.preflight_config import PreflightConfig
+from launch.preflight_config import SCRATCH_LAYERS, PreflightConfig
 from trainer.data.metadata import Metadata, Split, load_metadata
 from trainer.data.packing import choose_score_packing
 from trainer.model_config import ModelConfig, PackingConfig
@@ -77,6 +77,8 @@ def train_config(config: PreflightConfig) -> TrainConfig:
     """The flags with which `train` runs the same step on a TPU."""
     names = {item.name for item in dataclasses.fields(TrainConfig)}
     shared = {name: value for name, value in vars(config).items() if name in names}
+    if config.start is None and config.num_layers is None:
+        shared["num_layers"] = SCRATCH_LAYERS
     precision = "mixed_bfloat16" if config.precision == "auto" else config.precision
     # `train` requires both folders; neither is read.
     folders = {"data_dir": config.data_dir or "none", "model_dir": "none"}
@@ -92,10 +94,11 @@ def choose_shape(config: PreflightConfig, metadata: Metadata) -> JobShape:
     windows = np.asarray(split.window_histogram, np.int64)
     asked_by = f"the data in {config.data_dir}" if config.data_dir else "--max_seq_length"
     remedy = "take documents that were prepared for this checkpoint"
-    with setup.local_checkpoint(config.init_checkpoint) as folder:
+    with setup.local_start(training) as folder:
         model = setup.choose_model_config(training, metadata, folder, asked_by, remedy)
         if folder is not None and config.data_dir is not None:
-            setup.check_vocabulary(training, metadata, model, folder)
+            named = "init_checkpoint", str(config.init_checkpoint)
+            setup.check_vocabulary(named, config.data_dir, metadata, model.vocab_size, folder)
     return JobShape(
         model,
         packing,

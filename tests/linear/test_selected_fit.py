@@ -22,7 +22,7 @@ def draw(documents=500, dimensions=30, num_labels=6, noise=2.0, seed=0):
     logits = logits / logits.std(axis=0) + noise * random.normal(0, 1, logits.shape)
     rates = np.geomspace(0.4, 0.05, num_labels)
     labels = logits > [np.quantile(logits[:, k], 1 - rate) for k, rate in enumerate(rates)]
-    scales = np.geomspace(0.01, 100, dimensions)
+    scales = np.geomspace(0.3, 100, dimensions)
     return (vectors * scales + 3 * scales).astype(np.float32), labels
 
 
@@ -99,12 +99,15 @@ def test_many_labels_are_judged_by_some_of_all_frequencies(monkeypatch):
 
 
 def test_fitted_vectors_are_a_scaler_and_a_regression():
-    """A dimension without deviation, of any size, has no weight."""
+    """A dimension without deviation, of any size, or with next to none, has no weight."""
     vectors, labels = draw()
     vectors[:, 4] = 123.25
+    vectors[:, 7] *= 0.01 * np.median(vectors.std(axis=0)) / vectors[:, 7].std()
     found = fit_vectors(vectors, labels)
     assert found.inverse_strength in selected_fit.VECTOR_STRENGTHS
-    assert not found.model.weights[4].any()
+    assert not found.model.weights[[4, 7]].any()
+    assert np.delete(found.model.weights, [4, 7], axis=0).all()
+    vectors[:, 7] = 0
     logits = found.model.logits(vectors)
     for label, column in enumerate(labels.T):
         pipeline = make_pipeline(

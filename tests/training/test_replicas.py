@@ -62,7 +62,9 @@ def mirrored(replicas):
     return tf.distribute.MirroredStrategy([f"/cpu:{index}" for index in range(replicas)])
 
 
-def make_step(stream, strategy, dropout=0.0, precision="float32", max_bad_steps=20):
+def make_step(
+    stream, strategy, dropout=0.0, precision="float32", max_bad_steps=20, distillation=None
+):
     config = ModelConfig(
         vocab_size=1024, num_labels=stream.num_labels, hidden_size=32, num_layers=1,
         num_attention_heads=2, intermediate_size=64, max_position_embeddings=128,
@@ -78,6 +80,7 @@ def make_step(stream, strategy, dropout=0.0, precision="float32", max_bad_steps=
     return TrainStep(
         strategy, model, optimizer, stream.packing, loss, 7,
         jit_compile=False, loss_scale=scale, max_bad_steps=max_bad_steps,
+        distillation=distillation,
     )  # fmt: skip
 
 

@@ -14,7 +14,7 @@ import tensorflow as tf
 
 from trainer.data.metadata import Metadata, verify_shards
 from trainer.data.packing import BLOCK_MICRO_BATCHES, empty_micro_batch, pack
-from trainer.data.records import parse_records
+from trainer.data.records import parse_records, parse_teacher
 from trainer.errors import UserError
 from trainer.model_config import PackingConfig
 
@@ -78,12 +78,15 @@ def dense_labels(batch: dict[str, tf.Tensor], num_labels: int) -> tf.Tensor:
     return tf.reshape(hot, [*outer, num_labels])
 
 
+# What a student's micro-batch has beside labels: its teacher's logits [D, L], and which documents
+# have labels [D]; float32, 0 in empty slots.
+TEACHER_KEYS = ("teacher_logits", "label_mask")
 # The position of a stream after a micro-batch.
 POSITION_KEYS = ("epoch", "block", "next_micro_batch")
 # The tensors that travel to the devices: strings cannot, and the loss needs no document's index.
 _STEP_KEYS = frozenset(
     ("input_ids", "segment_ids", "position_ids", "window_starts", "window_document")
-    + (*LABEL_KEYS, "document_mask", *POSITION_KEYS)
+    + (*LABEL_KEYS, *TEACHER_KEYS, "document_mask", *POSITION_KEYS)
 )
 
 
@@ -101,7 +104,8 @@ class Stream:
     """One split of a data folder, ready to be read.
 
     `paths` and `shard_documents` go together. The split's size and the packing fix
-    `block_documents`, so two runs of one config have the same blocks.
+    `block_documents`, so two runs of one config have the same blocks. `has_teacher` is whether the
+    records carry a teacher's logits.
     """
 
     paths: tuple[str, ...]
@@ -111,6 +115,7 @@ class Stream:
     num_labels: int
     max_labels: int
     num_slice_columns: int = 0
+    has_teacher: bool = False
 
     @property
     def num_documents(self) -> int:
@@ -119,7 +124,11 @@ class Stream:
 
 
 def open_stream(
-    data_dir: str, metadata: Metadata, split_name: str, packing: PackingConfig
+    data_dir: str,
+    metadata: Metadata,
+    split_name: str,
+    packing: PackingConfig,
+    has_teacher: bool = False,
 ) -> Stream:
     """A stream of a split; UserError if the split is missing or empty, or a shard is damaged."""
     split = metadata.split(split_name)
@@ -135,6 +144,7 @@ def open_stream(
         len(metadata.labels),
         max(1, split.max_labels_per_document),
         len(metadata.slice_columns),
+        has_teacher,
     )
 
 
@@ -190,6 +200,13 @@ def _pack_block(
     slots = tf.scatter_nd(tf.boolean_mask(chosen, chosen >= 0)[:, None], slots, [count])
     shape = num_micro_batches, stream.packing.max_documents
     packed |= spread_labels(labels, slots, shape, stream.num_labels, stream.max_labels)
+    if stream.has_teacher:
+        logits, is_labelled = parse_teacher(serialized, stream.num_labels)
+        filled = packed["document_mask"]
+        packed |= {
+            "teacher_logits": tf.gather(logits, tf.maximum(chosen, 0)) * filled[:, :, None],
+            "label_mask": tf.gather(is_labelled, tf.maximum(chosen, 0)) * filled,
+        }
     return packed | {
         "document_index": of_documents(index, tf.constant(-1, tf.int64)),
         "document_id": of_documents(ids, tf.constant("")),
@@ -209,7 +226,8 @@ def read_micro_batches(
     `seed` the shards are read in their order, unshuffled. A micro-batch has the tensors of
     `packing.pack`, the labels of `spread_labels`, `document_index` (int64 [D], in the epoch's
     order), `document_id` (string [D]), `document_slices` (string [D, C], the values of the slice
-    columns) and its position (int64 scalars `epoch`, `block`, `next_micro_batch`).
+    columns), `TEACHER_KEYS` if the stream has a teacher, and its position (int64 scalars `epoch`,
+    `block`, `next_micro_batch`).
     """
     start = start or Position()
     total = stream.num_documents
@@ -244,6 +262,9 @@ def _empty(stream: Stream) -> dict[str, tf.Tensor]:
     documents = stream.packing.max_documents
     batch = empty_micro_batch(stream.packing)
     batch |= no_labels(documents, stream.num_labels, stream.max_labels)
+    if stream.has_teacher:
+        batch["teacher_logits"] = tf.zeros([documents, stream.num_labels])
+        batch["label_mask"] = tf.zeros([documents])
     batch |= {key: tf.constant(-1, tf.int64) for key in POSITION_KEYS}
     slices = tf.fill([documents, stream.num_slice_columns], "")
     return batch | {"document_id": tf.fill([documents], ""), "document_slices": slices}

@@ -10,6 +10,8 @@ This file alone names the features of a record; metadata.py describes the shards
     labels           int64 list, sorted, unique; multi-hot is made at read time, because storing it
                      dense is waste at 4,000 labels
     slices           one bytes value for each kept column, where columns were kept
+    teacher_logits   float list, one a label, in the records that a student reads
+    is_labelled      int64, 1 or 0, beside them: whether `labels` says anything
 
 The processes that prepare data do not import TensorFlow. They use a message class of Protocol
 Buffers that is made here.
@@ -150,6 +152,31 @@ def parse_records(serialized: Any, num_slice_columns: int = 0) -> Records:
         labels=tf.cast(parsed["labels"], tf.int32),
         slices=parsed.get("slices", tf.fill([tf.size(parsed["id"]), 0], "")),
     )
+
+
+def add_teacher(record: bytes, logits: np.ndarray, is_labelled: bool) -> bytes:
+    """A record with its teacher's logits, float32 [L], and whether it has labels."""
+    example = _example_class().FromString(record)
+    feature = example.features.feature
+    feature["teacher_logits"].float_list.value.extend(logits.tolist())
+    feature["is_labelled"].int64_list.value.append(int(is_labelled))
+    serialized: bytes = example.SerializeToString(deterministic=True)
+    return serialized
+
+
+def parse_teacher(serialized: Any, num_labels: int) -> tuple[Any, Any]:
+    """What `add_teacher` added to N records, string [N]: float32 [N, L], and float32 [N], 0 or 1.
+
+    In graph mode.
+    """
+    import tensorflow as tf
+
+    features = {
+        "teacher_logits": tf.io.FixedLenFeature([num_labels], tf.float32),
+        "is_labelled": tf.io.FixedLenFeature([], tf.int64),
+    }
+    parsed = tf.io.parse_example(serialized, features)
+    return parsed["teacher_logits"], tf.cast(parsed["is_labelled"], tf.float32)
 
 
 @functools.cache

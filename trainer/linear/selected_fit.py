@@ -16,8 +16,11 @@ _HELD_OUT = 5
 _MAX_LABELS = 256
 # Of the fits that only choose; ten times that of the last one changed no choice.
 _ROUGH = 1e-2
-# A dimension of less deviation says nothing.
-_MIN_DEVIATION = 1e-6
+# A dimension of less deviation says nothing: absolutely, and as a share of the median one. MiniLM
+# has three that are constant. In a fine-tuned one they deviate by a thousandth of the others. With
+# weights of thousands on them, an encoder that went on from there had gradients a hundred times as
+# large, and diverged.
+_MIN_DEVIATION, _MIN_SHARE = 1e-6, 0.02
 # Of those that a mixture is judged by, which takes some seconds at most.
 _SHARE_DOCUMENTS = 8192
 _SHARES = tuple(round(0.05 * step, 2) for step in range(21))
@@ -81,7 +84,8 @@ def fit_vectors(vectors: np.ndarray, labels: np.ndarray) -> SelectedFit:
     mean, deviation = (
         statistic(vectors, axis=0, dtype=np.float64) for statistic in (np.mean, np.std)
     )
-    scale = np.where(deviation > _MIN_DEVIATION, 1 / np.maximum(deviation, _MIN_DEVIATION), 0)
+    floor = max(_MIN_DEVIATION, _MIN_SHARE * float(np.median(deviation)))
+    scale = np.where(deviation > floor, 1 / np.maximum(deviation, floor), 0)
     scaled = ((vectors - mean) * scale).astype(np.float32)
     axes = np.linalg.eigh((scaled.T @ scaled).astype(np.float64))[1]
     found = fit_selected(scaled @ axes.astype(np.float32), labels, VECTOR_STRENGTHS)

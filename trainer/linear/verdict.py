@@ -52,7 +52,7 @@ def advise(train: TrainConfig, model: ModelConfig) -> str:
         missing.append("--head_start=fit")
     if train.num_train_epochs < FEW_EPOCHS:
         missing.append(f"more epochs than --num_train_epochs={train.num_train_epochs:g}")
-    if train.init_checkpoint is None:
+    if train.start is None:
         missing.append("--init_checkpoint, a pretrained BERT, on data prepared with its tokenizer")
     if missing:
         return f"train in another --model_dir with {_join(missing, 'or')}."

@@ -181,6 +181,26 @@ def _read_description(folder: str) -> _Description:
         ) from None
 
 
+def read_labels(folder: str) -> tuple[str, ...]:
+    """The names of a local model folder's labels, in the order of its logits."""
+    return _read_description(folder).labels
+
+
+def read_fingerprint(folder: str) -> str:
+    """The fingerprint of a local model folder, as a `ModelFolder` has it."""
+    try:
+        return _fingerprint(folder)
+    except FileNotFoundError as error:
+        raise UserError(f"{error.filename}: no such file; export the model again") from None
+
+
+def read_head(folder: str) -> str | None:
+    """The head of a local model folder; None of any other checkpoint."""
+    if not os.path.exists(os.path.join(folder, MULTIHOT_FILE)):
+        return None
+    return _read_description(folder).head
+
+
 def _check_sizes(found: _Description) -> None:
     """Raises a ValueError unless the sizes in multihot.json fit together."""
     narrow = [precision.thresholds for precision in found.precisions.values()]
@@ -263,11 +283,7 @@ def _fingerprint(folder: str) -> str:
 
 def check_fingerprint(folder: str, expected: str) -> None:
     """Checks, by a UserError, that a local model folder is the one that a plan was made for."""
-    try:
-        found = _fingerprint(folder)
-    except FileNotFoundError as error:
-        raise UserError(f"{error.filename}: no such file; export the model again") from None
-    if found != expected:
+    if read_fingerprint(folder) != expected:
         raise UserError(
             f"{folder}: not the model that this job began with; put that one back, or name "
             "another --output_dir"

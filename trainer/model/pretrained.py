@@ -1,8 +1,10 @@
 """Hugging Face BERT checkpoints to our variables and back; no tensor is ignored silently."""
 
+import dataclasses
 import os
 import re
 import reprlib
+from collections.abc import Sequence
 from dataclasses import dataclass
 from typing import Any
 
@@ -37,6 +39,7 @@ _TOP = {
     "embeddings.LayerNorm.bias": "encoder/embeddings/layer_norm/beta",
 }
 _POOLER = {"pooler.dense.weight": "head/pooler/kernel", "pooler.dense.bias": "head/pooler/bias"}
+_LAYER_PREFIX = "encoder/layer_"
 _QKV = ("query", "key", "value")
 _LAYER = {
     "attention.output.dense": "attention/output",
@@ -323,5 +326,34 @@ def from_variables(values: dict[str, np.ndarray], config: ModelConfig) -> dict[s
 
 
 def load_pretrained(folder: str, config: ModelConfig) -> dict[str, np.ndarray]:
-    """The values of our variables in a checkpoint's folder; a new head has none there."""
-    return to_variables(read_tensors(folder), config, folder)
+    """The values of our variables in a checkpoint's folder; a new head has none there.
+
+    If `config` has fewer layers than the checkpoint, they are those of `choose_layers`.
+    """
+    num_layers = _read_config(folder).num_hidden_layers
+    whole = dataclasses.replace(config, num_layers=num_layers)
+    values = to_variables(read_tensors(folder), whole, folder)
+    return keep_layers(values, choose_layers(num_layers, config.num_layers))
+
+
+def choose_layers(num_layers: int, count: int) -> tuple[int, ...]:
+    """The layers, from 0 on, that a student of `count` layers starts from: evenly, both ends kept.
+
+    Of 12 layers and 6 they are DistilBERT's (Sanh et al. 2019, arXiv:1910.01108): 0, 2, 4, 7, 9 and
+    11.
+    """
+    assert 1 <= count <= num_layers, (num_layers, count)
+    return tuple(round(place) for place in np.linspace(0, num_layers - 1, count).tolist())
+
+
+def keep_layers(values: dict[str, np.ndarray], layers: Sequence[int]) -> dict[str, np.ndarray]:
+    """The values of an encoder of these layers alone, which count from 0 again."""
+    kept = {name: value for name, value in values.items() if not name.startswith(_LAYER_PREFIX)}
+    for index, layer in enumerate(layers):
+        old, new = f"{_LAYER_PREFIX}{layer}/", f"{_LAYER_PREFIX}{index}/"
+        kept |= {
+            new + name.removeprefix(old): value
+            for name, value in values.items()
+            if name.startswith(old)
+        }
+    return kept

@@ -313,6 +313,11 @@ def from_chief(strategy: tf.distribute.Strategy, value: np.ndarray) -> np.ndarra
     return strategy.experimental_local_results(sum_over_replicas())[0].numpy()
 
 
+def wait_for_chief(strategy: tf.distribute.Strategy) -> None:
+    """Returns on all workers once the chief has called it too."""
+    from_chief(strategy, np.zeros(1, np.float32))
+
+
 def is_on_cpu(strategy: tf.distribute.Strategy) -> bool:
     """Whether the strategy's replicas are CPUs."""
     return "CPU" in strategy.extended.worker_devices[0].upper()

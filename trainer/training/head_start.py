@@ -21,7 +21,6 @@ from trainer.linear.selected_fit import TERM_STRENGTHS, SelectedFit, fit_selecte
 from trainer.linear.term_features import count_terms, inverse_frequencies, weigh_terms
 from trainer.model.model import Model, build_model
 from trainer.model.predictor import Predictor
-from trainer.model.pretrained import read_pooling
 from trainer.model_config import PackingConfig
 from trainer.run_config import TrainConfig
 from trainer.runtime import devices
@@ -56,7 +55,7 @@ def find_head_start(
     Of an encoder from scratch only the wide part is fitted: its vectors mean nothing yet.
     """
     config = record.train
-    fits_vectors = config.head_start == "fit" and config.init_checkpoint is not None
+    fits_vectors = config.head_start == "fit" and config.start is not None
     if not fits_vectors and model.wide is None:
         return HeadStart({}, {}, 0)
     split = metadata.split(TRAIN_SPLIT)
@@ -100,9 +99,9 @@ def settle_head(
         return config.head
     if filesystem.exists(os.path.join(config.model_dir, CONFIG_FILE)):
         return load_record(config.model_dir).model.head
-    with setup.local_checkpoint(config.init_checkpoint) as folder:
+    with setup.local_start(config) as folder:
         head = setup.choose_head(config, folder)
-        if folder is None or read_pooling(folder) or config.head_start == "random":
+        if folder is None or setup.own_head(folder) or config.head_start == "random":
             return head
     _say("comparing the heads mean and cls, as the checkpoint says nothing of its pooling")
     count = min(metadata.split(TRAIN_SPLIT).documents, _HEAD_DOCUMENTS)

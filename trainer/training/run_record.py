@@ -7,7 +7,7 @@ from dataclasses import dataclass
 from typing import Any
 
 from trainer.errors import UserError
-from trainer.model_config import ModelConfig, PackingConfig
+from trainer.model_config import SCRATCH_LAYERS, ModelConfig, PackingConfig
 from trainer.run_config import TrainConfig
 from trainer.storage import filesystem
 from trainer.storage.filesystem import add_checksum, write_atomically
@@ -123,8 +123,8 @@ def start_record(model_dir: str, record: RunRecord, is_chief: bool = True) -> Ru
             )
     if before.model != record.model:
         raise UserError(
-            f"{model_dir}: holds a model of other sizes than --init_checkpoint now has; give the "
-            "same checkpoint to resume it, or another --model_dir"
+            f"{model_dir}: holds a model of other sizes than --init_checkpoint or --teacher now "
+            "has; give the same one to resume it, or another --model_dir"
         )
     kept = {name: getattr(before, name) for name in ("micro_batches_per_step", "precision")}
     return dataclasses.replace(record, **kept)
@@ -146,6 +146,8 @@ def _changed_flags(before: Any, now: Any) -> list[str]:
         old, new = getattr(before, item.name), getattr(now, item.name)
         if dataclasses.is_dataclass(old):
             changes += _changed_flags(old, new)
+        elif item.name == "num_layers" and (old, new) == (SCRATCH_LAYERS, None):
+            continue  # What earlier versions noted where the flag was not given.
         elif old != new and item.name not in RESUMABLE_FLAGS:
             changes.append(f"--{item.name} was {old}, now {new}")
     return changes

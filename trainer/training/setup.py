@@ -27,6 +27,7 @@ from trainer.data.tokenizer import load_tokenizer
 from trainer.data.vocabulary import find_difference, load_own_tokenizer
 from trainer.errors import UserError
 from trainer.model.model import Model, build_model
+from trainer.model.model_folder import read_head
 from trainer.model.pretrained import (
     POOLING_FOLDER,
     load_pretrained,
@@ -34,11 +35,18 @@ from trainer.model.pretrained import (
     read_pooling,
     resolve_checkpoint,
 )
-from trainer.model_config import EncoderConfig, ModelConfig, PackingConfig, choose_wide_pairs
-from trainer.run_config import TrainConfig
+from trainer.model_config import (
+    SCRATCH_LAYERS,
+    EncoderConfig,
+    ModelConfig,
+    PackingConfig,
+    choose_wide_pairs,
+)
+from trainer.run_config import TrainConfig, TrainStepConfig
 from trainer.runtime.devices import choose_precision
 from trainer.storage import filesystem
 from trainer.training import losses
+from trainer.training.distillation import Distillation
 from trainer.training.optimizer import AdamW
 from trainer.training.run_record import RunRecord
 from trainer.training.step import LossScale, TrainStep
@@ -61,28 +69,29 @@ def check_tokenizer(data_dir: str, metadata: Metadata) -> None:
 
 
 def check_vocabulary(
-    config: TrainConfig, metadata: Metadata, sizes: ModelConfig, folder: str
+    named: tuple[str, str], data_dir: str, metadata: Metadata, vocab_size: int, folder: str
 ) -> None:
     """Raises a UserError if the data's token ids are other words to the checkpoint in `folder`.
 
     Without a tokenizer in the folder only the sizes of the vocabularies are compared: a warning.
+    `named` is the flag, and its value, that names the checkpoint, whose ids are `vocab_size`.
     """
-    flag, theirs = f"--init_checkpoint={config.init_checkpoint}", load_own_tokenizer(folder)
+    flag, theirs = f"--{named[0]}={named[1]}", load_own_tokenizer(folder)
     if theirs is None:
         line = (
-            f"{flag}: has no tokenizer that can be read; whether its {sizes.vocab_size} ids mean "
-            f"the words of the {metadata.vocab_size} ids in {config.data_dir} is unknown"
+            f"{flag}: has no tokenizer that can be read; whether its {vocab_size} ids mean "
+            f"the words of the {metadata.vocab_size} ids in {data_dir} is unknown"
         )
-        if sizes.vocab_size - metadata.vocab_size >= _TABLE_PADDING:
+        if vocab_size - metadata.vocab_size >= _TABLE_PADDING:
             raise UserError(f"{line}, and unlikely; copy its tokenizer into its folder")
         print(f"warning: {line}", file=sys.stderr, flush=True)
     elif theirs.fingerprint != metadata.tokenizer_fingerprint:
-        ours = load_tokenizer(os.path.join(config.data_dir, TOKENIZER_FOLDER))
+        ours = load_tokenizer(os.path.join(data_dir, TOKENIZER_FOLDER))
         difference = find_difference(ours, folder, theirs)
         if difference is not None:
             raise UserError(
-                f"{flag}: not the vocabulary of {config.data_dir}: {difference}; prepare another "
-                f"folder: multihot prepare --tokenizer={shlex.quote(str(config.init_checkpoint))} "
+                f"{flag}: not the vocabulary of {data_dir}: {difference}; prepare another "
+                f"folder: multihot prepare --tokenizer={shlex.quote(named[1])} "
                 f"--max_seq_length={metadata.max_seq_length} --input=FILES --data_dir=DIR"
             )
 
@@ -116,22 +125,26 @@ def choose_model(
         "prepare the data with this checkpoint's tokenizer and a --max_seq_length that it allows"
     )
     asked_by = f"the data in {config.data_dir}"
-    with local_checkpoint(config.init_checkpoint) as folder:
+    with local_start(config) as folder:
         sizes = choose_model_config(config, metadata, folder, asked_by, remedy)
         if folder is None:
             return sizes, {}
         if compares_words:
-            check_vocabulary(config, metadata, sizes, folder)
+            assert config.start is not None
+            check_vocabulary(config.start, config.data_dir, metadata, sizes.vocab_size, folder)
         return sizes, load_pretrained(folder, sizes)
 
 
 @contextlib.contextmanager
-def local_checkpoint(name: str | None) -> Iterator[str | None]:
-    """The local folder of --init_checkpoint, for the block a copy where it is in gs://."""
-    if name is None:
+def local_start(config: TrainStepConfig) -> Iterator[str | None]:
+    """The local folder that the encoder starts from, for the block a copy where it is in gs://.
+
+    That is --init_checkpoint, for a student without one --teacher; None from scratch.
+    """
+    if config.start is None:
         yield None
         return
-    with filesystem.local_copy(name, (POOLING_FOLDER,)) as local:
+    with filesystem.local_copy(config.start[1], (POOLING_FOLDER,)) as local:
         yield resolve_checkpoint(local)
 
 
@@ -154,7 +167,9 @@ def choose_model_config(
             vocab_size=metadata.vocab_size,
             num_labels=len(metadata.labels),
             max_position_embeddings=metadata.max_seq_length,
-            **asked | {"head": head, "wide": wide, "wide_pairs": pairs},
+            **asked
+            | {"head": head, "wide": wide, "wide_pairs": pairs}
+            | {"num_layers": config.num_layers or SCRATCH_LAYERS},
         )
     rates = config.hidden_dropout, config.attention_dropout
     sizes = model_config(folder, len(metadata.labels), head, *rates)
@@ -164,19 +179,36 @@ def choose_model_config(
     ):
         if found < needed:
             raise UserError(
-                f"--init_checkpoint={config.init_checkpoint}: its {name} is {found}, but "
-                f"{asked_by} needs {needed}; {remedy}"
+                f"{_start_flag(config)}: its {name} is {found}, but {asked_by} needs {needed}; "
+                f"{remedy}"
             )
+    if (config.num_layers or 1) > sizes.num_layers:
+        raise UserError(
+            f"--num_layers={config.num_layers}: expected at most the {sizes.num_layers} layers of "
+            f"{_start_flag(config)}"
+        )
+    sizes = dataclasses.replace(sizes, num_layers=config.num_layers or sizes.num_layers)
     return dataclasses.replace(
         sizes, window_pooling=config.window_pooling, wide=wide, wide_pairs=pairs
     )
 
 
 def choose_head(config: TrainConfig, folder: str | None) -> str:
-    """--head, or for `auto` what the checkpoint's pooling configuration says, else `mean`."""
+    """--head, or for `auto` what the checkpoint says of its own, else `mean`."""
     if config.head != "auto":
         return config.head
-    return (read_pooling(folder) if folder else None) or "mean"
+    return (own_head(folder) if folder else None) or "mean"
+
+
+def own_head(folder: str) -> str | None:
+    """The head that a model folder has, or that a checkpoint's pooling configuration asks for."""
+    return read_head(folder) or read_pooling(folder)
+
+
+def _start_flag(config: TrainStepConfig) -> str:
+    """The flag that says what the encoder starts from, as on the command line."""
+    name, value = config.start or ("init_checkpoint", "")
+    return f"--{name}={value}"
 
 
 def data_fingerprint(metadata: Metadata, eval_split: str) -> str:
@@ -196,8 +228,12 @@ def make_record(
     sizes: ModelConfig,
     packing: PackingConfig,
     strategy: tf.distribute.Strategy,
+    epoch_documents: int | None = None,
 ) -> RunRecord:
-    """What config.json says of a run on the replicas of a strategy."""
+    """What config.json says of a run on the replicas of a strategy.
+
+    `epoch_documents` are those of an epoch; default: the training split's.
+    """
     split = metadata.split("train")
     counts = split.label_counts, split.documents
     cap, labels = config.max_pos_weight, metadata.labels
@@ -211,7 +247,9 @@ def make_record(
         label_weights=tuple(losses.label_weights(config.pos_weight, *counts).tolist()),
         exact_correction=losses.has_exact_correction(config.objective),
         max_seq_length=metadata.max_seq_length,
-        total_documents=count_documents(split.documents, config.num_train_epochs),
+        total_documents=count_documents(
+            epoch_documents or split.documents, config.num_train_epochs
+        ),
         data_fingerprint=data_fingerprint(metadata, config.eval_split),
         tokenizer_fingerprint=metadata.tokenizer_fingerprint,
         precision=choose_precision(config.precision, strategy),
@@ -241,15 +279,17 @@ def build_step(
     config, objective = record.train, record.train.objective
     pos_weights = np.asarray(record.pos_weights, np.float32)
     loss = losses.make_loss(objective, pos_weights, np.asarray(record.label_weights), *counts)
+    distillation = None
+    if config.teacher is not None:
+        shift = np.log(pos_weights) - losses.logit_offset(objective, *counts)
+        distillation = Distillation(config.distill_alpha, config.distill_temperature, shift)
     with strategy.scope():
         model = build_model(record.model, record.precision, config.seed)
         assign_values(model, values)
         model.head.classifier.bias.assign(
             losses.initial_bias(*counts, pos_weights) - losses.logit_offset(objective, *counts)
         )
-        rates = config.optimizer.resolve(
-            record.model.hidden_size, config.init_checkpoint is not None
-        )
+        rates = config.optimizer.resolve(record.model.hidden_size, config.start is not None)
         optimizer = AdamW(
             rates, model.named_trainable_variables(), record.model.num_layers,
             record.total_documents,
@@ -257,7 +297,7 @@ def build_step(
         loss_scale = LossScale() if record.precision == "mixed_float16" else None
     return TrainStep(
         strategy, model, optimizer, record.packing, loss, config.seed, jit_compile,
-        loss_scale, config.max_bad_steps,
+        loss_scale, config.max_bad_steps, distillation,
     )  # fmt: skip
 
 

@@ -4,10 +4,11 @@ from dataclasses import dataclass
 
 import tensorflow as tf
 
-from trainer.data.input_pipeline import LABEL_KEYS, Position, dense_labels
+from trainer.data.input_pipeline import LABEL_KEYS, TEACHER_KEYS, Position, dense_labels
 from trainer.model.dropout import Dropout, step_key
 from trainer.model.model import INPUTS, Model
 from trainer.model_config import PackingConfig
+from trainer.training.distillation import Distillation, batch_loss
 from trainer.training.losses import Loss
 from trainer.training.optimizer import AdamW
 
@@ -88,6 +89,7 @@ class TrainStep:
       seed: of the dropout masks.
       jit_compile: whether XLA compiles the step's two halves.
       loss_scale: for float16, else None.
+      distillation: of a student whose micro-batches carry its teacher's logits, else None.
       max_bad_steps: steps in a row without a finite loss and gradient that end the loop.
       stop_requested: bool variable of this host, which any thread may set; once it is true, all
         hosts end the loop after the same step, which may be the one under way.
@@ -102,8 +104,10 @@ class TrainStep:
     jit_compile: bool
     loss_scale: LossScale | None = None
     max_bad_steps: int = 20
+    distillation: Distillation | None = None
 
     def __post_init__(self) -> None:
+        self._batch_loss = batch_loss(self.loss, self.distillation)
         self._variables = list(self.model.named_trainable_variables().values())
         config, jit_compile = self.model.config, self.jit_compile
         self._has_dropout = any((config.hidden_dropout, config.attention_dropout))
@@ -125,7 +129,7 @@ class TrainStep:
                 dropout=dropout,
             )
             labels = dense_labels(batch, self.model.config.num_labels)
-            loss, documents = self.loss(logits, labels, batch["document_mask"])
+            loss, documents = self._batch_loss(logits, labels, batch)
             scaled = loss * scale
         gradients = tape.gradient(
             scaled, self._variables, unconnected_gradients=tf.UnconnectedGradients.ZERO
@@ -182,7 +186,7 @@ class TrainStep:
         context = tf.distribute.get_replica_context()
         count = batches["input_ids"].shape[0]
         first = tf.cast(context.replica_id_in_sync_group, tf.int32) * count
-        taken = (*INPUTS, *LABEL_KEYS, "document_mask")
+        taken = (*INPUTS, *LABEL_KEYS, *TEACHER_KEYS, "document_mask")
         inputs = {name: batches[name] for name in taken if name in batches}
         scale = tf.ones([]) if self.loss_scale is None else tf.identity(self.loss_scale.scale)
         loss, documents, gradients = self.compute(inputs, steps, first, scale)
