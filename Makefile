@@ -156,6 +156,7 @@ benchmark: install-dev minilm ## measure beside the peers (hours; benchmarks/REA
 	$(BIN)/python benchmarks/compare_trainer.py
 	$(BIN)/python benchmarks/score_speed.py
 	$(BIN)/python benchmarks/floor.py
+	$(BIN)/python benchmarks/students.py --precisions=float32,int8
 	$(BIN)/python benchmarks/memory.py
 	$(BIN)/python benchmarks/learning_curve.py
 	$(BIN)/python benchmarks/compare_losses.py

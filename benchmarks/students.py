@@ -95,7 +95,8 @@ def make_model(arguments: argparse.Namespace, name: str, flags: list[str]) -> No
     data = f"--data_dir={os.path.join(arguments.output, DATA_FOLDER)}"
     run = f"--model_dir={os.path.join(arguments.output, name, 'run')}"
     run_multihot("train", data, run, *flags)
-    run_multihot("evaluate", data, run, "--baseline_documents=0")
+    narrow = ["--precision=int8", "--force"] if "int8" in arguments.precisions else []
+    run_multihot("evaluate", data, run, "--baseline_documents=0", *narrow)
     run_multihot("export", data, run, f"--export_dir={exported}")
 
 
@@ -125,7 +126,12 @@ def score(arguments: argparse.Namespace, name: str, precision: str) -> dict[str,
     used = time.process_time()
     summary = run(
         ScoreConfig(
-            model=model, input=(path,), output_dir=output_dir, precision=precision, progress="none"
+            model=model,
+            input=(path,),
+            output_dir=output_dir,
+            precision=precision,
+            progress="none",
+            force=True,
         )
     )
     # Loading the model is part of these, which is in the teacher's favour.
@@ -140,7 +146,8 @@ def score(arguments: argparse.Namespace, name: str, precision: str) -> dict[str,
                 found[row["id"]] = [row["scores"][label] for label in labels]
     documents = load_documents(arguments.output, "test")
     probabilities = np.array([found[document] for document in documents.names.tolist()])
-    cuts = [np.nan if cut is None else cut for cut in described["thresholds"]]
+    fitted = described["precisions"].get(precision, described)["thresholds"]
+    cuts = [np.nan if cut is None else cut for cut in fitted]
     metrics = compute_metrics(probabilities, documents.labels, np.array(cuts))
     times = {"seconds": summary.seconds, "core_seconds": used}
     result: dict[str, Any] = times | {"documents": summary.documents}

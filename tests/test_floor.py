@@ -96,6 +96,7 @@ def test_an_inner_operation_has_its_own_time(parts):
     ]
 
 
+@pytest.mark.long
 def test_the_parts_add_up_to_the_step(tmp_path):
     flags = (
         "--rounds=1", "--steps=1", "--tokens=512", "--max_seq_length=64", "--hidden_size=64",

@@ -84,6 +84,7 @@ def test_the_programs_run_elsewhere_and_agree(folder):
     assert total < 2e6
 
 
+@pytest.mark.long
 def test_a_wrong_program_is_found(folder, tmp_path):
     damaged = tmp_path / "copy"
     damaged.mkdir()
@@ -128,6 +129,7 @@ def test_the_peer_reads_the_same_documents(folder, monkeypatch):
         assert padded[1] < padded[0]
 
 
+@pytest.mark.long
 def test_the_peer_runs(folder):
     pytest.importorskip("torch")
     process = _run(folder, "--parts=peer_train,peer_score")
