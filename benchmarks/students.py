@@ -146,7 +146,7 @@ def score(arguments: argparse.Namespace, name: str, precision: str) -> dict[str,
                 found[row["id"]] = [row["scores"][label] for label in labels]
     documents = load_documents(arguments.output, "test")
     probabilities = np.array([found[document] for document in documents.names.tolist()])
-    fitted = described["precisions"].get(precision, described)["thresholds"]
+    fitted = described.get("precisions", {}).get(precision, described)["thresholds"]
     cuts = [np.nan if cut is None else cut for cut in fitted]
     metrics = compute_metrics(probabilities, documents.labels, np.array(cuts))
     times = {"seconds": summary.seconds, "core_seconds": used}
