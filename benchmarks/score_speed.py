@@ -278,6 +278,7 @@ def run_onnx(
     model: str, path: str, batch_size: int, folder: str, precision: str
 ) -> tuple[np.ndarray, dict[str, float]]:
     """ONNX Runtime over sorted ids, in float32 or dynamic int8."""
+    import onnx
     import onnxruntime
     from onnxruntime.quantization import QuantType, quantize_dynamic
 
@@ -287,7 +288,11 @@ def run_onnx(
     if precision == "int8":
         source, graph = graph, os.path.join(folder, "model_int8.onnx")
         if not os.path.exists(graph):
-            quantize_dynamic(source, graph, per_channel=True, weight_type=QuantType.QInt8)
+            quantize_dynamic(
+                source, graph, per_channel=True, weight_type=QuantType.QInt8,
+                # The shapes of fused operators are not inferred.
+                extra_options={"DefaultTensorType": onnx.TensorProto.FLOAT},
+            )  # fmt: skip
     options = onnxruntime.SessionOptions()
     options.intra_op_num_threads = len(os.sched_getaffinity(0))
     session = onnxruntime.InferenceSession(graph, options, providers=["CPUExecutionProvider"])

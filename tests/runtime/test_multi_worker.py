@@ -58,7 +58,7 @@ class Pair:
     def __init__(self, config, hosts=LOOPBACK, prefixes=((), ()), workers=(0, 1)):
         values = dataclasses.asdict(config)
         values |= values.pop("optimizer") | values.pop("objective")
-        flags = [f"--{name}={value}" for name, value in values.items() if value is not None]
+        flags = [f"--{name}={value}" for name, value in values.items() if value not in (None, ())]
         ports = free_ports()
         self.model_dir = config.model_dir
         self.addresses = [f"{host}:{port}" for host, port in zip(hosts, ports, strict=True)]
@@ -143,7 +143,7 @@ def run_alone(config):
     """The run in one process, to its end."""
     values = dataclasses.asdict(config)
     values |= values.pop("optimizer") | values.pop("objective")
-    flags = [f"--{name}={value}" for name, value in values.items() if value is not None]
+    flags = [f"--{name}={value}" for name, value in values.items() if value not in (None, ())]
     subprocess.run([sys.executable, "-m", "trainer.cli", "train", *flags], check=True)
 
 

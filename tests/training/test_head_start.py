@@ -286,8 +286,12 @@ MOMENTS = {
 }
 
 
+@pytest.mark.parametrize(
+    "moments",
+    [["in the fit", "before its checkpoint"], pytest.param(MOMENTS, marks=pytest.mark.long)],
+)
 def test_a_run_that_is_killed_in_its_start_or_later_ends_with_the_same_bits(
-    data, checkpoint, tmp_path
+    data, checkpoint, tmp_path, moments
 ):
     def config(name):
         return config_of(
@@ -303,9 +307,9 @@ def test_a_run_that_is_killed_in_its_start_or_later_ends_with_the_same_bits(
         assert starts[0]["head_start"]["documents"] == split_size(data)
         assert 0 <= starts[1]["evaluation"]["wide_share"] <= 1
         assert len([row for row in rows_of(whole) if "evaluation" in row]) == 3
-        for moment, place in MOMENTS.items():
+        for moment in moments:
             found = config(moment.replace(" ", "-"))
-            actor.start(flags_of(found), KILL.format(moment=place))
+            actor.start(flags_of(found), KILL.format(moment=MOMENTS[moment]))
             assert actor.wait() == -9, (moment, actor.errors)
             run_to_the_end(actor, flags_of(found))
             assert_same_run(found.model_dir, whole)
