@@ -198,6 +198,12 @@ def test_a_new_calibration_takes_the_older_thresholds_away(run, corpus, tmp_path
     assert load_model_folder(f"{tmp_path}/model").scales is None
 
 
+def test_metrics_that_are_not_defined_have_no_difference():
+    after = {"a": 0.5, "b": np.nan, "c": None, "d": 0.25, "e": 1.0}
+    before = {"a": 0.25, "b": 0.5, "c": 0.5, "d": np.nan, "e": None}
+    assert narrow.subtract(after, before) == {"a": 0.25}
+
+
 def test_a_precision_that_this_machine_lacks_is_said_before_the_work(run, corpus, monkeypatch):
     monkeypatch.setattr(narrow, "read_processor", lambda: Processor(frozenset({"avx2"})))
     with pytest.raises(UserError, match="--precision=int8: this processor has no VNNI"):

@@ -4,6 +4,7 @@ The calibration stays that of float32, which is folded into the weights; thresho
 the probabilities that scoring will write.
 """
 
+import math
 import os
 from collections.abc import Iterator, Mapping
 from typing import Any
@@ -79,11 +80,7 @@ def evaluate_narrow(
         {name: found.reported.metrics.get(name) for name in results.HEADLINES}
         for found in (narrow, evaluated)
     )
-    difference = {
-        name: value - before[name]
-        for name, value in metrics.items()
-        if value is not None and before[name] is not None
-    }
+    difference = subtract(metrics, before)
     if scales is not None:
         filesystem.write_atomically(os.path.join(folder, QUANTIZATION_FILE), to_bytes(scales))
     values = {
@@ -104,6 +101,20 @@ def evaluate_narrow(
         if name in difference
     )  # fmt: skip
     print(f"{choice} on {config.split}, and against float32: {shown}")
+
+
+def subtract(metrics: Mapping[str, Any], before: Mapping[str, Any]) -> dict[str, float]:
+    """The difference of each metric that is defined in both; neither None nor NaN is."""
+    numbers = {
+        name: (float(value), float(before[name]))
+        for name, value in metrics.items()
+        if value is not None and before[name] is not None
+    }
+    return {
+        name: value - other
+        for name, (value, other) in numbers.items()
+        if math.isfinite(value) and math.isfinite(other)
+    }
 
 
 def _choose_scales(
