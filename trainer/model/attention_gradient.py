@@ -9,7 +9,8 @@ from collections.abc import Callable
 
 import tensorflow as tf
 
-_HIDDEN = -1e9
+# The attention score of a token that is not visible: its exp() is 0.
+HIDDEN = -1e9
 
 
 def attend(
@@ -39,7 +40,7 @@ def attend(
         parts = tf.unstack(tf.reshape(qkv, [rows, length, 3, num_heads, size]), axis=2)
         query, key, value = map(by_head, parts)
         visible = segments[:, :, :, None] == segments[:, :, None, :]
-        scores = tf.where(visible, tf.matmul(query * scale, key, transpose_b=True), _HIDDEN)
+        scores = tf.where(visible, tf.matmul(query * scale, key, transpose_b=True), HIDDEN)
         numerators = tf.exp(scores - tf.reduce_max(scores, axis=-1, keepdims=True))
         inverse = 1 / tf.reduce_sum(numerators, axis=-1, keepdims=True)
         context = tf.matmul(drop(numerators), value) * inverse

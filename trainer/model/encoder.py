@@ -17,6 +17,7 @@ import tensorflow as tf
 
 from trainer.errors import UserError
 from trainer.model import attention_gradient
+from trainer.model.attention_gradient import HIDDEN
 from trainer.model.dropout import Dropout
 from trainer.model_config import ModelConfig
 
@@ -82,8 +83,6 @@ def _truncated_normal(spread: float) -> keras.initializers.Initializer:
 # (rows, length) of a group; tensors where the shape is not known beforehand.
 RowGroup = tuple[int | tf.Tensor, int | tf.Tensor]
 RowGroups = Sequence[RowGroup]
-# The attention score of a token that is not visible: its exp() is 0.
-_HIDDEN = -1e9
 
 
 # Not a NamedTuple: Keras refuses tuples that mix tensors with other values.
@@ -259,12 +258,12 @@ class SelfAttention(keras.layers.Layer):
         scale = tf.constant(size**-0.5, query.dtype)
         if query.dtype == tf.float32:
             # On CPUs TensorFlow fuses the product with one factor and one sum.
-            mask = tf.where(visible, 0.0, _HIDDEN)
+            mask = tf.where(visible, 0.0, HIDDEN)
             scores = tf.matmul(query, key, transpose_b=True) * scale + mask
         else:
             # The queries are length / head size times smaller than the scores.
             scores = tf.cast(tf.matmul(query * scale, key, transpose_b=True), tf.float32)
-            scores = tf.where(visible, scores, _HIDDEN)
+            scores = tf.where(visible, scores, HIDDEN)
         probabilities = tf.cast(tf.nn.softmax(scores), value.dtype)
         if dropout is not None:
             probabilities = dropout(probabilities, self._rate)

@@ -60,7 +60,7 @@ def save_model_folder(
     The model is in float32, with the calibration folded into it. `description` is what
     multihot.json says, but for the digests of code for transformers and scales, added here.
     """
-    values = {name: variable.numpy() for name, variable in model.named_variables().items()}
+    values = model.named_values()
     tensors = to_tensors(values, model.config)
     save_file(tensors, os.path.join(folder, WEIGHTS_FILE), metadata={"format": "pt"})
     _write_config(model.config, description["labels"], tokenizer.pad_id, folder)

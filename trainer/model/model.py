@@ -3,6 +3,7 @@
 from typing import Any
 
 import keras
+import numpy as np
 import tensorflow as tf
 
 from trainer.model.dropout import Dropout
@@ -86,6 +87,10 @@ class Model(keras.layers.Layer):
     def named_variables(self) -> dict[str, tf.Variable]:
         """Every parameter by its path, such as `encoder/layer_0/attention/qkv/kernel`."""
         return _by_path(self.weights)
+
+    def named_values(self) -> dict[str, np.ndarray]:
+        """The values of `named_variables`, by the same names."""
+        return {name: variable.numpy() for name, variable in self.named_variables().items()}
 
     def named_trainable_variables(self) -> dict[str, tf.Variable]:
         """Those of `named_variables` that training changes."""

@@ -106,7 +106,7 @@ def make_encoder(
         precision = "bfloat16" if read_processor().has_fast_bfloat16 else "float32"
     else:
         scales = None
-    values = {name: variable.numpy() for name, variable in model.named_variables().items()}
+    values = model.named_values()
     first_tokens_only = model.head.takes_first_tokens
     return PackedEncoder(model.config, values, packing, precision, scales, first_tokens_only)
 

@@ -127,7 +127,7 @@ def _choose_scales(
     lengths, windows = split.length_histogram, split.window_histogram
     num_tokens = max(_TOKENS, min_tokens(len(lengths) - 1, max(1, len(windows) - 1)))
     packing = choose_packing(lengths, num_tokens, window_histogram=windows)
-    values = {name: variable.numpy() for name, variable in model.named_variables().items()}
+    values = model.named_values()
     encoder = PackedEncoder(model.config, values, packing, watched=True)
     stream = input_pipeline.open_stream(config.data_dir, metadata, name, packing)
 
