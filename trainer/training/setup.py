@@ -173,15 +173,7 @@ def choose_model_config(
         )
     rates = config.hidden_dropout, config.attention_dropout
     sizes = model_config(folder, len(metadata.labels), head, *rates)
-    for name, found, needed in (
-        ("vocab_size", sizes.vocab_size, metadata.vocab_size),
-        ("max_position_embeddings", sizes.max_position_embeddings, metadata.max_seq_length),
-    ):
-        if found < needed:
-            raise UserError(
-                f"{_start_flag(config)}: its {name} is {found}, but {asked_by} needs {needed}; "
-                f"{remedy}"
-            )
+    check_sizes(_start_flag(config), sizes, metadata, asked_by, remedy)
     if (config.num_layers or 1) > sizes.num_layers:
         raise UserError(
             f"--num_layers={config.num_layers}: expected at most the {sizes.num_layers} layers of "
@@ -191,6 +183,20 @@ def choose_model_config(
     return dataclasses.replace(
         sizes, window_pooling=config.window_pooling, wide=wide, wide_pairs=pairs
     )
+
+
+def check_sizes(
+    flag: str, sizes: ModelConfig, metadata: Metadata, asked_by: str, remedy: str
+) -> None:
+    """Raises a UserError if a model has fewer ids or positions than the data needs."""
+    for name, found, needed in (
+        ("vocab_size", sizes.vocab_size, metadata.vocab_size),
+        ("max_position_embeddings", sizes.max_position_embeddings, metadata.max_seq_length),
+    ):
+        if found < needed:
+            raise UserError(
+                f"{flag}: its {name} is {found}, but {asked_by} needs {needed}; {remedy}"
+            )
 
 
 def choose_head(config: TrainConfig, folder: str | None) -> str:

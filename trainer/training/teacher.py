@@ -9,7 +9,7 @@ from trainer.errors import UserError, shorten
 from trainer.model.model_folder import local_model, read_fingerprint, read_head, read_labels
 from trainer.model.pretrained import model_config
 from trainer.run_config import TrainConfig
-from trainer.training.setup import check_vocabulary
+from trainer.training.setup import check_sizes, check_vocabulary
 
 
 @dataclass(frozen=True)
@@ -39,15 +39,8 @@ def find_teacher(config: TrainConfig, metadata: Metadata) -> Teacher | None:
         order = _order_labels(flag, labels, config.data_dir, metadata.labels)
         named = "teacher", config.teacher
         check_vocabulary(named, config.data_dir, metadata, sizes.vocab_size, folder)
-        for name, found, needed in (
-            ("vocab_size", sizes.vocab_size, metadata.vocab_size),
-            ("max_position_embeddings", sizes.max_position_embeddings, metadata.max_seq_length),
-        ):
-            if found < needed:
-                raise UserError(
-                    f"{flag}: its {name} is {found}, but the data in {config.data_dir} needs "
-                    f"{needed}; prepare the data with the teacher's tokenizer and --max_seq_length"
-                )
+        remedy = "prepare the data with the teacher's tokenizer and --max_seq_length"
+        check_sizes(flag, sizes, metadata, f"the data in {config.data_dir}", remedy)
         return Teacher(config.teacher, read_fingerprint(folder), order)
 
 
