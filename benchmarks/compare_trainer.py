@@ -128,11 +128,14 @@ def run_ours(arguments: argparse.Namespace, kind: str, number: int) -> None:
     """Trains with `multihot train`; predicts if quality is asked for."""
     data_dir = os.path.join(arguments.output, "data")
     model_dir = os.path.join(arguments.output, "models", f"{kind}-{number}")
-    epochs = arguments.num_train_epochs
+    epochs, further = arguments.num_train_epochs, []
     if kind == "speed":
         shutil.rmtree(model_dir, ignore_errors=True)
         tokens = load_documents(arguments.output, "train").lengths.sum()
         epochs = min(1.0, arguments.speed_steps * arguments.tokens_per_step / tokens)
+        # Steps alone are timed. The peers write no checkpoints and have no fit before the first
+        # step; in an epoch a checkpoint is written every hundred steps or so.
+        further = [f"--checkpoint_every={arguments.speed_steps + 1}", "--head_start=random"]
     run_multihot(
         "train",
         f"--data_dir={data_dir}",
@@ -152,6 +155,7 @@ def run_ours(arguments: argparse.Namespace, kind: str, number: int) -> None:
         "--pos_weight=none",
         "--steps_per_loop=1",
         f"--seed={number if kind == 'quality' else FIRST_SEED}",
+        *further,
     )
     path = result_path(arguments, kind, OURS, number)
     if kind == "quality":

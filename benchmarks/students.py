@@ -47,7 +47,7 @@ def parse_arguments() -> argparse.Namespace:
     )
     parser.add_argument("--output", default="runs/students", help="folder for all that is made")
     parser.add_argument("--documents", type=int, default=8000, help="to train on")
-    parser.add_argument("--max_seq_length", type=int, default=128, help="in tokens")
+    parser.add_argument("--max_seq_length", type=int, default=512, help="in tokens")
     parser.add_argument("--checkpoint", help="a BERT's folder; default: the installed MiniLM")
     parser.add_argument("--teacher", help="model folder; default: one is trained")
     parser.add_argument("--teacher_epochs", type=float, default=3)
