@@ -136,7 +136,7 @@ tpu-clean: install-cloud ## end every job in ZONE, and in REGION if given, and d
 	@bash examples/cloud.sh $@
 
 test: install-dev minilm compiler ## run the tests (about 15 minutes on two quiet cores)
-	$(BIN)/python -m pytest -m "not long" -n $(TEST_JOBS) --dist loadfile $(ARGS)
+	$(BIN)/python -m pytest -m "not long" -n $(TEST_JOBS) --dist loadfile --max-worker-restart=0 $(ARGS)
 
 test-long: install-dev minilm compiler ## run the long tests too
 	$(BIN)/python -m pytest $(ARGS)
