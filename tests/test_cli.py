@@ -1,6 +1,7 @@
 """The command line: quick help, exit codes, one line for each mistake, nothing heavy imported."""
 
 import errno
+import signal
 import subprocess
 import sys
 import time
@@ -127,8 +128,10 @@ def test_what_an_import_prints_is_passed_on_but_for_the_startup_lines(tmp_path):
 )
 def test_exit_codes(monkeypatch, capsys, error, code, expected):
     fake_score(monkeypatch, raising(error))
+    before = signal.getsignal(signal.SIGINT)
     with pytest.raises(SystemExit) as caught:
         cli.main(SCORE)
+    signal.signal(signal.SIGINT, before)  # After an interruption the next one ends the process.
     assert caught.value.code == code
     shown = capsys.readouterr().err
     assert shown.startswith(f"multihot score: error: {expected}")

@@ -1,9 +1,10 @@
 """`submit dataflow`: Beam's own runner against a local fake that accepts jobs and runs nothing."""
 
 import json
-import os
 import re
 import signal
+import subprocess
+import sys
 
 import fake_dataflow
 import pytest
@@ -105,17 +106,21 @@ def test_a_refusal_is_one_line_with_what_mends_it(storage, dataflow):
     assert not dataflow.jobs
 
 
-def test_an_interruption_cancels_the_job(storage, dataflow, capfd):
+def test_an_interruption_cancels_the_job(storage, dataflow):
     dataflow.state = "JOB_STATE_RUNNING"
+    flags = [f"--{name}={value}" for name, value in FLAGS.items()]
+    process = subprocess.Popen(
+        [sys.executable, "-m", "trainer.cli", "submit", "dataflow", *flags, "--", *SCORE],
+        stdout=subprocess.PIPE, stderr=subprocess.PIPE, text=True,
+        # What runs in a shell's background ignores it, and so would what it starts.
+        preexec_fn=lambda: signal.signal(signal.SIGINT, signal.SIG_DFL),
+    )  # fmt: skip
     interruptions = iter((signal.SIGINT,))
-    dataflow.on_get = lambda: [os.kill(os.getpid(), number) for number in interruptions]
-    # These tests may themselves run where SIGINT is ignored.
-    before = signal.signal(signal.SIGINT, signal.default_int_handler)
-    try:
-        with pytest.raises(KeyboardInterrupt):
-            submit_dataflow.run(SubmitDataflowConfig(**FLAGS), SCORE)
-    finally:
-        signal.signal(signal.SIGINT, before)
+    dataflow.on_get = lambda: [process.send_signal(number) for number in interruptions]
+    said, errors = process.communicate()
+    assert process.returncode == 130, errors
+    assert said.endswith("DataflowRunner: interrupted; cancelling the job\n")
+    assert errors.endswith("multihot submit dataflow: error: interrupted\n")
     assert dataflow.cancelled == ["my-scores"]
 
 
