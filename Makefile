@@ -135,7 +135,8 @@ tpu-status: install-cloud ## the jobs in ZONE, and in REGION and BUCKET if given
 tpu-clean: install-cloud ## end every job in ZONE, and in REGION if given, and delete its slices
 	@bash examples/cloud.sh $@
 
-test: install-dev minilm compiler ## run the tests (about 15 minutes on two quiet cores)
+# pytest-xdist 3.8 would wait for ever for the rest of a file whose process died and was replaced.
+test: install-dev minilm compiler ## run the tests (20 to 40 minutes on two cores)
 	$(BIN)/python -m pytest -m "not long" -n $(TEST_JOBS) --dist loadfile --max-worker-restart=0 $(ARGS)
 
 test-long: install-dev minilm compiler ## run the long tests too
