@@ -8,6 +8,7 @@ one block again.
 """
 
 import math
+import os
 from dataclasses import dataclass
 
 import tensorflow as tf
@@ -88,6 +89,8 @@ _STEP_KEYS = frozenset(
     ("input_ids", "segment_ids", "position_ids", "window_starts", "window_document")
     + (*LABEL_KEYS, *TEACHER_KEYS, "document_mask", *POSITION_KEYS)
 )
+# Blocks packed at once, on as many cores; each of them is held in memory.
+_MAX_BLOCKS_AT_ONCE = 16
 
 
 @dataclass(frozen=True)
@@ -243,12 +246,15 @@ def read_micro_batches(
 
     options = tf.data.Options()
     options.deterministic = True
+    # With autotuning, the end of an iterator may wait for a sleeping thread: as long as the
+    # iterator has lived, and at most 60 s (seen in TensorFlow 2.21, four times in five).
+    options.autotune.enabled = False
     return (
         tf.data.Dataset.range(start.epoch, epochs)
         .flat_map(blocks)
         .map(
             lambda epoch, block, records: _pack_block(stream, seed, epoch, block, records),
-            num_parallel_calls=tf.data.AUTOTUNE,
+            num_parallel_calls=min(_MAX_BLOCKS_AT_ONCE, os.cpu_count() or 1),
             deterministic=True,
         )
         .unbatch()
@@ -276,7 +282,7 @@ def stack_micro_batches(
     """Stacks `count` consecutive micro-batches; empty ones fill up the last stack."""
     padding = tf.data.Dataset.from_tensors(_empty(stream)).repeat(count - 1)
     stacked = micro_batches.concatenate(padding).batch(count, drop_remainder=True)
-    return stacked.prefetch(tf.data.AUTOTUNE)
+    return stacked.prefetch(2)
 
 
 @dataclass(frozen=True)
@@ -320,8 +326,8 @@ def shard_steps(
         micro_batches.map(lambda item: {name: item[name] for name in empty})
         .concatenate(tf.data.Dataset.from_tensors(empty).repeat())
         .batch(micro_batches_per_step, drop_remainder=True)
-        .map(split, num_parallel_calls=tf.data.AUTOTUNE, deterministic=True)
+        .map(split)
         .unbatch()
-        # Two steps ahead; AUTOTUNE would fill the memory with empty ones, which do not end.
+        # Two steps ahead.
         .prefetch(2 * share.count)
     )
