@@ -136,6 +136,14 @@ def test_stacks_hold_every_document_once(stream):
     assert sorted(index[index >= 0]) == list(range(stream.num_documents))
 
 
+def test_no_dataset_is_autotuned(stream):
+    """The end of an autotuned iterator waits for its thread, up to a minute."""
+    batches = read_micro_batches(stream, seed=1)
+    datasets = batches, shard_steps(batches, stream, 4, HostShard())
+    for dataset in (*datasets, stack_micro_batches(batches, stream, 2)):
+        assert dataset.options().autotune.enabled is False
+
+
 def test_an_epoch_of_the_sample_fills_97_percent_of_its_tokens(corpus):
     metadata = load_metadata(corpus)
     split = metadata.split("train")
