@@ -249,7 +249,7 @@ def _distribute_steps(this: Run) -> tf.data.Iterator:
 
     if this.strategy.num_replicas_in_sync == 1 and devices.is_on_cpu(this.strategy):
         # No transfer to prepare. The strategy's iterator has an autotuning thread of its own, whose
-        # end may be waited for (see `read_micro_batches`).
+        # end may be waited for (see `without_autotuning`).
         return iter(of_host(tf.distribute.InputContext()))
     return iter(this.strategy.distribute_datasets_from_function(of_host))
 

@@ -8,16 +8,16 @@ one block again.
 """
 
 import math
-import os
 from dataclasses import dataclass
 
 import tensorflow as tf
 
 from trainer.data.metadata import Metadata, verify_shards
 from trainer.data.packing import BLOCK_MICRO_BATCHES, empty_micro_batch, pack
-from trainer.data.records import parse_records, parse_teacher
+from trainer.data.records import parse_records, parse_teacher, without_autotuning
 from trainer.errors import UserError
 from trainer.model_config import PackingConfig
+from trainer.runtime.workers import count_cores
 
 # With so many labels, multi-hot rows cost as much as the tokens. Beyond, indices travel to the
 # devices, which make multi-hot rows of them: at 4,000 labels a few kB for 200 documents, not 800.
@@ -246,15 +246,12 @@ def read_micro_batches(
 
     options = tf.data.Options()
     options.deterministic = True
-    # With autotuning, the end of an iterator may wait for a sleeping thread: as long as the
-    # iterator has lived, and at most 60 s (seen in TensorFlow 2.21, four times in five).
-    options.autotune.enabled = False
-    return (
+    return without_autotuning(
         tf.data.Dataset.range(start.epoch, epochs)
         .flat_map(blocks)
         .map(
             lambda epoch, block, records: _pack_block(stream, seed, epoch, block, records),
-            num_parallel_calls=min(_MAX_BLOCKS_AT_ONCE, os.cpu_count() or 1),
+            num_parallel_calls=min(_MAX_BLOCKS_AT_ONCE, count_cores()),
             deterministic=True,
         )
         .unbatch()

@@ -254,6 +254,19 @@ class Documents:
     windows: list[list[np.ndarray]] = field(default_factory=list)
 
 
+def without_autotuning(dataset: Any) -> Any:
+    """The `tf.data.Dataset` with no thread that tunes it.
+
+    The end of an autotuned iterator may wait for that sleeping thread: as long as the iterator has
+    lived, and at most 60 s (seen in TensorFlow 2.21 with datasets that have nothing to tune, too).
+    """
+    import tensorflow as tf
+
+    options = tf.data.Options()
+    options.autotune.enabled = False
+    return dataset.with_options(options)
+
+
 def leading_places(split: Split, max_documents: int) -> np.ndarray:
     """Places of at most so many documents in a split's reading order, int64, ascending.
 
@@ -303,7 +316,7 @@ def _read(data_dir: str, split: Split, places: np.ndarray) -> Iterator[Records]:
         if not len(in_shard):
             continue
         records = tf.data.TFRecordDataset(os.path.join(data_dir, shard.name))
-        batches = records.take(int(in_shard[-1]) + 1).batch(_READ_AT_ONCE)
+        batches = without_autotuning(records.take(int(in_shard[-1]) + 1).batch(_READ_AT_ONCE))
         for number, batch in enumerate(batches):
             wanted = in_shard[in_shard // _READ_AT_ONCE == number] - number * _READ_AT_ONCE
             if len(wanted):

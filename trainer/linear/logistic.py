@@ -7,7 +7,6 @@ features, so that 128 labels cost little more than a few. Newton's method (Lin, 
 halved instead) solves each step by conjugate gradients, preconditioned with the Hessian's diagonal.
 """
 
-import os
 from concurrent.futures import ThreadPoolExecutor
 from dataclasses import dataclass
 from typing import Any, TypeAlias
@@ -16,6 +15,7 @@ import numpy as np
 from scipy.sparse import csr_matrix
 
 from trainer.evaluation.calibration import log_odds, sigmoid
+from trainer.runtime.workers import count_cores
 
 Features: TypeAlias = np.ndarray | csr_matrix
 # Labels that a thread solves together: their N x labels arrays stay within the processor's cache
@@ -95,7 +95,7 @@ def fit_logistic(
             weights[:, block], bias[block] = solved
 
     # NumPy's own products take all cores; SciPy's take one, and leave Python's lock to the others.
-    threads = 1 if isinstance(features, np.ndarray) else len(os.sched_getaffinity(0))
+    threads = 1 if isinstance(features, np.ndarray) else count_cores()
     with ThreadPoolExecutor(threads) as pool:
         list(pool.map(solve, blocks))
     all_weights = np.zeros((num_features, labels.shape[1]), np.float32)

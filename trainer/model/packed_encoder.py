@@ -4,7 +4,6 @@ Embeddings, LayerNorm, softmax and residuals stay wide; heads and wide part stay
 The shapes are those of a plan's micro-batches, all known beforehand.
 """
 
-import os
 from collections.abc import Iterator, Mapping
 
 import numpy as np
@@ -16,6 +15,7 @@ from trainer.model.onnx_nodes import HIDDEN, Graph, attend, embed, encoder_layer
 from trainer.model.quantization import InputScale
 from trainer.model_config import ModelConfig, PackingConfig
 from trainer.runtime.processor import read_processor
+from trainer.runtime.workers import count_cores
 
 _TOKENS = ("input_ids", "position_ids", "segment_ids")
 
@@ -64,7 +64,7 @@ class PackedEncoder:
             core.read_model(model.SerializeToString(), b""),
             "CPU",
             {
-                "INFERENCE_NUM_THREADS": len(os.sched_getaffinity(0)),
+                "INFERENCE_NUM_THREADS": count_cores(),
                 "NUM_STREAMS": 1,
                 "INFERENCE_PRECISION_HINT": {"float32": "f32", "bfloat16": "bf16"}[precision],
             },

@@ -36,7 +36,7 @@ from trainer.data.metadata import (
     split_fingerprint,
 )
 from trainer.data.packing import add_histograms
-from trainer.data.records import add_teacher, frame_records
+from trainer.data.records import add_teacher, frame_records, without_autotuning
 from trainer.errors import UserError, shorten
 from trainer.evaluation.measurement import Predictions
 from trainer.model.model_folder import load_model_folder
@@ -201,7 +201,7 @@ class _Source:
         )
         metadata = dataclasses.replace(self.metadata, splits={TRAIN_SPLIT: alone})
         path = os.path.join(self.data_dir, shard.name)
-        records = tf.data.TFRecordDataset(path).as_numpy_iterator()
+        records = without_autotuning(tf.data.TFRecordDataset(path)).as_numpy_iterator()
         held: dict[int, bytes] = {}
         num_read = 0
         with naming_damaged_shards(self.data_dir, metadata, TRAIN_SPLIT):
