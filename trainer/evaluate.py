@@ -25,6 +25,7 @@ from trainer.evaluation.thresholds import ThresholdRule
 from trainer.linear.baseline import describe, find_baseline, label_frequencies, trivial_metrics
 from trainer.linear.verdict import verdict
 from trainer.run_config import EvaluateConfig
+from trainer.runtime.devices import reuse_memory
 from trainer.storage import filesystem
 from trainer.training.checkpoint import LoadedRun, load_best
 from trainer.training.held_out import Evaluated, Splits, evaluate_splits
@@ -40,6 +41,7 @@ def run(config: EvaluateConfig) -> None:
     """
     metadata = load_metadata(config.data_dir)
     _check_splits(config, metadata)
+    reuse_memory()
     best = load_best(config.model_dir)
     _check_same_data(config, metadata, best.record)
     narrow = narrow_precision(config)  # Says at once if it cannot be measured here.

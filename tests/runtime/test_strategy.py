@@ -1,6 +1,8 @@
 """Which devices a run takes on a machine without GPUs, and on machines whose GPUs are fakes."""
 
+import ast
 import json
+import os
 import subprocess
 import sys
 import types
@@ -18,6 +20,7 @@ from trainer.runtime.devices import (
     is_on_cpu,
     make_strategy,
     num_workers,
+    reuse_memory,
     should_jit,
     should_jit_inference,
     watching_workers,
@@ -33,6 +36,16 @@ make_strategy(config)
 strategy = make_strategy(config)
 sums = strategy.run(lambda: tf.distribute.get_replica_context().all_reduce("SUM", tf.ones([])))
 print([float(value) for value in strategy.experimental_local_results(sums)])
+"""
+
+# Prints what TensorFlow's own allocator of the CPU says, or that it is not in use.
+REUSED = """
+import tensorflow as tf
+from trainer.run_config import TrainConfig
+from trainer.runtime.devices import make_strategy
+make_strategy(TrainConfig(data_dir="d", model_dir="m"))
+kept = tf.ones([2**20])
+print(tf.config.experimental.get_memory_info("CPU:0"))
 """
 
 
@@ -147,6 +160,35 @@ def test_the_cpu_is_split_into_replicas_that_reduce_together():
     said, _, sums = done.stdout.splitlines()
     assert said.startswith("--strategy=mirrored: mirrored, as asked for; 3 replicas, 3 x CPU (")
     assert sums == "[3.0, 3.0, 3.0]"
+
+
+@pytest.mark.parametrize("given", [{}, {"TF_CPU_ALLOCATOR_USE_BFC": "false"}])
+def test_memory_of_the_cpu_is_kept_for_the_next_step_unless_a_user_says_no(given):
+    done = subprocess.run(
+        [sys.executable, "-c", REUSED], capture_output=True, text=True, env=os.environ | given
+    )
+    if given:
+        assert "Allocator stats not available for device" in done.stderr
+    else:
+        current = ast.literal_eval(done.stdout.splitlines()[1])["current"]
+        assert 2**22 <= current < 2**22 + 2**20
+
+
+def test_memory_is_left_to_the_host_of_gpus(monkeypatch):
+    for name in ("TF_CPU_ALLOCATOR_USE_BFC", "TF_CPU_BFC_MEM_LIMIT_IN_MB"):
+        # Set and deleted, so that the test's end takes away what the function set.
+        monkeypatch.setenv(name, "")
+        monkeypatch.delenv(name)
+    with monkeypatch.context() as patch:
+        give_gpus(patch, (9, 0))
+        reuse_memory()
+    assert "TF_CPU_ALLOCATOR_USE_BFC" not in os.environ
+    reuse_memory()
+    assert os.environ["TF_CPU_ALLOCATOR_USE_BFC"] == "true"
+    with open("/proc/meminfo", encoding="utf-8") as file:
+        name, kibibytes, _ = next(file).split()
+    assert name == "MemTotal:"
+    assert int(os.environ["TF_CPU_BFC_MEM_LIMIT_IN_MB"]) == int(kibibytes) >> 10
 
 
 def test_splitting_the_cpu_too_late_is_one_line():
