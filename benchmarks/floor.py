@@ -47,7 +47,7 @@ from trainer.model.model import build_model
 from trainer.model.predictor import Predictor
 from trainer.model_config import PackingConfig
 from trainer.run_config import TrainConfig
-from trainer.runtime.devices import should_jit
+from trainer.runtime.devices import reuse_memory, should_jit
 
 _NUM_LABELS, _HEAD_SIZE = 40, 32
 _MICRO_BATCHES = 4
@@ -87,7 +87,8 @@ class Job:
             arguments.tokens, arguments.max_seq_length, _NUM_LABELS, arguments.vocab_size,
             arguments.hidden_size, arguments.num_layers, _HEAD_SIZE, arguments.precision,
         )  # fmt: skip
-        # What `train` makes on a machine without accelerators.
+        # What `train` does on a machine without accelerators.
+        reuse_memory()
         self._strategy = tf.distribute.OneDeviceStrategy("/cpu:0")
         config, self.shape = choose_job(sizes)
         self.packings = {"train": self.shape.packing, "score": self.shape.scoring_packing}

@@ -19,6 +19,7 @@ from trainer.data.input_pipeline import spread_labels
 from trainer.data.packing import choose_packing, pack
 from trainer.model.model import build_model
 from trainer.model_config import LossConfig, ModelConfig, OptimizerConfig, PackingConfig
+from trainer.runtime.devices import reuse_memory
 from trainer.training.losses import make_loss
 from trainer.training.optimizer import AdamW
 from trainer.training.step import TrainStep
@@ -91,6 +92,7 @@ def main() -> None:
         arguments.tokens_per_step,
         ((rows, arguments.row_length),),
     )
+    reuse_memory()  # As `train` does.
     strategy = tf.distribute.get_strategy()
     counts = [int(text) for text in arguments.labels.split(",")]
     steps, seconds = {}, {count: [] for count in counts}

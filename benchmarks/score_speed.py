@@ -124,12 +124,14 @@ def forward(model: str, folder: str, path: str) -> tuple[np.ndarray, dict[str, f
     from trainer.data.packing import BLOCK_MICRO_BATCHES
     from trainer.model.model_folder import load_model_folder
     from trainer.model.predictor import Predictor
+    from trainer.runtime.devices import reuse_memory
     from trainer.scoring.batches import BatchPacker, read_raw_batches, tokenize
     from trainer.scoring.pipeline import pack_token_batches
     from trainer.scoring.plan import load_plan
     from trainer.sources.rows import Columns
     from trainer.storage.output_folder import open_output
 
+    reuse_memory()  # As `score` does.
     loaded = load_model_folder(model, "float32")
     plan = load_plan(open_output(os.path.join(folder, "scores")))
     assert plan is not None, "run `score` first"

@@ -20,6 +20,7 @@ from trainer.data.packing import choose_packing
 from trainer.model.model import INPUTS
 from trainer.model.predictor import Predictor
 from trainer.model_config import choose_wide_pairs
+from trainer.runtime.devices import reuse_memory
 
 # Of the corpus that the wide part is sized for.
 CORPUS_TOKENS = 50_000_000
@@ -71,6 +72,7 @@ def main() -> None:
     parser.add_argument("--row_length", type=int, default=128, help="a document to each row")
     parser.add_argument("--repeats", type=int, default=5, help="timed runs of each")
     arguments = parser.parse_args()
+    reuse_memory()  # As `train` does.
     for count in map(int, arguments.labels.split(",")):
         all_runs = make_runs(
             count, arguments.num_layers, arguments.tokens_per_step, arguments.row_length
