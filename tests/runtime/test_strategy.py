@@ -38,7 +38,7 @@ sums = strategy.run(lambda: tf.distribute.get_replica_context().all_reduce("SUM"
 print([float(value) for value in strategy.experimental_local_results(sums)])
 """
 
-# Prints what TensorFlow's own allocator of the CPU says, or that it is not in use.
+# Prints what TensorFlow's own allocator of the CPU holds; fails where it is not in use.
 REUSED = """
 import tensorflow as tf
 from trainer.run_config import TrainConfig
